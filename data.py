@@ -1,0 +1,218 @@
+"""What comes in: real data, found or downloaded and verified, and the built-in stand-ins."""
+
+import hashlib
+import os
+import socket
+import struct
+import tempfile
+import threading
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from options import UserError
+from runtime import warn_loudly
+
+
+class Digits(NamedTuple):
+    """A data set of 28×28 grey images, whole and in memory."""
+
+    name: str  # "mnist", "fashion_mnist", "kmnist" or "synthetic"
+    train_images: Tensor  # uint8 (examples, 28, 28)
+    train_labels: Tensor  # int64 (examples,), 0 .. 9
+    test_images: Tensor
+    test_labels: Tensor
+    class_names: list[str]
+    files: list[Path]  # what was read; none for the built-in digits
+
+
+DIGITS = ("auto", "mnist", "fashion_mnist", "kmnist", "synthetic")
+
+# sha256 of the published files, unpacked. The class names are torchvision's, whose folder bears them.
+MNIST_SHA256 = {
+    "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+    "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+    "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+    "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+}
+TORCHVISION_CLASS = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "kmnist": "KMNIST"}
+
+
+def load_digits(name: str, data_dir: str) -> Digits:
+    """The data set `name` of `DIGITS`, from `data_dir` or else downloaded into it.
+
+    "auto" is MNIST, and the built-in digits, with a loud warning, where MNIST can't be had. Raises
+    `UserError` where a named data set can't be had, and where a file is damaged.
+    """
+    if name == "synthetic":
+        return synthetic_digits()
+    dataset = "mnist" if name == "auto" else name
+    problem = None if _idx_files(dataset, data_dir) else _download_digits(dataset, data_dir)
+    if problem is None:
+        return _read_digits(dataset, data_dir)
+    if name == "auto":
+        warn_loudly(
+            f"MNIST is not in {data_dir} and can't be downloaded ({problem}).",
+            "This run uses the BUILT-IN synthetic digits instead: its figures are not MNIST's.",
+            "To use MNIST, name the directory that holds it: --data_dir DIR (DIR/MNIST/raw/...-ubyte).",
+        )
+        return synthetic_digits()
+    raise UserError(
+        f"{name} is not in {data_dir} and can't be downloaded ({problem}); put its four unpacked files into "
+        f"{_raw_dir(name, data_dir)}, name another --data_dir, or use --dataset synthetic"
+    )
+
+
+def _raw_dir(name: str, data_dir: str) -> Path:
+    return Path(data_dir) / TORCHVISION_CLASS[name] / "raw"
+
+
+def _idx_files(name: str, data_dir: str) -> list[Path]:
+    """The data set's four files, or none unless all are there."""
+    files = [_raw_dir(name, data_dir) / file for file in MNIST_SHA256]
+    return files if all(file.is_file() for file in files) else []
+
+
+def _download_digits(name: str, data_dir: str) -> str | None:
+    """Download into `data_dir`, all four files or none; what went wrong, or None."""
+    import torchvision
+
+    dataset = getattr(torchvision.datasets, TORCHVISION_CLASS[name])
+    problem = why_unreachable(dataset.mirrors[0] + dataset.resources[0][0])
+    if problem:
+        return problem
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(20)  # torchvision sets none: a connection that goes silent would hang for ever
+    try:
+        Path(data_dir).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=data_dir, prefix=".download-") as scratch:
+            dataset(scratch, download=True)
+            raw = _raw_dir(name, data_dir)
+            raw.mkdir(parents=True, exist_ok=True)
+            for file in _idx_files(name, scratch):
+                os.replace(file, raw / file.name)
+    except (OSError, RuntimeError) as error:
+        return " ".join(str(error).split())
+    finally:
+        socket.setdefaulttimeout(timeout)
+    return None
+
+
+def why_unreachable(url: str, seconds: float = 4.0) -> str | None:
+    """Why `url`'s server does not answer, or None if it does, within `seconds`; any answer will do."""
+    outcome = [f"no answer from {urllib.request.urlparse(url).hostname} within {seconds:g} s"]
+
+    def ask() -> None:
+        try:
+            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=seconds).close()
+            outcome[0] = None
+        except urllib.error.HTTPError:
+            outcome[0] = None
+        except OSError as error:
+            outcome[0] = str(getattr(error, "reason", error))
+
+    # In a thread, since no timeout covers the look-up of the name.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return outcome[0]
+
+
+def _read_digits(name: str, data_dir: str) -> Digits:
+    import torchvision
+
+    files = _idx_files(name, data_dir)
+    for images, labels in (files[:2], files[2:]):
+        _check_idx_pair(images, labels, published=name == "mnist")
+    dataset = getattr(torchvision.datasets, TORCHVISION_CLASS[name])
+    train, test = dataset(data_dir, train=True), dataset(data_dir, train=False)
+    classes = [str(digit) for digit in range(10)] if name == "mnist" else dataset.classes
+    return Digits(name, train.data, train.targets, test.data, test.targets, classes, files)
+
+
+def _check_idx_pair(images: Path, labels: Path, published: bool) -> None:
+    """Raise `UserError` unless two IDX files hold as many 28×28 images as labels, each whole.
+
+    The format: big-endian 32-bit magic number (0x803 for bytes in 3 dimensions, 0x801 in 1), sizes, data.
+    """
+    counts = []
+    for file, magic, shape in ((images, 0x803, (28, 28)), (labels, 0x801, ())):
+        try:
+            content = file.read_bytes()
+        except OSError as error:
+            raise UserError(f"can't read {file}: {error.strerror}") from None
+        head = 4 * (2 + len(shape))
+        found_magic, count, *found_shape = struct.unpack(f">{head // 4}i", content[:head].ljust(head, b"\0"))
+        whole = head + count * (28 * 28 if shape else 1)
+        if found_magic != magic or tuple(found_shape) != shape or count < 1:
+            problem = "does not begin as an IDX file of 28×28 images or of labels does"
+        elif len(content) != whole:
+            problem = f"has {len(content):,} bytes where {whole:,} belong"
+        elif not shape and max(content[head:]) > 9:
+            problem = f"holds the label {max(content[head:])}, above 9"
+        elif published and count in (60_000, 10_000) and hashlib.sha256(content).hexdigest() != MNIST_SHA256[file.name]:
+            problem = "differs from the published file (sha256)"
+        else:
+            counts.append(count)
+            continue
+        raise UserError(f"{file} is damaged: it {problem}; delete it to have it downloaded again")
+    if counts[0] != counts[1]:
+        raise UserError(f"{images} holds {counts[0]:,} images, but {labels} {counts[1]:,} labels")
+
+
+def synthetic_digits(train: int = 20_000, test: int = 4_000, seed: int = 0) -> Digits:
+    """Digits drawn here: Pillow's own font, randomly thick, turned, sheared, scaled, bent, shifted, noisy.
+
+    The same arguments give the same images. About a second for the default sizes.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(10, (train + test,), generator=generator)
+    glyphs = _glyphs()
+    images = torch.cat([_deformed(glyphs, part, generator) for part in labels.split(2_000)])
+    names = [str(digit) for digit in range(10)]
+    return Digits("synthetic", images[:train], labels[:train], images[train:], labels[train:], names, [])
+
+
+GLYPH_SIDE = 56  # drawn at twice the final size, so that thin strokes survive being turned
+
+
+def _glyphs() -> Tensor:
+    """float (thicknesses, 10, GLYPH_SIDE, GLYPH_SIDE) in 0..1: each digit upright and centred."""
+    font = ImageFont.load_default(size=44)
+    glyphs = torch.zeros(3, 10, GLYPH_SIDE, GLYPH_SIDE)
+    for thickness in range(3):
+        for digit in range(10):
+            canvas = Image.new("L", (GLYPH_SIDE, GLYPH_SIDE))
+            middle = (GLYPH_SIDE / 2, GLYPH_SIDE / 2)
+            ImageDraw.Draw(canvas).text(middle, str(digit), fill=255, font=font, anchor="mm", stroke_width=thickness)
+            glyphs[thickness, digit] = torch.from_numpy(np.array(canvas))
+    return glyphs / 255
+
+
+def _deformed(glyphs: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+    """uint8 (n, 28, 28): the labels' glyphs, each deformed in its own way."""
+    n = len(labels)
+
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return low + (high - low) * torch.rand(n, *shape, generator=generator)
+
+    angle, shear = uniform(-0.35, 0.35), uniform(-0.25, 0.25)
+    shrink_x, shrink_y = uniform(0.8, 1.3), uniform(0.8, 1.2)
+    affine = torch.zeros(n, 2, 3)  # from places in the image to places in the glyph
+    affine[:, 0, 0], affine[:, 0, 1] = angle.cos() * shrink_x, (shear - angle.sin()) * shrink_x
+    affine[:, 1, 0], affine[:, 1, 1] = angle.sin() * shrink_y, angle.cos() * shrink_y
+    affine[:, :, 2] = uniform(-0.15, 0.15, 2)
+    places = F.affine_grid(affine, [n, 1, 28, 28], align_corners=False)
+    bend = F.interpolate(uniform(-0.12, 0.12, 2, 4, 4), size=28, mode="bicubic", align_corners=False)
+    thickness = torch.randint(len(glyphs), (n,), generator=generator)
+    places = places + bend.permute(0, 2, 3, 1)
+    ink = F.grid_sample(glyphs[thickness, labels][:, None], places, align_corners=False)[:, 0]
+    noise = 0.1 * torch.randn(ink.shape, generator=generator)
+    return (ink * uniform(0.6, 1.0, 1, 1) + noise).clamp(0, 1).mul(255).round().to(torch.uint8)

@@ -1,0 +1,320 @@
+"""Numbers from labels and predictions: classification metrics written out from their definitions.
+
+A `ConfusionMatrix` is filled batch by batch on the device; every figure of the first group is computed
+from its counts. The second group works on the scores of a binary problem, or on probabilities. Where a
+definition divides by zero, or a class never occurs, the value is the one scikit-learn gives by default.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class ConfusionMatrix:
+    """Counts of (label, prediction) pairs, kept on `device` in O(num_classes²) memory.
+
+    `update` is a handful of small operations and never waits for an accelerator. Two matrices over the same
+    classes, from two parts of a data set, are merged by `+`.
+    """
+
+    def __init__(self, num_classes: int, device: torch.device | str | None = None):
+        if num_classes < 2:
+            raise ValueError(f"num_classes must be at least 2, got {num_classes}")
+        self.num_classes = num_classes
+        self._counts = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
+        self._out_of_range = torch.zeros((), dtype=torch.int64, device=device)
+        self._one = torch.ones((), dtype=torch.int64, device=device)
+
+    def update(self, predictions: Tensor, labels: Tensor) -> None:
+        """Count a batch: two int64 tensors of the same shape, on this matrix's device.
+
+        Raises `ValueError` for other shapes or dtypes, and for a value outside 0 .. num_classes - 1: at once
+        on a CPU, when a figure is read on an accelerator.
+        """
+        if predictions.shape != labels.shape:
+            raise ValueError(f"predictions {tuple(predictions.shape)} and labels {tuple(labels.shape)} differ in shape")
+        if predictions.dtype != torch.int64 or labels.dtype != torch.int64:
+            raise ValueError(f"predictions and labels must be int64, got {predictions.dtype} and {labels.dtype}")
+        last = self.num_classes - 1
+        rows, columns = labels.clamp(0, last), predictions.clamp(0, last)
+        if self._counts.is_cpu:
+            for name, given, clamped in (("labels", labels, rows), ("predictions", predictions, columns)):
+                if not torch.equal(given, clamped):
+                    raise ValueError(f"{name} hold a value outside 0..{last}")
+        else:
+            self._out_of_range += (rows != labels).sum() + (columns != predictions).sum()
+        # Not bincount: on an accelerator it waits for the largest value, on a CPU it takes twice as long.
+        self._counts.index_put_((rows, columns), self._one, accumulate=True)
+
+    @property
+    def counts(self) -> Tensor:
+        """int64 (num_classes, num_classes) on the device; rows are labels, columns predictions."""
+        if self._out_of_range:
+            raise ValueError(f"labels or predictions hold a value outside 0..{self.num_classes - 1}")
+        return self._counts.clone()
+
+    def __add__(self, other: "ConfusionMatrix") -> "ConfusionMatrix":
+        if self.num_classes != other.num_classes:
+            raise ValueError(f"can't add matrices of {self.num_classes} and {other.num_classes} classes")
+        merged = ConfusionMatrix(self.num_classes, self._counts.device)
+        merged._counts += self._counts + other._counts.to(self._counts.device)
+        merged._out_of_range += self._out_of_range + other._out_of_range.to(self._counts.device)
+        return merged
+
+    def _read(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """float64 on the CPU: the matrix, its diagonal, examples per label, examples per prediction."""
+        counts = self.counts.cpu().double()
+        if not counts.any():
+            raise ValueError("no examples have been counted")
+        return counts, counts.diagonal(), counts.sum(1), counts.sum(0)
+
+    def accuracy(self) -> float:
+        """The share of examples that are predicted right."""
+        counts, hits, _, _ = self._read()
+        return float(hits.sum() / counts.sum())
+
+    def balanced_accuracy(self) -> float:
+        """The mean recall of the classes that occur in the labels."""
+        _, hits, labelled, _ = self._read()
+        occur = labelled > 0
+        return float((hits[occur] / labelled[occur]).mean())
+
+    def majority_share(self) -> float:
+        """The share of the most frequent label: the accuracy of always answering that."""
+        counts, _, labelled, _ = self._read()
+        return float(labelled.max() / counts.sum())
+
+    def precision(self, average: str | None) -> "float | Tensor":
+        """Of what is predicted as a class, the share that is. For `average` see `_average`."""
+        _, hits, _, predicted = self._read()
+        return self._average(hits, predicted, average)
+
+    def recall(self, average: str | None) -> "float | Tensor":
+        """Of what is a class, the share predicted as it. For `average` see `_average`."""
+        _, hits, labelled, _ = self._read()
+        return self._average(hits, labelled, average)
+
+    def f1(self, average: str | None) -> "float | Tensor":
+        """The harmonic mean of precision and recall, 2·TP / (2·TP + FP + FN). For `average` see `_average`."""
+        _, hits, labelled, predicted = self._read()
+        return self._average(2 * hits, labelled + predicted, average)
+
+    def _average(self, numerator: Tensor, denominator: Tensor, average: str | None) -> "float | Tensor":
+        """numerator / denominator per class, 0 where undefined, averaged.
+
+        "macro": over the classes that occur in labels or predictions. "weighted": the same, weighted by
+        the number of labels. "micro": the sums are divided. None: float64 (num_classes,), not averaged.
+        """
+        _, _, labelled, predicted = self._read()
+        per_class = torch.where(denominator > 0, numerator / denominator.clamp(min=1), 0.0)
+        if average is None:
+            return per_class
+        if average == "macro":
+            return float(per_class[labelled + predicted > 0].mean())
+        if average == "weighted":
+            return float((per_class * labelled).sum() / labelled.sum())
+        if average == "micro":
+            return float(numerator.sum() / denominator.sum())
+        raise ValueError(f'average must be "macro", "micro", "weighted" or None, got {average!r}')
+
+    def matthews_corrcoef(self) -> float:
+        """Correlation of labels and predictions, in -1 .. 1; 0 where either has one class only.
+
+        The multi-class form R_K of Gorodkin, "Comparing two K-category assignments by a K-category
+        correlation coefficient", 2004, eq. 8.
+        """
+        counts, hits, labelled, predicted = self._read()
+        total = counts.sum()
+        covariance = hits.sum() * total - labelled @ predicted
+        spread = (total**2 - labelled @ labelled) * (total**2 - predicted @ predicted)
+        return float(covariance / spread.sqrt()) if spread > 0 else 0.0
+
+    def cohen_kappa(self) -> float:
+        """Agreement of labels and predictions beyond chance; NaN where both are the same single class.
+
+        Cohen, "A coefficient of agreement for nominal scales", 1960.
+        """
+        counts, hits, labelled, predicted = self._read()
+        total = counts.sum()
+        by_chance = labelled @ predicted / total
+        return float((hits.sum() - by_chance) / (total - by_chance))
+
+    def summary(self) -> dict[str, float]:
+        """The figures that both scripts log, by the names they have in W&B."""
+        return {
+            "acc": self.accuracy(),
+            "precision_macro": self.precision("macro"),
+            "recall_macro": self.recall("macro"),
+            "f1_macro": self.f1("macro"),
+            "precision_micro": self.precision("micro"),
+            "recall_micro": self.recall("micro"),
+            "f1_micro": self.f1("micro"),
+            "mcc": self.matthews_corrcoef(),
+        }
+
+
+class Evaluation(NamedTuple):
+    """A model's answers to a part of a data set, on the CPU, and the figures that follow from them."""
+
+    labels: Tensor  # int64 (examples,)
+    predictions: Tensor  # int64 (examples,)
+    logits: Tensor  # float32 (examples, classes)
+    probabilities: Tensor  # float64 (examples, classes)
+    losses: Tensor  # float64 (examples,): cross-entropy in nats
+    confusion: ConfusionMatrix
+    figures: dict[str, float]  # loss, acc, precision_macro, ...: the mean loss and `ConfusionMatrix.summary`
+
+
+def evaluation(logits: Tensor, labels: Tensor) -> Evaluation:
+    """`Evaluation` of logits, float (examples, classes), against labels, int64 (examples,).
+
+    Computed in float64, so that the figures and what is recomputed from the probabilities agree. Raises
+    `ValueError` as `ConfusionMatrix.update` does.
+    """
+    logits, labels = logits.float().cpu(), labels.cpu()
+    confusion = ConfusionMatrix(logits.shape[1])
+    predictions = logits.argmax(1)
+    confusion.update(predictions, labels)
+    log_probabilities = logits.double().log_softmax(1)
+    losses = F.nll_loss(log_probabilities, labels, reduction="none")
+    figures = {"loss": float(losses.mean()), **confusion.summary()}
+    return Evaluation(labels, predictions, logits, log_probabilities.exp(), losses, confusion, figures)
+
+
+class TrainingFigures:
+    """Mean loss and accuracy while training: since the last row, and since the epoch began.
+
+    Batches are summed on `device`; reading a row is the only time that an accelerator is waited for.
+    """
+
+    def __init__(self, device: torch.device | str | None = None):
+        self._row = torch.zeros(3, device=device)  # summed loss, hits, examples
+        self._epoch = [0.0, 0.0, 0.0]
+
+    def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """Count a batch: its mean loss, its float (batch, classes) logits and its int64 (batch,) labels."""
+        hits = (logits.detach().argmax(1) == labels).sum()
+        self._row[0] += loss.detach() * len(labels)
+        self._row[1] += hits
+        self._row[2] += len(labels)
+
+    def take_row(self) -> dict[str, float]:
+        """Means over the batches since the last call: loss and acc."""
+        row = self._row.tolist()
+        self._row.zero_()
+        self._epoch = [total + part for total, part in zip(self._epoch, row)]
+        return {"loss": row[0] / row[2], "acc": row[1] / row[2]}
+
+    def take_epoch(self) -> dict[str, float]:
+        """Means over all rows taken since the last call: loss and acc."""
+        loss, hits, examples = self._epoch
+        self._epoch = [0.0, 0.0, 0.0]
+        return {"loss": loss / examples, "acc": hits / examples}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"row": self._row.clone(), "epoch": list(self._epoch)}
+
+
+def roc_curve(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """False and true positive rates of "score >= threshold" for falling thresholds.
+
+    `scores` is a float (n,), `labels` an integer (n,) of 0 and 1. Returns float64 `fpr, tpr, thresholds`;
+    the curve starts at (0, 0) with an infinite threshold, equal scores are one step, and points on a
+    straight line between their neighbours are left out. A rate is NaN where its class does not occur.
+    Raises `ValueError` for other shapes, labels or scores that are not finite. Fawcett, "An introduction
+    to ROC analysis", 2006, algorithm 1.
+    """
+    thresholds, true_positives, false_positives = _cumulative_counts(scores, labels)
+    if len(thresholds) > 2:
+        bends = (true_positives.diff(n=2) != 0) | (false_positives.diff(n=2) != 0)
+        keep = torch.cat([torch.tensor([True]), bends, torch.tensor([True])])
+        thresholds, true_positives, false_positives = (
+            thresholds[keep],
+            true_positives[keep],
+            false_positives[keep],
+        )
+    start = torch.zeros(1, dtype=torch.float64)
+    false_positives = torch.cat([start, false_positives])
+    true_positives = torch.cat([start, true_positives])
+    thresholds = torch.cat([start + torch.inf, thresholds])
+    return false_positives / false_positives[-1], true_positives / true_positives[-1], thresholds
+
+
+def roc_auc(scores: Tensor, labels: Tensor) -> float:
+    """Area under the ROC curve by trapezoids; NaN where only one class occurs. Arguments as `roc_curve`."""
+    fpr, tpr, _ = roc_curve(scores, labels)
+    return float(torch.trapezoid(tpr, fpr))
+
+
+def precision_recall_curve(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Precision and recall of "score >= threshold" for rising thresholds. Arguments as `roc_curve`.
+
+    Returns float64 `precision, recall, thresholds`; the first two are one longer and end with the point
+    (1, 0), which has no threshold. Recall is 1 throughout where there is no positive label.
+    """
+    thresholds, true_positives, false_positives = _cumulative_counts(scores, labels)
+    precision = true_positives / (true_positives + false_positives)
+    positives = true_positives[-1]
+    recall = true_positives / positives if positives > 0 else torch.ones_like(true_positives)
+    end = torch.zeros(1, dtype=torch.float64)
+    return torch.cat([precision.flip(0), end + 1]), torch.cat([recall.flip(0), end]), thresholds.flip(0)
+
+
+def average_precision(scores: Tensor, labels: Tensor) -> float:
+    """Sum of precision × step in recall over the thresholds, without interpolation; 0 with no positive label.
+
+    Arguments as `roc_curve`.
+    """
+    precision, recall, _ = precision_recall_curve(scores, labels)
+    if not (labels == 1).any():
+        return 0.0
+    return float(-(recall.diff() * precision[:-1]).sum())
+
+
+def expected_calibration_error(probabilities: Tensor, labels: Tensor, bins: int = 15) -> float:
+    """How far confidence is from accuracy: the mean gap over equal-width bins of the top probability.
+
+    `probabilities` is a float (n, classes) whose rows sum to 1, `labels` an integer (n,). A confidence on
+    the border of two bins belongs to the lower one. Raises `ValueError` for anything else. Guo et al., "On
+    calibration of modern neural networks", 2017, eq. 3.
+    """
+    if probabilities.ndim != 2 or labels.shape != probabilities.shape[:1] or not len(labels):
+        raise ValueError(
+            "needs probabilities (n, classes) and labels (n,) with n > 0, "
+            f"got {tuple(probabilities.shape)} and {tuple(labels.shape)}"
+        )
+    if bins < 1:
+        raise ValueError(f"bins must be at least 1, got {bins}")
+    probabilities, labels = probabilities.detach().cpu().double(), labels.detach().cpu()
+    if not ((probabilities >= 0) & (probabilities <= 1)).all():
+        raise ValueError("probabilities hold NaN or a value outside 0..1")
+    if ((probabilities.sum(1) - 1).abs() > 1e-3).any():
+        raise ValueError("a row of probabilities does not sum to 1")
+    if labels.is_floating_point() or (labels < 0).any() or (labels >= probabilities.shape[1]).any():
+        raise ValueError(f"labels must be integers in 0..{probabilities.shape[1] - 1}")
+    confidence, predictions = probabilities.max(1)
+    edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64)
+    which = torch.bucketize(confidence, edges[1:-1])
+    gaps = torch.zeros(bins, dtype=torch.float64)
+    gaps.index_add_(0, which, (predictions == labels).double() - confidence)
+    return float(gaps.abs().sum() / len(labels))
+
+
+def _cumulative_counts(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Distinct scores, falling, with how many positives and negatives score at least that; float64, CPU."""
+    if scores.ndim != 1 or scores.shape != labels.shape or not len(scores):
+        raise ValueError(
+            f"needs scores (n,) and labels (n,) with n > 0, got {tuple(scores.shape)} and {tuple(labels.shape)}"
+        )
+    scores, labels = scores.detach().cpu().double(), labels.detach().cpu()
+    if not scores.isfinite().all():
+        raise ValueError("scores hold NaN or infinity")
+    if not ((labels == 0) | (labels == 1)).all():
+        raise ValueError("labels must be 0 or 1")
+    scores, order = scores.sort(descending=True, stable=True)
+    positives = labels[order].double().cumsum(0)
+    last_of_tie = torch.cat([scores.diff() != 0, torch.tensor([True])])
+    so_far = torch.arange(1, len(scores) + 1, dtype=torch.float64)[last_of_tie]
+    return scores[last_of_tie], positives[last_of_tie], so_far - positives[last_of_tie]

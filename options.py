@@ -1,0 +1,235 @@
+"""Settings of a run, from the command line or from a sweep: declared, parsed and checked.
+
+Imports the standard library only, so that `--help` and a misspelt option are answered at once.
+"""
+
+import dataclasses
+import difflib
+import math
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
+
+
+class UserError(Exception):
+    """What the user can put right: ends the program in one line and with `status`, without a traceback."""
+
+    def __init__(self, message: str, status: int = 2):
+        super().__init__(message)
+        self.status = status
+
+
+def option(default: Any, help: str, **limits: Any) -> Any:
+    """A dataclass field that is also a command-line option.
+
+    `limits` may hold `at_least`, `above` and `below` (numbers), `choices` (a tuple) and `length` (of a list).
+    """
+    metadata = {"help": help, **limits}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=default.copy, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+FIGURES = ("loss", "acc", "precision_macro", "recall_macro", "f1_macro",
+           "precision_micro", "recall_micro", "f1_micro", "mcc")  # fmt: skip
+
+
+@dataclasses.dataclass(kw_only=True)
+class SharedSettings:
+    """The options that both scripts have, with a line of help each."""
+
+    dataset: str = option("auto", "which data to train on")
+    data_dir: str = option("downloads", "directory that holds the data, or receives them")
+    output_dir: str | None = option(None, "directory for this run's files [runs/<task>-<run id>]")
+
+    epochs: int = option(5, "passes over the training data", at_least=1)
+    batch_size: int = option(128, "examples in a batch", at_least=1)
+    learning_rate: float = option(0.005, "the highest learning rate of the schedule", above=0)
+    seed: int = option(42, "seeds Python, NumPy, torch and CUDA", at_least=0, below=2**32)
+    max_steps: int | None = option(None, "end after this many optimizer steps", at_least=1)
+    device: str = option("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
+    precision: str = option("auto", "auto: bf16 where the hardware computes in it", choices=("auto", "fp32", "bf16"))
+    deterministic: bool = option(True, "only use algorithms that give the same bits every time")
+    compile: bool = option(False, "compile the model with torch.compile")
+
+    monitor: str = option(
+        "valid/loss", "figure that chooses the best model", choices=tuple(f"valid/{f}" for f in FIGURES)
+    )
+    patience: int = option(0, "stop after this many epochs without a better one; 0 never does", at_least=0)
+    checkpoint_every: int = option(200, "batches between checkpoints; each epoch ends with one", at_least=1)
+    log_every: int = option(10, "batches between rows of training figures", at_least=1)
+    watch: str = option("all", "histograms of the weights", choices=("off", "gradients", "parameters", "all"))
+    watch_every: int | None = option(None, "batches between histograms [once an epoch]", at_least=1)
+
+    wandb: str = option(
+        "auto",
+        "auto: online with an API key, else offline",
+        choices=("auto", "online", "offline", "disabled"),
+    )
+    project: str | None = option(None, "W&B project")
+    entity: str | None = option(None, "W&B user or team")
+    name: str | None = option(None, "name of the run")
+    id: str | None = option(None, "W&B run id")
+    job_type: str | None = option(None, "W&B job type")
+    group: str | None = option(None, "W&B group of runs")
+    notes: str | None = option(None, "a note about the run")
+    tags: list[str] = option([], "tags of the run")
+    save_code: bool = option(False, "log the code as an artifact")
+    log_model: str = option("none", "which models to log as artifacts", choices=("none", "best", "all"))
+
+
+Settings = TypeVar("Settings", bound=SharedSettings)
+
+
+def parse(settings_class: type[Settings], argv: Sequence[str] | None = None) -> Settings:
+    """Settings from command-line arguments (`sys.argv` where None).
+
+    Raises `UserError` for an option that is unknown, misspelt or has a value it can't have.
+    """
+    return _build(settings_class, vars(_read(settings_class, argv)), prefix="--")
+
+
+def from_config(settings_class: type[Settings], config: Mapping[str, Any]) -> Settings:
+    """Settings from a W&B run's config, where a sweep may have set some; checked like the command line.
+
+    Keys that are no option are left alone. Raises `UserError`.
+    """
+    names = {field.name for field in dataclasses.fields(settings_class)}
+    return _build(settings_class, {k: v for k, v in config.items() if k in names}, prefix="config.")
+
+
+def is_better(figure: str, value: float, than: float) -> bool:
+    """Whether a monitored figure has improved: losses are to fall, everything else is to rise."""
+    return value < than if figure.endswith("loss") else value > than
+
+
+class _Parser(ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (--help lists the options)")
+
+
+def _read(settings_class: type, argv: Sequence[str] | None) -> Namespace:
+    """The options that were given, as the strings that were given."""
+    module = sys.modules[settings_class.__module__]
+    parser = _Parser(description=(module.__doc__ or "").strip().splitlines()[0], allow_abbrev=False)
+    for field in dataclasses.fields(settings_class):
+        kind = _kind(settings_class, field.name)
+        default = field.default_factory() if field.default is dataclasses.MISSING else field.default
+        choices = field.metadata.get("choices")
+        parser.add_argument(
+            f"--{field.name}",
+            # A flag may stand alone (--compile) or carry its value, as a sweep writes it (--compile=True).
+            nargs="?" if kind is bool else "*" if kind in (list[int], list[str]) else None,
+            const="true" if kind is bool else None,
+            default=dataclasses.MISSING,
+            metavar="{" + ",".join(choices) + "}" if choices else field.name.upper(),
+            help=field.metadata["help"].replace("%", "%%")
+            + (f" [{_as_typed(default)}]" if default not in (None, []) else ""),
+        )
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        near = difflib.get_close_matches(
+            unknown[0].split("=")[0], [f"--{f.name}" for f in dataclasses.fields(settings_class)], n=1
+        )
+        parser.error(f"unknown option {unknown[0]}" + (f"; did you mean {near[0]}?" if near else ""))
+    return Namespace(**{k: v for k, v in vars(given).items() if v is not dataclasses.MISSING})
+
+
+def _build(settings_class: type[Settings], values: Mapping[str, Any], prefix: str) -> Settings:
+    checked = {}
+    for field in dataclasses.fields(settings_class):
+        if field.name in values:
+            try:
+                checked[field.name] = _convert(
+                    _kind(settings_class, field.name),
+                    values[field.name],
+                    optional=field.default is None,
+                    **{k: v for k, v in field.metadata.items() if k != "help"},
+                )
+            except ValueError as error:
+                raise UserError(f"{prefix}{field.name}: {error}") from None
+    return settings_class(**checked)
+
+
+def _kind(settings_class: type, name: str) -> Any:
+    """The declared type of an option, without the `| None` of an optional one."""
+    hint = get_type_hints(settings_class)[name]
+    if type(None) in get_args(hint):
+        (hint,) = (part for part in get_args(hint) if part is not type(None))
+    return hint
+
+
+def _as_typed(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _convert(
+    kind: Any,
+    value: Any,
+    optional: bool = False,
+    choices: tuple[str, ...] | None = None,
+    length: int | None = None,
+    **limits: float,
+) -> Any:
+    """`value`, a string or what a sweep's config holds, as `kind`; `ValueError` says what is wrong with it."""
+    if optional and (value is None or value == "None"):
+        return None
+    if kind in (list[int], list[str]):
+        # From the command line a list of words, or one word as a sweep writes it: "[16, 32]".
+        words = value if isinstance(value, (list, tuple)) else [value]
+        parts = [p for word in words for p in str(word).strip("[]()").replace(",", " ").split()]
+        if length is not None and len(parts) != length:
+            raise ValueError(f"needs {length} values, got {len(parts)}: {_as_typed(parts)!r}")
+        (item,) = get_args(kind)
+        return [_convert(item, part.strip("'\""), **limits) for part in parts]
+    if kind is bool:
+        word = str(value).lower()
+        if word not in ("true", "false", "1", "0", "yes", "no"):
+            raise ValueError(f"must be true or false, got {value!r}")
+        return word in ("true", "1", "yes")
+    if kind is str:
+        if value is None or str(value) == "":
+            raise ValueError("must not be empty")
+        if choices and value not in choices:
+            near = difflib.get_close_matches(str(value), choices, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"must be one of {', '.join(choices)}; got {value!r}{hint}")
+        return str(value)
+    return _number(kind, value, **limits)
+
+
+def _number(
+    kind: type,
+    value: Any,
+    at_least: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+) -> float | int:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    whole = kind is int
+    if isinstance(value, bool) or not math.isfinite(number) or (whole and number != int(number)):
+        raise ValueError(f"must be a {'whole' if whole else 'finite'} number, got {value!r}")
+    if at_least is not None and number < at_least:
+        raise ValueError(f"must be at least {at_least}, got {value!r}")
+    if above is not None and number <= above:
+        raise ValueError(f"must be above {above}, got {value!r}")
+    if below is not None and number >= below:
+        raise ValueError(f"must be below {below}, got {value!r}")
+    return int(number) if whole else number
+
+
+def exit_cleanly(main: Callable[[], Any]) -> None:
+    """Call `main`, end a `UserError` in one line on stderr and with its exit status."""
+    try:
+        main()
+    except UserError as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(error.status)
+    except KeyboardInterrupt:
+        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,201 @@
+"""A run's life around its training loop: seeds, device, W&B mode, the files that are written, the journal."""
+
+import contextlib
+import csv
+import json
+import math
+import os
+import platform
+import random
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import wandb
+from PIL import Image
+
+from metrics import Evaluation
+from options import UserError
+
+LIBRARIES = ("torch", "torchvision", "transformers", "wandb", "numpy")
+PROBE_BYTES = 8 << 20  # a run that can't write this much when it starts has no space
+
+
+def warn_loudly(*lines: str) -> None:
+    """A framed warning on stderr."""
+    frame = "!" * 100
+    print("", frame, *(f"!!  {line}" for line in lines), frame, "", sep="\n", file=sys.stderr, flush=True)
+
+
+def seed_everything(seed: int, deterministic: bool) -> None:
+    """Seed Python, NumPy, torch and CUDA; where `deterministic`, forbid algorithms whose bits may vary."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)  # every device's generator
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs this to repeat its sums
+        torch.backends.cudnn.benchmark = False
+    # Only a warning where CUDA has no other algorithm, as for the histograms of wandb.watch.
+    torch.use_deterministic_algorithms(deterministic, warn_only=torch.cuda.is_available())
+
+
+def find_device(name: str) -> torch.device:
+    """The device `--device` asks for; "auto" takes the fastest kind there is. Raises `UserError`."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, available in there.items() if available)
+    if not there[name]:
+        raise UserError(f"--device {name}: this machine, or this build of torch, has none")
+    return torch.device(name)
+
+
+def find_precision(name: str, device: torch.device) -> str:
+    """ "fp32" or "bf16"; "auto" takes bf16 where the hardware has instructions for it."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        native = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        native = device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
+    return "bf16" if native else "fp32"
+
+
+def wandb_mode(choice: str) -> str:
+    """The mode for `wandb.init` that `--wandb` asks for.
+
+    "auto" obeys `WANDB_MODE`, and else is online where credentials are configured and offline where none
+    are; it never prompts. Raises `UserError` where "online" was asked for and there are no credentials.
+    """
+    mode = os.environ.get("WANDB_MODE", "online") if choice == "auto" else choice
+    if mode != "online":
+        return mode
+    try:
+        if wandb.login(prompt=False, verify=False):
+            return "online"
+        problem = "no API key is configured"
+    except wandb.errors.AuthenticationError as error:
+        problem = f"the API key can't be used: {error}"
+    if choice == "online":
+        raise UserError(f"--wandb online: {problem}; run `wandb login`, or use --wandb offline")
+    print(f"W&B is offline: {problem}.")
+    return "offline"
+
+
+@contextlib.contextmanager
+def output_directory(path: str | Path) -> Iterator[Path]:
+    """Make the directory of a new run, which must be able to receive files and hold no other run.
+
+    Raises `UserError` where it can't. If the block raises before a file was written, no directory is left.
+    """
+    path = Path(path)
+    made = [p for p in (path, *path.parents) if not p.exists()]
+    try:
+        for taken in ("config.json", "history.jsonl", "checkpoint.pt", "metrics.json"):
+            if (path / taken).exists():
+                raise UserError(f"--output_dir {path} already holds another run ({taken}); name another one")
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            with _temporary_beside(path / "probe") as probe:
+                probe.write_bytes(bytes(PROBE_BYTES))
+        except OSError as error:
+            raise UserError(f"--output_dir {path}: can't write there ({error.strerror})") from None
+        yield path
+    except BaseException:
+        with contextlib.suppress(OSError):  # not empty: what was written is kept
+            for directory in made:
+                directory.rmdir()
+        raise
+
+
+@contextlib.contextmanager
+def _temporary_beside(path: Path) -> Iterator[Path]:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name to write to; at the end of the block it becomes `path`, whole or not at all."""
+    with _temporary_beside(path) as temporary:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write `content` as an indented JSON object, whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def save_weights(path: Path, content: Mapping[str, Any]) -> None:
+    """`torch.save` a state dict or a checkpoint of tensors and plain values, whole or not at all."""
+    with replacing(path) as temporary:
+        torch.save(content, temporary)
+
+
+def write_predictions(path: Path, result: Evaluation, more: Mapping[str, Iterable[Any]] = {}) -> None:
+    """Write a CSV row for each example, in order: label, prediction, probabilities, loss and `more` columns."""
+    columns = {"label": result.labels.tolist(), "prediction": result.predictions.tolist()}
+    columns |= {f"probability_{c}": p.tolist() for c, p in enumerate(result.probabilities.T)}
+    columns |= {"loss": result.losses.tolist(), **more}
+    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file)
+        rows.writerow(columns)
+        rows.writerows(zip(*columns.values(), strict=True))
+
+
+def write_png(path: Path, picture: Image.Image) -> None:
+    with replacing(path) as temporary:
+        picture.save(temporary, format="png")
+
+
+def random_state() -> dict[str, Any]:
+    """The state of every global random generator, as tensors and plain values."""
+    kind, keys, position, has_gauss, cached = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that decide what a run computes."""
+    return {"python": platform.python_version(), **{library: version(library) for library in LIBRARIES}}
+
+
+def log_numbers(run: wandb.Run, output_dir: Path, numbers: Mapping[str, float], step: int) -> None:
+    """Log a row of numbers to W&B and to the journal, `history.jsonl`. `step`: training examples seen."""
+    with (output_dir / "history.jsonl").open("a") as journal:
+        journal.write(json.dumps({"step": step, **numbers}) + "\n")
+    run.log(dict(numbers), step=step)
+
+
+def stop_if_diverged(loss: float, epoch: int, step: int, learning_rate: float) -> None:
+    """Raise `UserError` (status 1) if the loss is NaN or infinite."""
+    if not math.isfinite(loss):
+        raise UserError(
+            f"the loss is {loss} in epoch {epoch} at step {step}, learning rate {learning_rate:g}; training has "
+            "stopped, what was logged is kept; a lower --learning_rate may help",
+            status=1,
+        )
+
+
+def where_to_look(run: wandb.Run, output_dir: Path) -> str:
+    """The line that ends a run: where its files are, and how to see them in W&B."""
+    line = f"Files of this run: {output_dir}"
+    if run.disabled:
+        return f"{line} (W&B is disabled)"
+    directory = os.path.relpath(Path(run.dir).parent)
+    upload = f"upload it: wandb sync {directory}" if run.offline else f"on the web: {run.url}"
+    return f"{line} | look at it: wandb leet {directory} | {upload}"

@@ -1,0 +1,374 @@
+"""Train a ConvNet on MNIST, monitored by Weights & Biases: options, data, model, evaluation, loop, export.
+
+The model and the task are those of the W&B PyTorch tutorial. Read it from top to bottom.
+"""
+
+import dataclasses
+
+import options
+from options import UserError, option
+
+# ---------------------------------------------------------------------------------------------- settings
+
+
+@dataclasses.dataclass(kw_only=True)
+class Settings(options.SharedSettings):
+    dataset: str = option(
+        "auto",
+        "auto: MNIST, or built-in digits where it can't be had",
+        choices=("auto", "mnist", "fashion_mnist", "kmnist", "synthetic"),
+    )
+    schedule: str = option("onecycle", "of the learning rate", choices=("onecycle", "constant"))
+    kernels: list[int] = option([16, 32], "channels of the two convolutions", length=2, at_least=1)
+    slice: int = option(1, "use every n-th image of each part only", at_least=1)
+    valid_size: int = option(5000, "training images held out, the last ones", at_least=0)
+
+
+if __name__ == "__main__":  # --help and a misspelt option are answered before torch takes its time to load
+    options.exit_cleanly(lambda: options.parse(Settings))
+
+import math
+import os
+import secrets
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import wandb
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import data
+import metrics
+import runtime
+import viz
+
+# -------------------------------------------------------------------------------------------------- data
+
+
+class Part(NamedTuple):
+    """One of training, validation and test; it stays on the device, and a batch is an index into it."""
+
+    images: Tensor  # uint8 (examples, 1, 28, 28)
+    labels: Tensor  # int64 (examples,)
+
+
+def split(digits: data.Digits, settings: Settings, device: torch.device) -> list[Part]:
+    """Training, validation and test part: the last training images are held out, then each part is sliced."""
+    if settings.patience and not settings.valid_size:
+        raise UserError("--patience needs images to judge by: --valid_size is 0")
+    kept = len(digits.train_images) - settings.valid_size
+    if kept < 1:
+        raise UserError(f"--valid_size {settings.valid_size} leaves no training image of {len(digits.train_images)}")
+    whole = (
+        (digits.train_images[:kept], digits.train_labels[:kept]),
+        (digits.train_images[kept:], digits.train_labels[kept:]),
+        (digits.test_images, digits.test_labels),
+    )
+    every = settings.slice
+    parts = [Part(images[::every, None].to(device), labels[::every].to(device)) for images, labels in whole]
+    if settings.batch_size > len(parts[0].images):
+        raise UserError(f"--batch_size {settings.batch_size} is more than the {len(parts[0].images)} training images")
+    return parts
+
+
+def pixels(images: Tensor) -> Tensor:
+    """What the model sees of uint8 images: float32 in 0..1, as torchvision's ToTensor makes it."""
+    return images.float().div_(255)
+
+
+# ------------------------------------------------------------------------------------------------- model
+
+
+class ConvNet(nn.Module):
+    """Two 5×5 convolutions, each with max-pooling and ReLU, and a linear layer.
+
+    Takes float (batch, 1, 28, 28) in 0..1 and returns logits, float (batch, 10).
+    """
+
+    def __init__(self, kernels: list[int]):
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, kernels[0], kernel_size=5, padding=2)
+        self.conv2 = nn.Conv2d(kernels[0], kernels[1], kernel_size=5, padding=2)
+        self.fc = nn.Linear(7 * 7 * kernels[1], 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        # Pooling before ReLU gives the same as after it, both being monotone, on a quarter of the values.
+        x = F.max_pool2d(self.conv1(images), 2).relu()
+        x = F.max_pool2d(self.conv2(x), 2).relu()
+        return self.fc(x.flatten(1))
+
+
+# -------------------------------------------------------------------------------------------- evaluation
+
+
+@torch.inference_mode()
+def evaluate(model: ConvNet, part: Part) -> metrics.Evaluation:
+    """Answer every image, in float32 as the exported model does."""
+    model.eval()
+    # forward(), since wandb.watch counts the calls of the model itself
+    logits = torch.cat([model.forward(pixels(images)) for images in part.images.split(500)])
+    return metrics.evaluation(logits, part.labels)
+
+
+def log_charts(
+    run: wandb.Run, name: str, part: Part, result: metrics.Evaluation, class_names: list[str], step: int
+) -> None:
+    """Log the charts and tables of `name`, "valid" or "test", into the row of this step."""
+    labels, predictions = result.labels.tolist(), result.predictions.tolist()
+    picture = viz.confusion_matrix_picture(result.confusion.counts, class_names, name)
+    charts = {
+        f"{name}/confusion_matrix": wandb.plot.confusion_matrix(
+            y_true=labels, preds=predictions, class_names=class_names
+        ),
+        f"{name}/confusion_matrix_image": wandb.Image(picture),
+        f"{name}/mistakes": viz.digit_mistakes_table(part.images.cpu(), result, class_names, step),
+        f"{name}/logits": wandb.Histogram(result.logits.numpy()),
+    }
+    run.log(charts, step=step)
+
+
+# ---------------------------------------------------------------------------------------------- training
+
+
+class Best(NamedTuple):
+    """The model to keep: the best one so far, or the last one where nothing is held out to judge by."""
+
+    epoch: int
+    value: float  # of the monitored figure
+    weights: dict[str, Tensor]
+
+
+def train(
+    run: wandb.Run, settings: Settings, model: ConvNet, parts: list[Part], class_names: list[str], output_dir: Path
+) -> tuple[Best, int]:
+    """Train `model`; returns the model to keep and the last step, the number of images seen."""
+    train_part, valid_part, _ = parts
+    device, examples = train_part.images.device, len(train_part.images)
+    batches = math.ceil(examples / settings.batch_size)
+    last_batch = min(settings.epochs * batches, settings.max_steps or math.inf)
+    watch_every = settings.watch_every or batches
+
+    loss_function = nn.CrossEntropyLoss()
+    optimizer = torch.optim.Adam(model.parameters(), settings.learning_rate, fused=device.type != "mps")
+    if settings.schedule == "onecycle":
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.learning_rate, last_batch)
+    else:
+        schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1)
+    if settings.watch != "off":
+        run.watch(model, loss_function, log=settings.watch, log_freq=watch_every)
+    if settings.compile:
+        model.compile()
+
+    best = Best(0, math.nan, {})
+    batch = step = 0
+    figures = metrics.TrainingFigures(device)
+    bar = tqdm(total=last_batch, unit="batch", disable=None, file=sys.stdout)
+
+    def save_checkpoint() -> None:
+        state = {
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "schedule": schedule.state_dict(),
+            "random": runtime.random_state(),
+            "figures": figures.state_dict(),
+            "position": {"epoch": epoch, "batch": batch, "step": step},
+            "best": best._asdict(),
+            "settings": dataclasses.asdict(settings),
+        }
+        runtime.save_weights(output_dir / "checkpoint.pt", state)
+
+    for epoch in range(1, settings.epochs + 1):
+        epoch_started = row_started = time.perf_counter()
+        row_began = step
+        model.train()
+        # Drawn from (seed, epoch) alone, so that the batches of any epoch can be drawn again.
+        order = torch.from_numpy(np.random.default_rng((settings.seed, epoch)).permutation(examples))
+        for indices in order.to(device).split(settings.batch_size):
+            images, labels = train_part.images[indices], train_part.labels[indices]
+            batch, step = batch + 1, step + len(labels)
+            epoch_ends = batch % batches == 0 or batch == last_batch
+            if settings.watch != "off" and batch % watch_every == 0:
+                run.log({}, step=step, commit=False)  # opens the row that the histograms belong to
+
+            with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+                logits = model(pixels(images))
+                loss = loss_function(logits, labels)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            learning_rate = schedule.get_last_lr()[0]
+            schedule.step()
+            figures.add(loss, logits, labels)
+            bar.update()
+
+            if batch % settings.log_every == 0 or epoch_ends:
+                row = figures.take_row()
+                numbers = {
+                    "epoch": epoch,
+                    "train/loss_step": row["loss"],
+                    "train/acc_step": row["acc"],
+                    "train/learning_rate": learning_rate,
+                    "train/examples_per_second": (step - row_began) / (time.perf_counter() - row_started),
+                }
+                runtime.stop_if_diverged(row["loss"], epoch, step, learning_rate)
+                bar.set_postfix(loss=f"{row['loss']:.4f}", acc=f"{row['acc']:.2%}")
+                row_began, row_started = step, time.perf_counter()
+                if epoch_ends:
+                    break  # this row is logged below, with the figures of the epoch
+                runtime.log_numbers(run, output_dir, numbers, step)
+            if batch % settings.checkpoint_every == 0:
+                save_checkpoint()
+
+        whole = figures.take_epoch()
+        numbers |= {"train/loss_epoch": whole["loss"], "train/acc_epoch": whole["acc"]}
+        line = f"epoch {epoch}: train loss {whole['loss']:.4f} acc {whole['acc']:.2%}"
+        inputs = viz.captioned_digits(images[:16].cpu(), logits.argmax(1), labels, class_names)
+        run.log({"train/inputs": inputs}, step=step)
+        improved = True
+        if len(valid_part.images):
+            valid = evaluate(model, valid_part)
+            runtime.stop_if_diverged(valid.figures["loss"], epoch, step, learning_rate)
+            log_charts(run, "valid", valid_part, valid, class_names, step)
+            numbers |= {f"valid/{name}": figure for name, figure in valid.figures.items()}
+            improved = best.epoch == 0 or options.is_better(settings.monitor, numbers[settings.monitor], best.value)
+            line += f", valid loss {valid.figures['loss']:.4f} acc {valid.figures['acc']:.2%}"
+        runtime.log_numbers(run, output_dir, numbers, step)
+        if improved:
+            weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+            best = Best(epoch, numbers.get(settings.monitor, math.nan), weights)
+        save_checkpoint()
+        if settings.log_model == "all":
+            log_model(run, model.state_dict(), numbers, ["latest", "best"] if improved else ["latest"])
+        bar.write(f"{line}, {time.perf_counter() - epoch_started:.1f} s")
+        if batch == last_batch or 0 < settings.patience <= epoch - best.epoch:
+            break
+    bar.close()
+    return best, step
+
+
+# ------------------------------------------------------------------------------------- from start to end
+
+
+def export_onnx(path: Path, model: ConvNet) -> None:
+    """One file that holds the weights too: `images`, float (batch, 1, 28, 28) in 0..1, to `logits`."""
+    with runtime.replacing(path) as temporary:
+        torch.onnx.export(
+            model.cpu().to(memory_format=torch.contiguous_format),
+            (torch.zeros(2, 1, 28, 28),),
+            temporary,
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
+            external_data=False,  # the default leaves the weights in a second file
+            verbose=False,
+        )
+
+
+def log_model(run: wandb.Run, weights: dict[str, Tensor], figures: dict[str, float], aliases: list[str]) -> None:
+    artifact = wandb.Artifact(f"model-{run.id}", type="model", metadata=figures)
+    with artifact.new_file("model.pt", mode="wb") as file:
+        torch.save(weights, file)
+    run.log_artifact(artifact, aliases=aliases)
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Train, evaluate and export as the command-line arguments say; returns the content of metrics.json."""
+    started = time.perf_counter()
+    settings = options.parse(Settings, argv)
+    digits = data.load_digits(settings.dataset, settings.data_dir)
+    split(digits, settings, runtime.find_device(settings.device))  # raises before anything is written
+    settings.dataset = digits.name
+    settings.id = settings.id or os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
+    settings.output_dir = settings.output_dir or f"runs/mnist-{settings.id}"
+    with (
+        runtime.output_directory(settings.output_dir) as output_dir,
+        wandb.init(
+            project=settings.project or os.environ.get("WANDB_PROJECT", "mnist"),
+            entity=settings.entity,
+            name=settings.name,
+            id=settings.id,
+            job_type=settings.job_type,
+            group=settings.group,
+            notes=settings.notes,
+            tags=settings.tags or None,
+            config=dataclasses.asdict(settings),
+            mode=runtime.wandb_mode(settings.wandb),
+            save_code=settings.save_code or None,
+        ) as run,
+    ):
+        # A sweep may have set part of the config: from here on, the config is what counts.
+        command_line, settings = settings, options.from_config(Settings, run.config)
+        if (settings.dataset, settings.data_dir) != (command_line.dataset, command_line.data_dir):
+            digits = data.load_digits(settings.dataset, settings.data_dir)
+            settings.dataset = digits.name
+        device = runtime.find_device(settings.device)
+        settings.device, settings.precision = device.type, runtime.find_precision(settings.precision, device)
+        parts = split(digits, settings, device)
+        run.config.update(dataclasses.asdict(settings), allow_val_change=True)
+        run.tags = (*(run.tags or ()), digits.name)
+        dataset = wandb.Artifact(digits.name, type="dataset")
+        for file in digits.files:
+            dataset.add_reference(file.resolve().as_uri(), name=file.name)  # its checksum, not a copy
+        if not digits.files:
+            dataset.add_file(data.__file__)  # what draws the built-in digits
+        run.log_artifact(dataset)
+        if settings.save_code:
+            here = Path(__file__).parent
+            run.log_code(here, include_fn=lambda path: Path(path).parent == here and path.endswith((".py", ".yaml")))
+        runtime.write_json(output_dir / "config.json", dataclasses.asdict(settings) | {"versions": runtime.versions()})
+
+        runtime.seed_everything(settings.seed, settings.deterministic)
+        model = ConvNet(settings.kernels).to(device, memory_format=torch.channels_last)
+        sizes = " + ".join(f"{len(part.images):,}" for part in parts)
+        print(f"{digits.name}: {sizes} images for training, validation and test\n{model}")
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        print(f"{parameters:,} parameters on {device.type} in {settings.precision}, seed {settings.seed}")
+        best, step = train(run, settings, model, parts, digits.class_names, output_dir)
+
+        _, valid_part, test_part = parts
+        model = ConvNet(settings.kernels).to(device, memory_format=torch.channels_last)
+        model.load_state_dict(best.weights)
+        test = evaluate(model, test_part)
+        figures = {f"test/{name}": figure for name, figure in test.figures.items()}
+        log_charts(run, "test", test_part, test, digits.class_names, step)
+        runtime.log_numbers(run, output_dir, figures, step)
+        run.log({}, step=step, commit=True)  # or the open row would overwrite the summary
+        run.summary["best/epoch"] = best.epoch
+        shown, part, result = "test", test_part, test  # what there is to show where nothing was held out
+        if len(valid_part.images):
+            shown, part, result = "valid", valid_part, evaluate(model, valid_part)
+            run.summary.update({f"best/{name}": figure for name, figure in result.figures.items()})
+            figures |= {f"valid/{name}": figure for name, figure in result.figures.items()}
+
+        runtime.write_predictions(output_dir / "predictions.csv", result)
+        picture = viz.confusion_matrix_picture(result.confusion.counts, digits.class_names, shown)
+        runtime.write_png(output_dir / "confusion_matrix.png", picture)
+        picture = viz.digit_mistakes_picture(part.images.cpu(), result, digits.class_names, shown)
+        runtime.write_png(output_dir / "mistakes.png", picture)
+        runtime.save_weights(output_dir / "model.pt", best.weights)
+        export_onnx(output_dir / "model.onnx", model)
+        run.save(output_dir / "model.*", base_path=output_dir, policy="now")
+        if settings.log_model == "best":
+            log_model(run, best.weights, figures, ["latest", "best"])
+        summary = {
+            "dataset": digits.name,
+            "model": f"ConvNet {settings.kernels}",
+            "best/epoch": best.epoch,
+            **figures,
+            f"{shown}/majority_share": result.confusion.majority_share(),
+            "seconds": time.perf_counter() - started,
+        }
+        runtime.write_json(output_dir / "metrics.json", summary)
+        last_line = runtime.where_to_look(run, output_dir)
+    print(f"test accuracy {test.figures['acc']:.2%} of {len(test_part.images):,} images, best epoch {best.epoch}")
+    print(last_line)
+    return summary
+
+
+if __name__ == "__main__":
+    options.exit_cleanly(main)
