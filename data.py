@@ -7,6 +7,7 @@ import struct
 import tempfile
 import threading
 import urllib.error
+import urllib.parse
 import urllib.request
 from pathlib import Path
 from typing import NamedTuple
@@ -107,7 +108,8 @@ def _download_digits(name: str, data_dir: str) -> str | None:
 
 def why_unreachable(url: str, seconds: float = 4.0) -> str | None:
     """Why `url`'s server does not answer, or None if it does, within `seconds`; any answer will do."""
-    outcome = [f"no answer from {urllib.request.urlparse(url).hostname} within {seconds:g} s"]
+    host = urllib.parse.urlsplit(url).hostname
+    outcome = [f"no answer from {host} within {seconds:g} s"]
 
     def ask() -> None:
         try:
@@ -116,7 +118,7 @@ def why_unreachable(url: str, seconds: float = 4.0) -> str | None:
         except urllib.error.HTTPError:
             outcome[0] = None
         except OSError as error:
-            outcome[0] = str(getattr(error, "reason", error))
+            outcome[0] = f"{host}: {getattr(error, 'reason', error)}"
 
     # In a thread, since no timeout covers the look-up of the name.
     thread = threading.Thread(target=ask, daemon=True)

@@ -24,8 +24,8 @@ class Settings(options.SharedSettings):
     valid_size: int = option(5000, "training images held out, the last ones", at_least=0)
 
 
-if __name__ == "__main__":  # --help and a misspelt option are answered before torch takes its time to load
-    options.exit_cleanly(lambda: options.parse(Settings))
+if __name__ == "__main__":
+    options.check_before_imports(Settings)
 
 import math
 import os
@@ -309,7 +309,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         device = runtime.find_device(settings.device)
         settings.device, settings.precision = device.type, runtime.find_precision(settings.precision, device)
         parts = split(digits, settings, device)
-        run.config.update(dataclasses.asdict(settings), allow_val_change=True)
+        settings.id = run.id
+        used = dataclasses.asdict(settings)
+        run.config.update({k: v for k, v in used.items() if run.config[k] != v}, allow_val_change=True)
         run.tags = (*(run.tags or ()), digits.name)
         dataset = wandb.Artifact(digits.name, type="dataset")
         for file in digits.files:
@@ -320,7 +322,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         if settings.save_code:
             here = Path(__file__).parent
             run.log_code(here, include_fn=lambda path: Path(path).parent == here and path.endswith((".py", ".yaml")))
-        runtime.write_json(output_dir / "config.json", dataclasses.asdict(settings) | {"versions": runtime.versions()})
+        runtime.write_json(output_dir / "config.json", used | {"versions": runtime.versions()})
 
         runtime.seed_everything(settings.seed, settings.deterministic)
         model = ConvNet(settings.kernels).to(device, memory_format=torch.channels_last)
@@ -371,4 +373,4 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    options.exit_cleanly(main)
+    options.run_script(main)
