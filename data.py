@@ -34,7 +34,12 @@ class Digits(NamedTuple):
     files: list[Path]  # what was read; none for the built-in digits
 
 
-DIGITS = ("auto", "mnist", "fashion_mnist", "kmnist", "synthetic")
+class Part(NamedTuple):
+    """Training, validation or test part of a data set of digits."""
+
+    images: Tensor  # uint8 (examples, 1, 28, 28)
+    labels: Tensor  # int64 (examples,)
+
 
 # sha256 of the published files, unpacked. The class names are torchvision's, whose folder bears them.
 MNIST_SHA256 = {
@@ -47,38 +52,51 @@ TORCHVISION_CLASS = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "kmnist"
 
 
 def load_digits(name: str, data_dir: str) -> Digits:
-    """The data set `name` of `DIGITS`, from `data_dir` or else downloaded into it.
+    """The data set "mnist", "fashion_mnist" or "kmnist", from `data_dir` or else downloaded into it.
 
-    "auto" is MNIST, and the built-in digits, with a loud warning, where MNIST can't be had. Raises
-    `UserError` where a named data set can't be had, and where a file is damaged.
+    "synthetic" is the built-in digits. "auto" is MNIST, and the built-in digits, with a loud warning, where
+    MNIST can't be had. Raises `UserError` where a named data set can't be had, and where a file is damaged.
     """
     if name == "synthetic":
         return synthetic_digits()
     dataset = "mnist" if name == "auto" else name
-    problem = None if _idx_files(dataset, data_dir) else _download_digits(dataset, data_dir)
+    missing = [file.name for file in _idx_files(dataset, data_dir) if not file.is_file()]
+    problem = _download_digits(dataset, data_dir) if missing else None
     if problem is None:
         return _read_digits(dataset, data_dir)
+    problem = f"{', '.join(missing)} missing, and can't be downloaded: {problem}"
     if name == "auto":
         warn_loudly(
-            f"MNIST is not in {data_dir} and can't be downloaded ({problem}).",
+            f"MNIST is not in {data_dir}: {problem}.",
             "This run uses the BUILT-IN synthetic digits instead: its figures are not MNIST's.",
             "To use MNIST, name the directory that holds it: --data_dir DIR (DIR/MNIST/raw/...-ubyte).",
         )
         return synthetic_digits()
     raise UserError(
-        f"{name} is not in {data_dir} and can't be downloaded ({problem}); put its four unpacked files into "
-        f"{_raw_dir(name, data_dir)}, name another --data_dir, or use --dataset synthetic"
+        f"{name} is not in {data_dir}: {problem}. Put the unpacked files into "
+        f"{_idx_files(name, data_dir)[0].parent}, name another --data_dir, or use --dataset synthetic"
     )
 
 
-def _raw_dir(name: str, data_dir: str) -> Path:
-    return Path(data_dir) / TORCHVISION_CLASS[name] / "raw"
+def split_digits(digits: Digits, valid_size: int, every: int) -> list[Part]:
+    """Training, validation and test part: the last `valid_size` training images are held out for validation.
+
+    Then every `every`-th image of each part is kept. Raises `UserError` where none is left to train on.
+    """
+    kept = len(digits.train_images) - valid_size
+    if kept < 1:
+        raise UserError(f"--valid_size {valid_size} leaves no training image of {len(digits.train_images)}")
+    whole = (
+        (digits.train_images[:kept], digits.train_labels[:kept]),
+        (digits.train_images[kept:], digits.train_labels[kept:]),
+        (digits.test_images, digits.test_labels),
+    )
+    return [Part(images[::every, None], labels[::every]) for images, labels in whole]
 
 
 def _idx_files(name: str, data_dir: str) -> list[Path]:
-    """The data set's four files, or none unless all are there."""
-    files = [_raw_dir(name, data_dir) / file for file in MNIST_SHA256]
-    return files if all(file.is_file() for file in files) else []
+    """Where torchvision keeps a data set's four files: images and labels for training, then for testing."""
+    return [Path(data_dir) / TORCHVISION_CLASS[name] / "raw" / file for file in MNIST_SHA256]
 
 
 def _download_digits(name: str, data_dir: str) -> str | None:
@@ -95,10 +113,9 @@ def _download_digits(name: str, data_dir: str) -> str | None:
         Path(data_dir).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=data_dir, prefix=".download-") as scratch:
             dataset(scratch, download=True)
-            raw = _raw_dir(name, data_dir)
-            raw.mkdir(parents=True, exist_ok=True)
-            for file in _idx_files(name, scratch):
-                os.replace(file, raw / file.name)
+            for source, target in zip(_idx_files(name, scratch), _idx_files(name, data_dir)):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(source, target)
     except (OSError, RuntimeError) as error:
         return " ".join(str(error).split())
     finally:

@@ -233,7 +233,7 @@ def check_before_imports(settings_class: type[SharedSettings]) -> None:
 
 def run_script(main: Callable[[], Any]) -> None:
     """Call `main`; what the user can put right ends in one line on stderr and its exit status."""
-    gc.freeze()  # the collector leaves alone what was imported: two seconds less until the program ends
+    gc.freeze()  # the collector leaves alone what was imported: a second and a half less in the end
     gc.enable()
     gc.set_threshold(50_000)  # and looks rarely, since torchvision and the ONNX exporter are imported later
     _end_in_one_line(main)

@@ -175,6 +175,20 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{library: version(library) for library in LIBRARIES}}
 
 
+@contextlib.contextmanager
+def finishing(run: wandb.Run) -> Iterator[wandb.Run]:
+    """End the W&B run with the block, as failed if it raises.
+
+    `run` itself would do as a context manager, but prints a traceback for any exception, even a `UserError`.
+    """
+    try:
+        yield run
+    except BaseException as error:
+        run.finish(exit_code=getattr(error, "status", 1))
+        raise
+    run.finish()
+
+
 def log_numbers(run: wandb.Run, output_dir: Path, numbers: Mapping[str, float], step: int) -> None:
     """Log a row of numbers to W&B and to the journal, `history.jsonl`. `step`: training examples seen."""
     with (output_dir / "history.jsonl").open("a") as journal:

@@ -50,30 +50,17 @@ import viz
 # -------------------------------------------------------------------------------------------------- data
 
 
-class Part(NamedTuple):
-    """One of training, validation and test; it stays on the device, and a batch is an index into it."""
-
-    images: Tensor  # uint8 (examples, 1, 28, 28)
-    labels: Tensor  # int64 (examples,)
-
-
-def split(digits: data.Digits, settings: Settings, device: torch.device) -> list[Part]:
-    """Training, validation and test part: the last training images are held out, then each part is sliced."""
+def load(settings: Settings) -> tuple[data.Digits, list[data.Part]]:
+    """The data set and its training, validation and test part; `settings.dataset` becomes what was found."""
+    digits = data.load_digits(settings.dataset, settings.data_dir)
+    parts = data.split_digits(digits, settings.valid_size, settings.slice)
+    examples = len(parts[0].images)
+    if settings.batch_size > examples:
+        raise UserError(f"--batch_size {settings.batch_size} is more than the {examples} training images")
     if settings.patience and not settings.valid_size:
         raise UserError("--patience needs images to judge by: --valid_size is 0")
-    kept = len(digits.train_images) - settings.valid_size
-    if kept < 1:
-        raise UserError(f"--valid_size {settings.valid_size} leaves no training image of {len(digits.train_images)}")
-    whole = (
-        (digits.train_images[:kept], digits.train_labels[:kept]),
-        (digits.train_images[kept:], digits.train_labels[kept:]),
-        (digits.test_images, digits.test_labels),
-    )
-    every = settings.slice
-    parts = [Part(images[::every, None].to(device), labels[::every].to(device)) for images, labels in whole]
-    if settings.batch_size > len(parts[0].images):
-        raise UserError(f"--batch_size {settings.batch_size} is more than the {len(parts[0].images)} training images")
-    return parts
+    settings.dataset = digits.name
+    return digits, parts
 
 
 def pixels(images: Tensor) -> Tensor:
@@ -107,7 +94,7 @@ class ConvNet(nn.Module):
 
 
 @torch.inference_mode()
-def evaluate(model: ConvNet, part: Part) -> metrics.Evaluation:
+def evaluate(model: ConvNet, part: data.Part) -> metrics.Evaluation:
     """Answer every image, in float32 as the exported model does."""
     model.eval()
     # forward(), since wandb.watch counts the calls of the model itself
@@ -116,7 +103,7 @@ def evaluate(model: ConvNet, part: Part) -> metrics.Evaluation:
 
 
 def log_charts(
-    run: wandb.Run, name: str, part: Part, result: metrics.Evaluation, class_names: list[str], step: int
+    run: wandb.Run, name: str, part: data.Part, result: metrics.Evaluation, class_names: list[str], step: int
 ) -> None:
     """Log the charts and tables of `name`, "valid" or "test", into the row of this step."""
     labels, predictions = result.labels.tolist(), result.predictions.tolist()
@@ -144,7 +131,7 @@ class Best(NamedTuple):
 
 
 def train(
-    run: wandb.Run, settings: Settings, model: ConvNet, parts: list[Part], class_names: list[str], output_dir: Path
+    run: wandb.Run, settings: Settings, model: ConvNet, parts: list[data.Part], class_names: list[str], output_dir: Path
 ) -> tuple[Best, int]:
     """Train `model`; returns the model to keep and the last step, the number of images seen."""
     train_part, valid_part, _ = parts
@@ -280,35 +267,35 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Train, evaluate and export as the command-line arguments say; returns the content of metrics.json."""
     started = time.perf_counter()
     settings = options.parse(Settings, argv)
-    digits = data.load_digits(settings.dataset, settings.data_dir)
-    split(digits, settings, runtime.find_device(settings.device))  # raises before anything is written
-    settings.dataset = digits.name
+    digits, parts = load(settings)
+    device = runtime.find_device(settings.device)
     settings.id = settings.id or os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
     settings.output_dir = settings.output_dir or f"runs/mnist-{settings.id}"
     with (
         runtime.output_directory(settings.output_dir) as output_dir,
-        wandb.init(
-            project=settings.project or os.environ.get("WANDB_PROJECT", "mnist"),
-            entity=settings.entity,
-            name=settings.name,
-            id=settings.id,
-            job_type=settings.job_type,
-            group=settings.group,
-            notes=settings.notes,
-            tags=settings.tags or None,
-            config=dataclasses.asdict(settings),
-            mode=runtime.wandb_mode(settings.wandb),
-            save_code=settings.save_code or None,
+        runtime.finishing(
+            wandb.init(
+                project=settings.project or os.environ.get("WANDB_PROJECT", "mnist"),
+                entity=settings.entity,
+                name=settings.name,
+                id=settings.id,
+                job_type=settings.job_type,
+                group=settings.group,
+                notes=settings.notes,
+                tags=settings.tags or None,
+                config=dataclasses.asdict(settings),
+                mode=runtime.wandb_mode(settings.wandb),
+                save_code=settings.save_code or None,
+            )
         ) as run,
     ):
         # A sweep may have set part of the config: from here on, the config is what counts.
         command_line, settings = settings, options.from_config(Settings, run.config)
-        if (settings.dataset, settings.data_dir) != (command_line.dataset, command_line.data_dir):
-            digits = data.load_digits(settings.dataset, settings.data_dir)
-            settings.dataset = digits.name
+        if settings != command_line:
+            digits, parts = load(settings)
         device = runtime.find_device(settings.device)
+        parts = [data.Part(part.images.to(device), part.labels.to(device)) for part in parts]
         settings.device, settings.precision = device.type, runtime.find_precision(settings.precision, device)
-        parts = split(digits, settings, device)
         settings.id = run.id
         used = dataclasses.asdict(settings)
         run.config.update({k: v for k, v in used.items() if run.config[k] != v}, allow_val_change=True)

@@ -1,0 +1,151 @@
+"""What a user can get wrong ends in one clear line, exit status 2, and nothing half-written."""
+
+import json
+import resource
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import REPO, call, clean_environment
+
+import options
+import train_mnist
+
+OPTIONS = {
+    "--epoch 3": "unknown option --epoch; did you mean --epochs?",
+    "--lr 0.1": "unknown option --lr",
+    "stray": "unknown option stray",
+    "--epochs": "--epochs: expected one argument",
+    "--epochs 0": "--epochs: must be at least 1, got '0'",
+    "--epochs -3": "--epochs: must be at least 1, got '-3'",
+    "--epochs 1.5": "--epochs: must be a whole number, got '1.5'",
+    "--epochs many": "--epochs: must be a whole number, got 'many'",
+    "--learning_rate nan": "--learning_rate: must be a finite number, got 'nan'",
+    "--learning_rate inf": "--learning_rate: must be a finite number, got 'inf'",
+    "--learning_rate 0": "--learning_rate: must be above 0, got '0'",
+    "--learning_rate -0.1": "--learning_rate: must be above 0, got '-0.1'",
+    "--kernels 16": "--kernels: needs 2 values, got 1: '16'",
+    "--kernels 16 0": "--kernels: must be at least 1, got '0'",
+    "--kernels": "--kernels: needs 2 values, got 0",
+    "--slice 0": "--slice: must be at least 1, got '0'",
+    "--batch_size 0": "--batch_size: must be at least 1, got '0'",
+    "--valid_size -1": "--valid_size: must be at least 0, got '-1'",
+    "--seed -1": "--seed: must be at least 0, got '-1'",
+    "--seed 4294967296": "--seed: must be below 4294967296",
+    "--compile maybe": "--compile: must be true or false, got 'maybe'",
+    "--dataset minst": "--dataset: must be one of auto, mnist, fashion_mnist, kmnist, synthetic; got 'minst'",
+    "--monitor valid/accuracy": "--monitor: must be one of valid/loss",
+    "--name=": "--name: must not be empty",
+}
+
+DATA = {
+    "--dataset mnist": "mnist is not in downloads: train-images-idx3-ubyte, ",
+    "--dataset kmnist": "can't be downloaded",
+    "--dataset synthetic --valid_size 20000": "--valid_size 20000 leaves no training image of 20000",
+    "--dataset synthetic --slice 1000 --batch_size 16": "--batch_size 16 is more than the 15 training images",
+    "--dataset synthetic --valid_size 0 --patience 3": "--patience needs images to judge by",
+    "--dataset synthetic --output_dir /proc/version/x": "--output_dir /proc/version/x: can't write there",
+    "--dataset synthetic --wandb online": "--wandb online: no API key is configured",
+    "--dataset synthetic --project a/b": "W&B: Invalid project name 'a/b'",
+    "--dataset synthetic --id a?b": "W&B: Run ID cannot contain the characters",
+}
+if not torch.cuda.is_available():
+    DATA["--dataset synthetic --device cuda"] = "--device cuda: this machine, or this build of torch, has none"
+
+
+def assert_one_line(done, message: str) -> None:
+    assert done.status == 2
+    (line,) = done.err.splitlines()
+    assert line.startswith("train_mnist.py: error: ") and message in line
+
+
+@pytest.mark.parametrize("arguments, message", OPTIONS.items())
+def test_bad_option(tmp_path, arguments, message):
+    assert_one_line(call("train_mnist.py", *arguments.split(), cwd=tmp_path), message)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("arguments, message", DATA.items())
+def test_what_shows_once_the_data_is_loaded(tmp_path, arguments, message):
+    done = call("train_mnist.py", *arguments.split(), cwd=tmp_path)
+    assert_one_line(done, message)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and "wandb" not in path.parts]
+    assert not (tmp_path / "runs").exists()
+
+
+def test_output_directory_of_another_run(small_mnist):
+    before = {path: path.read_bytes() for path in small_mnist.files.iterdir()}
+    done = call("train_mnist.py", "--dataset", "synthetic", "--output_dir", "out", cwd=small_mnist.cwd)
+    assert_one_line(done, "--output_dir out already holds another run (config.json)")
+    assert {path: path.read_bytes() for path in small_mnist.files.iterdir()} == before
+
+
+def test_no_space_to_write(tmp_path):
+    """A limit on the size of files stands in for a full disk: both make write() fail."""
+    limited = subprocess.run(
+        [sys.executable, REPO / "train_mnist.py", "--dataset", "synthetic", "--output_dir", "new/out"],
+        cwd=tmp_path,
+        env=clean_environment(tmp_path),
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20)),
+    )
+    assert limited.returncode == 2 and not (tmp_path / "new").exists()
+    assert limited.stderr.splitlines() == [
+        "train_mnist.py: error: --output_dir new/out: can't write there (File too large)"
+    ]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    arguments = "--dataset synthetic --slice 20 --valid_size 2000 --schedule constant --log_every 1 --output_dir out"
+    done = call("train_mnist.py", *arguments.split(), "--learning_rate", "1e30", cwd=tmp_path)
+    assert done.status == 1 and "Traceback" not in done.err
+    rows = [json.loads(line) for line in (tmp_path / "out/history.jsonl").read_text().splitlines()]
+    step = rows[-1]["step"] + 128
+    assert f"the loss is nan in epoch 1 at step {step}, learning rate 1e+30" in done.err.splitlines()[-1]
+    assert not (tmp_path / "out/metrics.json").exists() and not (tmp_path / "out/checkpoint.pt").exists()
+
+
+def test_an_unexpected_error_keeps_its_traceback(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("import builtins\nbuiltins.zip = None\n")
+    done = call("train_mnist.py", "--dataset", "synthetic", cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    assert done.status == 1 and "Traceback" in done.err
+
+
+# ------------------------------------------------------------------------- values as a sweep writes them
+
+
+def test_values_as_a_sweep_passes_them():
+    arguments = [
+        "--kernels=[8, 24]",
+        "--epochs=32.0",
+        "--learning_rate=1e-4",
+        "--compile=True",
+        "--deterministic=False",
+    ]
+    settings = options.parse(train_mnist.Settings, [*arguments, "--tags=['a', \"b\"]", "--max_steps=None"])
+    assert (settings.kernels, settings.epochs, settings.learning_rate) == ([8, 24], 32, 1e-4)
+    assert (settings.compile, settings.deterministic, settings.tags, settings.max_steps) == (
+        True,
+        False,
+        ["a", "b"],
+        None,
+    )
+    assert isinstance(settings.epochs, int)
+
+
+def test_values_as_a_config_holds_them():
+    config = {"kernels": [8, 24], "epochs": 32.0, "learning_rate": "1e-4", "compile": True, "name": None, "theirs": {}}
+    settings = options.from_config(train_mnist.Settings, config)
+    assert (settings.kernels, settings.epochs, settings.learning_rate) == ([8, 24], 32, 1e-4)
+    assert (settings.compile, settings.name, settings.batch_size) == (True, None, 128)
+    for bad in ({"epochs": 2.5}, {"epochs": True}, {"learning_rate": None}, {"kernels": "16"}, {"compile": 2}):
+        with pytest.raises(options.UserError, match=rf"config\.{next(iter(bad))}: "):
+            options.from_config(train_mnist.Settings, bad)
+
+
+def test_options_on_the_command_line():
+    settings = options.parse(train_mnist.Settings, ["--kernels", "8", "24", "--compile", "--tags", "a", "b"])
+    assert (settings.kernels, settings.compile, settings.tags) == ([8, 24], True, ["a", "b"])
+    assert options.parse(train_mnist.Settings, []) == train_mnist.Settings()

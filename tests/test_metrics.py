@@ -1,0 +1,416 @@
+"""metrics.py against values worked out by hand, against scikit-learn, and against what it must refuse."""
+
+import math
+import pickle
+import time
+
+import numpy as np
+import pytest
+import sklearn.metrics as reference
+import torch
+import torch.nn.functional as F
+import torchmetrics
+from torch import Tensor
+
+import metrics
+import options
+
+AVERAGES = ("macro", "micro", "weighted", None)
+
+
+def close(actual, expected, case: object = "") -> None:
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-12, equal_nan=True, err_msg=str(case))
+
+
+def filled(counts: list[list[int]]) -> metrics.ConfusionMatrix:
+    """A matrix that has been given the examples that `counts` is the count of."""
+    cells = torch.cartesian_prod(*[torch.arange(len(counts))] * 2)
+    labels, predictions = cells.repeat_interleave(torch.tensor(counts).flatten(), dim=0).T
+    matrix = metrics.ConfusionMatrix(len(counts))
+    matrix.update(predictions, labels)
+    return matrix
+
+
+def random_pairs(rng: np.random.Generator, classes: int = 5, examples: int = 100) -> tuple[Tensor, Tensor]:
+    """Random predictions and labels."""
+    return tuple(torch.from_numpy(rng.integers(classes, size=(2, examples))))
+
+
+KNOWN = {
+    # Labelled 4, 6; predicted 5, 5; 7 of 10 right.
+    "2 classes": (
+        [[3, 1], [2, 4]],
+        {
+            "accuracy": 7 / 10,
+            "balanced_accuracy": 17 / 24,  # (3/4 + 4/6) / 2
+            "majority_share": 6 / 10,
+            "precision": (7 / 10, 7 / 10, 18 / 25, [3 / 5, 4 / 5]),  # weighted: (4 · 3/5 + 6 · 4/5) / 10
+            "recall": (17 / 24, 7 / 10, 7 / 10, [3 / 4, 2 / 3]),
+            "f1": (23 / 33, 7 / 10, 116 / 165, [2 / 3, 8 / 11]),  # 6/(4+5), 8/(6+5); (4 · 2/3 + 6 · 8/11) / 10
+            "matthews_corrcoef": 1 / math.sqrt(6),  # (3·4 - 1·2) / √(4·6·5·5)
+            "cohen_kappa": 2 / 5,  # by chance (4·5 + 6·5) / 10 = 5; (7 - 5) / (10 - 5)
+        },
+    ),
+    # Class 2 is predicted but never occurs: labelled 8, 3, 0; predicted 6, 4, 1; 7 of 11 right.
+    "3 classes": (
+        [[5, 2, 1], [1, 2, 0], [0, 0, 0]],
+        {
+            "accuracy": 7 / 11,
+            "balanced_accuracy": 31 / 48,  # (5/8 + 2/3) / 2
+            "majority_share": 8 / 11,
+            "precision": (4 / 9, 7 / 11, 49 / 66, [5 / 6, 1 / 2, 0]),  # weighted: (8 · 5/6 + 3 · 1/2) / 11
+            "recall": (31 / 72, 7 / 11, 7 / 11, [5 / 8, 2 / 3, 0]),
+            "f1": (3 / 7, 7 / 11, 52 / 77, [5 / 7, 4 / 7, 0]),  # 10/(8+6), 4/(3+4); (8 · 5/7 + 3 · 4/7) / 11
+            # (7·11 - (8·6 + 3·4)) / √((11² - 8² - 3²) · (11² - 6² - 4² - 1²))
+            "matthews_corrcoef": 17 / math.sqrt(3264),
+            "cohen_kappa": 17 / 61,  # by chance (8·6 + 3·4) / 11 = 60/11; (77 - 60) / (121 - 60)
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize(("counts", "figures"), KNOWN.values(), ids=KNOWN)
+def test_known_confusion_matrix(counts, figures):
+    matrix = filled(counts)
+    assert matrix.counts.tolist() == counts
+    for name, value in figures.items():
+        if isinstance(value, tuple):
+            for average, averaged in zip(AVERAGES, value):
+                close(getattr(matrix, name)(average), averaged, (name, average))
+        else:
+            close(getattr(matrix, name)(), value, name)
+    averaged = {
+        f"{name}_{average}": value
+        for name in ("precision", "recall", "f1")
+        for average, value in zip(("macro", "micro"), figures[name])
+    }
+    summary = {"acc": figures["accuracy"], **averaged, "mcc": figures["matthews_corrcoef"]}
+    assert matrix.summary() == pytest.approx(summary, rel=0, abs=1e-12)
+
+
+# Scores .9 | .7 .7 | .4 | .2 of labels 1 | 1 0 | 1 | 0: true positives 1 2 3 3 of 3, false positives 0 1 1 2 of 2.
+SCORES, LABELS = torch.tensor([0.4, 0.7, 0.9, 0.2, 0.7]), torch.tensor([1, 0, 1, 0, 1])
+
+
+def test_known_roc_curve():
+    fpr, tpr, thresholds = metrics.roc_curve(SCORES, LABELS)
+    close(fpr, [0, 0, 1 / 2, 1 / 2, 1])
+    close(tpr, [0, 1 / 3, 2 / 3, 1, 1])
+    close(thresholds, [math.inf, *SCORES[[2, 1, 0, 3]]])
+    # Of the 3 · 2 pairs, .9 wins 2, .7 wins 1 and draws 1, .4 wins 1.
+    close(metrics.roc_auc(SCORES, LABELS), (2 + 1.5 + 1) / 6)
+
+
+def test_roc_curve_leaves_out_points_on_a_straight_line():
+    fpr, tpr, thresholds = metrics.roc_curve(torch.tensor([4, 3, 2, 1, 0]), torch.tensor([1, 0, 0, 0, 1]))
+    close(thresholds, [math.inf, 4, 1, 0])
+    close(fpr, [0, 0, 1, 1])
+    close(tpr, [0, 1 / 2, 1 / 2, 1])
+
+
+def test_known_precision_recall_curve():
+    precision, recall, thresholds = metrics.precision_recall_curve(SCORES, LABELS)
+    close(precision, [3 / 5, 3 / 4, 2 / 3, 1, 1])
+    close(recall, [1, 1, 2 / 3, 1 / 3, 0])
+    close(thresholds, SCORES[[3, 0, 1, 2]])
+    # Each of three steps in recall is 1/3, at precision 1, 2/3 and 3/4.
+    close(metrics.average_precision(SCORES, LABELS), 29 / 36)
+
+
+def test_known_calibration_error():
+    probabilities = torch.tensor([[0.5, 0.25, 0.25], [0.75, 0.25, 0], [0.375, 0.3125, 0.3125], [0, 0, 1]])
+    # Hit, miss, hit, hit. Lower bin, with the confidence of .5: .5 + .625; upper bin: -.75 + 0.
+    close(metrics.expected_calibration_error(probabilities, torch.tensor([0, 1, 0, 2]), bins=2), (1.125 + 0.75) / 4)
+
+
+def test_calibration_error_has_15_bins():
+    probabilities = torch.tensor([[0.53, 0.47], [0.54, 0.46]], dtype=torch.float64)  # 8/15 = .533… lies between
+    close(metrics.expected_calibration_error(probabilities, torch.tensor([0, 1])), (0.47 + 0.54) / 2)
+
+
+PARTS = {  # which classes the labels and the predictions of a case are drawn from
+    "all classes": lambda rng, classes: (classes, classes),
+    "some classes": lambda rng, classes: (
+        rng.choice(classes, rng.integers(1, len(classes) + 1)),
+        rng.choice(classes, rng.integers(1, len(classes) + 1)),
+    ),
+    "one predicted": lambda rng, classes: (classes, rng.choice(classes, 1)),
+    "one labelled": lambda rng, classes: (rng.choice(classes, 1), classes),
+    "one of each": lambda rng, classes: (rng.choice(classes[:2], 1), rng.choice(classes[:2], 1)),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
+@pytest.mark.parametrize("parts", PARTS.values(), ids=PARTS)
+def test_random_labels_against_scikit_learn(parts):
+    for seed in range(100):
+        rng = np.random.default_rng(seed)
+        classes = np.arange(rng.integers(2, 21))
+        size = rng.integers(1, 200)
+        labels, predictions = (rng.choice(part, size) for part in parts(rng, classes))
+        # Some agreement, of what both may hold.
+        agree = (rng.random(size) < rng.random()) & np.isin(labels, predictions)
+        predictions = np.where(agree, labels, predictions)
+        matrix = metrics.ConfusionMatrix(len(classes))
+        matrix.update(torch.from_numpy(predictions), torch.from_numpy(labels))
+        both = (labels, predictions)
+
+        close(matrix.counts, reference.confusion_matrix(*both, labels=classes), seed)
+        close(matrix.accuracy(), reference.accuracy_score(*both), seed)
+        close(matrix.balanced_accuracy(), reference.balanced_accuracy_score(*both), seed)
+        close(matrix.majority_share(), np.bincount(labels).max() / size, seed)
+        close(matrix.matthews_corrcoef(), reference.matthews_corrcoef(*both), seed)
+        close(matrix.cohen_kappa(), reference.cohen_kappa_score(*both), seed)
+        for average in AVERAGES:
+            # By default scikit-learn averages over the classes that occur, and leaves the others out.
+            which = classes if average is None else None
+            expected = reference.precision_recall_fscore_support(*both, labels=which, average=average)
+            actual = (matrix.precision(average), matrix.recall(average), matrix.f1(average))
+            for name, ours, theirs in zip(("precision", "recall", "f1"), actual, expected):
+                close(ours, theirs, (seed, name, average))
+
+
+LABEL_SETS = {"both": [0, 1], "negatives only": [0], "positives only": [1]}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("allowed", LABEL_SETS.values(), ids=LABEL_SETS)
+@pytest.mark.parametrize("decimals", [0, 1, 15], ids=["many ties", "some ties", "no ties"])
+def test_random_scores_against_scikit_learn(allowed, decimals):
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        size = rng.integers(1, 100)
+        labels = rng.choice(allowed, size)
+        scores = (rng.normal(size=size) + rng.random() * labels).round(decimals).astype(rng.choice(["f4", "f8"]))
+        ours = torch.from_numpy(scores), torch.from_numpy(labels)
+        for name in ("roc_curve", "precision_recall_curve"):
+            for actual, expected in zip(getattr(metrics, name)(*ours), getattr(reference, name)(labels, scores)):
+                assert actual.dtype == torch.float64
+                close(actual, expected, (seed, name))
+        close(metrics.roc_auc(*ours), reference.roc_auc_score(labels, scores), seed)
+        close(metrics.average_precision(*ours), reference.average_precision_score(labels, scores), seed)
+
+
+@pytest.mark.parametrize("bins", [1, 2, 3, 5, 10, 15])
+def test_random_calibration_error_against_a_loop(bins):
+    for seed in range(100):
+        rng = np.random.default_rng(seed)
+        size, classes = rng.integers(1, 100), rng.integers(2, 21)
+        probabilities = rng.dirichlet(np.full(classes, rng.uniform(0.05, 1)), size)
+        # A third of the top probabilities lie on the border of two bins, and above all others of their row.
+        borders = np.arange(bins // 2 + 1, bins + 1) / bins
+        top = rng.choice(borders, size)
+        on_border = (1 - top[:, None]) / (classes - 1) * np.ones(classes)
+        on_border[np.arange(size), rng.integers(classes, size=size)] = top
+        probabilities = np.where(rng.random((size, 1)) < 1 / 3, on_border, probabilities)
+        labels = np.where(rng.random(size) < 0.5, probabilities.argmax(1), rng.integers(classes, size=size))
+
+        expected = 0.0
+        for i in range(bins):
+            confidence = probabilities.max(1)
+            inside = (confidence > i / bins) & (confidence <= (i + 1) / bins)
+            if inside.any():
+                accuracy = (probabilities.argmax(1) == labels)[inside].mean()
+                expected += inside.mean() * abs(accuracy - confidence[inside].mean())
+        ours = torch.from_numpy(probabilities), torch.from_numpy(labels)
+        close(metrics.expected_calibration_error(*ours, bins), expected, seed)
+
+
+def test_counts_do_not_depend_on_the_batches():
+    predictions, labels = random_pairs(np.random.default_rng(0))
+    at_once, by_parts = metrics.ConfusionMatrix(5), metrics.ConfusionMatrix(5)
+    at_once.update(predictions.view(10, 10), labels.view(10, 10))
+    for part in zip(predictions.tensor_split((0, 1, 40)), labels.tensor_split((0, 1, 40))):
+        by_parts.update(*part)
+    assert at_once.counts.sum() == 100
+    assert torch.equal(at_once.counts, by_parts.counts)
+
+
+def test_sum_counts_both_parts():
+    predictions, labels = random_pairs(np.random.default_rng(1))
+    first, second, whole = (metrics.ConfusionMatrix(5) for _ in range(3))
+    first.update(predictions[:30], labels[:30])
+    second.update(predictions[30:], labels[30:])
+    whole.update(predictions, labels)
+    before = first.counts, second.counts
+    merged = first + second
+    assert torch.equal(merged.counts, whole.counts)
+    assert merged.summary() == whole.summary()
+    merged.update(predictions, labels)
+    assert torch.equal(first.counts, before[0]) and torch.equal(second.counts, before[1])
+
+
+def test_counts_are_a_copy_of_fixed_size():
+    predictions, labels = random_pairs(np.random.default_rng(2), examples=10_000)
+    matrix = metrics.ConfusionMatrix(5)
+    size = len(pickle.dumps(matrix))
+    matrix.update(predictions, labels)
+    assert len(pickle.dumps(matrix)) == size
+    assert matrix.counts.dtype == torch.int64 and matrix.counts.shape == (5, 5)
+    matrix.counts.zero_()
+    assert matrix.counts.sum() == 10_000
+
+
+def test_matrices_of_different_sizes_are_not_added():
+    with pytest.raises(ValueError, match="can't add matrices of 2 and 3 classes"):
+        metrics.ConfusionMatrix(2) + metrics.ConfusionMatrix(3)
+
+
+def test_fewer_than_two_classes_are_refused():
+    with pytest.raises(ValueError, match="num_classes must be at least 2, got 1"):
+        metrics.ConfusionMatrix(1)
+
+
+@pytest.mark.parametrize(
+    ("predictions", "labels", "message"),
+    [
+        ([0, 1], [0], r"predictions \(2,\) and labels \(1,\) differ in shape"),
+        ([[0], [1]], [0, 1], r"predictions \(2, 1\) and labels \(2,\) differ in shape"),
+        ([0.0, 1.0], [0, 1], "must be int64, got torch.float32 and torch.int64"),
+        ([0, 1], [0.0, 1.0], "must be int64, got torch.int64 and torch.float32"),
+        ([0, -1], [0, 1], r"predictions hold a value outside 0\.\.2"),
+        ([0, 3], [0, 1], r"predictions hold a value outside 0\.\.2"),
+        ([0, 1], [0, -1], r"labels hold a value outside 0\.\.2"),
+        ([0, 1], [0, 3], r"labels hold a value outside 0\.\.2"),
+    ],
+)
+def test_bad_update_is_refused_and_not_counted(predictions, labels, message):
+    matrix = filled([[1, 0, 0], [0, 0, 2], [0, 0, 0]])
+    with pytest.raises(ValueError, match=message):
+        matrix.update(torch.tensor(predictions), torch.tensor(labels))
+    assert matrix.counts.tolist() == [[1, 0, 0], [0, 0, 2], [0, 0, 0]]
+
+
+@pytest.mark.parametrize("average", AVERAGES)
+@pytest.mark.parametrize("name", ["precision", "recall", "f1"])
+def test_averages_of_no_examples_are_refused(name, average):
+    with pytest.raises(ValueError, match="no examples have been counted"):
+        getattr(metrics.ConfusionMatrix(3), name)(average)
+
+
+@pytest.mark.parametrize(
+    "name", ["accuracy", "balanced_accuracy", "majority_share", "matthews_corrcoef", "cohen_kappa", "summary"]
+)
+def test_figures_of_no_examples_are_refused(name):
+    with pytest.raises(ValueError, match="no examples have been counted"):
+        getattr(metrics.ConfusionMatrix(3), name)()
+
+
+@pytest.mark.parametrize("name", ["precision", "recall", "f1"])
+def test_unknown_average_is_refused(name):
+    with pytest.raises(ValueError, match="weighted\" or None, got 'binary'"):
+        getattr(filled([[1, 0], [0, 1]]), name)("binary")
+
+
+@pytest.mark.parametrize("name", ["roc_curve", "roc_auc", "precision_recall_curve", "average_precision"])
+@pytest.mark.parametrize(
+    ("scores", "labels", "message"),
+    [
+        ([0.1, 0.2], [0], r"got \(2,\) and \(1,\)"),
+        ([[0.1, 0.2]], [[0, 1]], r"got \(1, 2\) and \(1, 2\)"),
+        ([], [], r"n > 0, got \(0,\) and \(0,\)"),
+        ([0.1, math.nan], [0, 1], "scores hold NaN or infinity"),
+        ([0.1, math.inf], [0, 1], "scores hold NaN or infinity"),
+        ([0.1, 0.2], [0, 2], "labels must be 0 or 1"),
+        ([0.1, 0.2], [-1, 1], "labels must be 0 or 1"),
+    ],
+)
+def test_bad_scores_are_refused(name, scores, labels, message):
+    with pytest.raises(ValueError, match=message):
+        getattr(metrics, name)(torch.tensor(scores), torch.tensor(labels))
+
+
+@pytest.mark.parametrize(
+    ("probabilities", "labels", "bins", "message"),
+    [
+        ([[0.5, 0.5], [0.1, 0.9]], [0], 15, r"got \(2, 2\) and \(1,\)"),
+        ([0.5, 0.5], [0, 1], 15, r"got \(2,\) and \(2,\)"),
+        (torch.empty(0, 2).tolist(), [], 15, "n > 0, got"),
+        ([[0.5, 0.5]], [0], 0, "bins must be at least 1, got 0"),
+        ([[0.5, math.nan]], [0], 15, "NaN or a value outside"),
+        ([[1.5, -0.5]], [0], 15, "NaN or a value outside"),
+        ([[0.5, 0.4]], [0], 15, "does not sum to 1"),
+        ([[0.5, 0.6]], [0], 15, "does not sum to 1"),
+        ([[0.5, 0.5]], [2], 15, r"labels must be integers in 0\.\.1"),
+        ([[0.5, 0.5]], [-1], 15, r"labels must be integers in 0\.\.1"),
+        ([[0.5, 0.5]], [1.0], 15, r"labels must be integers in 0\.\.1"),
+    ],
+)
+def test_bad_probabilities_are_refused(probabilities, labels, bins, message):
+    with pytest.raises(ValueError, match=message):
+        metrics.expected_calibration_error(torch.tensor(probabilities), torch.tensor(labels), bins)
+
+
+def training_batch(mean_loss: float, hits: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean loss, logits and labels of a batch, in which the first `hits` of `size` are predicted right."""
+    labels = torch.arange(size) % 3
+    answers = torch.where(torch.arange(size) < hits, labels, (labels + 1) % 3)
+    return torch.tensor(mean_loss, requires_grad=True), F.one_hot(answers, 3).float().requires_grad_(), labels
+
+
+def test_training_figures_are_means_over_examples():
+    figures = metrics.TrainingFigures()
+    figures.add(*training_batch(1.0, hits=1, size=2))
+    figures.add(*training_batch(0.25, hits=3, size=4))
+    assert figures.take_row() == {"loss": 3 / 6, "acc": 4 / 6}  # 2 · 1 + 4 · 0.25
+    figures.add(*training_batch(2.0, hits=0, size=2))
+    assert figures.take_row() == {"loss": 2.0, "acc": 0.0}
+    assert figures.take_epoch() == {"loss": 7 / 8, "acc": 4 / 8}
+    figures.add(*training_batch(0.5, hits=3, size=3))
+    assert figures.take_row() == figures.take_epoch() == {"loss": 0.5, "acc": 1.0}
+
+
+def test_state_of_training_figures_is_a_snapshot():
+    figures = metrics.TrainingFigures()
+    figures.add(*training_batch(1.0, hits=1, size=2))
+    figures.take_row()
+    figures.add(*training_batch(0.25, hits=3, size=4))
+    state = figures.state_dict()
+    figures.take_row()
+    assert state["row"].tolist() == [1.0, 3.0, 4.0] and state["epoch"] == [2.0, 1.0, 2.0]  # loss, hits, examples
+
+
+def test_evaluation():
+    torch.manual_seed(0)
+    logits, labels = 10 * torch.randn(200, 7), torch.randint(7, (200,))
+    result = metrics.evaluation(logits, labels)
+    exact = logits.double()
+    close(result.figures["loss"], F.cross_entropy(exact, labels))
+    close(result.losses, F.cross_entropy(exact, labels, reduction="none"))
+    close(result.probabilities, exact.softmax(1))
+    assert torch.equal(result.logits, logits) and torch.equal(result.labels, labels)
+    assert torch.equal(result.predictions, logits.argmax(1))
+    close(result.confusion.counts, reference.confusion_matrix(labels, result.predictions))
+    assert result.figures == {"loss": result.figures["loss"], **result.confusion.summary()}
+    assert tuple(result.figures) == options.FIGURES
+
+
+def test_evaluation_refuses_labels_out_of_range():
+    with pytest.raises(ValueError, match=r"labels hold a value outside 0\.\.2"):
+        metrics.evaluation(torch.zeros(2, 3), torch.tensor([0, 3]))
+
+
+def test_update_costs_a_hundredth_of_six_torchmetrics():
+    of_ten = {"task": "multiclass", "num_classes": 10}
+    six = [
+        torchmetrics.Accuracy(**of_ten),
+        torchmetrics.Precision(average="macro", **of_ten),
+        torchmetrics.Precision(average="micro", **of_ten),
+        torchmetrics.Recall(average="macro", **of_ten),
+        torchmetrics.Recall(average="micro", **of_ten),
+        torchmetrics.F1Score(**of_ten),
+    ]
+    matrix = metrics.ConfusionMatrix(10)
+    predictions, labels = random_pairs(np.random.default_rng(3), classes=10, examples=64)
+
+    def seconds(objects: list, calls: int) -> float:
+        started = time.perf_counter()
+        for _ in range(calls):
+            for call in objects:
+                call(predictions, labels)
+        return (time.perf_counter() - started) / calls
+
+    # In turns, and the least of many short rounds of each: what else the computer does only adds to them.
+    rounds = [(seconds([matrix.update], 50), seconds(six, 1)) for _ in range(400)]
+    ours, theirs = map(min, zip(*rounds))
+    assert ours <= theirs / 100, f"{ours * 1e6:.1f} µs against {theirs * 1e6:.0f} µs"

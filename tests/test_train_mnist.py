@@ -1,0 +1,338 @@
+"""train_mnist.py as its users meet it: the files, the W&B records, the screen, the weights."""
+
+import csv
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+import termios
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import sklearn.metrics
+import torch
+from conftest import REPO, call, clean_environment, finished_run, merged
+from PIL import Image
+
+import data
+import options
+import train_mnist
+
+QUICK = "--dataset synthetic --slice 20 --valid_size 2000 --epochs 1".split()
+
+FIGURES = set(options.FIGURES)
+CHARTS = {"confusion_matrix_table", "confusion_matrix_image", "mistakes", "logits"}
+
+
+def keys(row: dict) -> set[str]:
+    """The keys that were logged in a row; W&B's reader writes the fields of an object as key.field."""
+    fields = r"\.(_type|bins|values|path|size|sha256|format|width|height|count|captions|filenames|ncols|nrows|.*)$"
+    return {re.sub(fields, "", key) for key in row if not key.startswith(("gradients/", "parameters/", "_"))}
+
+
+def predictions(run) -> list[dict[str, str]]:
+    with (run.files / "predictions.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def media(run, key: str, row: dict) -> dict:
+    """The JSON file of a table that was logged in a row of history."""
+    return json.loads((run.cwd / "wandb/latest-run/files" / row[f"{key}.path"]).read_text())
+
+
+# --------------------------------------------------------------------------------------- what a run leaves
+
+
+def test_every_file_is_there(small_mnist):
+    names = "config.json history.jsonl checkpoint.pt metrics.json predictions.csv confusion_matrix.png mistakes.png"
+    assert {file.name for file in small_mnist.files.iterdir()} == {*names.split(), "model.onnx", "model.pt"}
+
+
+def test_every_key_is_in_wandb(small_mnist):
+    steps = {f"train/{key}" for key in ("loss_step", "acc_step", "learning_rate", "examples_per_second")} | {"epoch"}
+    epoch = {"train/loss_epoch", "train/acc_epoch", "train/inputs"} | {f"valid/{key}" for key in FIGURES | CHARTS}
+    test = {f"test/{key}" for key in FIGURES | CHARTS}
+    ends = [row for row in small_mnist.history if "train/loss_epoch" in row]
+    assert len(ends) == 3
+    for row in small_mnist.history:
+        expected = steps | (epoch if row in ends else set()) | (test if row is ends[-1] else set())
+        assert keys(row) == expected
+    assert {f"best/{key}" for key in FIGURES | {"epoch"}} <= set(small_mnist.summary)
+
+
+def test_steps_count_training_examples(small_mnist):
+    # 16,000 images are left, every fifth makes 3,200: 25 batches of 128 an epoch, a row every 10 and at its end
+    rows = [1280, 2560, 3200, 3840, 5120, 6400, 7680, 8960, 9600]
+    assert [row["_step"] for row in small_mnist.history] == rows
+    assert [row["step"] for row in small_mnist.journal] == [*rows, 9600]  # the last one is the test's
+
+
+def test_journal_and_wandb_hold_the_same_numbers(small_mnist):
+    history = {row["_step"]: row for row in small_mnist.history}
+    assert len(small_mnist.journal) > 3
+    for row in small_mnist.journal:
+        assert {key: history[row["step"]][key] for key in row if key != "step"} == {
+            key: value for key, value in row.items() if key != "step"
+        }
+
+
+def test_watch_logs_what_it_computes(small_mnist):
+    weights = [f"{layer}.{kind}" for layer in ("conv1", "conv2", "fc") for kind in ("weight", "bias")]
+    for row in small_mnist.history:
+        expected = {f"{what}/{name}" for what in ("gradients", "parameters") for name in weights}
+        found = {key.removesuffix("._type") for key in row if key.startswith(("gr", "par")) and key.endswith("._type")}
+        assert found == (expected if row["_step"] % 3200 == 0 else set())
+
+
+def test_watch_between_rows_lands_on_its_own_step(tmp_path):
+    run = finished_run("train_mnist.py", tmp_path, *QUICK, "--watch", "gradients", "--watch_every", 4, "--max_steps", 7)
+    assert [row["_step"] for row in run.history if "gradients/fc.bias._type" in row] == [4 * 128]
+    assert not any(key.startswith("parameters/") for row in run.history for key in row)
+
+
+def test_best_is_the_epoch_with_the_lowest_validation_loss(tmp_path):
+    # A learning rate so high that the loss goes up and down
+    noisy = "--dataset synthetic --slice 20 --valid_size 2000 --epochs 5 --schedule constant --learning_rate 0.03"
+    run = finished_run("train_mnist.py", tmp_path, *noisy.split(), "--seed", 4)
+    epochs = [row for row in run.journal if "valid/loss" in row]
+    best = min(epochs, key=lambda row: row["valid/loss"])
+    assert best is not epochs[-1], "choose another seed: this one can't tell best from last"
+    assert run.metrics["best/epoch"] == run.summary["best/epoch"] == best["epoch"]
+    for name in FIGURES:
+        assert run.metrics[f"valid/{name}"] == run.summary[f"best/{name}"] == best[f"valid/{name}"]
+    weights = torch.load(run.files / "model.pt", weights_only=True)
+    last = torch.load(run.files / "checkpoint.pt", weights_only=True)["model"]
+    assert not torch.equal(weights["fc.weight"], last["fc.weight"])
+
+
+def test_metrics_are_those_of_the_predictions(small_mnist):
+    rows = predictions(small_mnist)
+    labels, predicted = ([int(row[name]) for row in rows] for name in ("label", "prediction"))
+    probabilities = np.array([[float(row[f"probability_{c}"]) for c in range(10)] for row in rows])
+    assert len(rows) == 800 and (probabilities.argmax(1) == predicted).all()
+    metrics, sk = small_mnist.metrics, sklearn.metrics
+    assert metrics["valid/acc"] == pytest.approx(sk.accuracy_score(labels, predicted), abs=1e-12)
+    assert metrics["valid/mcc"] == pytest.approx(sk.matthews_corrcoef(labels, predicted), abs=1e-12)
+    for name in ("precision", "recall", "f1"):
+        score = getattr(sk, f"{name}_score")
+        for average in ("macro", "micro"):
+            expected = score(labels, predicted, average=average)
+            assert metrics[f"valid/{name}_{average}"] == pytest.approx(expected, abs=1e-12)
+    assert metrics["valid/loss"] == pytest.approx(sk.log_loss(labels, probabilities), abs=1e-12)
+    assert metrics["valid/loss"] == pytest.approx(np.mean([float(row["loss"]) for row in rows]), abs=1e-12)
+    assert metrics["valid/majority_share"] == max(np.bincount(labels)) / 800
+    assert (metrics["dataset"], metrics["model"]) == ("synthetic", "ConvNet [16, 32]")
+
+
+def test_table_holds_the_surest_mistakes(small_mnist):
+    last = small_mnist.history[-1]
+    table = media(small_mnist, "valid/mistakes", last)
+    assert table["columns"] == ["image", "label", "prediction", "probability", "step"]
+    assert small_mnist.metrics["best/epoch"] == 3, "the table of the last epoch is compared with the best model's rows"
+    rows = predictions(small_mnist)
+
+    def surety(row: dict[str, str]) -> float:
+        return max(float(row[f"probability_{c}"]) for c in range(10))
+
+    wrong = [(r["label"], r["prediction"], surety(r), last["_step"]) for r in rows if r["label"] != r["prediction"]]
+    assert len(wrong) > 20
+    assert [tuple(row[1:]) for row in table["data"]] == sorted(wrong, key=lambda row: -row[2])[:100]
+
+    # The pictures are in the table's artifact: the first one is the image that the surest mistake was made on.
+    tables = (record["artifact"] for record in small_mnist.records if record["type"] == "artifact")
+    contents = [t["manifest"]["contents"] for t in tables if "validmistakes" in t["name"]][-1]
+    local = {entry["path"]: Path(entry["local_path"]) for entry in contents}
+    first = json.loads(local["valid/mistakes.table.json"].read_text())["data"][0]
+    held_out = data.synthetic_digits().train_images[16_000::5]
+    surest = max((row for row in rows if row["label"] != row["prediction"]), key=surety)
+    shown = np.array(Image.open(local[first[0]["path"]]))
+    assert np.array_equal(shown, held_out[rows.index(surest)].numpy())
+
+
+def test_confusion_chart_counts_the_predictions(small_mnist):
+    table = media(small_mnist, "valid/confusion_matrix_table", small_mnist.history[-1])
+    counted = {(actual, predicted): n for actual, predicted, n in table["data"] if n}
+    expected = {}
+    for row in predictions(small_mnist):
+        cell = row["label"], row["prediction"]
+        expected[cell] = expected.get(cell, 0) + 1
+    assert counted == expected
+
+
+def test_input_images_have_captions(small_mnist):
+    captions = small_mnist.history[-1]["train/inputs.captions"]
+    assert len(captions) == 16 and all(re.fullmatch(r"Pred: \d Truth: \d", caption) for caption in captions)
+
+
+def test_artifacts(small_mnist):
+    artifacts = [record["artifact"] for record in small_mnist.records if record["type"] == "artifact"]
+    models = [artifact for artifact in artifacts if artifact["type"] == "model"]
+    losses = [row["valid/loss"] for row in small_mnist.journal if "valid/loss" in row]
+    is_best = [loss == min(losses[: i + 1]) for i, loss in enumerate(losses)]
+    assert [set(model["aliases"]) for model in models] == [{"latest", "best"} if b else {"latest"} for b in is_best]
+    (dataset,) = (artifact for artifact in artifacts if artifact["type"] == "dataset")
+    assert dataset["name"] == "synthetic"
+    (code,) = (artifact for artifact in artifacts if artifact["type"] == "code")
+    logged = {entry["path"] for entry in code["manifest"]["contents"]}
+    assert {"train_mnist.py", "metrics.py", "runtime.py"} <= logged and not any("/" in path for path in logged)
+
+
+def test_tags_config_and_saved_files(small_mnist):
+    run = {}
+    for record in small_mnist.records:
+        if record["type"] == "run":
+            run |= record["run"]
+    assert run["tags"] == ["one", "two", "synthetic"] and run["notes"] == "a note" and run["project"] == "mnist"
+    config = run["config"]["update"] | merged(small_mnist.records, "config")
+    assert config["dataset"] == small_mnist.config["dataset"] == "synthetic"
+    assert {key: config[key] for key in small_mnist.config if key != "versions"} == {
+        key: value for key, value in small_mnist.config.items() if key != "versions"
+    }
+    saved = small_mnist.cwd / "wandb/latest-run/files"
+    for name in ("model.onnx", "model.pt"):
+        assert (saved / name).read_bytes() == (small_mnist.files / name).read_bytes()
+
+
+def test_onnx_answers_as_pytorch(small_mnist):
+    model = train_mnist.ConvNet([16, 32])
+    model.load_state_dict(torch.load(small_mnist.files / "model.pt", weights_only=True))
+    session = onnxruntime.InferenceSession((small_mnist.files / "model.onnx").read_bytes())
+    for batch in (1, 7):
+        images = torch.rand(batch, 1, 28, 28, generator=torch.Generator().manual_seed(batch))
+        (logits,) = session.run(["logits"], {"images": images.numpy()})
+        assert logits.shape == (batch, 10)
+        assert np.abs(logits - model(images).detach().numpy()).max() < 1e-4
+
+
+def test_checkpoint_loads_safely(small_mnist):
+    checkpoint = torch.load(small_mnist.files / "checkpoint.pt", weights_only=True)
+    train_mnist.ConvNet([16, 32]).load_state_dict(checkpoint["model"])
+    assert checkpoint["position"] == {"epoch": 3, "batch": 75, "step": 9600}
+    assert checkpoint["best"]["epoch"] == small_mnist.metrics["best/epoch"]
+
+
+# ------------------------------------------------------------------------------------------ what it computes
+
+
+def test_same_command_same_weights(tmp_path):
+    weights = []
+    for name, seed in (("a", 7), ("b", 7), ("c", 8)):
+        cwd = tmp_path / name
+        cwd.mkdir()
+        run = finished_run("train_mnist.py", cwd, *QUICK, "--seed", seed, "--wandb", "disabled")
+        weights.append(torch.load(run.files / "model.pt", weights_only=True))
+    a, b, c = weights
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not torch.equal(a["fc.weight"], c["fc.weight"])
+
+
+def test_convnet_is_the_tutorials(small_mnist):
+    """Pooling before ReLU, on two widths of no particular kind, gives what the tutorial's order gives."""
+    model = train_mnist.ConvNet([3, 5])
+    layers = [model.conv1, torch.nn.ReLU(), torch.nn.MaxPool2d(2), model.conv2, torch.nn.ReLU(), torch.nn.MaxPool2d(2)]
+    images = torch.rand(4, 1, 28, 28)
+    assert torch.equal(model(images), torch.nn.Sequential(*layers, torch.nn.Flatten(), model.fc)(images))
+    assert sum(p.numel() for p in train_mnist.ConvNet([16, 32]).parameters()) == 416 + 12832 + 15690
+
+
+def test_patience_stops_and_keeps_the_first_best(tmp_path):
+    still = "--learning_rate 1e-12 --schedule constant --patience 2 --monitor valid/acc --wandb disabled"
+    run = finished_run("train_mnist.py", tmp_path, *QUICK, *still.split(), "--epochs", 9)
+    assert [row["epoch"] for row in run.journal if "valid/acc" in row] == [1, 2, 3]
+    assert run.metrics["best/epoch"] == 1
+
+
+def test_without_validation_the_last_model_is_tested(tmp_path):
+    arguments = "--valid_size 0 --epochs 2 --schedule constant --log_model best --kernels 4 8"
+    run = finished_run("train_mnist.py", tmp_path, *QUICK, *arguments.split())
+    assert run.metrics["best/epoch"] == 2 and not any(key.startswith("valid/") for key in run.metrics)
+    assert len(predictions(run)) == 200  # of the test images
+    rates = {row["train/learning_rate"] for row in run.journal if "train/learning_rate" in row}
+    assert rates == {0.005}
+    last = torch.load(run.files / "checkpoint.pt", weights_only=True)["model"]
+    assert all(torch.equal(last[k], v) for k, v in torch.load(run.files / "model.pt", weights_only=True).items())
+    (model,) = (r["artifact"] for r in run.records if r["type"] == "artifact" and r["artifact"]["type"] == "model")
+    assert set(model["aliases"]) == {"latest", "best"}
+
+
+def test_one_cycle_rises_and_falls(small_mnist):
+    rates = [row["train/learning_rate"] for row in small_mnist.journal if "train/learning_rate" in row]
+    peak = rates.index(max(rates))
+    assert 0.0045 < max(rates) <= 0.005 and rates[-1] < 1e-5
+    assert rates == sorted(rates[: peak + 1]) + sorted(rates[peak + 1 :], reverse=True)
+
+
+def test_settings_that_a_sweep_sets_only_in_the_config_are_obeyed(tmp_path):
+    (tmp_path / "sweep.yaml").write_text(
+        "wandb_version: 1\nkernels:\n  value: [4, 8]\nlearning_rate:\n  value: '2e-3'\n"
+    )
+    sweep = {"WANDB_SWEEP_ID": "abc", "WANDB_SWEEP_PARAM_PATH": "sweep.yaml"}
+    run = finished_run("train_mnist.py", tmp_path, *QUICK, "--schedule", "constant", **sweep)
+    assert run.config["kernels"] == [4, 8] and run.metrics["model"] == "ConvNet [4, 8]"
+    assert run.journal[0]["train/learning_rate"] == 0.002
+
+    (tmp_path / "sweep.yaml").write_text("wandb_version: 1\nepochs:\n  value: 0\n")
+    refused = call("train_mnist.py", *QUICK, "--output_dir", "refused", cwd=tmp_path, **sweep)
+    assert refused.status == 2 and "Traceback" not in refused.err and not (tmp_path / "refused").exists()
+    assert refused.err.splitlines()[-1] == "train_mnist.py: error: config.epochs: must be at least 1, got 0"
+
+
+def test_main_can_be_imported_and_returns_the_metrics(tmp_path):
+    code = f"import train_mnist, json; print(json.dumps(train_mnist.main({[*QUICK, '--output_dir', 'out']})))"
+    environment = clean_environment(tmp_path, PYTHONPATH=str(REPO), WANDB_MODE="disabled")
+    out = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, check=True)
+    assert json.loads(out.stdout.splitlines()[-1]) == json.loads((tmp_path / "out/metrics.json").read_text())
+    assert not (tmp_path / "wandb").exists()
+
+
+# ---------------------------------------------------------------------------------------- what is on the screen
+
+
+def test_output_without_a_terminal_has_a_line_per_epoch(small_mnist):
+    lines = small_mnist.out.splitlines()
+    assert [line[:8] for line in lines if line.startswith("epoch")] == ["epoch 1:", "epoch 2:", "epoch 3:"]
+    assert "\r" not in small_mnist.out and "ConvNet(" in small_mnist.out and "28,938 parameters on" in small_mnist.out
+    assert lines[-2].startswith(f"test accuracy {small_mnist.metrics['test/acc']:.2%} of 800 images")
+    assert re.search(r"out \| look at it: wandb leet (\S+) \| upload it: wandb sync \1$", lines[-1])
+    assert (small_mnist.cwd / lines[-1].split()[-1]).is_dir()
+
+
+def test_progress_bar_in_a_terminal(tmp_path):
+    screen, terminal = pty.openpty()
+    termios.tcsetwinsize(terminal, (30, 100))
+    command = [sys.executable, REPO / "train_mnist.py", *QUICK, "--wandb", "disabled"]
+    process = subprocess.Popen(command, cwd=tmp_path, env=clean_environment(tmp_path), stdout=terminal, stderr=terminal)
+    os.close(terminal)
+    shown = b""
+    try:
+        while piece := os.read(screen, 4096):
+            shown += piece
+    except OSError:  # Linux's way of saying that the other end is closed
+        pass
+    assert process.wait() == 0
+    assert re.search(rb"100%\|.*\| 8/8 \[.*acc=\d+\.\d+%, loss=\d\.\d+\]", shown)
+
+
+def test_loud_fallback_where_mnist_cannot_be_had(tmp_path):
+    run = finished_run("train_mnist.py", tmp_path, "--slice", 20, "--epochs", 1, "--max_steps", 2)
+    assert "!!  This run uses the BUILT-IN synthetic digits instead" in run.err
+    assert run.config["dataset"] == run.metrics["dataset"] == "synthetic"
+    assert merged(run.records, "config").get("dataset", "synthetic") == "synthetic"
+    assert (
+        run.records[[r["type"] for r in run.records].index("run")]["run"]["config"]["update"]["dataset"] == "synthetic"
+    )
+
+
+def test_environment_decides_what_options_leave_open(tmp_path):
+    environment = {"WANDB_PROJECT": "theirs", "WANDB_NAME": "from-environment", "WANDB_TAGS": "x,y"}
+    run = finished_run("train_mnist.py", tmp_path, *QUICK, "--max_steps", 1, "--name", "given", **environment)
+    fields = {}
+    for record in run.records:
+        if record["type"] == "run":
+            fields |= record["run"]
+    assert (fields["project"], fields["display_name"], fields["tags"]) == ("theirs", "given", ["x", "y", "synthetic"])
+    assert "W&B is offline: no API key is configured" in run.out
