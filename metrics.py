@@ -171,8 +171,10 @@ def evaluation(logits: Tensor, labels: Tensor) -> Evaluation:
     """`Evaluation` of logits, float (examples, classes), against labels, int64 (examples,).
 
     Computed in float64, so that the figures and what is recomputed from the probabilities agree. Raises
-    `ValueError` as `ConfusionMatrix.update` does.
+    `ValueError` for other shapes, and as `ConfusionMatrix.update` does.
     """
+    if logits.ndim != 2:
+        raise ValueError(f"logits must be (examples, classes), got {tuple(logits.shape)}")
     logits, labels = logits.float().cpu(), labels.cpu()
     confusion = ConfusionMatrix(logits.shape[1])
     predictions = logits.argmax(1)
@@ -196,7 +198,7 @@ class TrainingFigures:
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
         """Count a batch: its mean loss, its float (batch, classes) logits and its int64 (batch,) labels."""
         hits = (logits.detach().argmax(1) == labels).sum()
-        self._row[0] += loss.detach() * len(labels)
+        self._row[0] += loss.detach().float() * len(labels)
         self._row[1] += hits
         self._row[2] += len(labels)
 
@@ -221,8 +223,8 @@ def roc_curve(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """False and true positive rates of "score >= threshold" for falling thresholds.
 
     `scores` is a float (n,), `labels` an integer (n,) of 0 and 1. Returns float64 `fpr, tpr, thresholds`;
-    the curve starts at (0, 0) with an infinite threshold, equal scores are one step, and points on a
-    straight line between their neighbours are left out. A rate is NaN where its class does not occur.
+    the curve starts at (0, 0) with an infinite threshold, equal scores are one step, and points in the middle of a
+    straight line of equal steps are left out. A rate is NaN where its class does not occur.
     Raises `ValueError` for other shapes, labels or scores that are not finite. Fawcett, "An introduction
     to ROC analysis", 2006, algorithm 1.
     """
@@ -268,8 +270,6 @@ def average_precision(scores: Tensor, labels: Tensor) -> float:
     Arguments as `roc_curve`.
     """
     precision, recall, _ = precision_recall_curve(scores, labels)
-    if not (labels == 1).any():
-        return 0.0
     return float(-(recall.diff() * precision[:-1]).sum())
 
 
@@ -295,7 +295,7 @@ def expected_calibration_error(probabilities: Tensor, labels: Tensor, bins: int 
     if labels.is_floating_point() or (labels < 0).any() or (labels >= probabilities.shape[1]).any():
         raise ValueError(f"labels must be integers in 0..{probabilities.shape[1] - 1}")
     confidence, predictions = probabilities.max(1)
-    edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64)
+    edges = torch.arange(bins + 1, dtype=torch.float64) / bins  # linspace may miss i / bins by a bit
     which = torch.bucketize(confidence, edges[1:-1])
     gaps = torch.zeros(bins, dtype=torch.float64)
     gaps.index_add_(0, which, (predictions == labels).double() - confidence)

@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import gc
 import math
+import os
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Mapping, Sequence
@@ -226,8 +227,14 @@ def _number(
 
 
 def check_before_imports(settings_class: type[SharedSettings]) -> None:
-    """Answer `--help` and mistakes in the options, before a script imports what takes seconds to load."""
+    """Answer `--help` and mistakes in the options, before a script imports what takes seconds to load.
+
+    And set what has to be set by then.
+    """
     _end_in_one_line(lambda: parse(settings_class))
+    # OpenMP's threads are to sleep while they wait: where other programs want the processor too, a thread that
+    # waits busily keeps it from the one it waits for, and training is ten times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     gc.disable()  # until the imports are done: what they make is no garbage, and there is much of it
 
 
