@@ -232,9 +232,10 @@ def check_before_imports(settings_class: type[SharedSettings]) -> None:
     And set what has to be set by then.
     """
     _end_in_one_line(lambda: parse(settings_class))
-    # OpenMP's threads are to sleep while they wait: where other programs want the processor too, a thread that
-    # waits busily keeps it from the one it waits for, and training is ten times slower.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # A thread of OpenMP that waits is to sleep soon, not to spin: where other programs want the processor too,
+    # spinning keeps it from the very thread that is waited for, and training takes ten times as long.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     gc.disable()  # until the imports are done: what they make is no garbage, and there is much of it
 
 
