@@ -61,7 +61,8 @@ def find_precision(name: str, device: torch.device) -> str:
     if device.type == "cuda":
         native = torch.cuda.get_device_capability(device) >= (8, 0)
     else:
-        native = device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
+        capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.9 can't tell
+        native = device.type == "cpu" and capabilities.get("avx512_bf16", False)
     return "bf16" if native else "fp32"
 
 
