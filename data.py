@@ -1,14 +1,18 @@
 """What comes in: real data, found or downloaded and verified, and the built-in stand-ins."""
 
+import csv
 import hashlib
+import io
 import os
 import socket
 import struct
 import tempfile
 import threading
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
+import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,8 +22,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from grammar import minimal_pairs
 from options import UserError
-from runtime import warn_loudly
+from runtime import replacing, warn_loudly
 
 
 class Digits(NamedTuple):
@@ -235,3 +240,188 @@ def _deformed(glyphs: Tensor, labels: Tensor, generator: torch.Generator) -> Ten
     ink = F.grid_sample(glyphs[thickness, labels][:, None], places, align_corners=False)[:, 0]
     noise = 0.1 * torch.randn(ink.shape, generator=generator)
     return (ink * uniform(0.6, 1.0, 1, 1) + noise).clamp(0, 1).mul(255).round().to(torch.uint8)
+
+
+class Sentences(NamedTuple):
+    """Labelled sentences of one part of a corpus."""
+
+    sentences: list[str]
+    labels: list[int]  # indices of the corpus's class names
+    sources: list[str]  # where each is from: a publication, or the rule of the built-in grammar
+
+
+class Corpus(NamedTuple):
+    """A corpus for classifying sentences."""
+
+    name: str  # "cola", "synthetic" or "files"
+    train: Sentences
+    valid: Sentences
+    domains: dict[str, slice]  # what validation consists of, where it has parts that are reported apart
+    class_names: list[str]
+    files: list[Path]  # what was read; none for the built-in sentences
+
+
+COLA_URL = "https://nyu-mll.github.io/CoLA/cola_public_1.1.zip"
+COLA_SHA256 = "2cf856f46df11c143d38e0cf2f9f34ff2fdb088c521cd859f5c4b9581683278b"
+ACCEPTABILITY = ["unacceptable", "acceptable"]
+
+
+def load_corpus(name: str, data_dir: str, train_file: str | None = None, valid_file: str | None = None) -> Corpus:
+    """The corpus "cola", from `data_dir` or else downloaded into it, "files", the user's own, or "synthetic".
+
+    "auto" is the user's files where they are named, else CoLA, else, with a loud warning, the built-in
+    sentences. Raises `UserError` where a named corpus can't be had, and where a file is not as it should be.
+    """
+    if (train_file is None) != (valid_file is None):
+        raise UserError("--train_file and --valid_file go together: name both")
+    if train_file and valid_file:
+        if name not in ("auto", "files"):
+            raise UserError(f"--dataset {name} and --train_file exclude each other: leave one out")
+        return _read_files(Path(train_file), Path(valid_file))
+    if name == "files":
+        raise UserError("--dataset files needs --train_file and --valid_file")
+    if name == "synthetic":
+        return synthetic_sentences()
+    path, started = Path(data_dir) / "cola_public_1.1.zip", time.perf_counter()
+    problem = None if path.exists() else _download_cola(path)
+    if problem is None:
+        return _read_cola(path)
+    if name == "auto":
+        warn_loudly(
+            f"{path} is missing, and can't be downloaded: {problem}.",
+            "This run uses the BUILT-IN synthetic sentences instead: its figures are not CoLA's.",
+            f"Finding that out took {time.perf_counter() - started:.1f} s.",
+            f"To use CoLA, put the file of {COLA_URL} into a directory and name that: --data_dir DIR.",
+        )
+        return synthetic_sentences()
+    raise UserError(
+        f"{path} is missing, and can't be downloaded: {problem}. Put the file of {COLA_URL} there, "
+        "name another --data_dir, or use --dataset synthetic"
+    )
+
+
+def _download_cola(path: Path) -> str | None:
+    """Download CoLA to `path`, whole or not at all; what went wrong, or None."""
+    problem = why_unreachable(COLA_URL)
+    if problem:
+        return problem
+    try:
+        with urllib.request.urlopen(COLA_URL, timeout=20) as answer:
+            content = answer.read()
+        if hashlib.sha256(content).hexdigest() != COLA_SHA256:
+            return "what the server sent is not the published file (sha256)"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary:
+            temporary.write_bytes(content)
+    except OSError as error:
+        return str(error)
+    return None
+
+
+def _read_cola(path: Path) -> Corpus:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"can't read {path}: {error.strerror}") from None
+    if hashlib.sha256(content).hexdigest() != COLA_SHA256:
+        raise UserError(
+            f"{path} is damaged: it differs from the published file (sha256); delete it to download it again"
+        )
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        train, in_domain, out_of_domain = (
+            parse_cola(archive.read(f"cola_public/raw/{part}.tsv"), f"{path}: {part}.tsv")
+            for part in ("in_domain_train", "in_domain_dev", "out_of_domain_dev")
+        )
+    valid = Sentences(*(a + b for a, b in zip(in_domain, out_of_domain)))
+    middle = len(in_domain.labels)
+    domains = {"in_domain": slice(0, middle), "out_of_domain": slice(middle, len(valid.labels))}
+    return Corpus("cola", train, valid, domains, ACCEPTABILITY, [path])
+
+
+def _lines(content: bytes, name: str) -> list[str]:
+    """The lines of a UTF-8 file, whose last one may lack its end. Raises `UserError` with file and line."""
+    lines = []
+    for number, line in enumerate(content.removesuffix(b"\n").split(b"\n"), start=1):
+        try:
+            lines.append(line.decode().removesuffix("\r"))
+        except UnicodeDecodeError:
+            raise UserError(f"{name}, line {number}: the bytes are not UTF-8") from None
+    return lines
+
+
+def parse_cola(content: bytes, name: str) -> Sentences:
+    """Read CoLA's format: source, label, the author's mark and sentence, tab-separated; quotes mean nothing.
+
+    Raises `UserError` naming file and line.
+    """
+    rows = []
+    for number, line in enumerate(_lines(content, name), start=1):
+        columns = line.split("\t")
+        if len(columns) != 4:
+            raise UserError(f"{name}, line {number}: {len(columns)} columns where 4 belong")
+        source, label, _, sentence = columns
+        if label not in ("0", "1"):
+            raise UserError(f"{name}, line {number}: the label is {label!r}, not 0 or 1")
+        if not sentence.strip():
+            raise UserError(f"{name}, line {number}: the sentence is empty")
+        rows.append((sentence, int(label), source))
+    return Sentences(*map(list, zip(*rows)))
+
+
+def _read_files(train_file: Path, valid_file: Path) -> Corpus:
+    """The user's own files, with as many classes as the training file has labels."""
+    train, valid = _read_table(train_file), _read_table(valid_file)
+    names = sorted(set(train.labels), key=lambda label: (0, int(label), "") if label.isdecimal() else (1, 0, label))
+    if len(names) < 2:
+        raise UserError(f"{train_file}: every label is {names[0]!r}; training needs two classes or more")
+    index = {label: i for i, label in enumerate(names)}
+    for number, label in enumerate(valid.labels, start=2):
+        if label not in index:
+            raise UserError(f"{valid_file}, row {number}: the label {label!r} does not occur in {train_file}")
+    train, valid = (part._replace(labels=[index[label] for label in part.labels]) for part in (train, valid))
+    return Corpus("files", train, valid, {}, names, [train_file, valid_file])
+
+
+def _read_table(path: Path) -> Sentences:
+    """A file with a header that holds `sentence`, `label` and perhaps `source`; labels as they are written.
+
+    A name that ends in .csv is comma-separated with quotes, any other tab-separated without.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"can't read {path}: {error.strerror}") from None
+    lines = _lines(content.removeprefix(b"\xef\xbb\xbf"), str(path))
+    if path.suffix.lower() == ".csv":
+        table = list(csv.reader(f"{line}\n" for line in lines))
+    else:
+        table = [line.split("\t") for line in lines]
+    header, rows = table[0], table[1:]
+    for column in ("sentence", "label"):
+        if column not in header:
+            raise UserError(f"{path}, row 1: the header has no column {column!r}, only {', '.join(header)}")
+    if not rows:
+        raise UserError(f"{path} holds no sentence")
+    parsed = Sentences([], [], [])
+    for number, row in enumerate(rows, start=2):
+        if len(row) != len(header):
+            raise UserError(f"{path}, row {number}: {len(row)} columns where the header has {len(header)}")
+        fields = dict(zip(header, row))
+        for column in ("sentence", "label"):
+            if not fields[column].strip():
+                raise UserError(f"{path}, row {number}: the {column} is empty")
+        parsed.sentences.append(fields["sentence"])
+        parsed.labels.append(fields["label"].strip())
+        parsed.sources.append(fields.get("source", path.name))
+    return parsed
+
+
+def synthetic_sentences(train: int = 12_000, valid: int = 1_000, seed: int = 0) -> Corpus:
+    """Sentences of the built-in grammar, half of them acceptable; no sentence is in both parts.
+
+    Both sentences of a minimal pair are in the same part. The same arguments give the same sentences.
+    """
+    pairs = minimal_pairs((train + valid) // 2, seed)
+    rows = [(sentence, label, rule) for good, bad, rule in pairs for sentence, label in ((good, 1), (bad, 0))]
+    parts = (Sentences(*map(list, zip(*part))) for part in (rows[:train], rows[train:]))
+    return Corpus("synthetic", *parts, {}, ACCEPTABILITY, [])

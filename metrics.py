@@ -219,6 +219,28 @@ class TrainingFigures:
         return {"row": self._row.clone(), "epoch": list(self._epoch)}
 
 
+def matthews_corrcoef_interval(
+    confusion: ConfusionMatrix, confidence: float = 0.95, resamples: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """Bootstrap percentile interval of the Matthews correlation: low, high. The same seed gives the same interval.
+
+    As many examples as were counted are drawn from the counts, `resamples` times. Efron and Tibshirani, "An
+    introduction to the bootstrap", 1993, chapter 13.
+    """
+    counts = confusion.counts.cpu()
+    generator = torch.Generator().manual_seed(seed)
+    cells = counts.flatten().double()
+    drawn = torch.multinomial(cells.expand(resamples, -1), int(cells.sum()), replacement=True, generator=generator)
+    figures = []
+    for cell in drawn:
+        resampled = ConfusionMatrix(confusion.num_classes)
+        resampled.update(cell % confusion.num_classes, cell // confusion.num_classes)
+        figures.append(resampled.matthews_corrcoef())
+    tail = (1 - confidence) / 2
+    low, high = torch.tensor(figures, dtype=torch.float64).quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64))
+    return float(low), float(high)
+
+
 def roc_curve(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """False and true positive rates of "score >= threshold" for falling thresholds.
 

@@ -8,6 +8,7 @@ import os
 import platform
 import random
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -129,6 +130,16 @@ def replacing(path: Path) -> Iterator[Path]:
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
+        os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def replacing_directory(path: Path) -> Iterator[Path]:
+    """A temporary directory to write to; at the end of the block it becomes `path`, which does not exist yet."""
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as parent:
+        temporary = Path(parent) / path.name
+        temporary.mkdir()
+        yield temporary
         os.replace(temporary, path)
 
 

@@ -1,10 +1,13 @@
-"""Pictures and tables from labels and predictions, for W&B and as PNG; drawn with Pillow."""
+"""Pictures, tables and charts from labels and predictions, for W&B and as PNG; drawn with Pillow."""
+
+import html
 
 import wandb
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from metrics import Evaluation
+from data import Corpus
+from metrics import Evaluation, evaluation, precision_recall_curve, roc_curve
 
 INK, FAINT, PAPER = (20, 24, 32), (150, 156, 166), (255, 255, 255)
 DEEP = (24, 86, 156)  # a cell that holds its whole row
@@ -58,6 +61,75 @@ def confusion_matrix_picture(counts: Tensor, class_names: list[str], part: str) 
         else:
             draw.text((x, y), name, fill=INK, font=text, anchor="mt")
     return canvas
+
+
+def sentence_mistakes_table(result: Evaluation, corpus: Corpus, step: int) -> wandb.Table:
+    """All mistakes in the validation sentences, a row each, the surest first."""
+    columns = ["sentence", "source", "label", "prediction", "probability", "loss", "step"]
+    table, names = wandb.Table(columns=columns), corpus.class_names
+    for i in surest_mistakes(result).tolist():
+        label, prediction = names[result.labels[i]], names[result.predictions[i]]
+        probability, loss = float(result.probabilities[i].max()), float(result.losses[i])
+        table.add_data(corpus.valid.sentences[i], corpus.valid.sources[i], label, prediction, probability, loss, step)
+    return table
+
+
+def per_source_table(result: Evaluation, sources: list[str]) -> wandb.Table:
+    """Accuracy and Matthews correlation of the sentences from each source, the worst accuracy first."""
+    indices: dict[str, list[int]] = {}
+    for i, source in enumerate(sources):
+        indices.setdefault(source, []).append(i)
+    rows = []
+    for source, chosen in indices.items():
+        part = evaluation(result.logits[chosen], result.labels[chosen])
+        rows.append([source, len(chosen), part.figures["acc"], part.figures["mcc"]])
+    return wandb.Table(columns=["source", "sentences", "acc", "mcc"], data=sorted(rows, key=lambda row: row[2]))
+
+
+def roc_chart(result: Evaluation, class_names: list[str]) -> wandb.plot.CustomChart:
+    """Receiver operating characteristic: a line for the second of two classes, or for each of more."""
+    curves = [(name, *roc_curve(scores, labels)[:2]) for name, scores, labels in _one_against_rest(result, class_names)]
+    return _line_chart(curves, "ROC: true over false positive rate", "false positive rate")
+
+
+def precision_recall_chart(result: Evaluation, class_names: list[str]) -> wandb.plot.CustomChart:
+    """Precision over recall: a line for the second of two classes, or for each of more."""
+    curves = []
+    for name, scores, labels in _one_against_rest(result, class_names):
+        precision, recall, _ = precision_recall_curve(scores, labels)
+        curves.append((name, recall, precision))
+    return _line_chart(curves, "Precision over recall", "recall")
+
+
+def _one_against_rest(result: Evaluation, class_names: list[str]) -> list[tuple[str, Tensor, Tensor]]:
+    """Name, probability and 0/1 label of each class that has positive and negative examples."""
+    classes = range(1 if len(class_names) == 2 else 0, len(class_names))
+    cases = [(class_names[c], result.probabilities[:, c], (result.labels == c).long()) for c in classes]
+    return [case for case in cases if 0 < case[2].sum() < len(case[2])]
+
+
+def _line_chart(curves: list[tuple[str, Tensor, Tensor]], title: str, x_name: str) -> wandb.plot.CustomChart:
+    return wandb.plot.line_series(
+        xs=[x.tolist() for _, x, _ in curves],
+        ys=[y.tolist() for _, _, y in curves],
+        keys=[name for name, _, _ in curves],
+        title=title,
+        xname=x_name,
+    )
+
+
+def shaded_tokens(tokens: list[str], moved: Tensor, heading: str) -> str:
+    """HTML of a sentence: red tokens moved the decision towards the mistake, blue ones away from it.
+
+    `moved` is a float (tokens,), the strength of each; the strongest has the full colour.
+    """
+    strongest = float(moved.abs().max()) or 1.0
+    words = []
+    for token, strength in zip(tokens, moved.tolist()):
+        colour = "214, 60, 50" if strength > 0 else "50, 100, 214"
+        shade = f"background: rgba({colour}, {abs(strength) / strongest:.2f})"
+        words.append(f'<span style="{shade}; padding: 2px" title="{strength:+.4f}">{html.escape(token)}</span>')
+    return f'<p style="font: 15px sans-serif"><small>{html.escape(heading)}</small><br>{" ".join(words)}</p>'
 
 
 def captioned_digits(images: Tensor, predictions: Tensor, labels: Tensor, class_names: list[str]) -> list[wandb.Image]:

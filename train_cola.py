@@ -1,0 +1,475 @@
+"""Fine-tune BERT on CoLA, monitored by Weights & Biases: options, data, model, evaluation, loop, saved model.
+
+Is a sentence acceptable English? The job of the Lightning tutorial. Read it from top to bottom.
+"""
+
+import dataclasses
+
+import options
+from options import UserError, option
+
+# ---------------------------------------------------------------------------------------------- settings
+
+
+@dataclasses.dataclass(kw_only=True)
+class Settings(options.SharedSettings):
+    dataset: str = option(
+        "auto",
+        "auto: CoLA, or built-in sentences where it can't be had",
+        choices=("auto", "cola", "synthetic", "files"),
+    )
+    train_file: str | None = option(None, "your own training data: TSV or CSV with columns sentence and label")
+    valid_file: str | None = option(None, "your own validation data")
+    model: str | None = option(
+        None, "an encoder of the hub, a directory, wandb:ENTITY/PROJECT/NAME:ALIAS, or scratch [BERT-tiny]"
+    )
+    epochs: int = option(10, "passes over the training data", at_least=1)
+    batch_size: int = option(64, "sentences in a batch", at_least=1)
+    learning_rate: float | None = option(None, "the highest learning rate [1e-4; 1e-3 for scratch]", above=0)
+    schedule: str = option("linear", "of the learning rate, after the warm-up", choices=("linear", "constant"))
+    warmup_ratio: float = option(0.1, "share of the batches over which the learning rate rises", at_least=0, below=1)
+    weight_decay: float = option(0.01, "of all weights but biases and LayerNorm", at_least=0)
+    clip_norm: float = option(1.0, "longest gradient; 0 clips none", at_least=0)
+    max_length: int = option(128, "longest sentence in tokens; what is beyond is cut", at_least=4)
+    monitor: str = option(
+        "valid/mcc", "figure that chooses the best model", choices=tuple(f"valid/{name}" for name in options.FIGURES)
+    )
+
+
+if __name__ == "__main__":
+    options.check_before_imports(Settings)
+
+import math
+import os
+import secrets
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import wandb
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import data
+import metrics
+import models
+import runtime
+import viz
+
+# -------------------------------------------------------------------------------------------------- data
+
+
+class Part(NamedTuple):
+    """Tokenised training or validation sentences; they stay on the device, and a batch is an index into them."""
+
+    tokens: Tensor  # int64 (sentences, longest), padded
+    lengths: Tensor  # int64 (sentences,), on the CPU
+    labels: Tensor  # int64 (sentences,)
+
+
+def tokenise(part: data.Sentences, tokenizer: PreTrainedTokenizerBase, max_length: int, device: torch.device) -> Part:
+    tokens = tokenizer(part.sentences, truncation=True, max_length=max_length, return_attention_mask=False)["input_ids"]
+    cut = sum(len(ids) == max_length for ids in tokens)
+    if cut:
+        print(f"{cut} of {len(tokens)} sentences reach --max_length {max_length}: what is beyond is cut.")
+    padded = nn.utils.rnn.pad_sequence(
+        [torch.tensor(ids) for ids in tokens], batch_first=True, padding_value=tokenizer.pad_token_id
+    )
+    lengths = torch.tensor([len(ids) for ids in tokens])
+    return Part(padded.to(device), lengths, torch.tensor(part.labels).to(device))
+
+
+def load(settings: Settings) -> data.Corpus:
+    """The corpus; what the settings leave open becomes what was found: dataset, model and learning rate."""
+    corpus = data.load_corpus(settings.dataset, settings.data_dir, settings.train_file, settings.valid_file)
+    settings.dataset = corpus.name
+    if settings.batch_size > len(corpus.train.labels):
+        raise UserError(f"--batch_size {settings.batch_size} is more than the {len(corpus.train.labels)} sentences")
+    settings.model = models.find_model(settings.model)
+    settings.learning_rate = settings.learning_rate or (1e-3 if settings.model == "scratch" else 1e-4)
+    return corpus
+
+
+def batches_by_length(lengths: Tensor, batch_size: int, random: np.random.Generator) -> list[Tensor]:
+    """Indices of every sentence, in batches of nearly equal length that come in random order.
+
+    Shuffled, then sorted by length within stretches of fifty batches, so that hardly anything is padding and
+    yet each epoch's batches differ.
+    """
+    order = torch.from_numpy(random.permutation(len(lengths)))
+    batches = [
+        batch
+        for stretch in order.split(50 * batch_size)
+        for batch in stretch[lengths[stretch].argsort(stable=True)].split(batch_size)
+    ]
+    return [batches[i] for i in random.permutation(len(batches))]
+
+
+def inputs_of(part: Part, indices: Tensor) -> dict[str, Tensor]:
+    """What the model takes of a batch, padded to its own longest sentence."""
+    lengths = part.lengths[indices]
+    longest = int(lengths.max())
+    mask = (torch.arange(longest) < lengths[:, None]).long()
+    device = part.tokens.device
+    return {"input_ids": part.tokens[indices.to(device), :longest], "attention_mask": mask.to(device)}
+
+
+# -------------------------------------------------------------------------------------------- evaluation
+
+
+@torch.inference_mode()
+def evaluate(model: PreTrainedModel, part: Part) -> metrics.Evaluation:
+    """Answer every sentence, in float32 as the saved model does."""
+    model.eval()
+    order = part.lengths.argsort(stable=True)
+    # forward(), since wandb.watch counts the calls of the model itself
+    logits = torch.cat([model.forward(**inputs_of(part, indices)).logits for indices in order.split(128)])
+    return metrics.evaluation(logits[order.argsort().to(logits.device)], part.labels)
+
+
+def attribute(model: PreTrainedModel, part: Part, index: int, answer: int, label: int) -> Tensor:
+    """How much each token of a sentence moved the decision for `answer` and against `label`: float (tokens,).
+
+    Gradient × input (Shrikumar et al., 2016): the derivative of the difference of the two logits by a token's
+    embedding, times that embedding, summed over its dimensions.
+    """
+    inputs = inputs_of(part, torch.tensor([index]))
+    embedded = model.get_input_embeddings()(inputs.pop("input_ids")).detach().requires_grad_()
+    with torch.enable_grad():
+        logits = model.forward(inputs_embeds=embedded, **inputs).logits[0]
+        (gradient,) = torch.autograd.grad(logits[answer] - logits[label], embedded)
+    return (gradient * embedded).sum(-1)[0].detach().cpu()
+
+
+def log_charts(
+    run: wandb.Run,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    part: Part,
+    result: metrics.Evaluation,
+    corpus: data.Corpus,
+    step: int,
+) -> None:
+    """Log the charts and tables of the validation sentences into the row of this step."""
+    names = corpus.class_names
+    mistakes = viz.surest_mistakes(result).tolist()
+    pages = []
+    for i in mistakes[:20]:
+        label, prediction = int(result.labels[i]), int(result.predictions[i])
+        shades = attribute(model, part, i, prediction, label)
+        words = tokenizer.convert_ids_to_tokens(part.tokens[i, : len(shades)].tolist())
+        heading = f"{names[label]} taken for {names[prediction]}, {result.probabilities[i].max():.1%}"
+        pages.append(viz.shaded_tokens(words, shades, heading))
+    sources = viz.per_source_table(result, corpus.valid.sources)
+    run.log(
+        {
+            "valid/confusion_matrix": wandb.plot.confusion_matrix(
+                y_true=result.labels.tolist(), preds=result.predictions.tolist(), class_names=names
+            ),
+            "valid/confusion_matrix_image": wandb.Image(
+                viz.confusion_matrix_picture(result.confusion.counts, names, "valid")
+            ),
+            "valid/mistakes": viz.sentence_mistakes_table(result, corpus, step),
+            "valid/logits": wandb.Histogram(result.logits.numpy()),
+            "valid/roc": viz.roc_chart(result, names),
+            "valid/pr": viz.precision_recall_chart(result, names),
+            "valid/per_source": sources,
+            "valid/per_source_chart": wandb.plot.bar(sources, "source", "acc", title="Accuracy per source"),
+            "valid/attributions": wandb.Html("".join(pages) or "<p>No mistakes.</p>", inject=False),
+        },
+        step=step,
+    )
+
+
+def warn_of_one_class(run: wandb.Run, result: metrics.Evaluation, class_names: list[str], epoch: int) -> None:
+    """Say so plainly where the model gives every sentence the same answer: accuracy does not show it."""
+    answers = result.predictions.unique()
+    if len(answers) == 1:
+        text = (
+            f"Epoch {epoch}: the model answers {class_names[answers[0]]!r} to every validation sentence; its "
+            f"accuracy, {result.figures['acc']:.1%}, is that of always answering so."
+        )
+        tqdm.write(f"WARNING: {text}")
+        if not (run.offline or run.disabled):
+            run.alert(title="One class only", text=text, level=wandb.AlertLevel.WARN)
+
+
+# ---------------------------------------------------------------------------------------------- training
+
+
+class Best(NamedTuple):
+    """The best model so far."""
+
+    epoch: int
+    value: float  # of the monitored figure
+    weights: dict[str, Tensor]
+
+
+def train(
+    run: wandb.Run,
+    settings: Settings,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    parts: list[Part],
+    corpus: data.Corpus,
+    output_dir: Path,
+) -> tuple[Best, int]:
+    """Train `model`; returns the best model and the last step, the number of sentences seen."""
+    train_part, valid_part = parts
+    device, examples = train_part.tokens.device, len(train_part.lengths)
+    batches = math.ceil(examples / settings.batch_size)
+    last_batch = min(settings.epochs * batches, settings.max_steps or math.inf)
+    watch_every = settings.watch_every or batches
+    warmup = int(settings.warmup_ratio * last_batch)
+
+    def learning_rate_factor(batch: int) -> float:
+        if batch < warmup:
+            return (batch + 1) / (warmup + 1)
+        return (last_batch - batch) / (last_batch - warmup) if settings.schedule == "linear" else 1.0
+
+    loss_function = nn.CrossEntropyLoss()
+    decayed = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    others = [parameter for parameter in model.parameters() if parameter.ndim == 1]  # biases and LayerNorm
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        settings.learning_rate,
+        fused=device.type != "mps",
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor)
+    if settings.watch != "off":
+        run.watch(model, loss_function, log=settings.watch, log_freq=watch_every)
+    if settings.compile:
+        model.compile(dynamic=True)
+
+    best = Best(0, math.nan, {})
+    batch = step = 0
+    figures = metrics.TrainingFigures(device)
+    bar = tqdm(total=last_batch, unit="batch", disable=None, file=sys.stdout)
+
+    def save_checkpoint() -> None:
+        state = {
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "schedule": schedule.state_dict(),
+            "random": runtime.random_state(),
+            "figures": figures.state_dict(),
+            "position": {"epoch": epoch, "batch": batch, "step": step},
+            "best": best._asdict(),
+            "settings": dataclasses.asdict(settings),
+        }
+        runtime.save_weights(output_dir / "checkpoint.pt", state)
+
+    for epoch in range(1, settings.epochs + 1):
+        epoch_started = row_started = time.perf_counter()
+        row_began = step
+        model.train()  # from_pretrained returns it in eval mode, without dropout
+        # Drawn from (seed, epoch) alone, so that the batches of any epoch can be drawn again.
+        random = np.random.default_rng((settings.seed, epoch))
+        for indices in batches_by_length(train_part.lengths, settings.batch_size, random):
+            labels = train_part.labels[indices.to(device)]
+            batch, step = batch + 1, step + len(labels)
+            epoch_ends = batch % batches == 0 or batch == last_batch
+            if settings.watch != "off" and batch % watch_every == 0:
+                run.log({}, step=step, commit=False)  # opens the row that the histograms belong to
+
+            with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+                logits = model(**inputs_of(train_part, indices)).logits
+                loss = loss_function(logits, labels)
+            loss.backward()
+            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm or math.inf)
+            optimizer.step()
+            optimizer.zero_grad()
+            learning_rate = schedule.get_last_lr()[0]
+            schedule.step()
+            figures.add(loss, logits, labels)
+            bar.update()
+
+            if batch % settings.log_every == 0 or epoch_ends:
+                row = figures.take_row()
+                numbers = {
+                    "epoch": epoch,
+                    "train/loss_step": row["loss"],
+                    "train/acc_step": row["acc"],
+                    "train/learning_rate": learning_rate,
+                    "train/grad_norm": float(grad_norm),
+                    "train/examples_per_second": (step - row_began) / (time.perf_counter() - row_started),
+                }
+                runtime.stop_if_diverged(row["loss"], epoch, step, learning_rate)
+                bar.set_postfix(loss=f"{row['loss']:.4f}", acc=f"{row['acc']:.2%}")
+                row_began, row_started = step, time.perf_counter()
+                if epoch_ends:
+                    break  # this row is logged below, with the figures of the epoch
+                runtime.log_numbers(run, output_dir, numbers, step)
+            if batch % settings.checkpoint_every == 0:
+                save_checkpoint()
+
+        whole, valid = figures.take_epoch(), evaluate(model, valid_part)
+        runtime.stop_if_diverged(valid.figures["loss"], epoch, step, learning_rate)
+        log_charts(run, model, tokenizer, valid_part, valid, corpus, step)
+        numbers |= {"train/loss_epoch": whole["loss"], "train/acc_epoch": whole["acc"]}
+        numbers |= {f"valid/{name}": figure for name, figure in valid.figures.items()}
+        numbers["valid/majority_share"] = valid.confusion.majority_share()
+        runtime.log_numbers(run, output_dir, numbers, step)
+        improved = best.epoch == 0 or options.is_better(settings.monitor, numbers[settings.monitor], best.value)
+        if improved:
+            weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+            best = Best(epoch, numbers[settings.monitor], weights)
+        save_checkpoint()
+        if settings.log_model == "all":
+            log_model(run, model, tokenizer, numbers, ["latest", "best"] if improved else ["latest"])
+        line = f"epoch {epoch}: train loss {whole['loss']:.4f} acc {whole['acc']:.2%}, valid loss "
+        line += "{loss:.4f} acc {acc:.2%} mcc {mcc:.3f}".format(**valid.figures)
+        bar.write(f"{line}, {time.perf_counter() - epoch_started:.1f} s")
+        warn_of_one_class(run, valid, corpus.class_names, epoch)
+        if batch == last_batch or 0 < settings.patience <= epoch - best.epoch:
+            break
+    bar.close()
+    return best, step
+
+
+# ------------------------------------------------------------------------------------- from start to end
+
+
+def log_model(
+    run: wandb.Run,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    figures: dict[str, float],
+    aliases: list[str],
+) -> None:
+    artifact = wandb.Artifact(f"model-{run.id}", type="model", metadata=figures)
+    with tempfile.TemporaryDirectory() as directory:
+        model.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+        artifact.add_dir(directory)
+    run.log_artifact(artifact, aliases=aliases)
+
+
+def load_model(settings: Settings, corpus: data.Corpus, place: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model of `place`, seeded: random weights, of a head or of all, and what training draws, follow the seed."""
+    runtime.seed_everything(settings.seed, settings.deterministic)
+    model, tokenizer = models.load_model(place, corpus.train.sentences, corpus.class_names, settings.max_length)
+    runtime.seed_everything(settings.seed, settings.deterministic)
+    return model, tokenizer
+
+
+def log_dataset(run: wandb.Run, corpus: data.Corpus) -> None:
+    artifact = wandb.Artifact(corpus.name, type="dataset")
+    for file in corpus.files:
+        artifact.add_file(str(file))
+    if not corpus.files:
+        for name, part in (("train", corpus.train), ("valid", corpus.valid)):
+            with artifact.new_file(f"{name}.tsv", encoding="utf-8") as file:
+                file.writelines(f"{source}\t{label}\t{sentence}\n" for sentence, label, source in zip(*part))
+    run.log_artifact(artifact)
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Fine-tune, evaluate and save as the command-line arguments say; returns the content of metrics.json."""
+    started = time.perf_counter()
+    settings = options.parse(Settings, argv)
+    corpus, device, mode = load(settings), runtime.find_device(settings.device), runtime.wandb_mode(settings.wandb)
+    from_wandb = settings.model.startswith("wandb:")
+    if from_wandb and mode != "online":
+        raise UserError(f"--model {settings.model} is fetched from W&B, and this run is {mode}: use --wandb online")
+    if not from_wandb:
+        load_model(settings, corpus, settings.model)  # raises before anything is written
+    settings.id = settings.id or os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
+    settings.output_dir = settings.output_dir or f"runs/cola-{settings.id}"
+    with (
+        runtime.output_directory(settings.output_dir) as output_dir,
+        runtime.finishing(
+            wandb.init(
+                project=settings.project or os.environ.get("WANDB_PROJECT", "cola"),
+                entity=settings.entity,
+                name=settings.name,
+                id=settings.id,
+                job_type=settings.job_type,
+                group=settings.group,
+                notes=settings.notes,
+                tags=settings.tags or None,
+                config=dataclasses.asdict(settings),
+                mode=mode,
+                save_code=settings.save_code or None,
+            )
+        ) as run,
+    ):
+        # A sweep may have set part of the config: from here on, the config is what counts.
+        command_line, settings = settings, options.from_config(Settings, run.config)
+        if settings != command_line:
+            corpus, device = load(settings), runtime.find_device(settings.device)
+        settings.device, settings.precision = device.type, runtime.find_precision(settings.precision, device)
+        settings.id = run.id
+        used = dataclasses.asdict(settings)
+        run.config.update({k: v for k, v in used.items() if run.config[k] != v}, allow_val_change=True)
+        run.tags = (*(run.tags or ()), corpus.name)
+        log_dataset(run, corpus)
+        if settings.save_code:
+            here = Path(__file__).parent
+            run.log_code(here, include_fn=lambda path: Path(path).parent == here and path.endswith((".py", ".yaml")))
+        runtime.write_json(output_dir / "config.json", used | {"versions": runtime.versions()})
+
+        place = run.use_artifact(settings.model.removeprefix("wandb:")).download() if from_wandb else settings.model
+        model, tokenizer = load_model(settings, corpus, place)
+        model.to(device)
+        parts = [tokenise(part, tokenizer, settings.max_length, device) for part in (corpus.train, corpus.valid)]
+        share = max(corpus.valid.labels.count(label) for label in set(corpus.valid.labels)) / len(corpus.valid.labels)
+        print(
+            f"{corpus.name}: {len(corpus.train.labels):,} + {len(corpus.valid.labels):,} sentences for training and "
+            f"validation, {share:.1%} of the latter in the most frequent class\n{settings.model}: "
+            f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer):,} tokens, "
+            f"on {device.type} in {settings.precision}, seed {settings.seed}"
+        )
+        best, step = train(run, settings, model, tokenizer, parts, corpus, output_dir)
+
+        model.load_state_dict(best.weights)
+        result = evaluate(model, parts[1])
+        figures = {"valid/majority_share": share}
+        figures |= {f"valid/{name}": figure for name, figure in result.figures.items()}
+        domains = {}
+        for domain, where in corpus.domains.items():
+            of_domain = metrics.evaluation(result.logits[where], result.labels[where])
+            domains |= {f"valid_{domain}/{name}": figure for name, figure in of_domain.figures.items()}
+        runtime.log_numbers(run, output_dir, domains, step)
+        run.log({}, step=step, commit=True)  # or the open row would overwrite the summary
+        run.summary.update(
+            {"best/epoch": best.epoch} | {key.replace("valid/", "best/"): figures[key] for key in figures}
+        )
+
+        columns = {"sentence": corpus.valid.sentences, "source": corpus.valid.sources}
+        runtime.write_predictions(output_dir / "predictions.csv", result, columns)
+        picture = viz.confusion_matrix_picture(result.confusion.counts, corpus.class_names, "valid")
+        runtime.write_png(output_dir / "confusion_matrix.png", picture)
+        with runtime.replacing_directory(output_dir / "model") as temporary:
+            model.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+        if settings.log_model == "best":
+            log_model(run, model, tokenizer, figures, ["latest", "best"])
+        low, high = metrics.matthews_corrcoef_interval(result.confusion)
+        summary = {
+            "dataset": corpus.name,
+            "model": settings.model,
+            "best/epoch": best.epoch,
+            **figures,
+            "valid/mcc_low": low,
+            "valid/mcc_high": high,
+            **domains,
+            "seconds": time.perf_counter() - started,
+        }
+        runtime.write_json(output_dir / "metrics.json", summary)
+        last_line = runtime.where_to_look(run, output_dir)
+    print(
+        f"best epoch {best.epoch}: Matthews correlation {figures['valid/mcc']:.3f} (95 % interval {low:.3f} to "
+        f"{high:.3f}), accuracy {figures['valid/acc']:.2%} where always answering the same gives {share:.2%}"
+    )
+    print(last_line)
+    return summary
+
+
+if __name__ == "__main__":
+    options.run_script(main)
