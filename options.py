@@ -5,14 +5,32 @@ Imports the standard library only, so that `--help` and a misspelt option are an
 
 import dataclasses
 import difflib
+import errno
 import gc
 import math
 import os
+import re
+import signal
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
+
+# What a run is called and where it goes is settled before W&B is asked for its config, and stays so.
+OF_THE_RUN = (
+    "output_dir",
+    "wandb",
+    "project",
+    "entity",
+    "name",
+    "id",
+    "job_type",
+    "group",
+    "notes",
+    "tags",
+    "save_code",
+)
 
 
 class UserError(Exception):
@@ -93,13 +111,14 @@ def parse(settings_class: type[Settings], argv: Sequence[str] | None = None) -> 
     return _build(settings_class, vars(_read(settings_class, argv)), prefix="--")
 
 
-def from_config(settings_class: type[Settings], config: Mapping[str, Any]) -> Settings:
-    """Settings from a W&B run's config, where a sweep may have set some; checked like the command line.
+def from_config(asked: Settings, config: Mapping[str, Any]) -> Settings:
+    """`asked` with what a W&B run's config says, where a sweep may have set some; checked like the command line.
 
-    Keys that are no option are left alone. Raises `UserError`.
+    Keys that are no option are left alone, and so are the settings `OF_THE_RUN`. Raises `UserError`.
     """
-    names = {field.name for field in dataclasses.fields(settings_class)}
-    return _build(settings_class, {k: v for k, v in config.items() if k in names}, prefix="config.")
+    names = {field.name for field in dataclasses.fields(asked)} - set(OF_THE_RUN)
+    configured = _build(type(asked), {k: v for k, v in config.items() if k in names}, prefix="config.")
+    return dataclasses.replace(configured, **{name: getattr(asked, name) for name in OF_THE_RUN})
 
 
 def is_better(figure: str, value: float, than: float) -> bool:
@@ -127,14 +146,14 @@ def _read(settings_class: type, argv: Sequence[str] | None) -> Namespace:
             nargs="?" if kind is bool else "*" if kind in (list[int], list[str]) else None,
             const="true" if kind is bool else None,
             default=dataclasses.MISSING,
-            metavar="{" + ",".join(choices) + "}" if choices else field.name.upper(),
+            metavar="{" + ",".join(choices) + "}" if choices and len(choices) < 6 else field.name.upper(),
             help=field.metadata["help"].replace("%", "%%")
             + (f" [{_as_typed(default)}]" if default not in (None, []) else ""),
         )
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         near = difflib.get_close_matches(
-            unknown[0].split("=")[0], [f"--{f.name}" for f in dataclasses.fields(settings_class)], n=1
+            unknown[0].split("=")[0], [f"--{f.name}" for f in dataclasses.fields(settings_class)], 1, 0.7
         )
         parser.error(f"unknown option {unknown[0]}" + (f"; did you mean {near[0]}?" if near else ""))
     return Namespace(**{k: v for k, v in vars(given).items() if v is not dataclasses.MISSING})
@@ -180,13 +199,13 @@ def _convert(
     if optional and (value is None or value == "None"):
         return None
     if kind in (list[int], list[str]):
-        # From the command line a list of words, or one word as a sweep writes it: "[16, 32]".
-        words = value if isinstance(value, (list, tuple)) else [value]
-        parts = [p for word in words for p in str(word).strip("[]()").replace(",", " ").split()]
+        parts = list(value) if isinstance(value, (list, tuple)) else [value]
+        if len(parts) == 1 and re.fullmatch(r"\[.*\]|\(.*\)", str(parts[0])):  # as a sweep writes a list: "[16, 32]"
+            parts = [part.strip(" '\"") for part in str(parts[0])[1:-1].split(",") if part.strip()]
         if length is not None and len(parts) != length:
             raise ValueError(f"needs {length} values, got {len(parts)}: {_as_typed(parts)!r}")
         (item,) = get_args(kind)
-        return [_convert(item, part.strip("'\""), **limits) for part in parts]
+        return [_convert(item, part, **limits) for part in parts]
     if kind is bool:
         word = str(value).lower()
         if word not in ("true", "false", "1", "0", "yes", "no"):
@@ -229,18 +248,20 @@ def _number(
 def check_before_imports(settings_class: type[SharedSettings]) -> None:
     """Answer `--help` and mistakes in the options, before a script imports what takes seconds to load.
 
-    And set what has to be set by then.
+    And set what has to be set by then, for this process: how OpenMP's threads wait, the collector, Ctrl-C.
     """
     _end_in_one_line(lambda: parse(settings_class))
     # A thread of OpenMP that waits is to sleep soon, not to spin: where other programs want the processor too,
     # spinning keeps it from the very thread that is waited for, and training takes ten times as long.
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(os.environ):
+        os.environ["GOMP_SPINCOUNT"] = "1000"
     gc.disable()  # until the imports are done: what they make is no garbage, and there is much of it
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until then Ctrl-C just ends the process
 
 
 def run_script(main: Callable[[], Any]) -> None:
     """Call `main`; what the user can put right ends in one line on stderr and its exit status."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     gc.freeze()  # the collector leaves alone what was imported: a second and a half less in the end
     gc.enable()
     gc.set_threshold(50_000)  # and looks rarely, since torchvision and the ONNX exporter are imported later
@@ -252,18 +273,39 @@ def run_script(main: Callable[[], Any]) -> None:
             gc.unfreeze()  # triton would report as leaked what is never collected
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR)
+
+
 def _end_in_one_line(action: Callable[[], Any]) -> None:
     try:
         action()
         return
     except KeyboardInterrupt:
         message, status = "interrupted", 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or closing it would fail once more
+        message, status = "error: what reads the output has gone", 1
     except UserError as error:
         message, status = f"error: {error}", error.status
-    except Exception as error:
-        wandb = sys.modules.get("wandb")  # importing it here would take half a second
-        if wandb is None or not isinstance(error, wandb.errors.UsageError):
+    except OSError as error:
+        if error.errno not in FULL + REFUSED:
             raise
-        message, status = f"error: W&B: {error}", 2
+        message, status = f"error: {error.filename or 'writing'}: {error.strerror}", 1 if error.errno in FULL else 2
+    except Exception as error:
+        message, status = _of_wandb(error), 2
+        if message is None:
+            raise
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     sys.exit(status)
+
+
+def _of_wandb(error: Exception) -> str | None:
+    """What W&B found wrong with its settings, on the command line or in the environment; None for other errors."""
+    wandb, pydantic = sys.modules.get("wandb"), sys.modules.get("pydantic_core")  # importing them would take long
+    if wandb and isinstance(error, wandb.errors.UsageError):
+        return f"error: W&B: {error}"
+    if pydantic and isinstance(error, pydantic.ValidationError):
+        problem = error.errors()[0]
+        return f"error: W&B: {'.'.join(map(str, problem['loc']))}: {problem['msg']}"
+    return None

@@ -2,11 +2,12 @@
 
 import contextlib
 import csv
+import io
 import json
-import math
 import os
 import platform
 import random
+import secrets
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,7 +21,7 @@ import wandb
 from PIL import Image
 
 from metrics import Evaluation
-from options import UserError
+from options import SharedSettings, UserError
 
 LIBRARIES = ("torch", "torchvision", "transformers", "wandb", "numpy")
 PROBE_BYTES = 8 << 20  # a run that can't write this much when it starts has no space
@@ -70,10 +71,13 @@ def find_precision(name: str, device: torch.device) -> str:
 def wandb_mode(choice: str) -> str:
     """The mode for `wandb.init` that `--wandb` asks for.
 
-    "auto" obeys `WANDB_MODE`, and else is online where credentials are configured and offline where none
-    are; it never prompts. Raises `UserError` where "online" was asked for and there are no credentials.
+    "auto" obeys `WANDB_MODE` and W&B's settings files where they say offline or disabled, and else is online
+    where credentials are configured and offline where none are; it never prompts. Raises `UserError` where
+    "online" was asked for and there are no credentials.
     """
-    mode = os.environ.get("WANDB_MODE", "online") if choice == "auto" else choice
+    if os.environ.get("WANDB_MODE") == "":
+        del os.environ["WANDB_MODE"]  # W&B would refuse it
+    mode = wandb.setup().settings.mode if choice == "auto" else choice
     if mode != "online":
         return mode
     try:
@@ -88,15 +92,23 @@ def wandb_mode(choice: str) -> str:
     return "offline"
 
 
+def settle_run(settings: SharedSettings, task: str) -> None:
+    """Fill in what a run is called and where it goes: W&B mode, project, run id and output directory."""
+    settings.wandb = wandb_mode(settings.wandb)
+    settings.project = settings.project or os.environ.get("WANDB_PROJECT") or task
+    settings.id = settings.id or os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
+    settings.output_dir = settings.output_dir or f"runs/{task}-{settings.id}"
+
+
 @contextlib.contextmanager
 def output_directory(path: str | Path) -> Iterator[Path]:
     """Make the directory of a new run, which must be able to receive files and hold no other run.
 
     Raises `UserError` where it can't. If the block raises before a file was written, no directory is left.
     """
-    path = Path(path)
-    made = [p for p in (path, *path.parents) if not p.exists()]
+    path, made = Path(path), []
     try:
+        made += [p for p in (path, *path.parents) if not p.exists()]
         for taken in ("config.json", "history.jsonl", "checkpoint.pt", "metrics.json"):
             if (path / taken).exists():
                 raise UserError(f"--output_dir {path} already holds another run ({taken}); name another one")
@@ -151,8 +163,10 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def save_weights(path: Path, content: Mapping[str, Any]) -> None:
     """`torch.save` a state dict or a checkpoint of tensors and plain values, whole or not at all."""
+    buffer = io.BytesIO()  # torch.save to a file does not say why it could not write
+    torch.save(content, buffer)
     with replacing(path) as temporary:
-        torch.save(content, temporary)
+        temporary.write_bytes(buffer.getbuffer())
 
 
 def write_predictions(path: Path, result: Evaluation, more: Mapping[str, Iterable[Any]] = {}) -> None:
@@ -208,14 +222,13 @@ def log_numbers(run: wandb.Run, output_dir: Path, numbers: Mapping[str, float], 
     run.log(dict(numbers), step=step)
 
 
-def stop_if_diverged(loss: float, epoch: int, step: int, learning_rate: float) -> None:
-    """Raise `UserError` (status 1) if the loss is NaN or infinite."""
-    if not math.isfinite(loss):
-        raise UserError(
-            f"the loss is {loss} in epoch {epoch} at step {step}, learning rate {learning_rate:g}; training has "
-            "stopped, what was logged is kept; a lower --learning_rate may help",
-            status=1,
-        )
+def diverged(name: str, loss: float, epoch: int, step: int, learning_rate: float) -> UserError:
+    """What to raise when a loss, of training or validation, is NaN or infinite."""
+    return UserError(
+        f"the {name} loss is {loss} in epoch {epoch} by step {step}, learning rate {learning_rate:g}; training has "
+        "stopped, what was logged is kept; a lower --learning_rate may help",
+        status=1,
+    )
 
 
 def where_to_look(run: wandb.Run, output_dir: Path) -> str:

@@ -40,8 +40,6 @@ if __name__ == "__main__":
     options.check_before_imports(Settings)
 
 import math
-import os
-import secrets
 import sys
 import tempfile
 import time
@@ -91,6 +89,8 @@ def load(settings: Settings) -> data.Corpus:
     if settings.batch_size > len(corpus.train.labels):
         raise UserError(f"--batch_size {settings.batch_size} is more than the {len(corpus.train.labels)} sentences")
     settings.model = models.find_model(settings.model)
+    runtime.find_device(settings.device)
+    settings.watch_every = settings.watch_every or math.ceil(len(corpus.train.labels) / settings.batch_size)
     settings.learning_rate = settings.learning_rate or (1e-3 if settings.model == "scratch" else 1e-4)
     return corpus
 
@@ -127,8 +127,8 @@ def evaluate(model: PreTrainedModel, part: Part) -> metrics.Evaluation:
     """Answer every sentence, in float32 as the saved model does."""
     model.eval()
     order = part.lengths.argsort(stable=True)
-    # forward(), since wandb.watch counts the calls of the model itself
-    logits = torch.cat([model.forward(**inputs_of(part, indices)).logits for indices in order.split(128)])
+    forward = type(model).forward  # the method, since wandb.watch counts the calls of the model itself
+    logits = torch.cat([forward(model, **inputs_of(part, indices)).logits for indices in order.split(128)])
     return metrics.evaluation(logits[order.argsort().to(logits.device)], part.labels)
 
 
@@ -141,7 +141,7 @@ def attribute(model: PreTrainedModel, part: Part, index: int, answer: int, label
     inputs = inputs_of(part, torch.tensor([index]))
     embedded = model.get_input_embeddings()(inputs.pop("input_ids")).detach().requires_grad_()
     with torch.enable_grad():
-        logits = model.forward(inputs_embeds=embedded, **inputs).logits[0]
+        logits = type(model).forward(model, inputs_embeds=embedded, **inputs).logits[0]
         (gradient,) = torch.autograd.grad(logits[answer] - logits[label], embedded)
     return (gradient * embedded).sum(-1)[0].detach().cpu()
 
@@ -224,7 +224,6 @@ def train(
     device, examples = train_part.tokens.device, len(train_part.lengths)
     batches = math.ceil(examples / settings.batch_size)
     last_batch = min(settings.epochs * batches, settings.max_steps or math.inf)
-    watch_every = settings.watch_every or batches
     warmup = int(settings.warmup_ratio * last_batch)
 
     def learning_rate_factor(batch: int) -> float:
@@ -242,9 +241,9 @@ def train(
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor)
     if settings.watch != "off":
-        run.watch(model, loss_function, log=settings.watch, log_freq=watch_every)
+        run.watch(model, loss_function, log=settings.watch, log_freq=settings.watch_every)
     if settings.compile:
-        model.compile(dynamic=True)
+        model.forward = torch.compile(model.forward, dynamic=True)  # model.compile() would take in watch's hooks
 
     best = Best(0, math.nan, {})
     batch = step = 0
@@ -274,7 +273,7 @@ def train(
             labels = train_part.labels[indices.to(device)]
             batch, step = batch + 1, step + len(labels)
             epoch_ends = batch % batches == 0 or batch == last_batch
-            if settings.watch != "off" and batch % watch_every == 0:
+            if settings.watch != "off" and batch % settings.watch_every == 0:
                 run.log({}, step=step, commit=False)  # opens the row that the histograms belong to
 
             with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
@@ -299,7 +298,8 @@ def train(
                     "train/grad_norm": float(grad_norm),
                     "train/examples_per_second": (step - row_began) / (time.perf_counter() - row_started),
                 }
-                runtime.stop_if_diverged(row["loss"], epoch, step, learning_rate)
+                if not math.isfinite(row["loss"]):
+                    raise runtime.diverged("training", row["loss"], epoch, step, learning_rate)
                 bar.set_postfix(loss=f"{row['loss']:.4f}", acc=f"{row['acc']:.2%}")
                 row_began, row_started = step, time.perf_counter()
                 if epoch_ends:
@@ -309,9 +309,11 @@ def train(
                 save_checkpoint()
 
         whole, valid = figures.take_epoch(), evaluate(model, valid_part)
-        runtime.stop_if_diverged(valid.figures["loss"], epoch, step, learning_rate)
-        log_charts(run, model, tokenizer, valid_part, valid, corpus, step)
         numbers |= {"train/loss_epoch": whole["loss"], "train/acc_epoch": whole["acc"]}
+        if not math.isfinite(valid.figures["loss"]):
+            runtime.log_numbers(run, output_dir, numbers, step)
+            raise runtime.diverged("validation", valid.figures["loss"], epoch, step, learning_rate)
+        log_charts(run, model, tokenizer, valid_part, valid, corpus, step)
         numbers |= {f"valid/{name}": figure for name, figure in valid.figures.items()}
         numbers["valid/majority_share"] = valid.confusion.majority_share()
         runtime.log_numbers(run, output_dir, numbers, step)
@@ -373,41 +375,43 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Fine-tune, evaluate and save as the command-line arguments say; returns the content of metrics.json."""
     started = time.perf_counter()
     settings = options.parse(Settings, argv)
-    corpus, device, mode = load(settings), runtime.find_device(settings.device), runtime.wandb_mode(settings.wandb)
+    runtime.settle_run(settings, "cola")
+    asked = dataclasses.replace(settings)
+    corpus = load(settings)
     from_wandb = settings.model.startswith("wandb:")
-    if from_wandb and mode != "online":
-        raise UserError(f"--model {settings.model} is fetched from W&B, and this run is {mode}: use --wandb online")
+    if from_wandb and settings.wandb != "online":
+        raise UserError(f"--model {settings.model} is fetched from W&B, but this run is {settings.wandb}")
     if not from_wandb:
         load_model(settings, corpus, settings.model)  # raises before anything is written
-    settings.id = settings.id or os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
-    settings.output_dir = settings.output_dir or f"runs/cola-{settings.id}"
     with (
-        runtime.output_directory(settings.output_dir) as output_dir,
+        runtime.output_directory(asked.output_dir) as output_dir,
         runtime.finishing(
             wandb.init(
-                project=settings.project or os.environ.get("WANDB_PROJECT", "cola"),
-                entity=settings.entity,
-                name=settings.name,
-                id=settings.id,
-                job_type=settings.job_type,
-                group=settings.group,
-                notes=settings.notes,
-                tags=settings.tags or None,
-                config=dataclasses.asdict(settings),
-                mode=mode,
-                save_code=settings.save_code or None,
+                project=asked.project,
+                entity=asked.entity,
+                name=asked.name,
+                id=asked.id,
+                job_type=asked.job_type,
+                group=asked.group,
+                notes=asked.notes,
+                tags=asked.tags or None,
+                config=dataclasses.asdict(asked),
+                mode=asked.wandb,
+                save_code=asked.save_code or None,
             )
         ) as run,
     ):
         # A sweep may have set part of the config: from here on, the config is what counts.
-        command_line, settings = settings, options.from_config(Settings, run.config)
-        if settings != command_line:
-            corpus, device = load(settings), runtime.find_device(settings.device)
+        configured = options.from_config(asked, run.config)
+        if configured != asked:
+            settings = configured
+            corpus = load(settings)
+        device = runtime.find_device(settings.device)
         settings.device, settings.precision = device.type, runtime.find_precision(settings.precision, device)
         settings.id = run.id
         used = dataclasses.asdict(settings)
         run.config.update({k: v for k, v in used.items() if run.config[k] != v}, allow_val_change=True)
-        run.tags = (*(run.tags or ()), corpus.name)
+        run.tags = tuple(dict.fromkeys((*(run.tags or ()), corpus.name)))
         log_dataset(run, corpus)
         if settings.save_code:
             here = Path(__file__).parent

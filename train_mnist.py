@@ -28,8 +28,6 @@ if __name__ == "__main__":
     options.check_before_imports(Settings)
 
 import math
-import os
-import secrets
 import sys
 import time
 from pathlib import Path
@@ -51,7 +49,10 @@ import viz
 
 
 def load(settings: Settings) -> tuple[data.Digits, list[data.Part]]:
-    """The data set and its training, validation and test part; `settings.dataset` becomes what was found."""
+    """The data set and its training, validation and test part; what the settings leave open is filled in.
+
+    Raises `UserError` where the settings don't go with the data.
+    """
     digits = data.load_digits(settings.dataset, settings.data_dir)
     parts = data.split_digits(digits, settings.valid_size, settings.slice)
     examples = len(parts[0].images)
@@ -59,7 +60,9 @@ def load(settings: Settings) -> tuple[data.Digits, list[data.Part]]:
         raise UserError(f"--batch_size {settings.batch_size} is more than the {examples} training images")
     if settings.patience and not settings.valid_size:
         raise UserError("--patience needs images to judge by: --valid_size is 0")
+    runtime.find_device(settings.device)
     settings.dataset = digits.name
+    settings.watch_every = settings.watch_every or math.ceil(examples / settings.batch_size)
     return digits, parts
 
 
@@ -97,8 +100,8 @@ class ConvNet(nn.Module):
 def evaluate(model: ConvNet, part: data.Part) -> metrics.Evaluation:
     """Answer every image, in float32 as the exported model does."""
     model.eval()
-    # forward(), since wandb.watch counts the calls of the model itself
-    logits = torch.cat([model.forward(pixels(images)) for images in part.images.split(500)])
+    # The method, since wandb.watch counts the calls of the model itself.
+    logits = torch.cat([ConvNet.forward(model, pixels(images)) for images in part.images.split(500)])
     return metrics.evaluation(logits, part.labels)
 
 
@@ -138,7 +141,6 @@ def train(
     device, examples = train_part.images.device, len(train_part.images)
     batches = math.ceil(examples / settings.batch_size)
     last_batch = min(settings.epochs * batches, settings.max_steps or math.inf)
-    watch_every = settings.watch_every or batches
 
     loss_function = nn.CrossEntropyLoss()
     optimizer = torch.optim.Adam(model.parameters(), settings.learning_rate, fused=device.type != "mps")
@@ -147,9 +149,9 @@ def train(
     else:
         schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1)
     if settings.watch != "off":
-        run.watch(model, loss_function, log=settings.watch, log_freq=watch_every)
+        run.watch(model, loss_function, log=settings.watch, log_freq=settings.watch_every)
     if settings.compile:
-        model.compile()
+        model.forward = torch.compile(model.forward)  # model.compile() would take in the hooks of watch
 
     best = Best(0, math.nan, {})
     batch = step = 0
@@ -179,7 +181,7 @@ def train(
             images, labels = train_part.images[indices], train_part.labels[indices]
             batch, step = batch + 1, step + len(labels)
             epoch_ends = batch % batches == 0 or batch == last_batch
-            if settings.watch != "off" and batch % watch_every == 0:
+            if settings.watch != "off" and batch % settings.watch_every == 0:
                 run.log({}, step=step, commit=False)  # opens the row that the histograms belong to
 
             with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
@@ -202,7 +204,8 @@ def train(
                     "train/learning_rate": learning_rate,
                     "train/examples_per_second": (step - row_began) / (time.perf_counter() - row_started),
                 }
-                runtime.stop_if_diverged(row["loss"], epoch, step, learning_rate)
+                if not math.isfinite(row["loss"]):
+                    raise runtime.diverged("training", row["loss"], epoch, step, learning_rate)
                 bar.set_postfix(loss=f"{row['loss']:.4f}", acc=f"{row['acc']:.2%}")
                 row_began, row_started = step, time.perf_counter()
                 if epoch_ends:
@@ -219,7 +222,9 @@ def train(
         improved = True
         if len(valid_part.images):
             valid = evaluate(model, valid_part)
-            runtime.stop_if_diverged(valid.figures["loss"], epoch, step, learning_rate)
+            if not math.isfinite(valid.figures["loss"]):
+                runtime.log_numbers(run, output_dir, numbers, step)
+                raise runtime.diverged("validation", valid.figures["loss"], epoch, step, learning_rate)
             log_charts(run, "valid", valid_part, valid, class_names, step)
             numbers |= {f"valid/{name}": figure for name, figure in valid.figures.items()}
             improved = best.epoch == 0 or options.is_better(settings.monitor, numbers[settings.monitor], best.value)
@@ -243,17 +248,18 @@ def train(
 
 def export_onnx(path: Path, model: ConvNet) -> None:
     """One file that holds the weights too: `images`, float (batch, 1, 28, 28) in 0..1, to `logits`."""
+    program = torch.onnx.export(
+        model.cpu().to(memory_format=torch.contiguous_format),
+        (torch.zeros(2, 1, 28, 28),),
+        input_names=["images"],
+        output_names=["logits"],
+        dynamic_shapes=({0: torch.export.Dim("batch")},),
+        verbose=False,
+    )
+    for node in program.model.graph:
+        node.metadata_props.clear()  # where the source lay on this machine
     with runtime.replacing(path) as temporary:
-        torch.onnx.export(
-            model.cpu().to(memory_format=torch.contiguous_format),
-            (torch.zeros(2, 1, 28, 28),),
-            temporary,
-            input_names=["images"],
-            output_names=["logits"],
-            dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
-            external_data=False,  # the default leaves the weights in a second file
-            verbose=False,
-        )
+        program.save(temporary, external_data=False)
 
 
 def log_model(run: wandb.Run, weights: dict[str, Tensor], figures: dict[str, float], aliases: list[str]) -> None:
@@ -267,31 +273,31 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Train, evaluate and export as the command-line arguments say; returns the content of metrics.json."""
     started = time.perf_counter()
     settings = options.parse(Settings, argv)
+    runtime.settle_run(settings, "mnist")
+    asked = dataclasses.replace(settings)
     digits, parts = load(settings)
-    device = runtime.find_device(settings.device)
-    settings.id = settings.id or os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
-    settings.output_dir = settings.output_dir or f"runs/mnist-{settings.id}"
     with (
-        runtime.output_directory(settings.output_dir) as output_dir,
+        runtime.output_directory(asked.output_dir) as output_dir,
         runtime.finishing(
             wandb.init(
-                project=settings.project or os.environ.get("WANDB_PROJECT", "mnist"),
-                entity=settings.entity,
-                name=settings.name,
-                id=settings.id,
-                job_type=settings.job_type,
-                group=settings.group,
-                notes=settings.notes,
-                tags=settings.tags or None,
-                config=dataclasses.asdict(settings),
-                mode=runtime.wandb_mode(settings.wandb),
-                save_code=settings.save_code or None,
+                project=asked.project,
+                entity=asked.entity,
+                name=asked.name,
+                id=asked.id,
+                job_type=asked.job_type,
+                group=asked.group,
+                notes=asked.notes,
+                tags=asked.tags or None,
+                config=dataclasses.asdict(asked),
+                mode=asked.wandb,
+                save_code=asked.save_code or None,
             )
         ) as run,
     ):
         # A sweep may have set part of the config: from here on, the config is what counts.
-        command_line, settings = settings, options.from_config(Settings, run.config)
-        if settings != command_line:
+        configured = options.from_config(asked, run.config)
+        if configured != asked:
+            settings = configured
             digits, parts = load(settings)
         device = runtime.find_device(settings.device)
         parts = [data.Part(part.images.to(device), part.labels.to(device)) for part in parts]
@@ -299,7 +305,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         settings.id = run.id
         used = dataclasses.asdict(settings)
         run.config.update({k: v for k, v in used.items() if run.config[k] != v}, allow_val_change=True)
-        run.tags = (*(run.tags or ()), digits.name)
+        run.tags = tuple(dict.fromkeys((*(run.tags or ()), digits.name)))
         dataset = wandb.Artifact(digits.name, type="dataset")
         for file in digits.files:
             dataset.add_reference(file.resolve().as_uri(), name=file.name)  # its checksum, not a copy
@@ -323,6 +329,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         model = ConvNet(settings.kernels).to(device, memory_format=torch.channels_last)
         model.load_state_dict(best.weights)
         test = evaluate(model, test_part)
+        if not math.isfinite(test.figures["loss"]):
+            raise runtime.diverged("test", test.figures["loss"], best.epoch, step, settings.learning_rate)
         figures = {f"test/{name}": figure for name, figure in test.figures.items()}
         log_charts(run, "test", test_part, test, digits.class_names, step)
         runtime.log_numbers(run, output_dir, figures, step)

@@ -155,7 +155,8 @@ def digit_mistakes_picture(images: Tensor, result: Evaluation, class_names: list
     The caption of a 7 taken for a 1 with a probability of 98 % is "7 as 1, 98%".
     """
     wrong = surest_mistakes(result)
-    title = f"{part}: the surest of {len(wrong)} mistakes in {len(images):,} examples, label as prediction"
+    shown = "no mistakes" if not len(wrong) else f"the {min(40, len(wrong))} surest of {len(wrong)} mistakes"
+    title = f"{part}: {shown} in {len(images):,} examples, label as prediction"
     images = images[wrong[:40], 0]
     captions = [
         f"{class_names[result.labels[i]]} as {class_names[result.predictions[i]]}, {result.probabilities[i].max():.0%}"

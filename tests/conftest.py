@@ -69,4 +69,4 @@ def small_mnist(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """One run of `train_mnist.py` with everything on, which many tests look at."""
     cwd = tmp_path_factory.mktemp("small_mnist")
     arguments = "--dataset synthetic --slice 5 --valid_size 4000 --epochs 3 --log_model all --save_code"
-    return finished_run("train_mnist.py", cwd, *arguments.split(), "--tags", "one", "two", "--notes", "a note")
+    return finished_run("train_mnist.py", cwd, *arguments.split(), "--tags", "one", "two words", "--notes", "a note")

@@ -49,6 +49,9 @@ DATA = {
     "--dataset synthetic --wandb online": "--wandb online: no API key is configured",
     "--dataset synthetic --project a/b": "W&B: Invalid project name 'a/b'",
     "--dataset synthetic --id a?b": "W&B: Run ID cannot contain the characters",
+    f"--dataset synthetic --output_dir {'x' * 300}": "File name too long",
+    f"--dataset mnist --data_dir {'x' * 300}": "File name too long",
+    f"--dataset synthetic --tags {'x' * 65}": "W&B: ",
 }
 if not torch.cuda.is_available():
     DATA["--dataset synthetic --device cuda"] = "--device cuda: this machine, or this build of torch, has none"
@@ -103,8 +106,58 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     assert done.status == 1 and "Traceback" not in done.err
     rows = [json.loads(line) for line in (tmp_path / "out/history.jsonl").read_text().splitlines()]
     step = rows[-1]["step"] + 128
-    assert f"the loss is nan in epoch 1 at step {step}, learning rate 1e+30" in done.err.splitlines()[-1]
+    assert f"the training loss is nan in epoch 1 by step {step}, learning rate 1e+30" in done.err.splitlines()[-1]
     assert not (tmp_path / "out/metrics.json").exists() and not (tmp_path / "out/checkpoint.pt").exists()
+
+
+def test_a_loss_that_is_not_finite_when_evaluated(tmp_path):
+    arguments = "--dataset synthetic --slice 20 --schedule constant --max_steps 1 --learning_rate 1e38"
+    for valid_size, name in ((0, "test"), (2000, "validation")):
+        done = call(
+            "train_mnist.py", *arguments.split(), "--valid_size", valid_size, "--output_dir", name, cwd=tmp_path
+        )
+        assert done.status == 1 and "Traceback" not in done.err
+        assert f"the {name} loss is nan in epoch 1 by step 128" in done.err.splitlines()[-1]
+        assert len((tmp_path / name / "history.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_disk_that_is_full_later(tmp_path):
+    """What can be written shrinks once the run has begun: one line, and status 1."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import resource, sys\n"
+        "def hook(event, arguments):\n"
+        "    if event == 'open' and str(arguments[0]).endswith('history.jsonl'):\n"
+        "        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))\n"
+        "sys.addaudithook(hook)\n"
+    )
+    arguments = "--dataset synthetic --slice 20 --wandb disabled --output_dir out".split()
+    done = call("train_mnist.py", *arguments, cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    (line,) = done.err.splitlines()
+    assert done.status == 1 and line.startswith("train_mnist.py: error: ") and line.endswith("File too large")
+    assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
+
+
+def test_a_reader_that_leaves(tmp_path):
+    command = f"{sys.executable} {REPO / 'train_mnist.py'} --dataset synthetic --slice 20 --wandb disabled | head -1"
+    done = subprocess.run(
+        command, shell=True, cwd=tmp_path, env=clean_environment(tmp_path), capture_output=True, text=True
+    )
+    assert done.stderr.splitlines() == ["train_mnist.py: error: what reads the output has gone"]
+
+
+@pytest.mark.parametrize("name, value", [("WANDB_MODE", "bogus"), ("WANDB_TAGS", "x" * 65)])
+def test_bad_environment_of_wandb(tmp_path, name, value):
+    done = call("train_mnist.py", "--dataset", "synthetic", cwd=tmp_path, **{name: value})
+    assert_one_line(done, "W&B: ")
+
+
+def test_wandb_switched_off_in_its_own_settings(tmp_path):
+    command = [sys.executable, "-m", "wandb", "disabled"]
+    subprocess.run(command, cwd=tmp_path, env=clean_environment(tmp_path), check=True, capture_output=True)
+    done = call(
+        "train_mnist.py", "--dataset", "synthetic", "--slice", 50, "--max_steps", 1, cwd=tmp_path, WANDB_MODE=""
+    )
+    assert done.status == 0 and done.out.splitlines()[-1].endswith("(W&B is disabled)")
 
 
 def test_an_unexpected_error_keeps_its_traceback(tmp_path):
@@ -137,12 +190,12 @@ def test_values_as_a_sweep_passes_them():
 
 def test_values_as_a_config_holds_them():
     config = {"kernels": [8, 24], "epochs": 32.0, "learning_rate": "1e-4", "compile": True, "name": None, "theirs": {}}
-    settings = options.from_config(train_mnist.Settings, config)
+    settings = options.from_config(train_mnist.Settings(), config)
     assert (settings.kernels, settings.epochs, settings.learning_rate) == ([8, 24], 32, 1e-4)
-    assert (settings.compile, settings.name, settings.batch_size) == (True, None, 128)
+    assert (settings.compile, settings.batch_size) == (True, 128)
     for bad in ({"epochs": 2.5}, {"epochs": True}, {"learning_rate": None}, {"kernels": "16"}, {"compile": 2}):
         with pytest.raises(options.UserError, match=rf"config\.{next(iter(bad))}: "):
-            options.from_config(train_mnist.Settings, bad)
+            options.from_config(train_mnist.Settings(), bad)
 
 
 def test_options_on_the_command_line():
