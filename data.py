@@ -393,7 +393,11 @@ def _read_table(path: Path) -> Sentences:
         raise UserError(f"can't read {path}: {error.strerror}") from None
     lines = _lines(content.removeprefix(b"\xef\xbb\xbf"), str(path))
     if path.suffix.lower() == ".csv":
-        table = list(csv.reader(f"{line}\n" for line in lines))
+        reader = csv.reader((f"{line}\n" for line in lines), strict=True)
+        try:
+            table = list(reader)
+        except csv.Error as error:
+            raise UserError(f"{path}, line {reader.line_num}: {error}") from None
     else:
         table = [line.split("\t") for line in lines]
     header, rows = table[0], table[1:]

@@ -4,8 +4,10 @@ import os
 import time
 from collections import Counter
 from pathlib import Path
+from pickle import UnpicklingError
 
 import transformers
+from safetensors import SafetensorError
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 from transformers import (
@@ -79,7 +81,9 @@ def load_model(
         model, tokenizer = _from_scratch(sentences, labels)
     else:
         model, tokenizer = _load_pretrained(name, labels)
-    limit = min(_positions(model), tokenizer.model_max_length)
+    if tokenizer.pad_token_id is None:
+        raise UserError(f"--model {name} has a tokenizer without a padding token: name an encoder such as BERT")
+    limit = _positions(model)
     if max_length > limit:
         raise UserError(f"--max_length {max_length} is more than the model's limit, {limit}")
     tokenizer.model_max_length = max_length
@@ -132,7 +136,7 @@ def _load_pretrained(name: str, labels: dict) -> tuple[PreTrainedModel, PreTrain
         model = AutoModelForSequenceClassification.from_pretrained(
             name, local_files_only=local, ignore_mismatched_sizes=True, **labels
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
         raise UserError(f"--model {name} can't be loaded: {' '.join(str(error).split())[:300]}") from None
     # Where a directory has no tokenizer, AutoTokenizer makes one that knows nothing but its special tokens.
     if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):

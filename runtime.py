@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import dataclasses
 import io
 import json
 import os
@@ -199,6 +200,20 @@ def random_state() -> dict[str, Any]:
 def versions() -> dict[str, str]:
     """Versions of Python and of the libraries that decide what a run computes."""
     return {"python": platform.python_version(), **{library: version(library) for library in LIBRARIES}}
+
+
+def record_settings(run: wandb.Run, settings: SharedSettings, output_dir: Path) -> None:
+    """Write the settings as used to W&B's config and, with versions, to `config.json`; the data set becomes a tag.
+
+    With `--save_code` the project's code is logged too.
+    """
+    used = dataclasses.asdict(settings)
+    run.config.update({k: v for k, v in used.items() if run.config[k] != v}, allow_val_change=True)
+    run.tags = tuple(dict.fromkeys((*(run.tags or ()), settings.dataset)))
+    write_json(output_dir / "config.json", used | {"versions": versions()})
+    if settings.save_code:
+        here = Path(__file__).parent
+        run.log_code(here, include_fn=lambda path: Path(path).parent == here and path.endswith((".py", ".yaml")))
 
 
 @contextlib.contextmanager

@@ -68,18 +68,18 @@ class Part(NamedTuple):
     tokens: Tensor  # int64 (sentences, longest), padded
     lengths: Tensor  # int64 (sentences,), on the CPU
     labels: Tensor  # int64 (sentences,)
+    cut: int  # how many sentences were longer than --max_length
 
 
 def tokenise(part: data.Sentences, tokenizer: PreTrainedTokenizerBase, max_length: int, device: torch.device) -> Part:
-    tokens = tokenizer(part.sentences, truncation=True, max_length=max_length, return_attention_mask=False)["input_ids"]
-    cut = sum(len(ids) == max_length for ids in tokens)
-    if cut:
-        print(f"{cut} of {len(tokens)} sentences reach --max_length {max_length}: what is beyond is cut.")
+    tokens = tokenizer(part.sentences, truncation=True, max_length=max_length)["input_ids"]
+    at_limit = [sentence for sentence, ids in zip(part.sentences, tokens) if len(ids) == max_length]
+    cut = sum(len(ids) > max_length for ids in tokenizer(at_limit)["input_ids"]) if at_limit else 0
     padded = nn.utils.rnn.pad_sequence(
         [torch.tensor(ids) for ids in tokens], batch_first=True, padding_value=tokenizer.pad_token_id
     )
     lengths = torch.tensor([len(ids) for ids in tokens])
-    return Part(padded.to(device), lengths, torch.tensor(part.labels).to(device))
+    return Part(padded.to(device), lengths, torch.tensor(part.labels).to(device), cut)
 
 
 def load(settings: Settings) -> data.Corpus:
@@ -89,6 +89,8 @@ def load(settings: Settings) -> data.Corpus:
     if settings.batch_size > len(corpus.train.labels):
         raise UserError(f"--batch_size {settings.batch_size} is more than the {len(corpus.train.labels)} sentences")
     settings.model = models.find_model(settings.model)
+    if settings.model.startswith("wandb:") and settings.wandb != "online":
+        raise UserError(f"--model {settings.model} is fetched from W&B, but this run is {settings.wandb}")
     runtime.find_device(settings.device)
     settings.watch_every = settings.watch_every or math.ceil(len(corpus.train.labels) / settings.batch_size)
     settings.learning_rate = settings.learning_rate or (1e-3 if settings.model == "scratch" else 1e-4)
@@ -352,12 +354,20 @@ def log_model(
     run.log_artifact(artifact, aliases=aliases)
 
 
+def fetch_model(run: wandb.Run, name: str) -> str:
+    """`name`, or for wandb:ENTITY/PROJECT/NAME:ALIAS the directory that the artifact was downloaded to."""
+    if not name.startswith("wandb:"):
+        return name
+    try:
+        return run.use_artifact(name.removeprefix("wandb:")).download()
+    except (wandb.errors.CommError, ValueError) as error:
+        raise UserError(f"--model {name} can't be fetched: {error}") from None
+
+
 def load_model(settings: Settings, corpus: data.Corpus, place: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model of `place`, seeded: random weights, of a head or of all, and what training draws, follow the seed."""
+    """The model of `place`; where weights are random, of a new head or of all, they follow the seed."""
     runtime.seed_everything(settings.seed, settings.deterministic)
-    model, tokenizer = models.load_model(place, corpus.train.sentences, corpus.class_names, settings.max_length)
-    runtime.seed_everything(settings.seed, settings.deterministic)
-    return model, tokenizer
+    return models.load_model(place, corpus.train.sentences, corpus.class_names, settings.max_length)
 
 
 def log_dataset(run: wandb.Run, corpus: data.Corpus) -> None:
@@ -378,11 +388,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     runtime.settle_run(settings, "cola")
     asked = dataclasses.replace(settings)
     corpus = load(settings)
-    from_wandb = settings.model.startswith("wandb:")
-    if from_wandb and settings.wandb != "online":
-        raise UserError(f"--model {settings.model} is fetched from W&B, but this run is {settings.wandb}")
-    if not from_wandb:
-        load_model(settings, corpus, settings.model)  # raises before anything is written
+    # What is wrong with a model shows before anything is written, unless W&B has to be asked for it.
+    loaded = None if settings.model.startswith("wandb:") else load_model(settings, corpus, settings.model)
     with (
         runtime.output_directory(asked.output_dir) as output_dir,
         runtime.finishing(
@@ -404,24 +411,20 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         # A sweep may have set part of the config: from here on, the config is what counts.
         configured = options.from_config(asked, run.config)
         if configured != asked:
-            settings = configured
+            settings, loaded = configured, None
             corpus = load(settings)
         device = runtime.find_device(settings.device)
         settings.device, settings.precision = device.type, runtime.find_precision(settings.precision, device)
         settings.id = run.id
-        used = dataclasses.asdict(settings)
-        run.config.update({k: v for k, v in used.items() if run.config[k] != v}, allow_val_change=True)
-        run.tags = tuple(dict.fromkeys((*(run.tags or ()), corpus.name)))
+        runtime.record_settings(run, settings, output_dir)
         log_dataset(run, corpus)
-        if settings.save_code:
-            here = Path(__file__).parent
-            run.log_code(here, include_fn=lambda path: Path(path).parent == here and path.endswith((".py", ".yaml")))
-        runtime.write_json(output_dir / "config.json", used | {"versions": runtime.versions()})
 
-        place = run.use_artifact(settings.model.removeprefix("wandb:")).download() if from_wandb else settings.model
-        model, tokenizer = load_model(settings, corpus, place)
+        model, tokenizer = loaded or load_model(settings, corpus, fetch_model(run, settings.model))
+        runtime.seed_everything(settings.seed, settings.deterministic)
         model.to(device)
         parts = [tokenise(part, tokenizer, settings.max_length, device) for part in (corpus.train, corpus.valid)]
+        if cut := sum(part.cut for part in parts):
+            print(f"{cut} sentences are longer than --max_length {settings.max_length} tokens: what is beyond is cut.")
         share = max(corpus.valid.labels.count(label) for label in set(corpus.valid.labels)) / len(corpus.valid.labels)
         print(
             f"{corpus.name}: {len(corpus.train.labels):,} + {len(corpus.valid.labels):,} sentences for training and "
@@ -439,7 +442,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         for domain, where in corpus.domains.items():
             of_domain = metrics.evaluation(result.logits[where], result.labels[where])
             domains |= {f"valid_{domain}/{name}": figure for name, figure in of_domain.figures.items()}
-        runtime.log_numbers(run, output_dir, domains, step)
+        if domains:
+            runtime.log_numbers(run, output_dir, domains, step)
         run.log({}, step=step, commit=True)  # or the open row would overwrite the summary
         run.summary.update(
             {"best/epoch": best.epoch} | {key.replace("valid/", "best/"): figures[key] for key in figures}

@@ -303,19 +303,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         parts = [data.Part(part.images.to(device), part.labels.to(device)) for part in parts]
         settings.device, settings.precision = device.type, runtime.find_precision(settings.precision, device)
         settings.id = run.id
-        used = dataclasses.asdict(settings)
-        run.config.update({k: v for k, v in used.items() if run.config[k] != v}, allow_val_change=True)
-        run.tags = tuple(dict.fromkeys((*(run.tags or ()), digits.name)))
+        runtime.record_settings(run, settings, output_dir)
         dataset = wandb.Artifact(digits.name, type="dataset")
         for file in digits.files:
             dataset.add_reference(file.resolve().as_uri(), name=file.name)  # its checksum, not a copy
         if not digits.files:
             dataset.add_file(data.__file__)  # what draws the built-in digits
         run.log_artifact(dataset)
-        if settings.save_code:
-            here = Path(__file__).parent
-            run.log_code(here, include_fn=lambda path: Path(path).parent == here and path.endswith((".py", ".yaml")))
-        runtime.write_json(output_dir / "config.json", used | {"versions": runtime.versions()})
 
         runtime.seed_everything(settings.seed, settings.deterministic)
         model = ConvNet(settings.kernels).to(device, memory_format=torch.channels_last)

@@ -4,10 +4,7 @@ import functools
 import hashlib
 import http.server
 import io
-import json
 import socketserver
-import subprocess
-import sys
 import threading
 import zipfile
 from collections import Counter
@@ -18,7 +15,6 @@ import pytest
 import sklearn.feature_extraction.text
 import sklearn.linear_model
 import sklearn.metrics
-from conftest import REPO, clean_environment
 
 import data
 import grammar
@@ -45,9 +41,9 @@ def cola_zip(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_cola_is_read_as_it_is_written():
-    content = 'a1\t1\t\t"Quoted, he said.\r\nb2\t0\t??*\tÉ  double  space "\nc3\t1\t\tlast line, no end'.encode()
+    content = 'a1\t1\t\t"Quoted, he said.\r\nb2\t0\t??*\tÉ  double  space "\nc3\t1\t\t last line, no end '.encode()
     assert data.parse_cola(content, "x") == (
-        ['"Quoted, he said.', 'É  double  space "', "last line, no end"],
+        ['"Quoted, he said.', 'É  double  space "', " last line, no end "],
         [1, 0, 1],
         ["a1", "b2", "c3"],
     )
@@ -277,15 +273,3 @@ def test_wordpieces_are_those_of_the_definition():
     assert pieces[:5] == special and pieces[5:22] == characters and pieces[22:39] == [f"##{c}" for c in characters]
     # words that occur twice; endings that ten words share, and whole words are no endings of themselves
     assert pieces[39:] == ["aa", "bb", "##ing", "##ng", "##zing"]
-
-
-def test_wordpieces_are_the_same_in_every_process(tmp_path):
-    code = (
-        "import data, json, models; print(json.dumps(models.learn_wordpieces(data.synthetic_sentences(900).train[0])))"
-    )
-    printed = []
-    for seed in ("1", "2"):
-        environment = clean_environment(tmp_path, PYTHONPATH=str(REPO), PYTHONHASHSEED=seed)
-        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=True, text=True)
-        printed.append(json.loads(done.stdout))
-    assert printed[0] == printed[1] and len(printed[0]) > 100 and len(set(printed[0])) == len(printed[0])

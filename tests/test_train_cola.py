@@ -1,0 +1,585 @@
+"""train_cola.py as its users meet it: the files, the W&B records, the saved model, the screen, bad input."""
+
+import csv
+import hashlib
+import html
+import json
+import math
+import re
+import shutil
+import zipfile
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import safetensors.torch
+import sklearn.metrics
+import torch
+import transformers
+from conftest import call, clean_environment, finished_run, merged
+
+import data
+import options
+import train_cola
+
+FIGURES = set(options.FIGURES)
+SMALL = "--dataset synthetic --model scratch --batch_size 125 --epochs 2 --max_steps 144 --max_length 32".split()
+CSV = """label,sentence
+none,"Nobody slept, said the girl."
+one,The boy sleeps.
+many,"The boys ""sleep"" in the garden."
+one,The girl waits.
+many,The girls wait near the river every day.
+none,Not a doctor arrived.
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Where several processes want the processor, small tensors are computed much faster by one thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def small_cola(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """One run with everything on, which many tests look at: an epoch of 96 batches, and half of another."""
+    cwd = tmp_path_factory.mktemp("small_cola")
+    run = finished_run("train_cola.py", cwd, *SMALL, "--log_model", "all", PYTHONHASHSEED="1")
+    run.ends = [row for row in run.history if "valid/loss" in row]
+    run.best = next(row for row in run.ends if row["epoch"] == run.metrics["best/epoch"])
+    run.rows = predictions(run)
+    return run
+
+
+@pytest.fixture(scope="session")
+def own_files(small_cola, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """The saved model of the first run, on a user's file of three classes, with hardly any learning."""
+    cwd = tmp_path_factory.mktemp("own_files")
+    (cwd / "t.csv").write_text(CSV)
+    (cwd / "v.csv").write_text(CSV)
+    arguments = "--train_file t.csv --valid_file v.csv --batch_size 2 --max_length 7 --epochs 3 --schedule constant"
+    still = "--learning_rate 1e-12 --precision fp32 --warmup_ratio 0 --log_every 1"
+    return finished_run("train_cola.py", cwd, *arguments.split(), *still.split(), "--model", small_cola.files / "model")
+
+
+def predictions(run: SimpleNamespace) -> list[dict[str, str]]:
+    with (run.files / "predictions.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def as_arrays(rows: list[dict[str, str]], classes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Labels, predictions and probabilities of predictions.csv."""
+    probabilities = np.array([[float(row[f"probability_{c}"]) for c in range(classes)] for row in rows])
+    return *(np.array([int(row[name]) for row in rows]) for name in ("label", "prediction")), probabilities
+
+
+def media(run: SimpleNamespace, row: dict, key: str) -> str:
+    """The file of a table or a page that was logged in a row of history."""
+    return (run.cwd / "wandb/latest-run/files" / row[f"{key}.path"]).read_text()
+
+
+def config_in_wandb(run: SimpleNamespace) -> dict:
+    first = next(record["run"]["config"]["update"] for record in run.records if record["type"] == "run")
+    return first | merged(run.records, "config")
+
+
+def written(directory: Path) -> list[Path]:
+    """All that is there, but for the logs that W&B itself keeps in the user's cache."""
+    return sorted(path for path in directory.rglob("*") if ".cache" not in path.parts)
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    return safetensors.torch.load_file(directory / "model.safetensors")
+
+
+# --------------------------------------------------------------------------------------- what a run leaves
+
+
+def test_every_file_is_there(small_cola):
+    files = "config.json history.jsonl checkpoint.pt metrics.json predictions.csv confusion_matrix.png model".split()
+    assert {file.name for file in small_cola.files.iterdir()} == set(files)
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {
+        f.name for f in (small_cola.files / "model").iterdir()
+    }
+    checkpoint = torch.load(small_cola.files / "checkpoint.pt", weights_only=True)
+    assert checkpoint["position"] == {"epoch": 2, "batch": 144, "step": 18_000}
+    assert checkpoint["model"].keys() == weights(small_cola.files / "model").keys()
+    config = {k: v for k, v in small_cola.config.items() if k != "versions"}
+    assert (config["dataset"], config["model"], config["learning_rate"]) == ("synthetic", "scratch", 1e-3)
+    assert config.items() <= config_in_wandb(small_cola).items()
+
+
+def test_every_key_is_in_its_rows(small_cola):
+    train = ("loss_step", "acc_step", "learning_rate", "examples_per_second", "grad_norm")
+    steps = {"epoch", *(f"train/{key}" for key in train)}
+    charts = {"confusion_matrix_table", "confusion_matrix_image", "mistakes", "logits", "roc_table", "pr_table"}
+    charts |= {"per_source", "per_source_chart_table", "majority_share", "attributions"}
+    epoch = {"train/loss_epoch", "train/acc_epoch", *(f"valid/{key}" for key in FIGURES | charts)}
+    assert [row["_step"] for row in small_cola.ends] == [12_000, 18_000]
+    for row in small_cola.history:
+        plain = {re.sub(r"\..*", "", key) for key in row if not key.startswith(("gradients/", "parameters/", "_"))}
+        assert plain == steps | (epoch if row in small_cola.ends else set())
+    images = {(row["valid/logits._type"], row["valid/confusion_matrix_image._type"]) for row in small_cola.ends}
+    assert images == {("histogram", "image-file")}
+
+
+def test_steps_count_sentences(small_cola):
+    batches = [*range(10, 100, 10), 96, *range(100, 150, 10), 144]  # each tenth, and the last of each epoch
+    assert [row["_step"] for row in small_cola.history] == [125 * batch for batch in batches]
+    assert [row["epoch"] for row in small_cola.history] == [1] * 10 + [2] * 6
+
+
+def test_journal_and_wandb_hold_the_same_numbers(small_cola):
+    history = {row["_step"]: row for row in small_cola.history}
+    numbers = [{k: v for k, v in row.items() if k != "step"} for row in small_cola.journal]
+    for row, logged in zip(small_cola.journal, numbers):
+        assert {key: history[row["step"]][key] for key in logged} == logged
+    # and nothing that is a number in W&B is missing
+    for step, row in history.items():
+        scalars = {k for k, v in row.items() if type(v) in (int, float) and k[0] != "_" and "." not in k}
+        assert scalars == {key for r, n in zip(small_cola.journal, numbers) if r["step"] == step for key in n}
+
+
+def test_watch_logs_every_weight_once_an_epoch(small_cola):
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(small_cola.files / "model")
+    names = {f"{what}/{name}" for what in ("gradients", "parameters") for name, _ in model.named_parameters()}
+    for row in small_cola.history:
+        found = {k.removesuffix("._type") for k in row if k.startswith(("grad", "param")) and k.endswith("._type")}
+        assert found == (names if row["_step"] == 12_000 else set())
+
+
+def test_summary_and_metrics_hold_the_best_epoch(small_cola):
+    mcc = [row["valid/mcc"] for row in small_cola.ends]
+    assert small_cola.summary["best/epoch"] == small_cola.metrics["best/epoch"] == 1 + mcc.index(max(mcc))
+    for name in FIGURES | {"majority_share"}:
+        logged = small_cola.best[f"valid/{name}"]
+        assert small_cola.summary[f"best/{name}"] == small_cola.metrics[f"valid/{name}"] == logged
+    assert (small_cola.metrics["dataset"], small_cola.metrics["model"]) == ("synthetic", "scratch")
+
+
+def test_artifacts(small_cola, own_files):
+    artifacts = [record["artifact"] for record in small_cola.records if record["type"] == "artifact"]
+    models = [artifact for artifact in artifacts if artifact["type"] == "model"]
+    mcc = [row["valid/mcc"] for row in small_cola.ends]
+    assert [set(m["aliases"]) for m in models] == [{"latest", "best"}, {"latest", *["best"] * (mcc[1] > mcc[0])}]
+    for model in models:
+        paths = {entry["path"] for entry in model["manifest"]["contents"]}
+        assert paths == {file.name for file in (small_cola.files / "model").iterdir()}
+    (dataset,) = (artifact for artifact in artifacts if artifact["type"] == "dataset")
+    assert dataset["name"] == "synthetic"
+    assert {entry["path"] for entry in dataset["manifest"]["contents"]} == {"train.tsv", "valid.tsv"}
+    artifacts = [record["artifact"] for record in own_files.records if record["type"] == "artifact"]
+    (dataset,) = (artifact for artifact in artifacts if artifact["type"] == "dataset")
+    assert {entry["path"] for entry in dataset["manifest"]["contents"]} == {"t.csv", "v.csv"}
+    assert not [artifact for artifact in artifacts if artifact["type"] == "model"]
+
+
+# ------------------------------------------------------------------------------------------ what it computes
+
+
+def test_metrics_are_those_of_the_predictions(small_cola):
+    labels, predicted, probabilities = as_arrays(small_cola.rows, 2)
+    assert (probabilities.argmax(1) == predicted).all()
+    metrics, sk = small_cola.metrics, sklearn.metrics
+    expected = {"acc": sk.accuracy_score(labels, predicted), "mcc": sk.matthews_corrcoef(labels, predicted)}
+    for name in ("precision", "recall", "f1"):
+        for average in ("macro", "micro"):
+            expected[f"{name}_{average}"] = getattr(sk, f"{name}_score")(labels, predicted, average=average)
+    expected["loss"] = sk.log_loss(labels, probabilities)
+    assert {key: metrics[f"valid/{key}"] for key in FIGURES} == pytest.approx(expected, abs=1e-12)
+    losses = [float(row["loss"]) for row in small_cola.rows]
+    assert losses == pytest.approx(-np.log(probabilities[np.arange(len(labels)), labels]), abs=1e-12)
+    assert metrics["valid/majority_share"] == max(np.bincount(labels)) / 1000
+
+
+def test_predictions_are_in_the_order_of_the_corpus(small_cola):
+    valid = data.synthetic_sentences().valid
+    assert [row["sentence"] for row in small_cola.rows] == valid.sentences
+    assert [row["source"] for row in small_cola.rows] == valid.sources
+    assert [int(row["label"]) for row in small_cola.rows] == valid.labels
+
+
+def test_bootstrap_interval_is_the_one_that_numpy_finds(small_cola):
+    labels, predicted, _ = as_arrays(small_cola.rows, 2)
+    random = np.random.default_rng(1)
+    draws = (random.integers(0, len(labels), len(labels)) for _ in range(2000))
+    found = [np.corrcoef(labels[draw], predicted[draw])[0, 1] for draw in draws]  # what it is for two classes
+    low, high = small_cola.metrics["valid/mcc_low"], small_cola.metrics["valid/mcc_high"]
+    assert (low, high) == pytest.approx(np.quantile(found, [0.025, 0.975]), abs=0.008)
+    assert low < small_cola.metrics["valid/mcc"] < high
+
+
+def test_the_best_model_is_kept_and_its_domains_are_reported_apart(tmp_path, monkeypatch):
+    """A small archive stands in for CoLA, with a rate that makes the figures go up and down."""
+    valid = data.synthetic_sentences(16, 60).valid
+    domains = {"in_domain": slice(0, 25), "out_of_domain": slice(25, 60)}
+    with zipfile.ZipFile(tmp_path / "cola_public_1.1.zip", "w") as archive:
+        for name, part in {"train": slice(0, 60), **domains}.items():
+            file = "in_domain_train" if name == "train" else f"{name}_dev"
+            lines = [f"{source}\t{label}\t\t{sentence}\n" for sentence, label, source in zip(*valid)]
+            archive.writestr(f"cola_public/raw/{file}.tsv", "".join(lines[part]))
+    content = (tmp_path / "cola_public_1.1.zip").read_bytes()
+    monkeypatch.setattr(data, "COLA_SHA256", hashlib.sha256(content).hexdigest())
+    monkeypatch.chdir(tmp_path)
+    arguments = "--dataset cola --data_dir . --model scratch --wandb disabled --output_dir out --epochs 12"
+    more = "--batch_size 4 --schedule constant --seed 3 --precision fp32"
+    metrics = train_cola.main([*arguments.split(), *more.split()])
+    assert metrics == json.loads((tmp_path / "out/metrics.json").read_text()) and metrics["dataset"] == "cola"
+    assert not (tmp_path / "wandb").exists()
+
+    *_, last = rows = [json.loads(line) for line in (tmp_path / "out/history.jsonl").read_text().splitlines()]
+    mcc = [row["valid/mcc"] for row in rows if "valid/mcc" in row]
+    assert max(mcc) > mcc[-1], "choose another seed: this one can't tell best from last"
+    assert (metrics["best/epoch"], metrics["valid/mcc"]) == (1 + mcc.index(max(mcc)), max(mcc))
+    labels, predicted, _ = as_arrays(predictions(SimpleNamespace(files=tmp_path / "out")), 2)
+    assert sklearn.metrics.matthews_corrcoef(labels, predicted) == pytest.approx(max(mcc), abs=1e-12)
+    apart = {d: sklearn.metrics.matthews_corrcoef(labels[part], predicted[part]) for d, part in domains.items()}
+    assert apart["in_domain"] != apart["out_of_domain"]
+    for domain, expected in apart.items():
+        assert metrics[f"valid_{domain}/mcc"] == last[f"valid_{domain}/mcc"] == pytest.approx(expected, abs=1e-12)
+
+
+def test_same_command_same_weights_same_vocabulary(small_cola, tmp_path):
+    run = finished_run("train_cola.py", tmp_path, *SMALL, "--wandb", "disabled", PYTHONHASHSEED="2")
+    for file in ("model/model.safetensors", "model/tokenizer.json", "predictions.csv"):
+        assert (run.files / file).read_bytes() == (small_cola.files / file).read_bytes(), file
+    assert {file.name for file in run.files.iterdir()} == {file.name for file in small_cola.files.iterdir()}
+    assert not (tmp_path / "wandb").exists()
+
+
+def test_learning_rate_rises_and_falls(small_cola):
+    """Over a tenth of 144 batches, 14, it rises by equal steps; then it falls by equal steps to nearly nothing."""
+    for row in small_cola.history:
+        before = row["_step"] // 125 - 1
+        factor = (before + 1) / 15 if before < 14 else (144 - before) / 130
+        assert row["train/learning_rate"] == pytest.approx(1e-3 * factor, rel=1e-9)
+    assert small_cola.history[-1]["train/learning_rate"] < 1e-5
+    assert all(0 < row["train/grad_norm"] < 100 for row in small_cola.history)
+
+
+def test_defaults_learn_the_built_in_sentences(tmp_path):
+    run = finished_run("train_cola.py", tmp_path, *"--dataset synthetic --model scratch --wandb disabled".split())
+    assert run.metrics["valid/mcc"] >= 0.8 and run.metrics["seconds"] < 90
+    assert "WARNING" not in run.out
+
+
+def test_batches_by_length():
+    lengths = torch.from_numpy(np.random.default_rng(0).geometric(0.1, 3210)).clamp(3, 60)
+
+    def epoch(seed: int, number: int) -> list[list[int]]:
+        random = np.random.default_rng((seed, number))
+        return [batch.tolist() for batch in train_cola.batches_by_length(lengths, 32, random)]
+
+    one, two = epoch(7, 1), epoch(7, 2)
+    assert one == epoch(7, 1) != epoch(8, 1)
+    assert set(map(frozenset, one)).isdisjoint(map(frozenset, two)), "batches that come again"
+    for batches in (one, two):
+        assert sorted(index for batch in batches for index in batch) == list(range(3210))
+        assert len(batches) == math.ceil(3210 / 32) and Counter(map(len, batches)) == {32: 100, 10: 1}
+        cells = sum(len(batch) * int(lengths[batch].max()) for batch in batches)
+        assert cells < 1.1 * int(lengths.sum())
+        in_random_order = sum(len(part) * int(part.max()) for part in lengths.split(32))
+        assert in_random_order > 2 * cells, "choose other lengths: these show nothing"
+        longest = [int(lengths[batch].max()) for batch in batches]
+        assert abs(np.corrcoef(longest, range(len(longest)))[0, 1]) < 0.3  # not from short to long
+
+
+# ----------------------------------------------------------------------------------------- looking at it
+
+
+def test_mistakes_table_has_every_mistake_the_surest_first(small_cola):
+    table = json.loads(media(small_cola, small_cola.best, "valid/mistakes"))
+    assert table["columns"] == ["sentence", "source", "label", "prediction", "probability", "loss", "step"]
+    names, step = ("unacceptable", "acceptable"), small_cola.best["_step"]
+    expected = []
+    for row in small_cola.rows:
+        label, prediction = int(row["label"]), int(row["prediction"])
+        if label != prediction:
+            numbers = float(row[f"probability_{prediction}"]), float(row["loss"]), step
+            expected.append([row["sentence"], row["source"], names[label], names[prediction], *numbers])
+    assert len(expected) > 100 and expected != sorted(expected, key=lambda row: -row[4])
+    assert table["data"] == sorted(expected, key=lambda row: -row[4])
+
+
+def test_per_source_table(small_cola):
+    for key in ("valid/per_source", "valid/per_source_chart_table"):
+        table = json.loads(media(small_cola, small_cola.best, key))
+        assert table["columns"] == ["source", "sentences", "acc", "mcc"] and len(table["data"]) == 8
+        for source, count, acc, mcc in table["data"]:
+            labels, predicted, _ = as_arrays([row for row in small_cola.rows if row["source"] == source], 2)
+            assert count == len(labels) and acc == pytest.approx((labels == predicted).mean(), abs=1e-12)
+            assert mcc == pytest.approx(sklearn.metrics.matthews_corrcoef(labels, predicted), abs=1e-12)
+        assert [row[2] for row in table["data"]] == sorted(row[2] for row in table["data"])
+
+
+def test_confusion_chart_counts_the_predictions(small_cola):
+    table = json.loads(media(small_cola, small_cola.best, "valid/confusion_matrix_table"))
+    names = ("unacceptable", "acceptable")
+    counts = Counter((names[int(row["label"])], names[int(row["prediction"])]) for row in small_cola.rows)
+    assert {(label, prediction): n for label, prediction, n in table["data"] if n} == counts
+
+
+def test_curves(small_cola):
+    labels, _, probabilities = as_arrays(small_cola.rows, 2)
+    curves = {}
+    for name in ("roc", "pr"):
+        table = json.loads(media(small_cola, small_cola.best, f"valid/{name}_table"))
+        assert {row[1] for row in table["data"]} == {"acceptable"}
+        curves[name] = np.array([[x, y] for x, _, y in table["data"]])
+    roc, pr = curves["roc"], curves["pr"]
+    assert roc[0].tolist() == [0, 0] and roc[-1].tolist() == [1, 1]
+    assert pr[0].tolist() == [1, labels.mean()] and pr[-1].tolist() == [0, 1]
+    auc = np.sum(np.diff(roc[:, 0]) * (roc[1:, 1] + roc[:-1, 1]) / 2)
+    assert auc == pytest.approx(sklearn.metrics.roc_auc_score(labels, probabilities[:, 1]), abs=1e-12)
+    precision = -np.sum(np.diff(pr[:, 0]) * pr[:-1, 1])
+    assert precision == pytest.approx(sklearn.metrics.average_precision_score(labels, probabilities[:, 1]), abs=1e-12)
+
+
+def test_attributions_show_the_twenty_surest_mistakes(small_cola):
+    page = media(small_cola, small_cola.best, "valid/attributions")
+    paragraphs = re.findall(r"<p .*?</p>", page)
+    assert len(paragraphs) == page.count("<p") == 20
+    mistakes = json.loads(media(small_cola, small_cola.best, "valid/mistakes"))["data"]
+    for paragraph, (sentence, _, label, prediction, probability, *_) in zip(paragraphs, mistakes):
+        assert f"{label} taken for {prediction}, {100 * probability:.1f}%" in paragraph
+        tokens = re.findall(r"<span [^>]*>([^<]*)</span>", paragraph)
+        assert "".join(tokens[1:-1]).replace("##", "") == sentence.lower().replace(" ", "")
+        shades = [float(s) for s in re.findall(r"rgba\(\d+, \d+, \d+, ([\d.]+)\)", paragraph)]
+        moved = [float(s) for s in re.findall(r'title="([-+.\d]+)"', paragraph)]
+        assert len(tokens) == len(shades) == len(moved) and max(shades) == 1
+        assert shades == pytest.approx([abs(m) / max(map(abs, moved)) for m in moved], abs=0.02)
+
+
+def test_attributions_escape_what_is_in_a_sentence():
+    page = train_cola.viz.shaded_tokens(["<script>", "&", '"'], torch.tensor([1.0, -2.0, 0.0]), "<b> taken for a")
+    assert "<script>" not in page and "<b>" not in page
+    assert html.unescape(re.sub(r"<[^>]*>", "|", page)).count("<script>") == 1
+    assert "rgba(214, 60, 50, 0.50)" in page and "rgba(50, 100, 214, 1.00)" in page  # red towards the mistake
+
+
+class Linear(torch.nn.Module):
+    """Logits linear in the embeddings, with weights of their own for each position; what the mask hides is left out."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = torch.nn.Embedding(9, 4)
+        self.by_position = torch.nn.Parameter(torch.randn(5, 4, 3))
+
+    def get_input_embeddings(self) -> torch.nn.Embedding:
+        return self.embedding
+
+    def forward(self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor) -> SimpleNamespace:
+        shown = inputs_embeds * attention_mask[..., None]
+        return SimpleNamespace(logits=torch.einsum("ntd,tdc->nc", shown, self.by_position[: shown.shape[1]]))
+
+
+def test_attribution_is_gradient_times_input():
+    torch.manual_seed(0)
+    model = Linear()
+    tokens = torch.tensor([[1, 2, 3, 4, 5], [7, 8, 7, 0, 0]])
+    part = train_cola.Part(tokens, torch.tensor([5, 3]), torch.tensor([0, 1]), cut=0)
+    for index, length in ((0, 5), (1, 3)):
+        moved = train_cola.attribute(model, part, index, answer=2, label=1)
+        weight = model.by_position[:length, :, 2] - model.by_position[:length, :, 1]
+        assert moved.shape == (length,)
+        assert torch.allclose(moved, (model.embedding(tokens[index, :length]) * weight).sum(1), atol=1e-6)
+
+
+def test_attribution_of_bert_is_its_slope(small_cola):
+    """By finite differences: what scaling a token's embedding a little does to the difference of the logits."""
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(small_cola.files / "model").double()
+    tokens = torch.tensor([[2, 40, 50, 60, 3, 0, 0]])
+    part = train_cola.Part(tokens, torch.tensor([5]), torch.tensor([0]), cut=0)
+    moved = train_cola.attribute(model, part, 0, answer=1, label=0)
+    embedded = model.get_input_embeddings()(tokens[:, :5]).detach()
+    for i in range(5):
+        ends = []
+        for scale in (1 + 1e-4, 1 - 1e-4):
+            changed = embedded.clone()
+            changed[0, i] *= scale
+            logits = model(inputs_embeds=changed).logits[0].detach()
+            ends.append(float(logits[1] - logits[0]))
+        assert float(moved[i]) == pytest.approx((ends[0] - ends[1]) / 2e-4, rel=1e-4, abs=1e-9)
+    assert moved.abs().max() > 1e-3
+
+
+# ----------------------------------------------------------------------------------- the model that is saved
+
+
+def test_pipeline_gives_the_same_answers(small_cola):
+    answer = transformers.pipeline("text-classification", str(small_cola.files / "model"), device="cpu")
+    assert answer.tokenizer.model_max_length == 32
+    rows = small_cola.rows[::5]
+    for row, scores in zip(rows, answer([row["sentence"] for row in rows], top_k=None)):
+        scores = {score["label"]: score["score"] for score in scores}
+        expected = {"unacceptable": float(row["probability_0"]), "acceptable": float(row["probability_1"])}
+        assert scores == pytest.approx(expected, abs=1e-5)
+    (top,) = answer(rows[0]["sentence"])
+    assert top["label"] == ("unacceptable", "acceptable")[int(rows[0]["prediction"])]
+
+
+def test_a_saved_directory_is_the_model_that_is_used(small_cola, own_files):
+    """Nothing is learned here, so that the saved encoder is the one that was loaded; only the head is a new one."""
+    place = str(small_cola.files / "model")
+    assert own_files.config["model"] == own_files.metrics["model"] == place and f"{place}: " in own_files.out
+    assert own_files.err.count("!!") == 0
+    before, after = weights(small_cola.files / "model"), weights(own_files.files / "model")
+    assert after["classifier.weight"].shape == (3, 128)
+    for name in before.keys() - {"classifier.weight", "classifier.bias"}:
+        assert torch.allclose(before[name], after[name], atol=1e-9), name
+    assert f"The head of {place} has 2 labels: a new one with 3 replaces it." in own_files.out
+
+
+def test_a_replaced_head_is_said_once(own_files):
+    assert own_files.out.count("The head of") == 1
+
+
+def test_three_classes_of_a_users_file(own_files):
+    config = json.loads((own_files.files / "model/config.json").read_text())
+    assert config["id2label"] == {"0": "many", "1": "none", "2": "one"}
+    assert config["label2id"] == {"many": 0, "none": 1, "one": 2}
+    rows = predictions(own_files)
+    assert [row["label"] for row in rows] == ["1", "2", "0", "2", "0", "1"]
+    assert rows[2]["sentence"] == 'The boys "sleep" in the garden.' and {row["source"] for row in rows} == {"v.csv"}
+    labels, predicted, probabilities = as_arrays(rows, 3)
+    assert own_files.metrics["valid/mcc"] == pytest.approx(sklearn.metrics.matthews_corrcoef(labels, predicted))
+    assert own_files.metrics["valid/loss"] == pytest.approx(sklearn.metrics.log_loss(labels, probabilities), abs=1e-12)
+    row = own_files.history[-1]
+    for chart in ("roc", "pr"):  # a line per class
+        lines = {line[1] for line in json.loads(media(own_files, row, f"valid/{chart}_table"))["data"]}
+        assert lines == {"many", "none", "one"}
+    assert own_files.config["dataset"] == own_files.metrics["dataset"] == "files"
+
+
+def test_training_mode_is_on_and_evaluation_mode_too(own_files):
+    """Nothing is learned here: what differs between epochs is dropout, of a model that is loaded in eval mode."""
+    ends = [row for row in own_files.journal if "valid/loss" in row]
+    assert len(ends) == 3
+    assert len({round(row["train/loss_epoch"], 4) for row in ends}) > 1
+    assert max(row["valid/loss"] for row in ends) - min(row["valid/loss"] for row in ends) < 1e-6
+    assert {row["train/learning_rate"] for row in own_files.journal if len(row) > 1} == {1e-12}  # constant
+
+
+def test_truncation_is_said_with_its_count(small_cola, own_files):
+    """Of each file's six sentences two have 6 tokens, "[CLS] the boy sleeps . [SEP]"; the others have 9 or more."""
+    assert own_files.out.count("8 sentences are longer than --max_length 7 tokens") == 1
+    assert "--max_length 32" not in small_cola.out
+    assert json.loads((own_files.files / "model/tokenizer_config.json").read_text())["model_max_length"] == 7
+
+
+def test_only_what_is_longer_counts_as_cut(small_cola):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(small_cola.files / "model")
+    part = data.Sentences(["The boy sleeps.", "The old boy sleeps."], [0, 1], ["", ""])
+    tokenised = train_cola.tokenise(part, tokenizer, 6, torch.device("cpu"))
+    assert (tokenised.lengths.tolist(), tokenised.cut) == ([6, 6], 1)
+
+
+def test_clipping_and_weight_decay(small_cola, tmp_path):
+    """A gradient cut to nothing leaves only the decay: a hundredth a step, of the matrices and of nothing else."""
+    lines = ["sentence\tlabel\tsource", *(f'The "boy {i} sleeps.\t{i % 2}\tfrom {i % 2}' for i in range(8))]
+    for part in ("t.tsv", "v.tsv"):
+        (tmp_path / part).write_text("\n".join(lines))
+    files = "--train_file t.tsv --valid_file v.tsv --epochs 2 --batch_size 4 --schedule constant --warmup_ratio 0"
+    decay = "--clip_norm 1e-13 --weight_decay 10 --learning_rate 1e-3 --log_every 1 --wandb disabled --max_length 32"
+    place = small_cola.files / "model"
+    run = finished_run("train_cola.py", tmp_path, *files.split(), *decay.split(), "--model", place)
+    assert all(row["train/grad_norm"] > 1e-3 for row in run.journal if "train/grad_norm" in row)  # before it is cut
+    last = torch.load(run.files / "checkpoint.pt", weights_only=True)["model"]
+    for name, before in weights(place).items():
+        if "LayerNorm" in name or name.endswith("bias"):
+            assert torch.allclose(last[name], before, atol=1e-6), name
+        else:
+            assert torch.allclose(last[name], before * 0.99**4, atol=1e-6), name
+    assert "The head of" not in run.out
+    rows = predictions(run)
+    assert rows[3]["sentence"] == 'The "boy 3 sleeps.' and rows[3]["source"] == "from 1"
+    assert json.loads((run.files / "model/config.json").read_text())["id2label"] == {"0": "0", "1": "1"}
+
+
+# ---------------------------------------------------------------------------------------- what is on the screen
+
+
+def test_lines_of_a_run(small_cola):
+    lines = small_cola.out.splitlines()
+    assert [line[:8] for line in lines if line.startswith("epoch")] == ["epoch 1:", "epoch 2:"]
+    mcc = small_cola.ends[-1]["valid/mcc"]
+    assert f" mcc {mcc:.3f}" in next(line for line in lines if line.startswith("epoch 2:"))
+    assert "12,000 + 1,000 sentences" in small_cola.out and "50.0% of the latter" in small_cola.out
+    assert "\r" not in small_cola.out and "WARNING" not in small_cola.out
+    best = lines[-2]
+    for key in ("mcc", "mcc_low", "mcc_high"):
+        assert f"{small_cola.metrics[f'valid/{key}']:.3f}" in best
+    assert re.search(r"out \| look at it: wandb leet (\S+) \| upload it: wandb sync \1$", lines[-1])
+
+
+def test_loud_fallback_and_a_model_that_answers_always_the_same(tmp_path):
+    still = "--max_steps 2 --learning_rate 1e-12 --batch_size 8"
+    run = finished_run("train_cola.py", tmp_path, *still.split())
+    assert "!!  This run uses the BUILT-IN synthetic sentences instead" in run.err
+    assert "!!  This run trains the same architecture from RANDOM weights instead" in run.err
+    times = [float(seconds) for seconds in re.findall(r"!!  Finding that out took ([\d.]+) s\.", run.err)]
+    assert len(times) == 2 and sum(times) < 5
+    for used in (run.config, run.metrics, config_in_wandb(run)):
+        assert (used["dataset"], used["model"]) == ("synthetic", "scratch")
+    (answer,) = {row["prediction"] for row in predictions(run)}
+    (warning,) = [line for line in run.out.splitlines() if line.startswith("WARNING")]
+    assert f"answers {['unacceptable', 'acceptable'][int(answer)]!r} to every validation sentence" in warning
+    assert "50.0%" in warning and run.metrics["valid/mcc"] == 0
+
+
+# ------------------------------------------------------------------------------------------------ bad input
+
+
+def test_a_model_that_was_named_is_not_replaced(tmp_path):
+    done = call("train_cola.py", *"--dataset synthetic --model foo/bar".split(), cwd=tmp_path)
+    assert done.status == 2
+    (line,) = done.err.splitlines()
+    assert line.startswith("train_cola.py: error: --model foo/bar is no directory, not in the hub's cache")
+    assert not written(tmp_path)
+
+
+BAD = {
+    "--dataset cola --model scratch": "downloads/cola_public_1.1.zip is missing, and can't be downloaded: nyu-mll",
+    "--dataset cola --data_dir . --model scratch": "cola_public_1.1.zip is damaged: it differs from the published file",
+    "--train_file t.csv --model scratch": "--train_file and --valid_file go together: name both",
+    "--train_file t.csv --valid_file bad.csv --model scratch": "bad.csv, row 3: 3 columns where the header has 2",
+    "--train_file one.csv --valid_file t.csv --model scratch": "one.csv: every label is 'a'; training needs two",
+    "--train_file t.csv --valid_file t.csv --model scratch": "--batch_size 64 is more than the 6 sentences",
+    "--dataset synthetic --model scratch --max_length 513": "--max_length 513 is more than the model's limit, 512",
+    "--dataset synthetic --model MODEL --max_length 513": "--max_length 513 is more than the model's limit, 512",
+    "--dataset synthetic --model bare": "--model bare has no tokenizer: save it there too",
+    "--dataset synthetic --model empty": "--model empty can't be loaded: ",
+    "--dataset synthetic --model wandb:a/b/c:best": "wandb:a/b/c:best is fetched from W&B, but this run is offline",
+    "--max_length 3": "--max_length: must be at least 4, got '3'",
+    "--dataset snythetic": "must be one of auto, cola, synthetic, files; got 'snythetic'; did you mean synthetic?",
+    "--monitor valid/auc": "--monitor: must be one of valid/loss",
+}
+
+
+@pytest.mark.parametrize("arguments, message", BAD.items())
+def test_bad_input(tmp_path, small_cola, monkeypatch, capfd, arguments, message):
+    """In this process, since nothing of it needs another one; `train_cola.py` ends in the same lines."""
+    (tmp_path / "cola_public_1.1.zip").write_bytes(b"PK")
+    (tmp_path / "t.csv").write_text(CSV)
+    (tmp_path / "bad.csv").write_text("sentence,label\nfine,one\nA comma, bare,one\n")
+    (tmp_path / "one.csv").write_text("sentence,label\nx,a\ny,a\n")
+    (tmp_path / "empty").mkdir()
+    without_tokenizer = shutil.ignore_patterns("tokenizer*")
+    shutil.copytree(small_cola.files / "model", tmp_path / "bare", ignore=without_tokenizer)
+    before = written(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["train_cola.py"])
+    monkeypatch.setattr("urllib.request._opener", None)  # it would remember the proxies of before
+    for name, value in clean_environment(tmp_path, WANDB_MODE="offline").items():
+        monkeypatch.setenv(name, value)
+    given = arguments.replace("MODEL", str(small_cola.files / "model")).split()
+    with pytest.raises(SystemExit) as ended:
+        options.run_script(lambda: train_cola.main(given))
+    (line,) = capfd.readouterr().err.splitlines()
+    assert ended.value.code == 2 and line.startswith("train_cola.py: error: ") and message in line
+    assert written(tmp_path) == before
