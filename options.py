@@ -280,6 +280,7 @@ REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENO
 def _end_in_one_line(action: Callable[[], Any]) -> None:
     try:
         action()
+        sys.stdout.flush()  # here, where a reader that has gone is no surprise
         return
     except KeyboardInterrupt:
         message, status = "interrupted", 130

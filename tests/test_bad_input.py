@@ -1,6 +1,7 @@
 """What a user can get wrong ends in one clear line, exit status 2, and nothing half-written."""
 
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -138,10 +139,22 @@ def test_a_disk_that_is_full_later(tmp_path):
 
 
 def test_a_reader_that_leaves(tmp_path):
-    command = f"{sys.executable} {REPO / 'train_mnist.py'} --dataset synthetic --slice 20 --wandb disabled | head -1"
-    done = subprocess.run(
-        command, shell=True, cwd=tmp_path, env=clean_environment(tmp_path), capture_output=True, text=True
-    )
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [
+        sys.executable,
+        REPO / "train_mnist.py",
+        "--dataset",
+        "synthetic",
+        "--slice",
+        "20",
+        "--wandb",
+        "disabled",
+    ]
+    environment = clean_environment(tmp_path)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert done.returncode == 1
     assert done.stderr.splitlines() == ["train_mnist.py: error: what reads the output has gone"]
 
 
