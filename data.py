@@ -23,8 +23,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from grammar import minimal_pairs
-from options import UserError
-from runtime import replacing, warn_loudly
+from options import UserError, warn_loudly
+from runtime import replacing
 
 
 class Digits(NamedTuple):

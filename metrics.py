@@ -186,7 +186,7 @@ def evaluation(logits: Tensor, labels: Tensor) -> Evaluation:
 
 
 class TrainingFigures:
-    """Mean loss and accuracy while training: since the last row, and since the epoch began.
+    """Mean loss and accuracy while training: since the last row, and over the rows of the epoch.
 
     Batches are summed on `device`; reading a row is the only time that an accelerator is waited for.
     """
@@ -209,14 +209,20 @@ class TrainingFigures:
         self._epoch = [total + part for total, part in zip(self._epoch, row)]
         return {"loss": row[0] / row[2], "acc": row[1] / row[2]}
 
-    def take_epoch(self) -> dict[str, float]:
-        """Means over all rows taken since the last call: loss and acc."""
+    def epoch(self) -> dict[str, float]:
+        """Means over the rows taken since `start_epoch`: loss and acc."""
         loss, hits, examples = self._epoch
-        self._epoch = [0.0, 0.0, 0.0]
         return {"loss": loss / examples, "acc": hits / examples}
+
+    def start_epoch(self) -> None:
+        self._epoch = [0.0, 0.0, 0.0]
 
     def state_dict(self) -> dict[str, Any]:
         return {"row": self._row.clone(), "epoch": list(self._epoch)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._row.copy_(state["row"])
+        self._epoch = list(state["epoch"])
 
 
 def matthews_corrcoef_interval(

@@ -22,8 +22,7 @@ from transformers import (
 )
 
 from data import why_unreachable
-from options import UserError
-from runtime import warn_loudly
+from options import UserError, warn_loudly
 
 BERT_TINY = "google/bert_uncased_L-2_H-128_A-2"
 

@@ -20,6 +20,7 @@ from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 # What a run is called and where it goes is settled before W&B is asked for its config, and stays so.
 OF_THE_RUN = (
     "output_dir",
+    "resume",
     "wandb",
     "project",
     "entity",
@@ -39,6 +40,20 @@ class UserError(Exception):
     def __init__(self, message: str, status: int = 2):
         super().__init__(message)
         self.status = status
+
+
+class Stopped(BaseException):
+    """The run was asked to stop, by a signal or by W&B, and can be resumed; `status` is its exit status."""
+
+    def __init__(self, reason: str, status: int):
+        super().__init__(f"stopped by {reason}; the same command with --resume goes on where it was")
+        self.status = status
+
+
+def warn_loudly(*lines: str) -> None:
+    """A framed warning on stderr."""
+    frame = "!" * 100
+    print("", frame, *(f"!!  {line}" for line in lines), frame, "", sep="\n", file=sys.stderr, flush=True)
 
 
 def option(default: Any, help: str, **limits: Any) -> Any:
@@ -63,6 +78,7 @@ class SharedSettings:
     dataset: str = option("auto", "which data to train on")
     data_dir: str = option("downloads", "directory that holds the data, or receives them")
     output_dir: str | None = option(None, "directory for this run's files [runs/<task>-<run id>]")
+    resume: bool = option(False, "go on with the run in --output_dir, if there is one")
 
     epochs: int = option(5, "passes over the training data", at_least=1)
     batch_size: int = option(128, "examples in a batch", at_least=1)
@@ -273,8 +289,8 @@ def run_script(main: Callable[[], Any]) -> None:
             gc.unfreeze()  # triton would report as leaked what is never collected
 
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+REFUSED = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR)
 
 
 def _end_in_one_line(action: Callable[[], Any]) -> None:
@@ -282,6 +298,8 @@ def _end_in_one_line(action: Callable[[], Any]) -> None:
         action()
         sys.stdout.flush()  # here, where a reader that has gone is no surprise
         return
+    except Stopped as stopped:
+        message, status = str(stopped), stopped.status
     except KeyboardInterrupt:
         message, status = "interrupted", 130
     except BrokenPipeError:

@@ -1,16 +1,19 @@
-"""A run's life around its training loop: seeds, device, W&B mode, the files that are written, the journal."""
+"""A run's life around its training loop: seeds, device, the files it writes, its checkpoint and its journal."""
 
 import contextlib
 import csv
 import dataclasses
+import fcntl
 import io
 import json
 import os
+import pickle
 import platform
 import random
 import secrets
-import sys
 import tempfile
+import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -21,17 +24,15 @@ import torch
 import wandb
 from PIL import Image
 
+import monitoring
 from metrics import Evaluation
-from options import SharedSettings, UserError
+from options import OF_THE_RUN, SharedSettings, UserError, warn_loudly
 
 LIBRARIES = ("torch", "torchvision", "transformers", "wandb", "numpy")
+CONFIG, JOURNAL, METRICS = "config.json", "history.jsonl", "metrics.json"
+CHECKPOINT, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
+OUTCOMES = (JOURNAL, CHECKPOINT, PREVIOUS, METRICS)  # what a run leaves once it has begun to train
 PROBE_BYTES = 8 << 20  # a run that can't write this much when it starts has no space
-
-
-def warn_loudly(*lines: str) -> None:
-    """A framed warning on stderr."""
-    frame = "!" * 100
-    print("", frame, *(f"!!  {line}" for line in lines), frame, "", sep="\n", file=sys.stderr, flush=True)
 
 
 def seed_everything(seed: int, deterministic: bool) -> None:
@@ -69,58 +70,63 @@ def find_precision(name: str, device: torch.device) -> str:
     return "bf16" if native else "fp32"
 
 
-def wandb_mode(choice: str) -> str:
-    """The mode for `wandb.init` that `--wandb` asks for.
-
-    "auto" obeys `WANDB_MODE` and W&B's settings files where they say offline or disabled, and else is online
-    where credentials are configured and offline where none are; it never prompts. Raises `UserError` where
-    "online" was asked for and there are no credentials.
-    """
-    if os.environ.get("WANDB_MODE") == "":
-        del os.environ["WANDB_MODE"]  # W&B would refuse it
-    mode = wandb.setup().settings.mode if choice == "auto" else choice
-    if mode != "online":
-        return mode
-    try:
-        if wandb.login(prompt=False, verify=False):
-            return "online"
-        problem = "no API key is configured"
-    except wandb.errors.AuthenticationError as error:
-        problem = f"the API key can't be used: {error}"
-    if choice == "online":
-        raise UserError(f"--wandb online: {problem}; run `wandb login`, or use --wandb offline")
-    print(f"W&B is offline: {problem}.")
-    return "offline"
-
-
 def settle_run(settings: SharedSettings, task: str) -> None:
-    """Fill in what a run is called and where it goes: W&B mode, project, run id and output directory."""
-    settings.wandb = wandb_mode(settings.wandb)
-    settings.project = settings.project or os.environ.get("WANDB_PROJECT") or task
-    settings.id = settings.id or os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
+    """Fill in what a run is called and where it goes: W&B mode, project, run id and output directory.
+
+    A run that is resumed keeps its project and its id. Raises `UserError`.
+    """
+    if settings.resume and not settings.output_dir:
+        raise UserError("--resume needs to know which run: give the --output_dir it had")
+    known = Path(settings.output_dir or "", CONFIG)
+    before = json.loads(known.read_text()) if settings.resume and known.exists() else {}
+    settings.wandb = monitoring.wandb_mode(settings.wandb)
+    for name in ("project", "entity", "id"):
+        wanted = getattr(settings, name) or os.environ.get({"id": "WANDB_RUN_ID"}.get(name, f"WANDB_{name.upper()}"))
+        if before.get(name) and wanted and before[name] != wanted:
+            raise UserError(f"--resume: the run in {settings.output_dir} has --{name} {before[name]}, not {wanted}")
+        setattr(settings, name, before.get(name) or wanted)
+    settings.project = settings.project or task
+    settings.id = settings.id or secrets.token_hex(4)
     settings.output_dir = settings.output_dir or f"runs/{task}-{settings.id}"
 
 
 @contextlib.contextmanager
-def output_directory(path: str | Path) -> Iterator[Path]:
-    """Make the directory of a new run, which must be able to receive files and hold no other run.
+def output_directory(settings: SharedSettings) -> Iterator[Path]:
+    """The directory for the files of a run, made where it is missing, and held: no other process can use it.
 
-    Raises `UserError` where it can't. If the block raises before a file was written, no directory is left.
+    It must be able to receive files and, without `--resume`, hold no other run. Raises `UserError` where it can't.
+    If the block raises before there is an outcome, nothing is left.
     """
-    path, made = Path(path), []
+    path, made, began = Path(settings.output_dir), [], False
     try:
         made += [p for p in (path, *path.parents) if not p.exists()]
-        for taken in ("config.json", "history.jsonl", "checkpoint.pt", "metrics.json"):
-            if (path / taken).exists():
-                raise UserError(f"--output_dir {path} already holds another run ({taken}); name another one")
+        for taken in (CONFIG, *OUTCOMES):
+            if (path / taken).exists() and not settings.resume:
+                raise UserError(
+                    f"--output_dir {path} already holds a run ({taken}); name another one, or go on with it: --resume"
+                )
         try:
             path.mkdir(parents=True, exist_ok=True)
             with _temporary_beside(path / "probe") as probe:
                 probe.write_bytes(bytes(PROBE_BYTES))
         except OSError as error:
             raise UserError(f"--output_dir {path}: can't write there ({error.strerror})") from None
-        yield path
+        directory = os.open(path, os.O_RDONLY)
+        try:
+            fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it however the process ends
+        except OSError:
+            raise UserError(f"--output_dir {path}: another process is at work there; wait for it, or end it") from None
+        else:
+            if not (path / CONFIG).exists():  # a run that is killed before it has more keeps its id
+                asked = dataclasses.asdict(settings)
+                write_json(path / CONFIG, {**asked, "asked": asked})
+                began = True
+            yield path
+        finally:
+            os.close(directory)
     except BaseException:
+        if began and not any((path / outcome).exists() for outcome in OUTCOMES):
+            (path / CONFIG).unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # not empty: what was written is kept
             for directory in made:
                 directory.rmdir()
@@ -146,13 +152,75 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
 
 
+def save_checkpoint(output_dir: Path, state: Mapping[str, Any]) -> None:
+    """Write `checkpoint.pt`, after the journal it belongs to; the checkpoint before it is kept.
+
+    At every moment one of the two is whole.
+    """
+    with (output_dir / JOURNAL).open("a") as journal:
+        os.fsync(journal.fileno())
+    path = output_dir / CHECKPOINT
+    with replacing(path) as temporary:
+        _save(temporary, state)
+        if path.exists():
+            os.replace(path, output_dir / PREVIOUS)
+
+
+def load_checkpoint(output_dir: Path, settings: SharedSettings) -> dict[str, Any] | None:
+    """The state to go on from and, in `settings`, what the run had settled; None where a run begins.
+
+    A checkpoint that can't be read is reported, and the one before it used. Raises `UserError` where neither can be
+    read, or where the settings asked for are not those that the run was begun with.
+    """
+    paths = [path for path in (output_dir / CHECKPOINT, output_dir / PREVIOUS) if path.exists()]
+    problems, state = [], None
+    for path in paths:
+        try:
+            state = _read_checkpoint(path)
+            break
+        except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+            problems.append(f"{path} can't be read: {str(error).splitlines()[0]}")
+    if paths and state is None:
+        raise UserError(f"{'; '.join(problems)}; to start from the beginning, give another --output_dir", status=1)
+    if problems:
+        warn_loudly(*problems, f"Going on from {path}, which is older.")
+    if state is None:
+        return None
+    asked, before = dataclasses.asdict(settings), json.loads((output_dir / CONFIG).read_text())["asked"]
+    differ = [
+        f"--{name} was {before[name]!r}, is {asked[name]!r}"
+        for name in before
+        if name not in MAY_CHANGE and before[name] != asked[name]
+    ]
+    if differ:
+        raise UserError(f"--resume: the run in {output_dir} was begun with other settings: {'; '.join(differ)}")
+    for name, value in state["settings"].items():
+        if name not in MAY_CHANGE or asked[name] is None:
+            setattr(settings, name, value)
+    return state
+
+
+# What neither changes the numbers of a run nor is settled when it begins.
+MAY_CHANGE = (*OF_THE_RUN, "data_dir", "checkpoint_every", "watch", "watch_every", "log_model")
+
+
+def _read_checkpoint(path: Path) -> dict[str, Any]:
+    """Raises one of many errors where a byte is missing or another."""
+    with zipfile.ZipFile(path) as archive:
+        if damaged := archive.testzip():  # torch.load does not compare the checksums
+            raise ValueError(f"{damaged} is damaged")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
 @contextlib.contextmanager
 def replacing_directory(path: Path) -> Iterator[Path]:
-    """A temporary directory to write to; at the end of the block it becomes `path`, which does not exist yet."""
+    """A temporary directory to write to; at the end of the block it becomes `path`, whole or not at all."""
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as parent:
         temporary = Path(parent) / path.name
         temporary.mkdir()
         yield temporary
+        if path.exists():
+            os.replace(path, Path(parent) / "before")
         os.replace(temporary, path)
 
 
@@ -163,11 +231,15 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def save_weights(path: Path, content: Mapping[str, Any]) -> None:
-    """`torch.save` a state dict or a checkpoint of tensors and plain values, whole or not at all."""
+    """`torch.save` a state dict, whole or not at all."""
+    with replacing(path) as temporary:
+        _save(temporary, content)
+
+
+def _save(path: Path, content: Mapping[str, Any]) -> None:
     buffer = io.BytesIO()  # torch.save to a file does not say why it could not write
     torch.save(content, buffer)
-    with replacing(path) as temporary:
-        temporary.write_bytes(buffer.getbuffer())
+    path.write_bytes(buffer.getbuffer())
 
 
 def write_predictions(path: Path, result: Evaluation, more: Mapping[str, Iterable[Any]] = {}) -> None:
@@ -197,6 +269,16 @@ def random_state() -> dict[str, Any]:
     }
 
 
+def restore_random_state(state: Mapping[str, Any]) -> None:
+    """Undo what has been drawn since `random_state` returned `state`."""
+    random.setstate(state["python"])
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
 def versions() -> dict[str, str]:
     """Versions of Python and of the libraries that decide what a run computes."""
     return {"python": platform.python_version(), **{library: version(library) for library in LIBRARIES}}
@@ -208,33 +290,69 @@ def record_settings(run: wandb.Run, settings: SharedSettings, output_dir: Path) 
     With `--save_code` the project's code is logged too.
     """
     used = dataclasses.asdict(settings)
-    run.config.update({k: v for k, v in used.items() if run.config[k] != v}, allow_val_change=True)
-    run.tags = tuple(dict.fromkeys((*(run.tags or ()), settings.dataset)))
-    write_json(output_dir / "config.json", used | {"versions": versions()})
+    with monitoring.forgiving(run):
+        run.config.update({k: v for k, v in used.items() if run.config.get(k) != v}, allow_val_change=True)
+        run.tags = tuple(dict.fromkeys((*(run.tags or ()), settings.dataset)))
+    asked = json.loads((output_dir / CONFIG).read_text())["asked"]
+    write_json(output_dir / CONFIG, {**used, "versions": versions(), "asked": asked})
     if settings.save_code:
         here = Path(__file__).parent
         run.log_code(here, include_fn=lambda path: Path(path).parent == here and path.endswith((".py", ".yaml")))
 
 
-@contextlib.contextmanager
-def finishing(run: wandb.Run) -> Iterator[wandb.Run]:
-    """End the W&B run with the block, as failed if it raises.
-
-    `run` itself would do as a context manager, but prints a traceback for any exception, even a `UserError`.
-    """
-    try:
-        yield run
-    except BaseException as error:
-        run.finish(exit_code=getattr(error, "status", 1))
-        raise
-    run.finish()
-
-
 def log_numbers(run: wandb.Run, output_dir: Path, numbers: Mapping[str, float], step: int) -> None:
     """Log a row of numbers to W&B and to the journal, `history.jsonl`. `step`: training examples seen."""
-    with (output_dir / "history.jsonl").open("a") as journal:
-        journal.write(json.dumps({"step": step, **numbers}) + "\n")
+    path, line = output_dir / JOURNAL, json.dumps({"step": step, **numbers}) + "\n"
+    size = path.stat().st_size if path.exists() else 0
+    try:
+        with path.open("a") as journal:
+            journal.write(line)
+    except OSError:
+        os.truncate(path, size)  # no half of a row
+        raise
     run.log(dict(numbers), step=step)
+
+
+def rewind_journal(output_dir: Path, position: Mapping[str, Any]) -> list[dict[str, float]]:
+    """Cut the journal to the rows up to a checkpoint's position, and return these; what follows is computed again.
+
+    At the end of an epoch that is its row too, since W&B may have lost the tables and pictures in it. Raises `UserError` where the journal is gone.
+    """
+    path, kept = output_dir / JOURNAL, []
+    end = position["step"] + (not position["epoch_ends"])
+    try:
+        lines = path.read_text().splitlines(keepends=True)
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: the run can't be resumed without its journal", status=1) from None
+    for line in lines:
+        if not line.endswith("\n") or json.loads(line)["step"] >= end:
+            break
+        kept.append(line)
+    with replacing(path) as temporary:
+        temporary.write_text("".join(kept))
+    return [json.loads(line) for line in kept]
+
+
+def finished(output_dir: Path, settings: SharedSettings, checkpoint: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The content of metrics.json, the last file of a run, if nothing is left to do, which is said; else None."""
+    path = output_dir / METRICS
+    if not path.exists():
+        return None
+    last_step = checkpoint["position"]["step"] if checkpoint else -1
+    if checkpoint and not monitoring.is_complete(settings.id, settings.wandb, last_step):
+        print(f"{output_dir} is finished, but W&B does not have all of it: the end is done again.")
+        return None
+    print(f"{output_dir} is finished: see {path}")
+    return json.loads(path.read_text())
+
+
+def fingerprint(tensors: Iterable[Any]) -> int:
+    """A checksum of the tensors among `tensors`: of the data that a run is trained on."""
+    checksum = 0
+    for tensor in tensors:
+        if isinstance(tensor, torch.Tensor):
+            checksum = zlib.crc32(tensor.cpu().contiguous().numpy(), checksum)
+    return checksum
 
 
 def diverged(name: str, loss: float, epoch: int, step: int, learning_rate: float) -> UserError:
@@ -244,13 +362,3 @@ def diverged(name: str, loss: float, epoch: int, step: int, learning_rate: float
         "stopped, what was logged is kept; a lower --learning_rate may help",
         status=1,
     )
-
-
-def where_to_look(run: wandb.Run, output_dir: Path) -> str:
-    """The line that ends a run: where its files are, and how to see them in W&B."""
-    line = f"Files of this run: {output_dir}"
-    if run.disabled:
-        return f"{line} (W&B is disabled)"
-    directory = os.path.relpath(Path(run.dir).parent)
-    upload = f"upload it: wandb sync {directory}" if run.offline else f"on the web: {run.url}"
-    return f"{line} | look at it: wandb leet {directory} | {upload}"

@@ -6,7 +6,7 @@ Is a sentence acceptable English? The job of the Lightning tutorial. Read it fro
 import dataclasses
 
 import options
-from options import UserError, option
+from options import Stopped, UserError, option
 
 # ---------------------------------------------------------------------------------------------- settings
 
@@ -56,6 +56,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import data
 import metrics
 import models
+import monitoring
 import runtime
 import viz
 
@@ -220,8 +221,13 @@ def train(
     parts: list[Part],
     corpus: data.Corpus,
     output_dir: Path,
+    checkpoint: dict[str, Any] | None,
+    stop: list[Stopped],
 ) -> tuple[Best, int]:
-    """Train `model`; returns the best model and the last step, the number of sentences seen."""
+    """Train `model`, from `checkpoint` on if there is one; returns the best model and the last step.
+
+    The step is the number of sentences seen. Raises the first entry of `stop` after the batch, with all saved.
+    """
     train_part, valid_part = parts
     device, examples = train_part.tokens.device, len(train_part.lengths)
     batches = math.ceil(examples / settings.batch_size)
@@ -242,15 +248,15 @@ def train(
         fused=device.type != "mps",
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor)
-    if settings.watch != "off":
-        run.watch(model, loss_function, log=settings.watch, log_freq=settings.watch_every)
     if settings.compile:
         model.forward = torch.compile(model.forward, dynamic=True)  # model.compile() would take in watch's hooks
 
     best = Best(0, math.nan, {})
     batch = step = 0
+    epoch_ends = False
     figures = metrics.TrainingFigures(device)
-    bar = tqdm(total=last_batch, unit="batch", disable=None, file=sys.stdout)
+    numbers = {}  # the latest row
+    fingerprint = runtime.fingerprint(train_part)
 
     def save_checkpoint() -> None:
         state = {
@@ -259,19 +265,43 @@ def train(
             "schedule": schedule.state_dict(),
             "random": runtime.random_state(),
             "figures": figures.state_dict(),
-            "position": {"epoch": epoch, "batch": batch, "step": step},
+            "position": {"batch": batch, "step": step, "epoch_ends": epoch_ends},
+            "row": numbers,
             "best": best._asdict(),
             "settings": dataclasses.asdict(settings),
+            "data": fingerprint,
         }
-        runtime.save_weights(output_dir / "checkpoint.pt", state)
+        runtime.save_checkpoint(output_dir, state)
 
-    for epoch in range(1, settings.epochs + 1):
+    if checkpoint:
+        if checkpoint["data"] != fingerprint:
+            raise UserError("--resume: the training sentences are not those that the run was begun with")
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        schedule.load_state_dict(checkpoint["schedule"])
+        figures.load_state_dict(checkpoint["figures"])
+        batch, step = checkpoint["position"]["batch"], checkpoint["position"]["step"]
+        epoch_ends = checkpoint["position"]["epoch_ends"]
+        numbers = checkpoint["row"]
+        best = Best(**checkpoint["best"])
+        runtime.restore_random_state(checkpoint["random"])
+    else:
+        save_checkpoint()
+    watch_from = math.ceil(batch / settings.watch_every) * settings.watch_every  # so that it keeps its rhythm
+    bar = tqdm(total=last_batch, initial=batch, unit="batch", disable=None, file=sys.stdout)
+
+    for epoch in range(max(1, math.ceil(batch / batches)), settings.epochs + 1):
         epoch_started = row_started = time.perf_counter()
         row_began = step
         model.train()  # from_pretrained returns it in eval mode, without dropout
-        # Drawn from (seed, epoch) alone, so that the batches of any epoch can be drawn again.
-        random = np.random.default_rng((settings.seed, epoch))
-        for indices in batches_by_length(train_part.lengths, settings.batch_size, random):
+        # Drawn from (seed, epoch) alone, so that a resumed run draws the same.
+        drawn = batches_by_length(
+            train_part.lengths, settings.batch_size, np.random.default_rng((settings.seed, epoch))
+        )
+        done = batch - (epoch - 1) * batches
+        for indices in drawn[done : done + last_batch - batch]:
+            if settings.watch != "off" and batch == watch_from:
+                run.watch(model, loss_function, log=settings.watch, log_freq=settings.watch_every)
             labels = train_part.labels[indices.to(device)]
             batch, step = batch + 1, step + len(labels)
             epoch_ends = batch % batches == 0 or batch == last_batch
@@ -307,22 +337,25 @@ def train(
                 if epoch_ends:
                     break  # this row is logged below, with the figures of the epoch
                 runtime.log_numbers(run, output_dir, numbers, step)
-            if batch % settings.checkpoint_every == 0:
+            if batch % settings.checkpoint_every == 0 or stop:
                 save_checkpoint()
+            if stop:
+                raise stop[0]
 
-        whole, valid = figures.take_epoch(), evaluate(model, valid_part)
+        whole, valid = figures.epoch(), evaluate(model, valid_part)
         numbers |= {"train/loss_epoch": whole["loss"], "train/acc_epoch": whole["acc"]}
         if not math.isfinite(valid.figures["loss"]):
             runtime.log_numbers(run, output_dir, numbers, step)
-            raise runtime.diverged("validation", valid.figures["loss"], epoch, step, learning_rate)
+            raise runtime.diverged("validation", valid.figures["loss"], epoch, step, settings.learning_rate)
         log_charts(run, model, tokenizer, valid_part, valid, corpus, step)
         numbers |= {f"valid/{name}": figure for name, figure in valid.figures.items()}
         numbers["valid/majority_share"] = valid.confusion.majority_share()
         runtime.log_numbers(run, output_dir, numbers, step)
-        improved = best.epoch == 0 or options.is_better(settings.monitor, numbers[settings.monitor], best.value)
+        value = numbers[settings.monitor]
+        improved = best.epoch in (0, epoch) or options.is_better(settings.monitor, value, best.value)
         if improved:
             weights = {name: weight.clone() for name, weight in model.state_dict().items()}
-            best = Best(epoch, numbers[settings.monitor], weights)
+            best = Best(epoch, value, weights)
         save_checkpoint()
         if settings.log_model == "all":
             log_model(run, model, tokenizer, numbers, ["latest", "best"] if improved else ["latest"])
@@ -332,6 +365,8 @@ def train(
         warn_of_one_class(run, valid, corpus.class_names, epoch)
         if batch == last_batch or 0 < settings.patience <= epoch - best.epoch:
             break
+        figures.start_epoch()
+        run.log({}, step=step, commit=True)  # a row that is still open dies with the process
     bar.close()
     return best, step
 
@@ -381,96 +416,111 @@ def log_dataset(run: wandb.Run, corpus: data.Corpus) -> None:
     run.log_artifact(artifact)
 
 
+def init(settings: Settings, mode: str, stop: list[Stopped]) -> wandb.Run:
+    return wandb.init(
+        project=settings.project,
+        entity=settings.entity,
+        name=settings.name,
+        id=settings.id,
+        job_type=settings.job_type,
+        group=settings.group,
+        notes=settings.notes,
+        tags=settings.tags or None,
+        config=dataclasses.asdict(settings),
+        mode=mode,
+        save_code=settings.save_code or None,
+        resume="allow" if settings.resume and mode == "online" else None,
+        settings=monitoring.wandb_settings(settings, stop),
+    )
+
+
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Fine-tune, evaluate and save as the command-line arguments say; returns the content of metrics.json."""
     started = time.perf_counter()
     settings = options.parse(Settings, argv)
     runtime.settle_run(settings, "cola")
-    asked = dataclasses.replace(settings)
-    corpus = load(settings)
-    # What is wrong with a model shows before anything is written, unless W&B has to be asked for it.
-    loaded = None if settings.model.startswith("wandb:") else load_model(settings, corpus, settings.model)
-    with (
-        runtime.output_directory(asked.output_dir) as output_dir,
-        runtime.finishing(
-            wandb.init(
-                project=asked.project,
-                entity=asked.entity,
-                name=asked.name,
-                id=asked.id,
-                job_type=asked.job_type,
-                group=asked.group,
-                notes=asked.notes,
-                tags=asked.tags or None,
-                config=dataclasses.asdict(asked),
-                mode=asked.wandb,
-                save_code=asked.save_code or None,
+    with runtime.output_directory(settings) as output_dir, monitoring.stop_requests() as stop:
+        checkpoint = runtime.load_checkpoint(output_dir, settings)
+        if summary := runtime.finished(output_dir, settings, checkpoint):
+            return summary
+        asked = dataclasses.replace(settings)
+        corpus = load(settings)
+        # What is wrong with a model shows before anything is written, unless W&B has to be asked for it.
+        loaded = None if settings.model.startswith("wandb:") else load_model(settings, corpus, settings.model)
+        run, held = monitoring.start(lambda mode: init(asked, mode, stop), asked)
+        with monitoring.finishing(run):
+            if not checkpoint:
+                # A sweep may have set part of the config: from here on, the config is what counts.
+                configured = options.from_config(asked, run.config)
+                if configured != asked:
+                    settings, loaded = configured, None
+                    corpus = load(settings)
+            device = runtime.find_device(settings.device)
+            settings.device, settings.precision = device.type, runtime.find_precision(settings.precision, device)
+            settings.id = run.id
+            runtime.record_settings(run, settings, output_dir)
+            log_dataset(run, corpus)
+
+            model, tokenizer = loaded or load_model(settings, corpus, fetch_model(run, settings.model))
+            runtime.seed_everything(settings.seed, settings.deterministic)
+            model.to(device)
+            parts = [tokenise(part, tokenizer, settings.max_length, device) for part in (corpus.train, corpus.valid)]
+            if cut := sum(part.cut for part in parts):
+                print(
+                    f"{cut} sentences are longer than --max_length {settings.max_length} tokens: what is beyond is cut."
+                )
+            share = max(corpus.valid.labels.count(label) for label in set(corpus.valid.labels)) / len(
+                corpus.valid.labels
             )
-        ) as run,
-    ):
-        # A sweep may have set part of the config: from here on, the config is what counts.
-        configured = options.from_config(asked, run.config)
-        if configured != asked:
-            settings, loaded = configured, None
-            corpus = load(settings)
-        device = runtime.find_device(settings.device)
-        settings.device, settings.precision = device.type, runtime.find_precision(settings.precision, device)
-        settings.id = run.id
-        runtime.record_settings(run, settings, output_dir)
-        log_dataset(run, corpus)
+            print(
+                f"{corpus.name}: {len(corpus.train.labels):,} + {len(corpus.valid.labels):,} sentences for training and "
+                f"validation, {share:.1%} of the latter in the most frequent class\n{settings.model}: "
+                f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer):,} tokens, "
+                f"on {device.type} in {settings.precision}, seed {settings.seed}"
+            )
+            if checkpoint:
+                rows = runtime.rewind_journal(output_dir, checkpoint["position"])
+                monitoring.log_again(run, rows, held)
+            best, step = train(run, settings, model, tokenizer, parts, corpus, output_dir, checkpoint, stop)
 
-        model, tokenizer = loaded or load_model(settings, corpus, fetch_model(run, settings.model))
-        runtime.seed_everything(settings.seed, settings.deterministic)
-        model.to(device)
-        parts = [tokenise(part, tokenizer, settings.max_length, device) for part in (corpus.train, corpus.valid)]
-        if cut := sum(part.cut for part in parts):
-            print(f"{cut} sentences are longer than --max_length {settings.max_length} tokens: what is beyond is cut.")
-        share = max(corpus.valid.labels.count(label) for label in set(corpus.valid.labels)) / len(corpus.valid.labels)
-        print(
-            f"{corpus.name}: {len(corpus.train.labels):,} + {len(corpus.valid.labels):,} sentences for training and "
-            f"validation, {share:.1%} of the latter in the most frequent class\n{settings.model}: "
-            f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer):,} tokens, "
-            f"on {device.type} in {settings.precision}, seed {settings.seed}"
-        )
-        best, step = train(run, settings, model, tokenizer, parts, corpus, output_dir)
+            model.load_state_dict(best.weights)
+            result = evaluate(model, parts[1])
+            figures = {"valid/majority_share": share}
+            figures |= {f"valid/{name}": figure for name, figure in result.figures.items()}
+            domains = {}
+            for domain, where in corpus.domains.items():
+                of_domain = metrics.evaluation(result.logits[where], result.labels[where])
+                domains |= {f"valid_{domain}/{name}": figure for name, figure in of_domain.figures.items()}
+            if domains:
+                runtime.log_numbers(run, output_dir, domains, step)
+            run.log({}, step=step, commit=True)  # or the open row would overwrite the summary
+            with monitoring.forgiving(run):
+                run.summary.update(
+                    {"best/epoch": best.epoch} | {key.replace("valid/", "best/"): figures[key] for key in figures}
+                )
 
-        model.load_state_dict(best.weights)
-        result = evaluate(model, parts[1])
-        figures = {"valid/majority_share": share}
-        figures |= {f"valid/{name}": figure for name, figure in result.figures.items()}
-        domains = {}
-        for domain, where in corpus.domains.items():
-            of_domain = metrics.evaluation(result.logits[where], result.labels[where])
-            domains |= {f"valid_{domain}/{name}": figure for name, figure in of_domain.figures.items()}
-        if domains:
-            runtime.log_numbers(run, output_dir, domains, step)
-        run.log({}, step=step, commit=True)  # or the open row would overwrite the summary
-        run.summary.update(
-            {"best/epoch": best.epoch} | {key.replace("valid/", "best/"): figures[key] for key in figures}
-        )
-
-        columns = {"sentence": corpus.valid.sentences, "source": corpus.valid.sources}
-        runtime.write_predictions(output_dir / "predictions.csv", result, columns)
-        picture = viz.confusion_matrix_picture(result.confusion.counts, corpus.class_names, "valid")
-        runtime.write_png(output_dir / "confusion_matrix.png", picture)
-        with runtime.replacing_directory(output_dir / "model") as temporary:
-            model.save_pretrained(temporary)
-            tokenizer.save_pretrained(temporary)
-        if settings.log_model == "best":
-            log_model(run, model, tokenizer, figures, ["latest", "best"])
-        low, high = metrics.matthews_corrcoef_interval(result.confusion)
-        summary = {
-            "dataset": corpus.name,
-            "model": settings.model,
-            "best/epoch": best.epoch,
-            **figures,
-            "valid/mcc_low": low,
-            "valid/mcc_high": high,
-            **domains,
-            "seconds": time.perf_counter() - started,
-        }
-        runtime.write_json(output_dir / "metrics.json", summary)
-        last_line = runtime.where_to_look(run, output_dir)
+            columns = {"sentence": corpus.valid.sentences, "source": corpus.valid.sources}
+            runtime.write_predictions(output_dir / "predictions.csv", result, columns)
+            picture = viz.confusion_matrix_picture(result.confusion.counts, corpus.class_names, "valid")
+            runtime.write_png(output_dir / "confusion_matrix.png", picture)
+            with runtime.replacing_directory(output_dir / "model") as temporary:
+                model.save_pretrained(temporary)
+                tokenizer.save_pretrained(temporary)
+            if settings.log_model == "best":
+                log_model(run, model, tokenizer, figures, ["latest", "best"])
+            low, high = metrics.matthews_corrcoef_interval(result.confusion)
+            summary = {
+                "dataset": corpus.name,
+                "model": settings.model,
+                "best/epoch": best.epoch,
+                **figures,
+                "valid/mcc_low": low,
+                "valid/mcc_high": high,
+                **domains,
+                "seconds": time.perf_counter() - started,
+            }
+            last_line = monitoring.where_to_look(run, output_dir)
+        runtime.write_json(output_dir / "metrics.json", summary)  # the last file: a run that has it is finished
     print(
         f"best epoch {best.epoch}: Matthews correlation {figures['valid/mcc']:.3f} (95 % interval {low:.3f} to "
         f"{high:.3f}), accuracy {figures['valid/acc']:.2%} where always answering the same gives {share:.2%}"

@@ -6,7 +6,7 @@ The model and the task are those of the W&B PyTorch tutorial. Read it from top t
 import dataclasses
 
 import options
-from options import UserError, option
+from options import Stopped, UserError, option
 
 # ---------------------------------------------------------------------------------------------- settings
 
@@ -42,6 +42,7 @@ from tqdm import tqdm
 
 import data
 import metrics
+import monitoring
 import runtime
 import viz
 
@@ -134,9 +135,19 @@ class Best(NamedTuple):
 
 
 def train(
-    run: wandb.Run, settings: Settings, model: ConvNet, parts: list[data.Part], class_names: list[str], output_dir: Path
+    run: wandb.Run,
+    settings: Settings,
+    model: ConvNet,
+    parts: list[data.Part],
+    class_names: list[str],
+    output_dir: Path,
+    checkpoint: dict[str, Any] | None,
+    stop: list[Stopped],
 ) -> tuple[Best, int]:
-    """Train `model`; returns the model to keep and the last step, the number of images seen."""
+    """Train `model`, from `checkpoint` on if there is one; returns the model to keep and the last step.
+
+    The step is the number of images seen. Raises the first entry of `stop` after the batch, with all saved.
+    """
     train_part, valid_part, _ = parts
     device, examples = train_part.images.device, len(train_part.images)
     batches = math.ceil(examples / settings.batch_size)
@@ -148,15 +159,15 @@ def train(
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.learning_rate, last_batch)
     else:
         schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1)
-    if settings.watch != "off":
-        run.watch(model, loss_function, log=settings.watch, log_freq=settings.watch_every)
     if settings.compile:
         model.forward = torch.compile(model.forward)  # model.compile() would take in the hooks of watch
 
     best = Best(0, math.nan, {})
     batch = step = 0
+    epoch_ends = False
     figures = metrics.TrainingFigures(device)
-    bar = tqdm(total=last_batch, unit="batch", disable=None, file=sys.stdout)
+    numbers, answers = {}, torch.zeros(0)  # the latest row, and the predictions of the latest batch
+    fingerprint = runtime.fingerprint(train_part)
 
     def save_checkpoint() -> None:
         state = {
@@ -165,19 +176,43 @@ def train(
             "schedule": schedule.state_dict(),
             "random": runtime.random_state(),
             "figures": figures.state_dict(),
-            "position": {"epoch": epoch, "batch": batch, "step": step},
+            "position": {"batch": batch, "step": step, "epoch_ends": epoch_ends},
+            "row": numbers,
+            "answers": answers,
             "best": best._asdict(),
             "settings": dataclasses.asdict(settings),
+            "data": fingerprint,
         }
-        runtime.save_weights(output_dir / "checkpoint.pt", state)
+        runtime.save_checkpoint(output_dir, state)
 
-    for epoch in range(1, settings.epochs + 1):
+    if checkpoint:
+        if checkpoint["data"] != fingerprint:
+            raise UserError("--resume: the training images are not those that the run was begun with")
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        schedule.load_state_dict(checkpoint["schedule"])
+        figures.load_state_dict(checkpoint["figures"])
+        batch, step = checkpoint["position"]["batch"], checkpoint["position"]["step"]
+        epoch_ends = checkpoint["position"]["epoch_ends"]
+        numbers, answers = checkpoint["row"], checkpoint["answers"]
+        best = Best(**checkpoint["best"])
+        runtime.restore_random_state(checkpoint["random"])
+    else:
+        save_checkpoint()
+    watch_from = math.ceil(batch / settings.watch_every) * settings.watch_every  # so that it keeps its rhythm
+    bar = tqdm(total=last_batch, initial=batch, unit="batch", disable=None, file=sys.stdout)
+
+    for epoch in range(max(1, math.ceil(batch / batches)), settings.epochs + 1):
         epoch_started = row_started = time.perf_counter()
         row_began = step
         model.train()
-        # Drawn from (seed, epoch) alone, so that the batches of any epoch can be drawn again.
+        # Drawn from (seed, epoch) alone, so that a resumed run draws the same.
         order = torch.from_numpy(np.random.default_rng((settings.seed, epoch)).permutation(examples))
-        for indices in order.to(device).split(settings.batch_size):
+        drawn = order.to(device).split(settings.batch_size)
+        done = batch - (epoch - 1) * batches
+        for indices in drawn[done : done + last_batch - batch]:
+            if settings.watch != "off" and batch == watch_from:
+                run.watch(model, loss_function, log=settings.watch, log_freq=settings.watch_every)
             images, labels = train_part.images[indices], train_part.labels[indices]
             batch, step = batch + 1, step + len(labels)
             epoch_ends = batch % batches == 0 or batch == last_batch
@@ -209,25 +244,30 @@ def train(
                 bar.set_postfix(loss=f"{row['loss']:.4f}", acc=f"{row['acc']:.2%}")
                 row_began, row_started = step, time.perf_counter()
                 if epoch_ends:
+                    answers = logits.argmax(1)
                     break  # this row is logged below, with the figures of the epoch
                 runtime.log_numbers(run, output_dir, numbers, step)
-            if batch % settings.checkpoint_every == 0:
+            if batch % settings.checkpoint_every == 0 or stop:
                 save_checkpoint()
+            if stop:
+                raise stop[0]
 
-        whole = figures.take_epoch()
+        whole = figures.epoch()
         numbers |= {"train/loss_epoch": whole["loss"], "train/acc_epoch": whole["acc"]}
         line = f"epoch {epoch}: train loss {whole['loss']:.4f} acc {whole['acc']:.2%}"
-        inputs = viz.captioned_digits(images[:16].cpu(), logits.argmax(1), labels, class_names)
+        shown = drawn[(batch - 1) % batches][:16]
+        inputs = viz.captioned_digits(train_part.images[shown].cpu(), answers, train_part.labels[shown], class_names)
         run.log({"train/inputs": inputs}, step=step)
         improved = True
         if len(valid_part.images):
             valid = evaluate(model, valid_part)
             if not math.isfinite(valid.figures["loss"]):
                 runtime.log_numbers(run, output_dir, numbers, step)
-                raise runtime.diverged("validation", valid.figures["loss"], epoch, step, learning_rate)
+                raise runtime.diverged("validation", valid.figures["loss"], epoch, step, settings.learning_rate)
             log_charts(run, "valid", valid_part, valid, class_names, step)
             numbers |= {f"valid/{name}": figure for name, figure in valid.figures.items()}
-            improved = best.epoch == 0 or options.is_better(settings.monitor, numbers[settings.monitor], best.value)
+            value = numbers[settings.monitor]
+            improved = best.epoch in (0, epoch) or options.is_better(settings.monitor, value, best.value)
             line += f", valid loss {valid.figures['loss']:.4f} acc {valid.figures['acc']:.2%}"
         runtime.log_numbers(run, output_dir, numbers, step)
         if improved:
@@ -239,6 +279,8 @@ def train(
         bar.write(f"{line}, {time.perf_counter() - epoch_started:.1f} s")
         if batch == last_batch or 0 < settings.patience <= epoch - best.epoch:
             break
+        figures.start_epoch()
+        run.log({}, step=step, commit=True)  # a row that is still open dies with the process
     bar.close()
     return best, step
 
@@ -269,93 +311,105 @@ def log_model(run: wandb.Run, weights: dict[str, Tensor], figures: dict[str, flo
     run.log_artifact(artifact, aliases=aliases)
 
 
+def init(settings: Settings, mode: str, stop: list[Stopped]) -> wandb.Run:
+    return wandb.init(
+        project=settings.project,
+        entity=settings.entity,
+        name=settings.name,
+        id=settings.id,
+        job_type=settings.job_type,
+        group=settings.group,
+        notes=settings.notes,
+        tags=settings.tags or None,
+        config=dataclasses.asdict(settings),
+        mode=mode,
+        save_code=settings.save_code or None,
+        resume="allow" if settings.resume and mode == "online" else None,
+        settings=monitoring.wandb_settings(settings, stop),
+    )
+
+
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Train, evaluate and export as the command-line arguments say; returns the content of metrics.json."""
     started = time.perf_counter()
     settings = options.parse(Settings, argv)
     runtime.settle_run(settings, "mnist")
-    asked = dataclasses.replace(settings)
-    digits, parts = load(settings)
-    with (
-        runtime.output_directory(asked.output_dir) as output_dir,
-        runtime.finishing(
-            wandb.init(
-                project=asked.project,
-                entity=asked.entity,
-                name=asked.name,
-                id=asked.id,
-                job_type=asked.job_type,
-                group=asked.group,
-                notes=asked.notes,
-                tags=asked.tags or None,
-                config=dataclasses.asdict(asked),
-                mode=asked.wandb,
-                save_code=asked.save_code or None,
-            )
-        ) as run,
-    ):
-        # A sweep may have set part of the config: from here on, the config is what counts.
-        configured = options.from_config(asked, run.config)
-        if configured != asked:
-            settings = configured
-            digits, parts = load(settings)
-        device = runtime.find_device(settings.device)
-        parts = [data.Part(part.images.to(device), part.labels.to(device)) for part in parts]
-        settings.device, settings.precision = device.type, runtime.find_precision(settings.precision, device)
-        settings.id = run.id
-        runtime.record_settings(run, settings, output_dir)
-        dataset = wandb.Artifact(digits.name, type="dataset")
-        for file in digits.files:
-            dataset.add_reference(file.resolve().as_uri(), name=file.name)  # its checksum, not a copy
-        if not digits.files:
-            dataset.add_file(data.__file__)  # what draws the built-in digits
-        run.log_artifact(dataset)
+    with runtime.output_directory(settings) as output_dir, monitoring.stop_requests() as stop:
+        checkpoint = runtime.load_checkpoint(output_dir, settings)
+        if summary := runtime.finished(output_dir, settings, checkpoint):
+            return summary
+        asked = dataclasses.replace(settings)
+        digits, parts = load(settings)
+        run, held = monitoring.start(lambda mode: init(asked, mode, stop), asked)
+        with monitoring.finishing(run):
+            if not checkpoint:
+                # A sweep may have set part of the config: from here on, the config is what counts.
+                configured = options.from_config(asked, run.config)
+                if configured != asked:
+                    settings = configured
+                    digits, parts = load(settings)
+            device = runtime.find_device(settings.device)
+            parts = [data.Part(part.images.to(device), part.labels.to(device)) for part in parts]
+            settings.device, settings.precision = device.type, runtime.find_precision(settings.precision, device)
+            settings.id = run.id
+            runtime.record_settings(run, settings, output_dir)
+            dataset = wandb.Artifact(digits.name, type="dataset")
+            for file in digits.files:
+                dataset.add_reference(file.resolve().as_uri(), name=file.name)  # its checksum, not a copy
+            if not digits.files:
+                dataset.add_file(data.__file__)  # what draws the built-in digits
+            run.log_artifact(dataset)
 
-        runtime.seed_everything(settings.seed, settings.deterministic)
-        model = ConvNet(settings.kernels).to(device, memory_format=torch.channels_last)
-        sizes = " + ".join(f"{len(part.images):,}" for part in parts)
-        print(f"{digits.name}: {sizes} images for training, validation and test\n{model}")
-        parameters = sum(parameter.numel() for parameter in model.parameters())
-        print(f"{parameters:,} parameters on {device.type} in {settings.precision}, seed {settings.seed}")
-        best, step = train(run, settings, model, parts, digits.class_names, output_dir)
+            runtime.seed_everything(settings.seed, settings.deterministic)
+            model = ConvNet(settings.kernels).to(device, memory_format=torch.channels_last)
+            sizes = " + ".join(f"{len(part.images):,}" for part in parts)
+            print(f"{digits.name}: {sizes} images for training, validation and test\n{model}")
+            parameters = sum(parameter.numel() for parameter in model.parameters())
+            print(f"{parameters:,} parameters on {device.type} in {settings.precision}, seed {settings.seed}")
+            if checkpoint:
+                rows = runtime.rewind_journal(output_dir, checkpoint["position"])
+                monitoring.log_again(run, rows, held)
+            best, step = train(run, settings, model, parts, digits.class_names, output_dir, checkpoint, stop)
 
-        _, valid_part, test_part = parts
-        model = ConvNet(settings.kernels).to(device, memory_format=torch.channels_last)
-        model.load_state_dict(best.weights)
-        test = evaluate(model, test_part)
-        if not math.isfinite(test.figures["loss"]):
-            raise runtime.diverged("test", test.figures["loss"], best.epoch, step, settings.learning_rate)
-        figures = {f"test/{name}": figure for name, figure in test.figures.items()}
-        log_charts(run, "test", test_part, test, digits.class_names, step)
-        runtime.log_numbers(run, output_dir, figures, step)
-        run.log({}, step=step, commit=True)  # or the open row would overwrite the summary
-        run.summary["best/epoch"] = best.epoch
-        shown, part, result = "test", test_part, test  # what there is to show where nothing was held out
-        if len(valid_part.images):
-            shown, part, result = "valid", valid_part, evaluate(model, valid_part)
-            run.summary.update({f"best/{name}": figure for name, figure in result.figures.items()})
-            figures |= {f"valid/{name}": figure for name, figure in result.figures.items()}
+            _, valid_part, test_part = parts
+            model = ConvNet(settings.kernels).to(device, memory_format=torch.channels_last)
+            model.load_state_dict(best.weights)
+            test = evaluate(model, test_part)
+            if not math.isfinite(test.figures["loss"]):
+                raise runtime.diverged("test", test.figures["loss"], best.epoch, step, settings.learning_rate)
+            figures = {f"test/{name}": figure for name, figure in test.figures.items()}
+            log_charts(run, "test", test_part, test, digits.class_names, step)
+            runtime.log_numbers(run, output_dir, figures, step)
+            run.log({}, step=step, commit=True)  # or the open row would overwrite the summary
+            best_figures = {"best/epoch": best.epoch}
+            shown, part, result = "test", test_part, test  # what there is to show where nothing was held out
+            if len(valid_part.images):
+                shown, part, result = "valid", valid_part, evaluate(model, valid_part)
+                best_figures |= {f"best/{name}": figure for name, figure in result.figures.items()}
+                figures |= {f"valid/{name}": figure for name, figure in result.figures.items()}
 
-        runtime.write_predictions(output_dir / "predictions.csv", result)
-        picture = viz.confusion_matrix_picture(result.confusion.counts, digits.class_names, shown)
-        runtime.write_png(output_dir / "confusion_matrix.png", picture)
-        picture = viz.digit_mistakes_picture(part.images.cpu(), result, digits.class_names, shown)
-        runtime.write_png(output_dir / "mistakes.png", picture)
-        runtime.save_weights(output_dir / "model.pt", best.weights)
-        export_onnx(output_dir / "model.onnx", model)
-        run.save(output_dir / "model.*", base_path=output_dir, policy="now")
-        if settings.log_model == "best":
-            log_model(run, best.weights, figures, ["latest", "best"])
-        summary = {
-            "dataset": digits.name,
-            "model": f"ConvNet {settings.kernels}",
-            "best/epoch": best.epoch,
-            **figures,
-            f"{shown}/majority_share": result.confusion.majority_share(),
-            "seconds": time.perf_counter() - started,
-        }
-        runtime.write_json(output_dir / "metrics.json", summary)
-        last_line = runtime.where_to_look(run, output_dir)
+            runtime.write_predictions(output_dir / "predictions.csv", result)
+            picture = viz.confusion_matrix_picture(result.confusion.counts, digits.class_names, shown)
+            runtime.write_png(output_dir / "confusion_matrix.png", picture)
+            picture = viz.digit_mistakes_picture(part.images.cpu(), result, digits.class_names, shown)
+            runtime.write_png(output_dir / "mistakes.png", picture)
+            runtime.save_weights(output_dir / "model.pt", best.weights)
+            export_onnx(output_dir / "model.onnx", model)
+            with monitoring.forgiving(run):
+                run.summary.update(best_figures)
+                run.save(output_dir / "model.*", base_path=output_dir, policy="now")
+            if settings.log_model == "best":
+                log_model(run, best.weights, figures, ["latest", "best"])
+            summary = {
+                "dataset": digits.name,
+                "model": f"ConvNet {settings.kernels}",
+                "best/epoch": best.epoch,
+                **figures,
+                f"{shown}/majority_share": result.confusion.majority_share(),
+                "seconds": time.perf_counter() - started,
+            }
+            last_line = monitoring.where_to_look(run, output_dir)
+        runtime.write_json(output_dir / "metrics.json", summary)  # the last file: a run that has it is finished
     print(f"test accuracy {test.figures['acc']:.2%} of {len(test_part.images):,} images, best epoch {best.epoch}")
     print(last_line)
     return summary

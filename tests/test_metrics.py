@@ -355,9 +355,10 @@ def test_training_figures_are_means_over_examples():
     assert figures.take_row() == {"loss": 3 / 6, "acc": 4 / 6}  # 2 · 1 + 4 · 0.25
     figures.add(*training_batch(2.0, hits=0, size=2))
     assert figures.take_row() == {"loss": 2.0, "acc": 0.0}
-    assert figures.take_epoch() == {"loss": 7 / 8, "acc": 4 / 8}
+    assert figures.epoch() == {"loss": 7 / 8, "acc": 4 / 8}
+    figures.start_epoch()
     figures.add(*training_batch(0.5, hits=3, size=3))
-    assert figures.take_row() == figures.take_epoch() == {"loss": 0.5, "acc": 1.0}
+    assert figures.take_row() == figures.epoch() == {"loss": 0.5, "acc": 1.0}
 
 
 def test_state_of_training_figures_is_a_snapshot_without_a_graph():

@@ -1,0 +1,51 @@
+"""Kill both scripts with SIGKILL at random moments, resume, and compare with runs that were never interrupted.
+
+python -m benchmarks.kill --runs 50
+"""
+
+import argparse
+import random
+import tempfile
+from pathlib import Path
+
+from tests import killing
+from tests.conftest import clean_environment
+from tests.wandb_server import serving
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--runs", type=int, default=50, help="runs to kill, half of each script [50]")
+    parser.add_argument("--seed", type=int, default=0, help="of the random moments [0]")
+    arguments = parser.parse_args()
+    moments, same_files, same_curve, total = random.Random(arguments.seed), 0, 0, 0
+    with tempfile.TemporaryDirectory() as directory:
+        for script in killing.ARGUMENTS:
+            reference = Path(directory, script, "reference")
+            reference.mkdir(parents=True)
+            environment = clean_environment(reference)
+            duration = killing.timed(script, reference, environment)
+            with serving() as server:
+                expected = killing.sync(reference, environment, server)
+            for number in range(arguments.runs // 2):
+                cwd = Path(directory, script, str(number))
+                cwd.mkdir()
+                killed = killing.killed_and_resumed(script, cwd, environment, duration, moments)
+                differ = killing.differences(reference / "out", cwd / "out")
+                with serving() as server:
+                    curve = killing.sync(cwd, environment, server)
+                total, same_files, same_curve = total + 1, same_files + (not differ), same_curve + (curve == expected)
+                seconds = ", ".join(f"{second:.2f}" for second in killed)
+                print(
+                    f"{script} {number + 1}: killed after {seconds} s of {duration:.1f} s; files "
+                    f"{'differ: ' + ', '.join(differ) if differ else 'the same'}; W&B history of {len(curve)} rows "
+                    f"{'the same' if curve == expected else 'differs'}",
+                    flush=True,
+                )
+    print(f"{same_files} of {total} with identical files, {same_curve} of {total} with the identical W&B history")
+    if min(same_files, same_curve) < total:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""Kill a run at a random moment, resume it, and compare all that is left with a run that was never interrupted."""
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.wandb_server import WandbServer
+
+REPO = Path(__file__).parent.parent
+# Enough to cross epochs, checkpoints and rows; the second batch size does not divide the number of examples.
+ARGUMENTS = {
+    "train_mnist.py": "--dataset synthetic --slice 8 --valid_size 4000 --epochs 3 --batch_size 48 --checkpoint_every 7",
+    "train_cola.py": "--dataset synthetic --model scratch --epochs 3 --max_steps 420 --checkpoint_every 25",
+}
+TIMINGS = ("seconds", "train/examples_per_second")
+
+
+def start(script: str, cwd: Path, environment: dict[str, str], *more: str) -> subprocess.Popen:
+    command = [sys.executable, REPO / script, *ARGUMENTS[script].split(), "--output_dir", "out", "--id", "same", *more]
+    return subprocess.Popen(
+        command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+    )
+
+
+def finish(process: subprocess.Popen, timeout: float = 200) -> str:
+    """What the process prints; it must end well."""
+    out = process.communicate(timeout=timeout)[0].decode()
+    assert process.returncode == 0, out
+    return out
+
+
+def kill(process: subprocess.Popen, seconds: float, everything: bool) -> bool:
+    """SIGKILL after some time, also of W&B's service if `everything`; whether the process was still there."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(seconds)
+        return False
+    os.killpg(process.pid, signal.SIGKILL) if everything else process.kill()
+    process.communicate()
+    return True
+
+
+def outcome(out: Path) -> dict[str, Any]:
+    """All that a run left and that must be the same, by file; timings left out."""
+    state = torch.load(out / "checkpoint.pt", weights_only=True)
+    rows = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
+    return {
+        "checkpoint.pt": {key: state[key] for key in ("model", "optimizer", "schedule", "position", "best")},
+        "history.jsonl": [{key: value for key, value in row.items() if key not in TIMINGS} for row in rows],
+        "metrics.json": {k: v for k, v in json.loads((out / "metrics.json").read_text()).items() if k not in TIMINGS},
+        "predictions.csv": (out / "predictions.csv").read_bytes(),
+        "model": {
+            path.relative_to(out): path.read_bytes()
+            for path in sorted(out.rglob("*"))
+            if path.suffix in (".safetensors", ".onnx", ".png", ".txt") or path.name == "config.json" != path.parent
+            if path != out / "config.json"
+        },
+    }
+
+
+def same(a: Any, b: Any) -> bool:
+    """Equality to the last bit, also of tensors, in nested dictionaries and lists."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def curve(rows: list[dict]) -> list[dict]:
+    """The rows of a W&B history without timings, watch's histograms and the names of media files."""
+    kept = []
+    for row in rows:
+        kept.append({})
+        for key, value in row.items():
+            if isinstance(value, dict) and "sha256" in value:
+                value = (value["_type"], value["sha256"])
+            if key not in (*TIMINGS, "_runtime", "_timestamp") and not key.startswith(("gradients/", "parameters/")):
+                kept[-1][key] = value
+    return kept
+
+
+def sync(cwd: Path, environment: dict[str, str], server: WandbServer, *options: str) -> list[dict]:
+    """`wandb sync` everything in `cwd/wandb`; the history that the server has then."""
+    wandb = Path(sys.executable).with_name("wandb")
+    command = [wandb, "sync", "--yes", *options, cwd / "wandb"]
+    done = subprocess.run(command, cwd=cwd, env={**environment, **server.environment()}, capture_output=True, text=True)
+    assert done.returncode == 0 and "ERROR" not in done.stderr, done.stderr
+    return curve(server.rows("same"))
+
+
+def differences(reference: Path, other: Path) -> list[str]:
+    a, b = outcome(reference), outcome(other)
+    return [name for name in a if not same(a[name], b[name])]
+
+
+def killed_and_resumed(
+    script: str, cwd: Path, environment: dict[str, str], duration: float, moments: random.Random
+) -> list[float]:
+    """Run with `--resume` again and again, killed at random moments, up to three times; returns the moments."""
+    killed_after = []
+    for _ in range(moments.choice([1, 1, 1, 2, 3])):
+        process, seconds = start(script, cwd, environment, "--resume"), moments.uniform(0.1, duration)
+        if not kill(process, seconds, everything=moments.random() < 0.5):
+            break
+        killed_after.append(seconds)
+    finish(start(script, cwd, environment, "--resume"))
+    return killed_after
+
+
+def timed(script: str, cwd: Path, environment: dict[str, str]) -> float:
+    """Run without interruption; the seconds it took."""
+    started = time.perf_counter()
+    finish(start(script, cwd, environment))
+    return time.perf_counter() - started

@@ -1,0 +1,182 @@
+"""A W&B server for tests, on this machine: it answers the SDK and the CLI, keeps what they send, fails on demand."""
+
+import contextlib
+import json
+import re
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+API_KEY = "f" * 40
+
+
+class WandbServer(ThreadingHTTPServer):
+    """`history[run]` maps line number to row; `mode` is "ok", "error" (500), "forbidden" (401) or "hang"."""
+
+    daemon_threads = True
+
+    def __init__(self, port: int = 0):
+        super().__init__(("127.0.0.1", port), Handler)
+        self.mode = "ok"
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.operations: list[str] = []  # what was asked, in order
+        self.history: dict[str, dict[int, dict]] = {}
+        self.runs: dict[str, dict[str, Any]] = {}  # config, exit code and states, by run id
+        self.files: dict[str, int] = {}  # bytes received, by path
+        self.artifacts: list[str] = []  # names, in order
+        self.stopped: set[str] = set()  # runs that are told to stop
+        self.released = threading.Event()  # ends every hanging answer
+        self.answers: dict[str, Any] = {}  # more operations of GraphQL: name to a function of the variables
+        self.lock = threading.Lock()
+
+    def rows(self, run_id: str) -> list[dict]:
+        """The history of a run in the order of its lines."""
+        return [row for _, row in sorted(self.history.get(run_id, {}).items())]
+
+    def environment(self) -> dict[str, str]:
+        """What makes W&B use this server."""
+        return {"WANDB_BASE_URL": self.url, "WANDB_API_KEY": API_KEY, "WANDB_MODE": "online"}
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        pass  # clients that were killed
+
+    def run(self, run_id: str) -> dict[str, Any]:
+        return self.runs.setdefault(run_id, {"config": {}, "summary": {}, "states": [], "exit": None, "tags": []})
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: WandbServer
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+    def answer(self, content: Any, status: int = 200) -> None:
+        body = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def body(self) -> bytes:
+        return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+
+    def fails(self) -> bool:
+        """Whether the request has been answered, or left, as a failing server does."""
+        mode = self.server.mode
+        if mode == "hang":
+            self.server.released.wait()
+            self.close_connection = True
+        elif mode == "error":
+            self.answer({"error": "internal error"}, 500)
+        elif mode == "forbidden":
+            self.answer({"errors": [{"message": "permission denied"}]}, 401)
+        return mode != "ok"
+
+    def do_GET(self) -> None:
+        if not self.fails():
+            self.answer({})
+
+    def do_PUT(self) -> None:
+        content = self.body()
+        if not self.fails():
+            with self.server.lock:
+                self.server.files[self.path] = len(content)
+            self.answer({})
+
+    def do_POST(self) -> None:
+        body = self.body()
+        if self.fails():
+            return
+        if not self.path.startswith(("/files/", "/graphql")):
+            return self.answer({})  # usage statistics
+        request = json.loads(body)
+        if match := re.fullmatch(r"/files/(.+)/(.+)/(.+)/file_stream", self.path):
+            self.answer(self.file_stream(match[3], request))
+        else:
+            query, variables = request.get("query", ""), request.get("variables") or {}
+            name = request.get("operationName") or re.search(r"(?:query|mutation)\s+(\w+)", query)[1]
+            with self.server.lock:
+                self.server.operations.append(name)
+            self.answer({"data": self.graphql(name, variables)})
+
+    def file_stream(self, run_id: str, request: dict[str, Any]) -> dict[str, Any]:
+        """Lines arrive with the number of the first; a line that arrives again replaces itself."""
+        with self.server.lock:
+            run = self.server.run(run_id)
+            for name, chunk in request.get("files", {}).items():
+                if name == "wandb-history.jsonl":
+                    lines = self.server.history.setdefault(run_id, {})
+                    lines |= {chunk["offset"] + i: json.loads(line) for i, line in enumerate(chunk["content"])}
+                elif name == "wandb-summary.json":
+                    run["summary"] = json.loads(chunk["content"][-1])
+            if request.get("preempting"):
+                run["states"].append("preempting")
+            if request.get("complete"):
+                run["exit"] = request["exitcode"]
+                run["states"].append("complete")
+            return {"stopped": run_id in self.server.stopped}
+
+    def graphql(self, name: str, variables: dict[str, Any]) -> dict[str, Any]:
+        server, entity = self.server, {"id": "1", "name": "tester"}
+        if name in server.answers:
+            return server.answers[name](variables)
+        if name == "Viewer":
+            return {"viewer": {"id": "1", "entity": "tester", "username": "tester", "flags": "{}", "email": "",
+                               "admin": False, "teams": {"edges": []}}}  # fmt: skip
+        if name == "ServerFeaturesQuery":
+            return {"serverInfo": {"features": []}}
+        if name == "RunResumeStatus":
+            bucket = self.bucket(variables["name"])
+            return {"model": {"id": "1", "name": variables["project"], "entity": entity, "bucket": bucket}}
+        if name == "UpsertBucket":
+            run_id = variables["name"]
+            with server.lock:
+                known = run_id in server.runs
+                run = server.run(run_id)
+                run["config"] |= json.loads(variables.get("config") or "{}")
+                run["tags"] = variables.get("tags") or run["tags"]
+            project = {"id": "1", "name": variables.get("project"), "entity": entity}
+            bucket = self.bucket(run_id) | {"displayName": run_id, "sweepName": variables.get("sweep")}
+            return {"upsertBucket": {"bucket": bucket | {"description": "", "project": project}, "inserted": not known}}
+        if name == "CreateRunFiles":
+            files = [{"name": n, "uploadUrl": f"{server.url}/upload/{n}"} for n in variables["files"]]
+            return {"createRunFiles": {"runID": variables["run"], "uploadHeaders": [], "files": files}}
+        if name == "RunStoppedStatus":
+            return {"project": {"run": {"stopped": variables["runId"] in server.stopped}}}
+        if name == "CreateArtifact":  # all that is ever logged is there already
+            collection = variables["input"]["artifactCollectionName"]
+            server.artifacts.append(collection)
+            sequence = {"id": collection, "latestArtifact": {"id": collection, "versionIndex": 0}}
+            return {
+                "createArtifact": {"artifact": {"id": collection, "state": "COMMITTED", "artifactSequence": sequence}}
+            }
+        return {"project": None}
+
+    def bucket(self, run_id: str) -> dict[str, Any] | None:
+        if run_id not in self.server.runs:
+            return None
+        run, rows = self.server.run(run_id), self.server.rows(run_id)
+        return {
+            "id": run_id, "name": run_id, "historyLineCount": len(rows), "eventsLineCount": 0, "logLineCount": 0,
+            "historyTail": json.dumps([json.dumps(row) for row in rows[-1:]]), "eventsTail": "[]",
+            "summaryMetrics": json.dumps(run["summary"]), "config": json.dumps(run["config"]), "tags": run["tags"],
+            "wandbConfig": json.dumps({"t": 1}),
+        }  # fmt: skip
+
+
+@contextlib.contextmanager
+def serving(port: int = 0) -> Iterator[WandbServer]:
+    """A server that runs until the block ends."""
+    server = WandbServer(port)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.released.set()
+        server.shutdown()
+        server.server_close()
+        thread.join()

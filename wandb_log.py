@@ -1,0 +1,89 @@
+"""W&B's own log files of a run, `wandb/*run-*-<id>/run-<id>.wandb`: found, read, and mended where a crash cut them.
+
+A run that was resumed offline has one such file for each of its processes. `wandb sync` uploads them in order, but
+stops at one whose end is missing. A file is a header and blocks of 32 KB in the record format of LevelDB
+(https://github.com/google/leveldb/blob/main/doc/log_format.md), each record a protobuf.
+"""
+
+import json
+import struct
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import wandb
+from wandb.proto.wandb_internal_pb2 import Record
+
+BLOCK = 32768
+HEADER = b":W&B"
+WHOLE, FIRST, MIDDLE, LAST = 1, 2, 3, 4
+
+
+class Row(NamedTuple):
+    """A row of a run's history as W&B holds it, and the directory of the files it refers to."""
+
+    values: dict[str, Any]
+    files: Path
+
+
+def log_files(run_id: str) -> list[Path]:
+    """The log files of a run in the order in which they were begun."""
+    files = Path(wandb.setup().settings.wandb_dir).glob(f"*run-*-{run_id}/run-{run_id}.wandb")
+    # A directory is named offline-run-<time>-<id>, or run-<time>-<id> where the run was online.
+    return sorted(files, key=lambda file: file.parent.name.removeprefix("offline-"))
+
+
+def read(file: Path) -> Iterator[tuple[int, Record]]:
+    """Each whole record with the offset of its end, up to the first that is cut or damaged."""
+    content = file.read_bytes()
+    at, parts = 7, []
+    while content.startswith(HEADER):
+        if BLOCK - at % BLOCK < 7:  # no room for another chunk: the block is filled up
+            at += BLOCK - at % BLOCK
+        if at + 7 > len(content):
+            return
+        checksum, length, kind = struct.unpack_from("<IHB", content, at)
+        data = content[at + 7 : at + 7 + length]
+        if len(data) < length or zlib.crc32(data, zlib.crc32(bytes([kind]))) != checksum:
+            return
+        at += 7 + length
+        parts = [data] if kind in (WHOLE, FIRST) else [*parts, data]
+        if kind in (WHOLE, LAST):
+            yield at, Record.FromString(b"".join(parts))
+
+
+def mend(file: Path) -> None:
+    """Cut off what a crash left unfinished; a file without a row of the history is marked as synced."""
+    records = list(read(file))
+    if not any(record.HasField("history") for _, record in records):
+        mark_synced(file)
+    elif (end := records[-1][0]) < file.stat().st_size:
+        with file.open("rb+") as log:
+            log.truncate(end)
+
+
+def mark_synced(file: Path) -> None:
+    """Make `wandb sync` pass by this file."""
+    _marker(file).touch()
+
+
+def is_synced(file: Path) -> bool:
+    return _marker(file).exists()
+
+
+def _marker(file: Path) -> Path:
+    return file.with_name(f"{file.name}.synced")
+
+
+def history(files: list[Path]) -> dict[int, Row]:
+    """The rows of the history in these files, by step."""
+    rows = {}
+    for file in files:
+        for _, record in read(file):
+            if record.HasField("history"):
+                values = {
+                    item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item
+                }
+                rows[int(values["_step"])] = Row(values, file.parent / "files")
+    return rows
