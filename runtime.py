@@ -316,7 +316,8 @@ def log_numbers(run: wandb.Run, output_dir: Path, numbers: Mapping[str, float], 
 def rewind_journal(output_dir: Path, position: Mapping[str, Any]) -> list[dict[str, float]]:
     """Cut the journal to the rows up to a checkpoint's position, and return these; what follows is computed again.
 
-    At the end of an epoch that is its row too, since W&B may have lost the tables and pictures in it. Raises `UserError` where the journal is gone.
+    At the end of an epoch so is its own row, since W&B may have lost the tables and pictures in it. Raises
+    `UserError` where the journal is gone.
     """
     path, kept = output_dir / JOURNAL, []
     end = position["step"] + (not position["epoch_ends"])

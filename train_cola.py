@@ -473,8 +473,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
                 corpus.valid.labels
             )
             print(
-                f"{corpus.name}: {len(corpus.train.labels):,} + {len(corpus.valid.labels):,} sentences for training and "
-                f"validation, {share:.1%} of the latter in the most frequent class\n{settings.model}: "
+                f"{corpus.name}: {len(corpus.train.labels):,} + {len(corpus.valid.labels):,} sentences for training "
+                f"and validation, {share:.1%} of the latter in the most frequent class\n{settings.model}: "
                 f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer):,} tokens, "
                 f"on {device.type} in {settings.precision}, seed {settings.seed}"
             )
