@@ -18,6 +18,7 @@ from options import SharedSettings, Stopped, UserError, warn_loudly
 
 SECONDS_TO_CONNECT = 8  # W&B waits up to ten more before it, for the API key to be confirmed
 SECONDS_TO_UPLOAD = {"none": 30, "best": 1800, "all": 1800}  # at the end of a run, by --log_model
+SECONDS_FOR_ARTIFACTS = 5  # to be handed over at the end of a run, after which they are uploaded
 SECONDS_TO_STOP = 2  # from a signal on; as long again to close the W&B run
 
 
@@ -72,7 +73,11 @@ def start(begin: Callable[[str], wandb.Run], settings: SharedSettings) -> tuple[
         if settings.wandb != "online":
             raise
         problem = str(error).splitlines()[0]
-        warn_loudly(f"W&B can't be used: {problem}", "The run goes on offline; wandb sync uploads it later.")
+        warn_loudly(
+            f"W&B can't be used: {problem}",
+            "Where the API key is wrong, wandb login --relogin takes another one.",
+            "The run goes on offline; wandb sync uploads it later.",
+        )
         wandb.teardown()
         run = begin("offline")
     if run.disabled:
@@ -108,13 +113,20 @@ def log_again(run: wandb.Run, rows: Iterable[Mapping[str, float]], held: int) ->
     for row in rows:
         values, files = local.get(row["step"], wandb_log.Row(row, Path()))
         for value in values.values():
-            if isinstance(value, dict) and "path" in value and (files / value["path"]).exists():
-                copy = Path(run.dir, value["path"])
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(files / value["path"], copy)
-                run.save(copy, base_path=run.dir, policy="now")
+            if isinstance(value, dict):
+                for name in [*value.get("filenames", []), *([value["path"]] if "path" in value else [])]:
+                    _copy_into_run(run, files, name)
         own = {key: value for key, value in values.items() if key != "step" and not key.startswith("_")}
         run.log(own, step=row["step"])
+
+
+def _copy_into_run(run: wandb.Run, files: Path, name: str) -> None:
+    with forgiving(run):
+        if (files / name).exists():
+            copy = Path(run.dir, name)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(files / name, copy)
+            run.save(copy, base_path=run.dir, policy="now")
 
 
 @contextlib.contextmanager
@@ -212,7 +224,9 @@ def _finish(run: wandb.Run, status: int) -> None:
     if run.id in _workers:
         waiting, thread = _workers.pop(run.id)
         waiting.put(None)
-        thread.join(run.settings.finish_timeout if status == 0 else 1)
+        thread.join(SECONDS_FOR_ARTIFACTS if status == 0 else 0)
+        if thread.is_alive():
+            _complained.add(run.id)  # what it says from now on is no news
     online = not (run.offline or run.disabled)
     with forgiving(run):
         try:

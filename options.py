@@ -264,13 +264,15 @@ def _number(
 def check_before_imports(settings_class: type[SharedSettings]) -> None:
     """Answer `--help` and mistakes in the options, before a script imports what takes seconds to load.
 
-    And set what has to be set by then, for this process: how OpenMP's threads wait, the collector, Ctrl-C.
+    And set what has to be set by then, for this process: how OpenMP's threads wait, the collector, Ctrl-C, and that
+    nothing but W&B's runs is sent anywhere.
     """
     _end_in_one_line(lambda: parse(settings_class))
     # A thread of OpenMP that waits is to sleep soon, not to spin: where other programs want the processor too,
     # spinning keeps it from the very thread that is waited for, and training takes ten times as long.
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(os.environ):
         os.environ["GOMP_SPINCOUNT"] = "1000"
+    os.environ.setdefault("OTEL_SDK_DISABLED", "true")  # W&B's own usage statistics wait for a server at the exit
     gc.disable()  # until the imports are done: what they make is no garbage, and there is much of it
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until then Ctrl-C just ends the process
 

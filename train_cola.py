@@ -342,6 +342,7 @@ def train(
             if stop:
                 raise stop[0]
 
+        run.log({}, step=step)  # opens the row, if nothing has yet: media files are named by the open one
         whole, valid = figures.epoch(), evaluate(model, valid_part)
         numbers |= {"train/loss_epoch": whole["loss"], "train/acc_epoch": whole["acc"]}
         if not math.isfinite(valid.figures["loss"]):

@@ -252,6 +252,7 @@ def train(
             if stop:
                 raise stop[0]
 
+        run.log({}, step=step)  # opens the row, if nothing has yet: media files are named by the open one
         whole = figures.epoch()
         numbers |= {"train/loss_epoch": whole["loss"], "train/acc_epoch": whole["acc"]}
         line = f"epoch {epoch}: train loss {whole['loss']:.4f} acc {whole['acc']:.2%}"

@@ -82,8 +82,12 @@ def history(files: list[Path]) -> dict[int, Row]:
     for file in files:
         for _, record in read(file):
             if record.HasField("history"):
-                values = {
-                    item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item
-                }
+                values: dict[str, Any] = {}
+                for item in record.history.item:
+                    *outer, name = item.nested_key or [item.key]
+                    place = values
+                    for key in outer:
+                        place = place.setdefault(key, {})
+                    place[name] = json.loads(item.value_json)
                 rows[int(values["_step"])] = Row(values, file.parent / "files")
     return rows

@@ -35,9 +35,8 @@ def main() -> None:
                 with serving() as server:
                     curve = killing.sync(cwd, environment, server)
                 total, same_files, same_curve = total + 1, same_files + (not differ), same_curve + (curve == expected)
-                seconds = ", ".join(f"{second:.2f}" for second in killed)
                 print(
-                    f"{script} {number + 1}: killed after {seconds} s of {duration:.1f} s; files "
+                    f"{script} {number + 1}: killed {', '.join(killed) or 'never'} of {duration:.1f} s; files "
                     f"{'differ: ' + ', '.join(differ) if differ else 'the same'}; W&B history of {len(curve)} rows "
                     f"{'the same' if curve == expected else 'differs'}",
                     flush=True,

@@ -106,16 +106,37 @@ def differences(reference: Path, other: Path) -> list[str]:
 
 def killed_and_resumed(
     script: str, cwd: Path, environment: dict[str, str], duration: float, moments: random.Random
-) -> list[float]:
-    """Run with `--resume` again and again, killed at random moments, up to three times; returns the moments."""
-    killed_after = []
+) -> list[str]:
+    """Run with `--resume` again and again, killed at random moments, at most three times; says when.
+
+    Every fifth is killed while it writes a checkpoint.
+    """
+    killed = []
     for _ in range(moments.choice([1, 1, 1, 2, 3])):
-        process, seconds = start(script, cwd, environment, "--resume"), moments.uniform(0.1, duration)
-        if not kill(process, seconds, everything=moments.random() < 0.5):
+        process = start(script, cwd, environment, "--resume")
+        if moments.random() < 0.2:
+            writes = moments.randint(1, 12)
+            if wait_for_writes(process, cwd / "out", writes):
+                kill(process, 0, everything=moments.random() < 0.5)
+                killed.append(f"in write {writes}")
+        elif kill(process, seconds := moments.uniform(0.1, 0.9 * duration), everything=moments.random() < 0.5):
+            killed.append(f"after {seconds:.2f} s")
+        if process.returncode == 0:
             break
-        killed_after.append(seconds)
     finish(start(script, cwd, environment, "--resume"))
-    return killed_after
+    return killed
+
+
+def wait_for_writes(process: subprocess.Popen, out: Path, writes: int) -> bool:
+    """Wait until a checkpoint has been begun that many times; False if the process ends before."""
+    seen = set()
+    while process.poll() is None:
+        with contextlib.suppress(OSError):
+            seen |= {(entry.name, entry.inode()) for entry in os.scandir(out) if entry.name.startswith(".checkpoint")}
+        if len(seen) >= writes:
+            return True
+    process.communicate()
+    return False
 
 
 def timed(script: str, cwd: Path, environment: dict[str, str]) -> float:
