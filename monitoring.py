@@ -88,16 +88,21 @@ def start(begin: Callable[[str], wandb.Run], settings: SharedSettings) -> tuple[
         held = run.starting_step - 1 if run.resumed else -1
         _log_artifacts_in_background(run)
 
-    log, repeating = run._log, held >= 0
+    log, log_from_hook, repeating = run.log, run._log, held >= 0
 
     def log_what_is_new(data: Mapping[str, Any], step: int | None = None, commit: bool | None = None) -> None:
         nonlocal repeating
         repeating = step <= held if step is not None else repeating
-        if not repeating:
+        if not repeating and run.id not in _lost:
             with forgiving(run):
                 log(data, step, commit)
 
-    run._log = log_what_is_new  # run.log and the hooks of run.watch both end there
+    def log_histogram(data: Mapping[str, Any], *arguments: Any, **options: Any) -> None:
+        if not repeating and run.id not in _lost:
+            with forgiving(run):
+                log_from_hook(data, *arguments, **options)
+
+    run.log, run._log = log_what_is_new, log_histogram  # the hooks of run.watch call the latter
     return run, held
 
 
@@ -138,6 +143,8 @@ def forgiving(run: wandb.Run) -> Iterator[None]:
         modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
         if not any(module.startswith("wandb.") for module in modules):
             raise
+        if isinstance(error, ConnectionError):
+            _lost.add(run.id)
         if run.id not in _complained:
             _complained.add(run.id)
             warn_loudly(
@@ -146,7 +153,8 @@ def forgiving(run: wandb.Run) -> Iterator[None]:
             )
 
 
-_complained: set[str] = set()
+_complained: set[str] = set()  # ids of runs
+_lost: set[str] = set()  # ids of runs whose W&B service is gone
 
 
 def _log_artifacts_in_background(run: wandb.Run) -> None:
@@ -237,6 +245,9 @@ def _finish(run: wandb.Run, status: int) -> None:
         if online and run.id not in _complained:
             for file in wandb_log.log_files(run.id):
                 wandb_log.mark_synced(file)
+    if run.id in _lost:
+        with forgiving(run):
+            wandb.teardown()  # or it would complain at the exit
 
 
 def is_complete(run_id: str, mode: str, last_step: int) -> bool:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import re
+import socket
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -28,6 +29,7 @@ class WandbServer(ThreadingHTTPServer):
         self.stopped: set[str] = set()  # runs that are told to stop
         self.released = threading.Event()  # ends every hanging answer
         self.answers: dict[str, Any] = {}  # more operations of GraphQL: name to a function of the variables
+        self.connections: list[socket.socket] = []
         self.lock = threading.Lock()
 
     def rows(self, run_id: str) -> list[dict]:
@@ -37,6 +39,14 @@ class WandbServer(ThreadingHTTPServer):
     def environment(self) -> dict[str, str]:
         """What makes W&B use this server."""
         return {"WANDB_BASE_URL": self.url, "WANDB_API_KEY": API_KEY, "WANDB_MODE": "online"}
+
+    def die(self) -> None:
+        """Close the door, and every connection that is open."""
+        self.shutdown()
+        self.socket.close()
+        for connection in self.connections:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         pass  # clients that were killed
@@ -48,6 +58,10 @@ class WandbServer(ThreadingHTTPServer):
 class Handler(BaseHTTPRequestHandler):
     server: WandbServer
     protocol_version = "HTTP/1.1"
+
+    def setup(self) -> None:
+        super().setup()
+        self.server.connections.append(self.connection)
 
     def log_message(self, *args: Any) -> None:
         pass

@@ -1,0 +1,248 @@
+"""A run that was killed or stopped goes on as if nothing had been: same weights, same files, one seamless W&B curve."""
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import options
+import runtime
+from tests import killing
+from tests.conftest import clean_environment
+from tests.wandb_server import serving
+
+SCRIPTS = tuple(killing.ARGUMENTS)
+
+
+@pytest.fixture(scope="module")
+def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, SimpleNamespace]:
+    """For each script a run that was never interrupted, and the history that the server has of it."""
+    finished = {}
+    for script in SCRIPTS:
+        cwd = tmp_path_factory.mktemp("reference")
+        duration = killing.timed(script, cwd, clean_environment(cwd))
+        with serving() as server:
+            history = killing.sync(cwd, clean_environment(cwd), server)
+        finished[script] = SimpleNamespace(cwd=cwd, out=cwd / "out", duration=duration, history=history)
+    return finished
+
+
+@pytest.fixture
+def copied(references, tmp_path: Path) -> Path:
+    """A copy of the finished run of train_mnist.py, to be damaged."""
+    shutil.copytree(references["train_mnist.py"].cwd, tmp_path / "copy", symlinks=True)
+    return tmp_path / "copy"
+
+
+def wait_for_rows(cwd: Path, rows: int) -> None:
+    journal = cwd / "out/history.jsonl"
+    deadline = time.monotonic() + 60
+    while not journal.exists() or journal.read_text().count("\n") < rows:
+        assert time.monotonic() < deadline, "the run does not get on"
+        time.sleep(0.02)
+
+
+def resume(cwd: Path, *more: str, **environment: str) -> SimpleNamespace:
+    process = killing.start("train_mnist.py", cwd, clean_environment(cwd, **environment), "--resume", *more)
+    out = process.communicate(timeout=100)[0].decode()
+    return SimpleNamespace(status=process.returncode, out=out)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_killed_at_random_moments(script, references, tmp_path):
+    reference = references[script]
+
+    def once(number: int) -> tuple[list[str], list[str], bool]:
+        cwd = tmp_path / str(number)
+        cwd.mkdir()
+        environment, moments = clean_environment(cwd), random.Random(f"{script} {number}")
+        killed = killing.killed_and_resumed(script, cwd, environment, reference.duration, moments)
+        with serving() as server:
+            history = killing.sync(cwd, environment, server)
+        return killed, killing.differences(reference.out, cwd / "out"), history == reference.history
+
+    with ThreadPoolExecutor(2) as pool:
+        outcomes = list(pool.map(once, range(5)))
+    assert all(not differ and curve_is_the_same for _, differ, curve_is_the_same in outcomes), outcomes
+    assert any(killed for killed, _, _ in outcomes)
+
+
+def test_an_online_run_killed_and_resumed_leaves_no_seam_on_the_server(references, tmp_path):
+    reference = references["train_mnist.py"]
+    with serving() as server:
+        environment = clean_environment(tmp_path, **server.environment())
+        process = killing.start("train_mnist.py", tmp_path, environment)
+        wait_for_rows(tmp_path, 9)  # in the second epoch; the server has got nothing so far
+        killing.kill(process, 0, everything=True)
+        killing.finish(killing.start("train_mnist.py", tmp_path, environment, "--resume"))
+        assert killing.curve(server.rows("same")) == reference.history
+        assert set(server.runs) == {"same"} and server.runs["same"]["exit"] == 0
+    assert killing.differences(reference.out, tmp_path / "out") == []
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_signals_end_a_run_in_time_and_it_can_be_resumed(script, references, tmp_path):
+    environment = clean_environment(tmp_path)
+    for rows, number in ((2, signal.SIGTERM), (6, signal.SIGINT)):
+        process = killing.start(script, tmp_path, environment, "--resume")
+        wait_for_rows(tmp_path, rows)
+        process.send_signal(number)
+        asked = time.monotonic()
+        out = process.communicate(timeout=20)[0].decode()
+        assert process.returncode == 128 + number, out
+        assert time.monotonic() - asked < 5
+        assert f"{script}: stopped by {number.name}; the same command with --resume goes on" in out
+        assert "Traceback" not in out
+    killing.finish(killing.start(script, tmp_path, environment, "--resume"))
+    assert killing.differences(references[script].out, tmp_path / "out") == []
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path):
+    process = killing.start("train_mnist.py", tmp_path, clean_environment(tmp_path), "--epochs", "100")
+    wait_for_rows(tmp_path, 3)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    asked = time.monotonic()
+    process.communicate(timeout=10)
+    assert process.returncode in (-signal.SIGINT, 130)
+    assert time.monotonic() - asked < 1
+
+
+def test_a_finished_run_says_so(references):
+    cwd = references["train_mnist.py"].cwd
+    before = {path: path.stat().st_mtime_ns for path in (cwd / "out").iterdir()}
+    done = resume(cwd)
+    assert done.status == 0 and "out is finished: see out/metrics.json" in done.out
+    assert {path: path.stat().st_mtime_ns for path in (cwd / "out").iterdir()} == before
+
+
+def test_other_settings_are_refused_and_names_are_not(copied):
+    (copied / "out/metrics.json").unlink()
+    refused = resume(copied, "--learning_rate", "0.1", "--log_every", "5", "--tags", "new")
+    assert refused.status == 2
+    last = refused.out.splitlines()[-1]
+    assert "--learning_rate was 0.005, is 0.1" in last and "--log_every was 10, is 5" in last and "tags" not in last
+    refused = resume(copied, "--project", "another")
+    assert refused.status == 2 and "has --project mnist, not another" in refused.out
+    assert resume(copied, "--tags", "new", "--notes", "new", "--name", "new").status == 0
+
+
+def test_other_data_is_refused(copied, references):
+    state = torch.load(copied / "out/checkpoint.pt", weights_only=True)
+    (copied / "out/metrics.json").unlink()
+    torch.save(state | {"data": state["data"] ^ 1}, copied / "out/checkpoint.pt")
+    refused = resume(copied)
+    assert refused.status == 2 and "the training images are not those" in refused.out.splitlines()[-1]
+
+
+def test_resume_needs_to_know_which_run(tmp_path):
+    done = subprocess.run(
+        [sys.executable, killing.REPO / "train_mnist.py", "--resume"],
+        cwd=tmp_path,
+        env=clean_environment(tmp_path),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--output_dir" in done.stderr
+
+
+def test_two_processes_can_not_share_a_directory(tmp_path):
+    process = killing.start("train_mnist.py", tmp_path, clean_environment(tmp_path), "--epochs", "100")
+    wait_for_rows(tmp_path, 1)
+    second = resume(tmp_path, "--epochs", "100")
+    killing.kill(process, 0, everything=True)
+    assert second.status == 2 and "another process is at work there" in second.out.splitlines()[-1]
+
+
+# ------------------------------------------------------------------------------------------ checkpoints
+
+
+def test_a_checkpoint_cut_anywhere_is_recovered_or_refused(copied, capsys):
+    out, lengths = copied / "out", random.Random(0)
+    whole, before = (out / "checkpoint.pt").read_bytes(), (out / "checkpoint.previous.pt").read_bytes()
+    expected = torch.load(out / "checkpoint.previous.pt", weights_only=True)["position"]
+    for _ in range(20):
+        settings = begun_with(out)
+        (out / "checkpoint.pt").write_bytes(whole[: lengths.randrange(len(whole))])
+        (out / "checkpoint.previous.pt").write_bytes(before)
+        assert runtime.load_checkpoint(out, settings)["position"] == expected
+        assert "checkpoint.pt can't be read" in capsys.readouterr().err
+        (out / "checkpoint.previous.pt").write_bytes(before[: lengths.randrange(len(before))])
+        with pytest.raises(options.UserError, match=r"checkpoint.pt can't be read.*previous.pt can't be read"):
+            runtime.load_checkpoint(out, settings)
+
+
+def test_a_changed_byte_never_goes_unnoticed(copied):
+    out, places = copied / "out", random.Random(1)
+    whole = (out / "checkpoint.pt").read_bytes()
+    state = torch.load(out / "checkpoint.pt", weights_only=True)
+    (out / "checkpoint.previous.pt").unlink()
+    noticed = 0
+    for _ in range(100):
+        garbled = bytearray(whole)
+        garbled[places.randrange(len(whole))] ^= 0xFF
+        (out / "checkpoint.pt").write_bytes(garbled)
+        try:
+            assert killing.same(runtime.load_checkpoint(out, begun_with(out)), state)  # it did not matter
+        except options.UserError:
+            noticed += 1
+    assert noticed > 80
+
+
+def begun_with(out: Path) -> options.SharedSettings:
+    import train_mnist
+
+    return train_mnist.Settings(**json.loads((out / "config.json").read_text())["asked"])
+
+
+def test_a_run_goes_on_from_the_previous_checkpoint(copied, references):
+    (copied / "out/metrics.json").unlink()
+    os.truncate(copied / "out/checkpoint.pt", 1000)
+    done = resume(copied)
+    assert done.status == 0 and "Going on from out/checkpoint.previous.pt, which is older." in done.out
+    assert killing.differences(references["train_mnist.py"].out, copied / "out") == []
+
+
+def test_two_bad_checkpoints_are_an_error_and_change_nothing(copied):
+    out = copied / "out"
+    for name in ("checkpoint.pt", "checkpoint.previous.pt"):
+        os.truncate(out / name, 1000)
+    (out / "metrics.json").unlink()
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    done = resume(copied)
+    assert done.status == 1 and "give another --output_dir" in done.out.splitlines()[-1]
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
+    def no_large_files() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (runtime.PROBE_BYTES, runtime.PROBE_BYTES))
+
+    arguments = (
+        f"{killing.ARGUMENTS['train_mnist.py']} --kernels 64 300 --output_dir out"  # a first checkpoint of 2.4 MB
+    )
+    done = subprocess.run(
+        [sys.executable, killing.REPO / "train_mnist.py", *arguments.split()],
+        cwd=tmp_path,
+        env=clean_environment(tmp_path),
+        preexec_fn=no_large_files,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("train_mnist.py: error: ") and "Traceback" not in done.stderr
+    state = torch.load(tmp_path / "out/checkpoint.pt", weights_only=True)
+    assert 0 < state["position"]["batch"] < 63
+    assert not list((tmp_path / "out").glob(".*"))

@@ -1,0 +1,109 @@
+"""W&B can fail, training can't be hurt by it: a server that refuses, errs, hangs or dies, a service that is killed."""
+
+import os
+import signal
+import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from tests import killing
+from tests.conftest import clean_environment
+from tests.wandb_server import serving
+
+SCRIPT = "train_mnist.py"
+AT_THE_START = ("refuse", "error", "hang", "forbidden")
+HALF_WAY = ("die", "error", "hang")
+
+
+def fail(when: str, how: str, cwd: Path) -> SimpleNamespace:
+    """A run whose server fails at the start or half-way; then what the server has once it works again."""
+    cwd.mkdir()
+    with serving() as server:
+        environment = clean_environment(cwd, **server.environment())
+        if when == "start":
+            server.mode = how
+            if how == "refuse":
+                environment["WANDB_BASE_URL"] = "http://127.0.0.1:9"
+        started = time.monotonic()
+        process = killing.start(SCRIPT, cwd, environment)
+        if when == "half-way":
+            while not (cwd / "out/history.jsonl").exists() or (cwd / "out/history.jsonl").read_text().count("\n") < 6:
+                assert process.poll() is None and time.monotonic() < started + 100
+                time.sleep(0.02)
+            server.die() if how == "die" else setattr(server, "mode", how)
+        out = killing.finish(process)
+        seconds = time.monotonic() - started
+    with serving() as again:
+        again.history, again.runs = server.history, server.runs
+        if when == "start":
+            history = killing.sync(cwd, clean_environment(cwd), again)
+        else:
+            environment = clean_environment(cwd, **again.environment())
+            killing.finish(killing.start(SCRIPT, cwd, environment, "--resume"))
+            history = killing.curve(again.rows("same"))
+            assert killing.finish(killing.start(SCRIPT, cwd, environment, "--resume")).count("is finished") == 1
+    return SimpleNamespace(out=out, seconds=seconds, history=history, cwd=cwd)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """A run that nothing hurt, and one for each way to fail; side by side, since they mostly wait."""
+    directory = tmp_path_factory.mktemp("fails")
+    reference = directory / "reference"
+    reference.mkdir()
+    killing.timed(SCRIPT, reference, clean_environment(reference))
+    with serving() as server:
+        history = killing.sync(reference, clean_environment(reference), server)
+    ways = [("start", how) for how in AT_THE_START] + [("half-way", how) for how in HALF_WAY]
+    with ThreadPoolExecutor(len(ways)) as pool:
+        failed = pool.map(lambda way: fail(*way, directory / "-".join(way)), ways)
+        return {"reference": SimpleNamespace(cwd=reference, history=history), **dict(zip(ways, failed))}
+
+
+@pytest.mark.parametrize("how", AT_THE_START)
+def test_without_a_server_the_run_goes_on_offline(how, runs):
+    run = runs["start", how]
+    assert killing.differences(runs["reference"].cwd / "out", run.cwd / "out") == []
+    assert run.out.count("!!  W&B can't be used:") == 1 and "Traceback" not in run.out
+    assert run.history == runs["reference"].history
+    assert run.seconds < 60
+
+
+@pytest.mark.parametrize("how", HALF_WAY)
+def test_a_server_that_fails_half_way_gets_the_rest_later(how, runs):
+    run = runs["half-way", how]
+    assert killing.differences(runs["reference"].cwd / "out", run.cwd / "out") == []
+    assert run.out.count("!!  W&B does not answer.") == 1 and "Traceback" not in run.out
+    assert run.history == runs["reference"].history
+    assert run.seconds < 100
+
+
+def test_training_outlives_the_service_of_wandb(runs, tmp_path):
+    process = killing.start(SCRIPT, tmp_path, clean_environment(tmp_path))
+    while not (tmp_path / "out/history.jsonl").exists():
+        time.sleep(0.02)
+    children = subprocess.run(["ps", "-o", "pid=,comm=", "--ppid", str(process.pid)], capture_output=True, text=True)
+    (service,) = [line.split()[0] for line in children.stdout.splitlines() if "wandb-core" in line]
+    os.kill(int(service), signal.SIGKILL)
+    out = killing.finish(process)
+    assert killing.differences(runs["reference"].cwd / "out", tmp_path / "out") == []
+    assert out.count("!!  W&B has failed:") == 1
+    killing.finish(killing.start(SCRIPT, tmp_path, clean_environment(tmp_path), "--resume"))
+    with serving() as server:
+        steps = [row["_step"] for row in killing.sync(tmp_path, clean_environment(tmp_path), server)]
+    assert steps == [row["_step"] for row in runs["reference"].history]
+
+
+def test_the_stop_button_ends_a_run_well(tmp_path):
+    with serving() as server:
+        server.stopped.add("same")  # W&B asks every 15 seconds
+        process = killing.start(
+            SCRIPT, tmp_path, clean_environment(tmp_path, **server.environment()), "--epochs", "9999"
+        )
+        out = killing.finish(process, timeout=60)
+        assert "stopped by W&B; the same command with --resume goes on" in out and "Traceback" not in out
+        assert server.runs["same"]["exit"] == 0
