@@ -1,6 +1,7 @@
 """The W&B run beside a training run: begun, made unable to hurt training, stopped and ended."""
 
 import contextlib
+import logging
 import os
 import queue
 import shutil
@@ -17,7 +18,7 @@ import wandb_log
 from options import SharedSettings, Stopped, UserError, warn_loudly
 
 SECONDS_TO_CONNECT = 8  # W&B waits up to ten more before it, for the API key to be confirmed
-SECONDS_TO_UPLOAD = {"none": 30, "best": 1800, "all": 1800}  # at the end of a run, by --log_model
+SECONDS_TO_UPLOAD = {"none": 20, "best": 1800, "all": 1800}  # at the end of a run, by --log_model
 SECONDS_FOR_ARTIFACTS = 5  # to be handed over at the end of a run, after which they are uploaded
 SECONDS_TO_STOP = 2  # from a signal on; as long again to close the W&B run
 
@@ -82,6 +83,7 @@ def start(begin: Callable[[str], wandb.Run], settings: SharedSettings) -> tuple[
         run = begin("offline")
     if run.disabled:
         return run, -1
+    logging.raiseExceptions = False  # a full disk under wandb/ would fill the screen
     if run.offline:
         held = max(wandb_log.history(files), default=-1)
     else:

@@ -102,9 +102,8 @@ def output_directory(settings: SharedSettings) -> Iterator[Path]:
         made += [p for p in (path, *path.parents) if not p.exists()]
         for taken in (CONFIG, *OUTCOMES):
             if (path / taken).exists() and not settings.resume:
-                raise UserError(
-                    f"--output_dir {path} already holds a run ({taken}); name another one, or go on with it: --resume"
-                )
+                problem = f"--output_dir {path} already holds another run ({taken})"
+                raise UserError(f"{problem}; name another one, or go on with that run: --resume")
         try:
             path.mkdir(parents=True, exist_ok=True)
             with _temporary_beside(path / "probe") as probe:
@@ -118,8 +117,7 @@ def output_directory(settings: SharedSettings) -> Iterator[Path]:
             raise UserError(f"--output_dir {path}: another process is at work there; wait for it, or end it") from None
         else:
             if not (path / CONFIG).exists():  # a run that is killed before it has more keeps its id
-                asked = dataclasses.asdict(settings)
-                write_json(path / CONFIG, {**asked, "asked": asked})
+                write_json(path / CONFIG, dataclasses.asdict(settings))
                 began = True
             yield path
         finally:
@@ -152,18 +150,36 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
 
 
-def save_checkpoint(output_dir: Path, state: Mapping[str, Any]) -> None:
+def save_checkpoint(
+    output_dir: Path, settings: SharedSettings, stateful: Mapping[str, Any], position: Mapping[str, Any], **more: Any
+) -> None:
     """Write `checkpoint.pt`, after the journal it belongs to; the checkpoint before it is kept.
 
-    At every moment one of the two is whole.
+    It holds the state of everything in `stateful` and of the random generators, and `more` tensors and plain values.
     """
+    state = {name: thing.state_dict() for name, thing in stateful.items()}
+    state |= {"random": random_state(), "position": dict(position), "settings": dataclasses.asdict(settings), **more}
     with (output_dir / JOURNAL).open("a") as journal:
         os.fsync(journal.fileno())
     path = output_dir / CHECKPOINT
-    with replacing(path) as temporary:
+    with _temporary_beside(path) as temporary:
         _save(temporary, state)
         if path.exists():
             os.replace(path, output_dir / PREVIOUS)
+        os.replace(temporary, path)
+
+
+def restore(checkpoint: Mapping[str, Any], stateful: Mapping[str, Any]) -> None:
+    """Put back the state of everything in `stateful` and of the random generators."""
+    for name, thing in stateful.items():
+        thing.load_state_dict(checkpoint[name])
+    state = checkpoint["random"]
+    random.setstate(state["python"])
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
 
 
 def load_checkpoint(output_dir: Path, settings: SharedSettings) -> dict[str, Any] | None:
@@ -186,22 +202,24 @@ def load_checkpoint(output_dir: Path, settings: SharedSettings) -> dict[str, Any
         warn_loudly(*problems, f"Going on from {path}, which is older.")
     if state is None:
         return None
-    asked, before = dataclasses.asdict(settings), json.loads((output_dir / CONFIG).read_text())["asked"]
+    asked, used = dataclasses.asdict(settings), state["settings"]
     differ = [
-        f"--{name} was {before[name]!r}, is {asked[name]!r}"
-        for name in before
-        if name not in MAY_CHANGE and before[name] != asked[name]
+        f"--{name} was {used[name]!r}, is {asked[name]!r}"
+        for name in used.keys() - set(MAY_CHANGE)
+        if asked[name] not in (used[name], LEFT_OPEN.get(name, used[name]))
     ]
-    if differ:
-        raise UserError(f"--resume: the run in {output_dir} was begun with other settings: {'; '.join(differ)}")
-    for name, value in state["settings"].items():
+    if differ and "WANDB_SWEEP_ID" not in os.environ:  # a sweep may set them in W&B's config only
+        problem = "; ".join(sorted(differ))
+        raise UserError(f"--resume: the run in {output_dir} was begun with other settings: {problem}")
+    for name, value in used.items():
         if name not in MAY_CHANGE or asked[name] is None:
             setattr(settings, name, value)
     return state
 
 
-# What neither changes the numbers of a run nor is settled when it begins.
+# What does not change the numbers of a run, and what says that the run is to find a setting itself.
 MAY_CHANGE = (*OF_THE_RUN, "data_dir", "checkpoint_every", "watch", "watch_every", "log_model")
+LEFT_OPEN = {"dataset": "auto", "device": "auto", "precision": "auto", "model": None, "learning_rate": None}
 
 
 def _read_checkpoint(path: Path) -> dict[str, Any]:
@@ -239,7 +257,10 @@ def save_weights(path: Path, content: Mapping[str, Any]) -> None:
 def _save(path: Path, content: Mapping[str, Any]) -> None:
     buffer = io.BytesIO()  # torch.save to a file does not say why it could not write
     torch.save(content, buffer)
-    path.write_bytes(buffer.getbuffer())
+    with path.open("wb") as file:
+        file.write(buffer.getbuffer())
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def write_predictions(path: Path, result: Evaluation, more: Mapping[str, Iterable[Any]] = {}) -> None:
@@ -269,16 +290,6 @@ def random_state() -> dict[str, Any]:
     }
 
 
-def restore_random_state(state: Mapping[str, Any]) -> None:
-    """Undo what has been drawn since `random_state` returned `state`."""
-    random.setstate(state["python"])
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(state["torch"])
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
-
-
 def versions() -> dict[str, str]:
     """Versions of Python and of the libraries that decide what a run computes."""
     return {"python": platform.python_version(), **{library: version(library) for library in LIBRARIES}}
@@ -293,8 +304,7 @@ def record_settings(run: wandb.Run, settings: SharedSettings, output_dir: Path) 
     with monitoring.forgiving(run):
         run.config.update({k: v for k, v in used.items() if run.config.get(k) != v}, allow_val_change=True)
         run.tags = tuple(dict.fromkeys((*(run.tags or ()), settings.dataset)))
-    asked = json.loads((output_dir / CONFIG).read_text())["asked"]
-    write_json(output_dir / CONFIG, {**used, "versions": versions(), "asked": asked})
+    write_json(output_dir / CONFIG, used | {"versions": versions()})
     if settings.save_code:
         here = Path(__file__).parent
         run.log_code(here, include_fn=lambda path: Path(path).parent == here and path.endswith((".py", ".yaml")))

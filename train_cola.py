@@ -53,6 +53,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+import batches
 import data
 import metrics
 import models
@@ -61,26 +62,6 @@ import runtime
 import viz
 
 # -------------------------------------------------------------------------------------------------- data
-
-
-class Part(NamedTuple):
-    """Tokenised training or validation sentences; they stay on the device, and a batch is an index into them."""
-
-    tokens: Tensor  # int64 (sentences, longest), padded
-    lengths: Tensor  # int64 (sentences,), on the CPU
-    labels: Tensor  # int64 (sentences,)
-    cut: int  # how many sentences were longer than --max_length
-
-
-def tokenise(part: data.Sentences, tokenizer: PreTrainedTokenizerBase, max_length: int, device: torch.device) -> Part:
-    tokens = tokenizer(part.sentences, truncation=True, max_length=max_length)["input_ids"]
-    at_limit = [sentence for sentence, ids in zip(part.sentences, tokens) if len(ids) == max_length]
-    cut = sum(len(ids) > max_length for ids in tokenizer(at_limit)["input_ids"]) if at_limit else 0
-    padded = nn.utils.rnn.pad_sequence(
-        [torch.tensor(ids) for ids in tokens], batch_first=True, padding_value=tokenizer.pad_token_id
-    )
-    lengths = torch.tensor([len(ids) for ids in tokens])
-    return Part(padded.to(device), lengths, torch.tensor(part.labels).to(device), cut)
 
 
 def load(settings: Settings) -> data.Corpus:
@@ -98,50 +79,26 @@ def load(settings: Settings) -> data.Corpus:
     return corpus
 
 
-def batches_by_length(lengths: Tensor, batch_size: int, random: np.random.Generator) -> list[Tensor]:
-    """Indices of every sentence, in batches of nearly equal length that come in random order.
-
-    Shuffled, then sorted by length within stretches of fifty batches, so that hardly anything is padding and
-    yet each epoch's batches differ.
-    """
-    order = torch.from_numpy(random.permutation(len(lengths)))
-    batches = [
-        batch
-        for stretch in order.split(50 * batch_size)
-        for batch in stretch[lengths[stretch].argsort(stable=True)].split(batch_size)
-    ]
-    return [batches[i] for i in random.permutation(len(batches))]
-
-
-def inputs_of(part: Part, indices: Tensor) -> dict[str, Tensor]:
-    """What the model takes of a batch, padded to its own longest sentence."""
-    lengths = part.lengths[indices]
-    longest = int(lengths.max())
-    mask = (torch.arange(longest) < lengths[:, None]).long()
-    device = part.tokens.device
-    return {"input_ids": part.tokens[indices.to(device), :longest], "attention_mask": mask.to(device)}
-
-
 # -------------------------------------------------------------------------------------------- evaluation
 
 
 @torch.inference_mode()
-def evaluate(model: PreTrainedModel, part: Part) -> metrics.Evaluation:
+def evaluate(model: PreTrainedModel, part: batches.Part) -> metrics.Evaluation:
     """Answer every sentence, in float32 as the saved model does."""
     model.eval()
     order = part.lengths.argsort(stable=True)
     forward = type(model).forward  # the method, since wandb.watch counts the calls of the model itself
-    logits = torch.cat([forward(model, **inputs_of(part, indices)).logits for indices in order.split(128)])
+    logits = torch.cat([forward(model, **batches.inputs_of(part, indices)).logits for indices in order.split(128)])
     return metrics.evaluation(logits[order.argsort().to(logits.device)], part.labels)
 
 
-def attribute(model: PreTrainedModel, part: Part, index: int, answer: int, label: int) -> Tensor:
+def attribute(model: PreTrainedModel, part: batches.Part, index: int, answer: int, label: int) -> Tensor:
     """How much each token of a sentence moved the decision for `answer` and against `label`: float (tokens,).
 
     Gradient × input (Shrikumar et al., 2016): the derivative of the difference of the two logits by a token's
     embedding, times that embedding, summed over its dimensions.
     """
-    inputs = inputs_of(part, torch.tensor([index]))
+    inputs = batches.inputs_of(part, torch.tensor([index]))
     embedded = model.get_input_embeddings()(inputs.pop("input_ids")).detach().requires_grad_()
     with torch.enable_grad():
         logits = type(model).forward(model, inputs_embeds=embedded, **inputs).logits[0]
@@ -153,7 +110,7 @@ def log_charts(
     run: wandb.Run,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    part: Part,
+    part: batches.Part,
     result: metrics.Evaluation,
     corpus: data.Corpus,
     step: int,
@@ -218,7 +175,7 @@ def train(
     settings: Settings,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    parts: list[Part],
+    parts: list[batches.Part],
     corpus: data.Corpus,
     output_dir: Path,
     checkpoint: dict[str, Any] | None,
@@ -230,8 +187,8 @@ def train(
     """
     train_part, valid_part = parts
     device, examples = train_part.tokens.device, len(train_part.lengths)
-    batches = math.ceil(examples / settings.batch_size)
-    last_batch = min(settings.epochs * batches, settings.max_steps or math.inf)
+    batches_per_epoch = math.ceil(examples / settings.batch_size)
+    last_batch = min(settings.epochs * batches_per_epoch, settings.max_steps or math.inf)
     warmup = int(settings.warmup_ratio * last_batch)
 
     def learning_rate_factor(batch: int) -> float:
@@ -258,58 +215,45 @@ def train(
     numbers = {}  # the latest row
     fingerprint = runtime.fingerprint(train_part)
 
+    stateful = {"model": model, "optimizer": optimizer, "schedule": schedule, "figures": figures}
+
     def save_checkpoint() -> None:
-        state = {
-            "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "schedule": schedule.state_dict(),
-            "random": runtime.random_state(),
-            "figures": figures.state_dict(),
-            "position": {"batch": batch, "step": step, "epoch_ends": epoch_ends},
-            "row": numbers,
-            "best": best._asdict(),
-            "settings": dataclasses.asdict(settings),
-            "data": fingerprint,
-        }
-        runtime.save_checkpoint(output_dir, state)
+        epoch = math.ceil(batch / batches_per_epoch)
+        position = {"epoch": epoch, "batch": batch, "step": step, "epoch_ends": epoch_ends}
+        more = {"row": numbers, "best": best._asdict(), "data": fingerprint}
+        runtime.save_checkpoint(output_dir, settings, stateful, position, **more)
 
     if checkpoint:
         if checkpoint["data"] != fingerprint:
             raise UserError("--resume: the training sentences are not those that the run was begun with")
-        model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        schedule.load_state_dict(checkpoint["schedule"])
-        figures.load_state_dict(checkpoint["figures"])
-        batch, step = checkpoint["position"]["batch"], checkpoint["position"]["step"]
-        epoch_ends = checkpoint["position"]["epoch_ends"]
-        numbers = checkpoint["row"]
-        best = Best(**checkpoint["best"])
-        runtime.restore_random_state(checkpoint["random"])
+        runtime.restore(checkpoint, stateful)
+        batch, step, epoch_ends = (checkpoint["position"][name] for name in ("batch", "step", "epoch_ends"))
+        numbers, best = checkpoint["row"], Best(**checkpoint["best"])
     else:
         save_checkpoint()
     watch_from = math.ceil(batch / settings.watch_every) * settings.watch_every  # so that it keeps its rhythm
     bar = tqdm(total=last_batch, initial=batch, unit="batch", disable=None, file=sys.stdout)
 
-    for epoch in range(max(1, math.ceil(batch / batches)), settings.epochs + 1):
+    for epoch in range(max(1, math.ceil(batch / batches_per_epoch)), settings.epochs + 1):
         epoch_started = row_started = time.perf_counter()
         row_began = step
         model.train()  # from_pretrained returns it in eval mode, without dropout
         # Drawn from (seed, epoch) alone, so that a resumed run draws the same.
-        drawn = batches_by_length(
+        drawn = batches.by_length(
             train_part.lengths, settings.batch_size, np.random.default_rng((settings.seed, epoch))
         )
-        done = batch - (epoch - 1) * batches
+        done = batch - (epoch - 1) * batches_per_epoch
         for indices in drawn[done : done + last_batch - batch]:
             if settings.watch != "off" and batch == watch_from:
                 run.watch(model, loss_function, log=settings.watch, log_freq=settings.watch_every)
             labels = train_part.labels[indices.to(device)]
             batch, step = batch + 1, step + len(labels)
-            epoch_ends = batch % batches == 0 or batch == last_batch
+            epoch_ends = batch % batches_per_epoch == 0 or batch == last_batch
             if settings.watch != "off" and batch % settings.watch_every == 0:
                 run.log({}, step=step, commit=False)  # opens the row that the histograms belong to
 
             with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
-                logits = model(**inputs_of(train_part, indices)).logits
+                logits = model(**batches.inputs_of(train_part, indices)).logits
                 loss = loss_function(logits, labels)
             loss.backward()
             grad_norm = nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm or math.inf)
@@ -435,6 +379,46 @@ def init(settings: Settings, mode: str, stop: list[Stopped]) -> wandb.Run:
     )
 
 
+def conclude(
+    run: wandb.Run,
+    settings: Settings,
+    best: Best,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    valid_part: batches.Part,
+    corpus: data.Corpus,
+    step: int,
+) -> dict[str, Any]:
+    """Log and write what the best model answers, save it; returns the figures."""
+    output_dir = Path(settings.output_dir)
+    model.load_state_dict(best.weights)
+    result = evaluate(model, valid_part)
+    figures = {"valid/majority_share": result.confusion.majority_share()}
+    figures |= {f"valid/{name}": figure for name, figure in result.figures.items()}
+    domains = {}
+    for domain, where in corpus.domains.items():
+        of_domain = metrics.evaluation(result.logits[where], result.labels[where])
+        domains |= {f"valid_{domain}/{name}": figure for name, figure in of_domain.figures.items()}
+    if domains:
+        runtime.log_numbers(run, output_dir, domains, step)
+    run.log({}, step=step, commit=True)  # or the open row would overwrite the summary
+    with monitoring.forgiving(run):
+        of_best = {key.replace("valid/", "best/"): figure for key, figure in figures.items()}
+        run.summary.update({"best/epoch": best.epoch, **of_best})
+
+    columns = {"sentence": corpus.valid.sentences, "source": corpus.valid.sources}
+    runtime.write_predictions(output_dir / "predictions.csv", result, columns)
+    picture = viz.confusion_matrix_picture(result.confusion.counts, corpus.class_names, "valid")
+    runtime.write_png(output_dir / "confusion_matrix.png", picture)
+    with runtime.replacing_directory(output_dir / "model") as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+    if settings.log_model == "best":
+        log_model(run, model, tokenizer, figures, ["latest", "best"])
+    low, high = metrics.matthews_corrcoef_interval(result.confusion)
+    return {**figures, "valid/mcc_low": low, "valid/mcc_high": high, **domains}
+
+
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Fine-tune, evaluate and save as the command-line arguments say; returns the content of metrics.json."""
     started = time.perf_counter()
@@ -450,12 +434,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         loaded = None if settings.model.startswith("wandb:") else load_model(settings, corpus, settings.model)
         run, held = monitoring.start(lambda mode: init(asked, mode, stop), asked)
         with monitoring.finishing(run):
-            if not checkpoint:
-                # A sweep may have set part of the config: from here on, the config is what counts.
-                configured = options.from_config(asked, run.config)
-                if configured != asked:
-                    settings, loaded = configured, None
-                    corpus = load(settings)
+            # A sweep may have set part of the config: from here on, the config is what counts.
+            configured = settings if checkpoint else options.from_config(asked, run.config)
+            if configured not in (asked, settings):
+                settings, loaded = configured, None
+                corpus = load(settings)
             device = runtime.find_device(settings.device)
             settings.device, settings.precision = device.type, runtime.find_precision(settings.precision, device)
             settings.id = run.id
@@ -465,66 +448,37 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             model, tokenizer = loaded or load_model(settings, corpus, fetch_model(run, settings.model))
             runtime.seed_everything(settings.seed, settings.deterministic)
             model.to(device)
-            parts = [tokenise(part, tokenizer, settings.max_length, device) for part in (corpus.train, corpus.valid)]
+            parts = [
+                batches.tokenise(part.sentences, part.labels, tokenizer, settings.max_length, device)
+                for part in (corpus.train, corpus.valid)
+            ]
             if cut := sum(part.cut for part in parts):
-                print(
-                    f"{cut} sentences are longer than --max_length {settings.max_length} tokens: what is beyond is cut."
-                )
-            share = max(corpus.valid.labels.count(label) for label in set(corpus.valid.labels)) / len(
-                corpus.valid.labels
-            )
+                print(f"{cut} sentences are longer than --max_length {settings.max_length} tokens: the rest is cut.")
+            share = parts[1].labels.bincount().max() / len(parts[1].labels)
             print(
                 f"{corpus.name}: {len(corpus.train.labels):,} + {len(corpus.valid.labels):,} sentences for training "
-                f"and validation, {share:.1%} of the latter in the most frequent class\n{settings.model}: "
-                f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer):,} tokens, "
-                f"on {device.type} in {settings.precision}, seed {settings.seed}"
+                f"and validation, {share:.1%} of the latter in the most frequent class\n"
+                f"{settings.model}: {sum(p.numel() for p in model.parameters()):,} parameters, "
+                f"{len(tokenizer):,} tokens, on {device.type} in {settings.precision}, seed {settings.seed}"
             )
             if checkpoint:
                 rows = runtime.rewind_journal(output_dir, checkpoint["position"])
                 monitoring.log_again(run, rows, held)
             best, step = train(run, settings, model, tokenizer, parts, corpus, output_dir, checkpoint, stop)
-
-            model.load_state_dict(best.weights)
-            result = evaluate(model, parts[1])
-            figures = {"valid/majority_share": share}
-            figures |= {f"valid/{name}": figure for name, figure in result.figures.items()}
-            domains = {}
-            for domain, where in corpus.domains.items():
-                of_domain = metrics.evaluation(result.logits[where], result.labels[where])
-                domains |= {f"valid_{domain}/{name}": figure for name, figure in of_domain.figures.items()}
-            if domains:
-                runtime.log_numbers(run, output_dir, domains, step)
-            run.log({}, step=step, commit=True)  # or the open row would overwrite the summary
-            with monitoring.forgiving(run):
-                run.summary.update(
-                    {"best/epoch": best.epoch} | {key.replace("valid/", "best/"): figures[key] for key in figures}
-                )
-
-            columns = {"sentence": corpus.valid.sentences, "source": corpus.valid.sources}
-            runtime.write_predictions(output_dir / "predictions.csv", result, columns)
-            picture = viz.confusion_matrix_picture(result.confusion.counts, corpus.class_names, "valid")
-            runtime.write_png(output_dir / "confusion_matrix.png", picture)
-            with runtime.replacing_directory(output_dir / "model") as temporary:
-                model.save_pretrained(temporary)
-                tokenizer.save_pretrained(temporary)
-            if settings.log_model == "best":
-                log_model(run, model, tokenizer, figures, ["latest", "best"])
-            low, high = metrics.matthews_corrcoef_interval(result.confusion)
-            summary = {
-                "dataset": corpus.name,
-                "model": settings.model,
-                "best/epoch": best.epoch,
-                **figures,
-                "valid/mcc_low": low,
-                "valid/mcc_high": high,
-                **domains,
-                "seconds": time.perf_counter() - started,
-            }
+            figures = conclude(run, settings, best, model, tokenizer, parts[1], corpus, step)
             last_line = monitoring.where_to_look(run, output_dir)
+        summary = {
+            "dataset": corpus.name,
+            "model": settings.model,
+            "best/epoch": best.epoch,
+            **figures,
+            "seconds": time.perf_counter() - started,
+        }
         runtime.write_json(output_dir / "metrics.json", summary)  # the last file: a run that has it is finished
     print(
-        f"best epoch {best.epoch}: Matthews correlation {figures['valid/mcc']:.3f} (95 % interval {low:.3f} to "
-        f"{high:.3f}), accuracy {figures['valid/acc']:.2%} where always answering the same gives {share:.2%}"
+        "best epoch {best/epoch}: Matthews correlation {valid/mcc:.3f} (95 % interval {valid/mcc_low:.3f} to "
+        "{valid/mcc_high:.3f}), accuracy {valid/acc:.2%} where always answering the same gives "
+        "{valid/majority_share:.2%}".format(**summary)
     )
     print(last_line)
     return summary

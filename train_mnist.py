@@ -169,34 +169,21 @@ def train(
     numbers, answers = {}, torch.zeros(0)  # the latest row, and the predictions of the latest batch
     fingerprint = runtime.fingerprint(train_part)
 
+    stateful = {"model": model, "optimizer": optimizer, "schedule": schedule, "figures": figures}
+
     def save_checkpoint() -> None:
-        state = {
-            "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "schedule": schedule.state_dict(),
-            "random": runtime.random_state(),
-            "figures": figures.state_dict(),
-            "position": {"batch": batch, "step": step, "epoch_ends": epoch_ends},
-            "row": numbers,
-            "answers": answers,
-            "best": best._asdict(),
-            "settings": dataclasses.asdict(settings),
-            "data": fingerprint,
-        }
-        runtime.save_checkpoint(output_dir, state)
+        epoch = math.ceil(batch / batches)
+        position = {"epoch": epoch, "batch": batch, "step": step, "epoch_ends": epoch_ends}
+        more = {"row": numbers, "answers": answers, "best": best._asdict(), "data": fingerprint}
+        runtime.save_checkpoint(output_dir, settings, stateful, position, **more)
 
     if checkpoint:
         if checkpoint["data"] != fingerprint:
             raise UserError("--resume: the training images are not those that the run was begun with")
-        model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        schedule.load_state_dict(checkpoint["schedule"])
-        figures.load_state_dict(checkpoint["figures"])
-        batch, step = checkpoint["position"]["batch"], checkpoint["position"]["step"]
-        epoch_ends = checkpoint["position"]["epoch_ends"]
-        numbers, answers = checkpoint["row"], checkpoint["answers"]
-        best = Best(**checkpoint["best"])
-        runtime.restore_random_state(checkpoint["random"])
+        runtime.restore(checkpoint, stateful)
+        batch, step, epoch_ends = (checkpoint["position"][name] for name in ("batch", "step", "epoch_ends"))
+        numbers, best = checkpoint["row"], Best(**checkpoint["best"])
+        answers = checkpoint["answers"]
     else:
         save_checkpoint()
     watch_from = math.ceil(batch / settings.watch_every) * settings.watch_every  # so that it keeps its rhythm
@@ -330,6 +317,52 @@ def init(settings: Settings, mode: str, stop: list[Stopped]) -> wandb.Run:
     )
 
 
+def log_dataset(run: wandb.Run, digits: data.Digits) -> None:
+    artifact = wandb.Artifact(digits.name, type="dataset")
+    for file in digits.files:
+        artifact.add_reference(file.resolve().as_uri(), name=file.name)  # its checksum, not a copy
+    if not digits.files:
+        artifact.add_file(data.__file__)  # what draws the built-in digits
+    run.log_artifact(artifact)
+
+
+def conclude(
+    run: wandb.Run, settings: Settings, best: Best, parts: list[data.Part], digits: data.Digits, step: int
+) -> dict[str, Any]:
+    """Test the model to keep, log and write what it answers, export it; returns the figures."""
+    _, valid_part, test_part = parts
+    output_dir, class_names = Path(settings.output_dir), digits.class_names
+    model = ConvNet(settings.kernels).to(test_part.images.device, memory_format=torch.channels_last)
+    model.load_state_dict(best.weights)
+    test = evaluate(model, test_part)
+    if not math.isfinite(test.figures["loss"]):
+        raise runtime.diverged("test", test.figures["loss"], best.epoch, step, settings.learning_rate)
+    figures = {f"test/{name}": figure for name, figure in test.figures.items()}
+    log_charts(run, "test", test_part, test, class_names, step)
+    runtime.log_numbers(run, output_dir, figures, step)
+    run.log({}, step=step, commit=True)  # or the open row would overwrite the summary
+    summary = {"best/epoch": best.epoch}
+    shown, part, result = "test", test_part, test  # what there is to show where nothing was held out
+    if len(valid_part.images):
+        shown, part, result = "valid", valid_part, evaluate(model, valid_part)
+        summary |= {f"best/{name}": figure for name, figure in result.figures.items()}
+        figures |= {f"valid/{name}": figure for name, figure in result.figures.items()}
+
+    runtime.write_predictions(output_dir / "predictions.csv", result)
+    picture = viz.confusion_matrix_picture(result.confusion.counts, class_names, shown)
+    runtime.write_png(output_dir / "confusion_matrix.png", picture)
+    picture = viz.digit_mistakes_picture(part.images.cpu(), result, class_names, shown)
+    runtime.write_png(output_dir / "mistakes.png", picture)
+    runtime.save_weights(output_dir / "model.pt", best.weights)
+    export_onnx(output_dir / "model.onnx", model)
+    with monitoring.forgiving(run):
+        run.summary.update(summary)
+        run.save(output_dir / "model.*", base_path=output_dir, policy="now")
+    if settings.log_model == "best":
+        log_model(run, best.weights, figures, ["latest", "best"])
+    return {**figures, f"{shown}/majority_share": result.confusion.majority_share()}
+
+
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Train, evaluate and export as the command-line arguments say; returns the content of metrics.json."""
     started = time.perf_counter()
@@ -343,23 +376,17 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         digits, parts = load(settings)
         run, held = monitoring.start(lambda mode: init(asked, mode, stop), asked)
         with monitoring.finishing(run):
-            if not checkpoint:
-                # A sweep may have set part of the config: from here on, the config is what counts.
-                configured = options.from_config(asked, run.config)
-                if configured != asked:
-                    settings = configured
-                    digits, parts = load(settings)
+            # A sweep may have set part of the config: from here on, the config is what counts.
+            configured = settings if checkpoint else options.from_config(asked, run.config)
+            if configured not in (asked, settings):
+                settings = configured
+                digits, parts = load(settings)
             device = runtime.find_device(settings.device)
             parts = [data.Part(part.images.to(device), part.labels.to(device)) for part in parts]
             settings.device, settings.precision = device.type, runtime.find_precision(settings.precision, device)
             settings.id = run.id
             runtime.record_settings(run, settings, output_dir)
-            dataset = wandb.Artifact(digits.name, type="dataset")
-            for file in digits.files:
-                dataset.add_reference(file.resolve().as_uri(), name=file.name)  # its checksum, not a copy
-            if not digits.files:
-                dataset.add_file(data.__file__)  # what draws the built-in digits
-            run.log_artifact(dataset)
+            log_dataset(run, digits)
 
             runtime.seed_everything(settings.seed, settings.deterministic)
             model = ConvNet(settings.kernels).to(device, memory_format=torch.channels_last)
@@ -371,48 +398,18 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
                 rows = runtime.rewind_journal(output_dir, checkpoint["position"])
                 monitoring.log_again(run, rows, held)
             best, step = train(run, settings, model, parts, digits.class_names, output_dir, checkpoint, stop)
-
-            _, valid_part, test_part = parts
-            model = ConvNet(settings.kernels).to(device, memory_format=torch.channels_last)
-            model.load_state_dict(best.weights)
-            test = evaluate(model, test_part)
-            if not math.isfinite(test.figures["loss"]):
-                raise runtime.diverged("test", test.figures["loss"], best.epoch, step, settings.learning_rate)
-            figures = {f"test/{name}": figure for name, figure in test.figures.items()}
-            log_charts(run, "test", test_part, test, digits.class_names, step)
-            runtime.log_numbers(run, output_dir, figures, step)
-            run.log({}, step=step, commit=True)  # or the open row would overwrite the summary
-            best_figures = {"best/epoch": best.epoch}
-            shown, part, result = "test", test_part, test  # what there is to show where nothing was held out
-            if len(valid_part.images):
-                shown, part, result = "valid", valid_part, evaluate(model, valid_part)
-                best_figures |= {f"best/{name}": figure for name, figure in result.figures.items()}
-                figures |= {f"valid/{name}": figure for name, figure in result.figures.items()}
-
-            runtime.write_predictions(output_dir / "predictions.csv", result)
-            picture = viz.confusion_matrix_picture(result.confusion.counts, digits.class_names, shown)
-            runtime.write_png(output_dir / "confusion_matrix.png", picture)
-            picture = viz.digit_mistakes_picture(part.images.cpu(), result, digits.class_names, shown)
-            runtime.write_png(output_dir / "mistakes.png", picture)
-            runtime.save_weights(output_dir / "model.pt", best.weights)
-            export_onnx(output_dir / "model.onnx", model)
-            with monitoring.forgiving(run):
-                run.summary.update(best_figures)
-                run.save(output_dir / "model.*", base_path=output_dir, policy="now")
-            if settings.log_model == "best":
-                log_model(run, best.weights, figures, ["latest", "best"])
-            summary = {
-                "dataset": digits.name,
-                "model": f"ConvNet {settings.kernels}",
-                "best/epoch": best.epoch,
-                **figures,
-                f"{shown}/majority_share": result.confusion.majority_share(),
-                "seconds": time.perf_counter() - started,
-            }
+            figures = conclude(run, settings, best, parts, digits, step)
             last_line = monitoring.where_to_look(run, output_dir)
+        summary = {
+            "dataset": digits.name,
+            "model": f"ConvNet {settings.kernels}",
+            "best/epoch": best.epoch,
+            **figures,
+            "seconds": time.perf_counter() - started,
+        }
         runtime.write_json(output_dir / "metrics.json", summary)  # the last file: a run that has it is finished
-    print(f"test accuracy {test.figures['acc']:.2%} of {len(test_part.images):,} images, best epoch {best.epoch}")
-    print(last_line)
+    images = f"{len(parts[2].images):,} images"
+    print(f"test accuracy {summary['test/acc']:.2%} of {images}, best epoch {best.epoch}\n{last_line}")
     return summary
 
 

@@ -16,10 +16,12 @@ import torch
 from tests.wandb_server import WandbServer
 
 REPO = Path(__file__).parent.parent
+SENTENCES = REPO / "tests/sentences.tsv"  # of the built-in grammar
 # Enough to cross epochs, checkpoints and rows; the second batch size does not divide the number of examples.
 ARGUMENTS = {
     "train_mnist.py": "--dataset synthetic --slice 8 --valid_size 4000 --epochs 3 --batch_size 48 --checkpoint_every 7",
-    "train_cola.py": "--dataset synthetic --model scratch --epochs 3 --max_steps 420 --checkpoint_every 25",
+    "train_cola.py": f"--train_file {SENTENCES} --valid_file {SENTENCES} --model scratch --epochs 3 --batch_size 7 "
+    "--checkpoint_every 9",
 }
 TIMINGS = ("seconds", "train/examples_per_second")
 

@@ -108,7 +108,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "out/history.jsonl").read_text().splitlines()]
     step = rows[-1]["step"] + 128
     assert f"the training loss is nan in epoch 1 by step {step}, learning rate 1e+30" in done.err.splitlines()[-1]
-    assert not (tmp_path / "out/metrics.json").exists() and not (tmp_path / "out/checkpoint.pt").exists()
+    assert not (tmp_path / "out/metrics.json").exists()
+    assert torch.load(tmp_path / "out/checkpoint.pt", weights_only=True)["position"]["batch"] == 0
 
 
 def test_a_loss_that_is_not_finite_when_evaluated(tmp_path):

@@ -102,6 +102,7 @@ def weights(directory: Path) -> dict[str, torch.Tensor]:
 
 def test_every_file_is_there(small_cola):
     files = "config.json history.jsonl checkpoint.pt metrics.json predictions.csv confusion_matrix.png model".split()
+    files.append("checkpoint.previous.pt")
     assert {file.name for file in small_cola.files.iterdir()} == set(files)
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {
         f.name for f in (small_cola.files / "model").iterdir()

@@ -50,7 +50,7 @@ def media(run, key: str, row: dict) -> dict:
 
 
 def test_every_file_is_there(small_mnist):
-    names = "config.json history.jsonl checkpoint.pt metrics.json predictions.csv confusion_matrix.png mistakes.png"
+    names = "config.json history.jsonl checkpoint.pt checkpoint.previous.pt metrics.json predictions.csv confusion_matrix.png mistakes.png"
     assert {file.name for file in small_mnist.files.iterdir()} == {*names.split(), "model.onnx", "model.pt"}
 
 
@@ -236,7 +236,7 @@ def test_onnx_answers_as_pytorch(small_mnist):
 def test_checkpoint_loads_safely(small_mnist):
     checkpoint = torch.load(small_mnist.files / "checkpoint.pt", weights_only=True)
     train_mnist.ConvNet([16, 32]).load_state_dict(checkpoint["model"])
-    assert checkpoint["position"] == {"epoch": 3, "batch": 75, "step": 9600}
+    assert checkpoint["position"] == {"epoch": 3, "batch": 75, "step": 9600, "epoch_ends": True}
     assert checkpoint["best"]["epoch"] == small_mnist.metrics["best/epoch"]
 
 
