@@ -11,6 +11,7 @@ import pickle
 import platform
 import random
 import secrets
+import shutil
 import tempfile
 import zipfile
 import zlib
@@ -116,6 +117,8 @@ def output_directory(settings: SharedSettings) -> Iterator[Path]:
         except OSError:
             raise UserError(f"--output_dir {path}: another process is at work there; wait for it, or end it") from None
         else:
+            for left in path.glob(".*.tmp"):  # by a process that was killed while it wrote
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
             if not (path / CONFIG).exists():  # a run that is killed before it has more keeps its id
                 write_json(path / CONFIG, dataclasses.asdict(settings))
                 began = True
@@ -133,7 +136,7 @@ def output_directory(settings: SharedSettings) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _temporary_beside(path: Path) -> Iterator[Path]:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
     finally:
@@ -233,7 +236,7 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
 @contextlib.contextmanager
 def replacing_directory(path: Path) -> Iterator[Path]:
     """A temporary directory to write to; at the end of the block it becomes `path`, whole or not at all."""
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as parent:
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp") as parent:
         temporary = Path(parent) / path.name
         temporary.mkdir()
         yield temporary

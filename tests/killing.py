@@ -59,6 +59,7 @@ def outcome(out: Path) -> dict[str, Any]:
         "history.jsonl": [{key: value for key, value in row.items() if key not in TIMINGS} for row in rows],
         "metrics.json": {k: v for k, v in json.loads((out / "metrics.json").read_text()).items() if k not in TIMINGS},
         "predictions.csv": (out / "predictions.csv").read_bytes(),
+        "names": sorted(path.name for path in out.iterdir()),
         "model": {
             path.relative_to(out): path.read_bytes()
             for path in sorted(out.rglob("*"))
@@ -134,7 +135,9 @@ def wait_for_writes(process: subprocess.Popen, out: Path, writes: int) -> bool:
     seen = set()
     while process.poll() is None:
         with contextlib.suppress(OSError):
-            seen |= {(entry.name, entry.inode()) for entry in os.scandir(out) if entry.name.startswith(".checkpoint")}
+            seen |= {
+                (entry.name, entry.inode()) for entry in os.scandir(out) if entry.name.startswith(".checkpoint.pt.")
+            }
         if len(seen) >= writes:
             return True
     process.communicate()
