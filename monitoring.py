@@ -117,6 +117,8 @@ def log_again(run: wandb.Run, rows: Iterable[Mapping[str, float]], held: int) ->
     if run.disabled or not rows:
         return
     local = wandb_log.history([file for file in wandb_log.log_files(run.id) if file != Path(run.settings.sync_file)])
+    if run.offline and not local:
+        print("W&B's own log of this run is not in wandb/: its numbers are logged again.")
     for row in rows:
         values, files = local.get(row["step"], wandb_log.Row(row, Path()))
         for value in values.values():

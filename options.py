@@ -94,7 +94,7 @@ class SharedSettings:
         "valid/loss", "figure that chooses the best model", choices=tuple(f"valid/{f}" for f in FIGURES)
     )
     patience: int = option(0, "stop after this many epochs without a better one; 0 never does", at_least=0)
-    checkpoint_every: int = option(200, "batches between checkpoints; each epoch ends with one", at_least=1)
+    checkpoint_every: int = option(500, "batches between checkpoints; each epoch ends with one", at_least=1)
     log_every: int = option(10, "batches between rows of training figures", at_least=1)
     watch: str = option("all", "histograms of the weights", choices=("off", "gradients", "parameters", "all"))
     watch_every: int | None = option(None, "batches between histograms [once an epoch]", at_least=1)

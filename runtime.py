@@ -4,7 +4,6 @@ import contextlib
 import csv
 import dataclasses
 import fcntl
-import io
 import json
 import os
 import pickle
@@ -110,21 +109,15 @@ def output_directory(settings: SharedSettings) -> Iterator[Path]:
             with _temporary_beside(path / "probe") as probe:
                 probe.write_bytes(bytes(PROBE_BYTES))
         except OSError as error:
-            raise UserError(f"--output_dir {path}: can't write there ({error.strerror})") from None
-        directory = os.open(path, os.O_RDONLY)
-        try:
-            fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it however the process ends
-        except OSError:
-            raise UserError(f"--output_dir {path}: another process is at work there; wait for it, or end it") from None
-        else:
+            status = 1 if settings.resume else 2
+            raise UserError(f"--output_dir {path}: can't write there ({error.strerror})", status) from None
+        with _locked(path):
             for left in path.glob(".*.tmp"):  # by a process that was killed while it wrote
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
             if not (path / CONFIG).exists():  # a run that is killed before it has more keeps its id
                 write_json(path / CONFIG, dataclasses.asdict(settings))
                 began = True
             yield path
-        finally:
-            os.close(directory)
     except BaseException:
         if began and not any((path / outcome).exists() for outcome in OUTCOMES):
             (path / CONFIG).unlink(missing_ok=True)
@@ -132,6 +125,22 @@ def output_directory(settings: SharedSettings) -> Iterator[Path]:
             for directory in made:
                 directory.rmdir()
         raise
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Keep other processes out; the system lifts the lock however this one ends. Raises `UserError`."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if isinstance(error, BlockingIOError):  # else it is a file system without locks
+                problem = f"--output_dir {directory}: another process is at work there"
+                raise UserError(f"{problem}; wait for it, or end it") from None
+        yield
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -258,11 +267,8 @@ def save_weights(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def _save(path: Path, content: Mapping[str, Any]) -> None:
-    buffer = io.BytesIO()  # torch.save to a file does not say why it could not write
-    torch.save(content, buffer)
-    with path.open("wb") as file:
-        file.write(buffer.getbuffer())
-        file.flush()
+    with path.open("wb", buffering=0) as file:  # given the path, torch.save would not say why it could not write
+        torch.save(content, file)
         os.fsync(file.fileno())
 
 

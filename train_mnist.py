@@ -174,7 +174,14 @@ def train(
     def save_checkpoint() -> None:
         epoch = math.ceil(batch / batches)
         position = {"epoch": epoch, "batch": batch, "step": step, "epoch_ends": epoch_ends}
-        more = {"row": numbers, "answers": answers, "best": best._asdict(), "data": fingerprint}
+        # The same tensors are written once.
+        weights = model.state_dict() if epoch_ends and best.epoch == epoch else best.weights
+        more = {
+            "row": numbers,
+            "answers": answers,
+            "best": best._replace(weights=weights)._asdict(),
+            "data": fingerprint,
+        }
         runtime.save_checkpoint(output_dir, settings, stateful, position, **more)
 
     if checkpoint:
