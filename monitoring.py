@@ -85,7 +85,9 @@ def start(begin: Callable[[str], wandb.Run], settings: SharedSettings) -> tuple[
         return run, -1
     logging.raiseExceptions = False  # a full disk under wandb/ would fill the screen
     if run.offline:
-        held = max(wandb_log.history(files), default=-1)
+        # What an online process logged may not have reached the server: unless it is known to, it is logged again.
+        sure = [file for file in files if wandb_log.is_offline(file) or wandb_log.is_synced(file)]
+        held = max(wandb_log.history(sure), default=-1)
     else:
         held = run.starting_step - 1 if run.resumed else -1
         _log_artifacts_in_background(run)
@@ -113,11 +115,16 @@ def log_again(run: wandb.Run, rows: Iterable[Mapping[str, float]], held: int) ->
 
     Where a log file on this machine has the row, its tables and pictures are logged again too.
     """
-    rows = [row for row in rows if row["step"] > held]
-    if run.disabled or not rows:
+    rows = list(rows)
+    if run.disabled or not (rows or held >= 0):
         return
     local = wandb_log.history([file for file in wandb_log.log_files(run.id) if file != Path(run.settings.sync_file)])
-    if run.offline and not local:
+    if run.offline and held >= 0:  # or the summary would only know what this process logs
+        with forgiving(run):
+            for step in sorted(step for step in local if step <= held):
+                run.summary.update(local[step].values)
+    rows = [row for row in rows if row["step"] > held]
+    if rows and run.offline and not local:
         print("W&B's own log of this run is not in wandb/: its numbers are logged again.")
     for row in rows:
         values, files = local.get(row["step"], wandb_log.Row(row, Path()))
@@ -205,7 +212,7 @@ def stop_requests() -> Iterator[list[Stopped]]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if asked and number == signal.SIGTERM else handler)
 
 
 @contextlib.contextmanager
@@ -214,22 +221,24 @@ def finishing(run: wandb.Run) -> Iterator[wandb.Run]:
 
     `run` itself would do as a context manager, but prints a traceback for any exception, even a `UserError`.
     """
+    ending = False
     try:
         yield run
+        ending = True
+        _finish(run, 0)
     except BaseException as error:
         signal.setitimer(signal.ITIMER_REAL, 0)
         status = getattr(error, "status", 1)
-        if status == 128 + signal.SIGTERM:
+        if status == 128 + signal.SIGTERM and not ending:
             with forgiving(run):
                 run.mark_preempting()
         closing = threading.Thread(target=_finish, args=(run, status), daemon=True)
         closing.start()
-        closing.join(SECONDS_TO_STOP if isinstance(error, Stopped) and status else None)
-        if closing.is_alive():
+        closing.join(SECONDS_TO_STOP if isinstance(error, Stopped) else None)
+        if isinstance(error, Stopped) and status and (ending or closing.is_alive()):
             print(f"{error} (W&B does not answer; what it lacks is uploaded then)", flush=True)
-            os._exit(status)  # all there is has been written
+            os._exit(status)  # all there is has been written, and W&B would wait
         raise
-    _finish(run, 0)
 
 
 def _finish(run: wandb.Run, status: int) -> None:
@@ -259,8 +268,7 @@ def is_complete(run_id: str, mode: str, last_step: int) -> bool:
     files = wandb_log.log_files(run_id)
     if mode == "online":
         return all(map(wandb_log.is_synced, files))
-    unsynced = [file for file in files if not wandb_log.is_synced(file)]
-    return mode == "disabled" or not unsynced or last_step in wandb_log.history(unsynced)
+    return mode == "disabled" or not files or last_step in wandb_log.history(files)
 
 
 def where_to_look(run: wandb.Run, output_dir: Path) -> str:

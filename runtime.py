@@ -77,8 +77,7 @@ def settle_run(settings: SharedSettings, task: str) -> None:
     """
     if settings.resume and not settings.output_dir:
         raise UserError("--resume needs to know which run: give the --output_dir it had")
-    known = Path(settings.output_dir or "", CONFIG)
-    before = json.loads(known.read_text()) if settings.resume and known.exists() else {}
+    before = _read_json(Path(settings.output_dir, CONFIG)) or {} if settings.resume else {}
     settings.wandb = monitoring.wandb_mode(settings.wandb)
     for name in ("project", "entity", "id"):
         wanted = getattr(settings, name) or os.environ.get({"id": "WANDB_RUN_ID"}.get(name, f"WANDB_{name.upper()}"))
@@ -171,8 +170,12 @@ def save_checkpoint(
     """
     state = {name: thing.state_dict() for name, thing in stateful.items()}
     state |= {"random": random_state(), "position": dict(position), "settings": dataclasses.asdict(settings), **more}
-    with (output_dir / JOURNAL).open("a") as journal:
+    with (output_dir / JOURNAL).open("a+b") as journal:
         os.fsync(journal.fileno())
+        state["journal"] = journal.tell()
+        if position["epoch_ends"]:  # without its own row, which is logged again
+            journal.seek(max(0, state["journal"] - 65536))
+            state["journal"] -= len(journal.read().splitlines(keepends=True)[-1])
     path = output_dir / CHECKPOINT
     with _temporary_beside(path) as temporary:
         _save(temporary, state)
@@ -212,7 +215,12 @@ def load_checkpoint(output_dir: Path, settings: SharedSettings) -> dict[str, Any
         raise UserError(f"{'; '.join(problems)}; to start from the beginning, give another --output_dir", status=1)
     if problems:
         warn_loudly(*problems, f"Going on from {path}, which is older.")
+    if state:
+        os.replace(path, output_dir / CHECKPOINT)  # or the next one would put a damaged one in its place
+    journal = output_dir / JOURNAL
     if state is None:
+        if journal.exists() and journal.stat().st_size and not (output_dir / METRICS).exists():
+            raise UserError(f"{output_dir} has lost its checkpoint; give another --output_dir", status=1)
         return None
     asked, used = dataclasses.asdict(settings), state["settings"]
     differ = [
@@ -224,7 +232,7 @@ def load_checkpoint(output_dir: Path, settings: SharedSettings) -> dict[str, Any
         problem = "; ".join(sorted(differ))
         raise UserError(f"--resume: the run in {output_dir} was begun with other settings: {problem}")
     for name, value in used.items():
-        if name not in MAY_CHANGE or asked[name] is None:
+        if name not in MAY_CHANGE or name in ("project", "entity", "id") or asked[name] is None:
             setattr(settings, name, value)
     return state
 
@@ -254,6 +262,14 @@ def replacing_directory(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
 
 
+def _read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a file; None where there is none, or no whole one."""
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+
+
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write `content` as an indented JSON object, whole or not at all."""
     with replacing(path) as temporary:
@@ -267,8 +283,12 @@ def save_weights(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def _save(path: Path, content: Mapping[str, Any]) -> None:
-    with path.open("wb", buffering=0) as file:  # given the path, torch.save would not say why it could not write
-        torch.save(content, file)
+    with path.open("wb") as file:
+        try:
+            torch.save(content, file)
+            file.flush()
+        except RuntimeError as error:  # of torch, which hides why it could not write
+            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
         os.fsync(file.fileno())
 
 
@@ -332,46 +352,48 @@ def log_numbers(run: wandb.Run, output_dir: Path, numbers: Mapping[str, float], 
     run.log(dict(numbers), step=step)
 
 
-def rewind_journal(output_dir: Path, position: Mapping[str, Any]) -> list[dict[str, float]]:
+def rewind_journal(output_dir: Path, checkpoint: Mapping[str, Any]) -> list[dict[str, float]]:
     """Cut the journal to the rows up to a checkpoint's position, and return these; what follows is computed again.
 
     At the end of an epoch so is its own row, since W&B may have lost the tables and pictures in it. Raises
-    `UserError` where the journal is gone.
+    `UserError` where the journal has lost rows.
     """
-    path, kept = output_dir / JOURNAL, []
+    path, position, kept = output_dir / JOURNAL, checkpoint["position"], []
     end = position["step"] + (not position["epoch_ends"])
     try:
-        lines = path.read_text().splitlines(keepends=True)
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: the run can't be resumed without its journal", status=1) from None
-    for line in lines:
-        if not line.endswith("\n") or json.loads(line)["step"] >= end:
-            break
-        kept.append(line)
+        content = path.read_bytes()
+        if len(content) < checkpoint["journal"]:
+            raise ValueError("rows are missing")
+        for line in content.splitlines(keepends=True):
+            if not line.endswith(b"\n") or json.loads(line)["step"] >= end:
+                break
+            kept.append(line)
+    except (FileNotFoundError, ValueError) as error:
+        problem = f"{path} does not go with the checkpoint ({error})"
+        raise UserError(f"{problem}: the run can't be resumed; give another --output_dir", status=1) from None
     with replacing(path) as temporary:
-        temporary.write_text("".join(kept))
+        temporary.write_bytes(b"".join(kept))
     return [json.loads(line) for line in kept]
 
 
 def finished(output_dir: Path, settings: SharedSettings, checkpoint: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """The content of metrics.json, the last file of a run, if nothing is left to do, which is said; else None."""
-    path = output_dir / METRICS
-    if not path.exists():
+    metrics = _read_json(output_dir / METRICS)
+    if metrics is None:
         return None
     last_step = checkpoint["position"]["step"] if checkpoint else -1
     if checkpoint and not monitoring.is_complete(settings.id, settings.wandb, last_step):
         print(f"{output_dir} is finished, but W&B does not have all of it: the end is done again.")
         return None
-    print(f"{output_dir} is finished: see {path}")
-    return json.loads(path.read_text())
+    print(f"{output_dir} is finished: see {output_dir / METRICS}")
+    return metrics
 
 
-def fingerprint(tensors: Iterable[Any]) -> int:
-    """A checksum of the tensors among `tensors`: of the data that a run is trained on."""
+def fingerprint(parts: Iterable[Iterable[Any]]) -> int:
+    """A checksum of all tensors in the parts of a data set."""
     checksum = 0
-    for tensor in tensors:
-        if isinstance(tensor, torch.Tensor):
-            checksum = zlib.crc32(tensor.cpu().contiguous().numpy(), checksum)
+    for tensor in (thing for part in parts for thing in part if isinstance(thing, torch.Tensor)):
+        checksum = zlib.crc32(tensor.cpu().contiguous().numpy(), checksum)
     return checksum
 
 

@@ -213,7 +213,7 @@ def train(
     epoch_ends = False
     figures = metrics.TrainingFigures(device)
     numbers = {}  # the latest row
-    fingerprint = runtime.fingerprint(train_part)
+    fingerprint = runtime.fingerprint(parts)
 
     stateful = {"model": model, "optimizer": optimizer, "schedule": schedule, "figures": figures}
 
@@ -227,7 +227,7 @@ def train(
 
     if checkpoint:
         if checkpoint["data"] != fingerprint:
-            raise UserError("--resume: the training sentences are not those that the run was begun with")
+            raise UserError("--resume: the sentences are not those that the run was begun with")
         runtime.restore(checkpoint, stateful)
         batch, step, epoch_ends = (checkpoint["position"][name] for name in ("batch", "step", "epoch_ends"))
         numbers, best = checkpoint["row"], Best(**checkpoint["best"])
@@ -430,6 +430,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         checkpoint = runtime.load_checkpoint(output_dir, settings)
         if summary := runtime.finished(output_dir, settings, checkpoint):
             return summary
+        rows = runtime.rewind_journal(output_dir, checkpoint) if checkpoint else []
         asked = dataclasses.replace(settings)
         corpus = load(settings)
         # What is wrong with a model shows before anything is written, unless W&B has to be asked for it.
@@ -463,9 +464,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
                 f"{settings.model}: {sum(p.numel() for p in model.parameters()):,} parameters, "
                 f"{len(tokenizer):,} tokens, on {device.type} in {settings.precision}, seed {settings.seed}"
             )
-            if checkpoint:
-                rows = runtime.rewind_journal(output_dir, checkpoint["position"])
-                monitoring.log_again(run, rows, held)
+            monitoring.log_again(run, rows, held)
             best, step = train(run, settings, model, tokenizer, parts, corpus, output_dir, checkpoint, stop)
             figures = conclude(run, settings, best, model, tokenizer, parts[1], corpus, step)
             last_line = monitoring.where_to_look(run, output_dir)

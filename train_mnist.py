@@ -167,7 +167,7 @@ def train(
     epoch_ends = False
     figures = metrics.TrainingFigures(device)
     numbers, answers = {}, torch.zeros(0)  # the latest row, and the predictions of the latest batch
-    fingerprint = runtime.fingerprint(train_part)
+    fingerprint = runtime.fingerprint(parts)
 
     stateful = {"model": model, "optimizer": optimizer, "schedule": schedule, "figures": figures}
 
@@ -186,7 +186,7 @@ def train(
 
     if checkpoint:
         if checkpoint["data"] != fingerprint:
-            raise UserError("--resume: the training images are not those that the run was begun with")
+            raise UserError("--resume: the images are not those that the run was begun with")
         runtime.restore(checkpoint, stateful)
         batch, step, epoch_ends = (checkpoint["position"][name] for name in ("batch", "step", "epoch_ends"))
         numbers, best = checkpoint["row"], Best(**checkpoint["best"])
@@ -379,6 +379,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         checkpoint = runtime.load_checkpoint(output_dir, settings)
         if summary := runtime.finished(output_dir, settings, checkpoint):
             return summary
+        rows = runtime.rewind_journal(output_dir, checkpoint) if checkpoint else []
         asked = dataclasses.replace(settings)
         digits, parts = load(settings)
         run, held = monitoring.start(lambda mode: init(asked, mode, stop), asked)
@@ -401,9 +402,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             print(f"{digits.name}: {sizes} images for training, validation and test\n{model}")
             parameters = sum(parameter.numel() for parameter in model.parameters())
             print(f"{parameters:,} parameters on {device.type} in {settings.precision}, seed {settings.seed}")
-            if checkpoint:
-                rows = runtime.rewind_journal(output_dir, checkpoint["position"])
-                monitoring.log_again(run, rows, held)
+            monitoring.log_again(run, rows, held)
             best, step = train(run, settings, model, parts, digits.class_names, output_dir, checkpoint, stop)
             figures = conclude(run, settings, best, parts, digits, step)
             last_line = monitoring.where_to_look(run, output_dir)

@@ -54,7 +54,11 @@ def read(file: Path) -> Iterator[tuple[int, Record]]:
 
 
 def mend(file: Path) -> None:
-    """Cut off what a crash left unfinished; a file without a row of the history is marked as synced."""
+    """Cut off what a crash left unfinished.
+
+    A file without a row of the history holds nothing that the resumed run does not log again, but may stop
+    `wandb sync`: it is marked as synced.
+    """
     records = list(read(file))
     if not any(record.HasField("history") for _, record in records):
         mark_synced(file)
@@ -70,6 +74,10 @@ def mark_synced(file: Path) -> None:
 
 def is_synced(file: Path) -> bool:
     return _marker(file).exists()
+
+
+def is_offline(file: Path) -> bool:
+    return file.parent.name.startswith("offline-")
 
 
 def _marker(file: Path) -> Path:

@@ -94,12 +94,18 @@ def curve(rows: list[dict]) -> list[dict]:
 
 
 def sync(cwd: Path, environment: dict[str, str], server: WandbServer, *options: str) -> list[dict]:
-    """`wandb sync` everything in `cwd/wandb`; the history that the server has then."""
+    """`wandb sync` everything in `cwd/wandb`; the history that the server has then, and its summary as the last row."""
     wandb = Path(sys.executable).with_name("wandb")
     command = [wandb, "sync", "--yes", *options, cwd / "wandb"]
     done = subprocess.run(command, cwd=cwd, env={**environment, **server.environment()}, capture_output=True, text=True)
     assert done.returncode == 0 and "ERROR" not in done.stderr, done.stderr
-    return curve(server.rows("same"))
+    return on_server(server)
+
+
+def on_server(server: WandbServer) -> list[dict]:
+    """The curve of the run, and its summary as the last row."""
+    summary = {key: value for key, value in server.runs["same"]["summary"].items() if key != "_wandb"}
+    return curve([*server.rows("same"), summary])
 
 
 def differences(reference: Path, other: Path) -> list[str]:

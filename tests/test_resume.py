@@ -86,7 +86,7 @@ def test_an_online_run_killed_and_resumed_leaves_no_seam_on_the_server(reference
         wait_for_rows(tmp_path, 9)  # in the second epoch; the server has got nothing so far
         killing.kill(process, 0, everything=True)
         killing.finish(killing.start("train_mnist.py", tmp_path, environment, "--resume"))
-        assert killing.curve(server.rows("same")) == reference.history
+        assert killing.on_server(server) == reference.history
         assert set(server.runs) == {"same"} and server.runs["same"]["exit"] == 0
     assert killing.differences(reference.out, tmp_path / "out") == []
 
@@ -144,7 +144,7 @@ def test_other_data_is_refused(copied, references):
     (copied / "out/metrics.json").unlink()
     torch.save(state | {"data": state["data"] ^ 1}, copied / "out/checkpoint.pt")
     refused = resume(copied)
-    assert refused.status == 2 and "the training images are not those" in refused.out.splitlines()[-1]
+    assert refused.status == 2 and "the images are not those" in refused.out.splitlines()[-1]
 
 
 def test_resume_needs_to_know_which_run(tmp_path):
@@ -166,6 +166,61 @@ def test_two_processes_can_not_share_a_directory(tmp_path):
     assert second.status == 2 and "another process is at work there" in second.out.splitlines()[-1]
 
 
+def test_killed_while_it_exports_nothing_is_lost(references, tmp_path):
+    reference, environment = references["train_mnist.py"], clean_environment(tmp_path)
+    process = killing.start("train_mnist.py", tmp_path, environment)
+    while not (tmp_path / "out/predictions.csv").exists():
+        assert process.poll() is None
+        time.sleep(0.005)
+    time.sleep(0.3)  # W&B has every row by then
+    killing.kill(process, 0, everything=True)
+    assert resume(tmp_path).status == 0
+    with serving() as server:
+        assert killing.sync(tmp_path, environment, server) == reference.history
+    assert killing.differences(reference.out, tmp_path / "out") == []
+    assert "is finished" in resume(tmp_path).out
+
+
+def test_an_online_run_that_goes_on_offline_leaves_no_hole(references, tmp_path):
+    with serving() as server:
+        process = killing.start("train_mnist.py", tmp_path, clean_environment(tmp_path, **server.environment()))
+        wait_for_rows(tmp_path, 9)
+        killing.kill(process, 0, everything=True)
+        assert resume(tmp_path).status == 0
+        history = killing.sync(tmp_path, clean_environment(tmp_path), server)
+    assert history == references["train_mnist.py"].history
+
+
+@pytest.mark.parametrize("damage", ["", "cut", "garbled", "deleted"])
+def test_a_damaged_journal_is_refused(damage, copied):
+    (copied / "out/metrics.json").unlink()
+    journal = copied / "out/history.jsonl"
+    content = journal.read_bytes()
+    if damage == "deleted":
+        journal.unlink()
+    else:
+        journal.write_bytes({"": content, "cut": content[: len(content) // 2]}.get(damage, bytes(50) + content[50:]))
+    done, segments = resume(copied), len(list((copied / "wandb").glob("*run-*")))
+    assert done.status == (1 if damage else 0) and "Traceback" not in done.out
+    if damage:
+        assert "history.jsonl does not go with the checkpoint" in done.out.splitlines()[-1]
+        assert segments == 1  # W&B was not started
+
+
+def test_without_its_config_the_run_keeps_its_id(copied):
+    for name in ("metrics.json", "config.json"):
+        (copied / "out" / name).unlink()
+    arguments = killing.ARGUMENTS["train_mnist.py"].split()
+    subprocess.run(
+        [sys.executable, killing.REPO / "train_mnist.py", *arguments, "--output_dir", "out", "--resume"],
+        cwd=copied,
+        env=clean_environment(copied),
+        check=True,
+        capture_output=True,
+    )
+    assert json.loads((copied / "out/config.json").read_text())["id"] == "same"
+
+
 # ------------------------------------------------------------------------------------------ checkpoints
 
 
@@ -179,6 +234,7 @@ def test_a_checkpoint_cut_anywhere_is_recovered_or_refused(copied, capsys):
         (out / "checkpoint.previous.pt").write_bytes(before)
         assert runtime.load_checkpoint(out, settings)["position"] == expected
         assert "checkpoint.pt can't be read" in capsys.readouterr().err
+        (out / "checkpoint.pt").write_bytes(whole[: lengths.randrange(len(whole))])
         (out / "checkpoint.previous.pt").write_bytes(before[: lengths.randrange(len(before))])
         with pytest.raises(options.UserError, match=r"checkpoint.pt can't be read.*previous.pt can't be read"):
             runtime.load_checkpoint(out, settings)
@@ -211,6 +267,11 @@ def begun_with(out: Path) -> options.SharedSettings:
 def test_a_run_goes_on_from_the_previous_checkpoint(copied, references):
     (copied / "out/metrics.json").unlink()
     os.truncate(copied / "out/checkpoint.pt", 1000)
+    expected = torch.load(copied / "out/checkpoint.previous.pt", weights_only=True)["position"]
+    assert runtime.load_checkpoint(copied / "out", begun_with(copied / "out"))["position"] == expected
+    assert not (copied / "out/checkpoint.previous.pt").exists()  # it has taken the place of the damaged one
+    os.replace(copied / "out/checkpoint.pt", copied / "out/checkpoint.previous.pt")
+    (copied / "out/checkpoint.pt").write_bytes(b"")
     done = resume(copied)
     assert done.status == 0 and "Going on from out/checkpoint.previous.pt, which is older." in done.out
     assert killing.differences(references["train_mnist.py"].out, copied / "out") == []
