@@ -122,7 +122,7 @@ def log_again(run: wandb.Run, rows: Iterable[Mapping[str, float]], held: int) ->
     if run.offline and held >= 0:  # or the summary would only know what this process logs
         with forgiving(run):
             for step in sorted(step for step in local if step <= held):
-                run.summary.update(local[step].values)
+                run.summary.update({key: value for key, value in local[step].values.items() if key[0] != "_"})
     rows = [row for row in rows if row["step"] > held]
     if rows and run.offline and not local:
         print("W&B's own log of this run is not in wandb/: its numbers are logged again.")

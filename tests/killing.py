@@ -104,7 +104,7 @@ def sync(cwd: Path, environment: dict[str, str], server: WandbServer, *options: 
 
 def on_server(server: WandbServer) -> list[dict]:
     """The curve of the run, and its summary as the last row."""
-    summary = {key: value for key, value in server.runs["same"]["summary"].items() if key != "_wandb"}
+    summary = {key: value for key, value in server.runs["same"]["summary"].items() if key not in ("_wandb", "_step")}
     return curve([*server.rows("same"), summary])
 
 
