@@ -20,6 +20,7 @@ import torch
 import transformers
 from conftest import call, clean_environment, finished_run, merged
 
+import batches
 import data
 import options
 import train_cola
@@ -108,7 +109,7 @@ def test_every_file_is_there(small_cola):
         f.name for f in (small_cola.files / "model").iterdir()
     }
     checkpoint = torch.load(small_cola.files / "checkpoint.pt", weights_only=True)
-    assert checkpoint["position"] == {"epoch": 2, "batch": 144, "step": 18_000}
+    assert checkpoint["position"] == {"epoch": 2, "batch": 144, "step": 18_000, "epoch_ends": True}
     assert checkpoint["model"].keys() == weights(small_cola.files / "model").keys()
     config = {k: v for k, v in small_cola.config.items() if k != "versions"}
     assert (config["dataset"], config["model"], config["learning_rate"]) == ("synthetic", "scratch", 1e-3)
@@ -274,19 +275,19 @@ def test_batches_by_length():
 
     def epoch(seed: int, number: int) -> list[list[int]]:
         random = np.random.default_rng((seed, number))
-        return [batch.tolist() for batch in train_cola.batches_by_length(lengths, 32, random)]
+        return [batch.tolist() for batch in batches.by_length(lengths, 32, random)]
 
     one, two = epoch(7, 1), epoch(7, 2)
     assert one == epoch(7, 1) != epoch(8, 1)
     assert set(map(frozenset, one)).isdisjoint(map(frozenset, two)), "batches that come again"
-    for batches in (one, two):
-        assert sorted(index for batch in batches for index in batch) == list(range(3210))
-        assert len(batches) == math.ceil(3210 / 32) and Counter(map(len, batches)) == {32: 100, 10: 1}
-        cells = sum(len(batch) * int(lengths[batch].max()) for batch in batches)
+    for drawn in (one, two):
+        assert sorted(index for batch in drawn for index in batch) == list(range(3210))
+        assert len(drawn) == math.ceil(3210 / 32) and Counter(map(len, drawn)) == {32: 100, 10: 1}
+        cells = sum(len(batch) * int(lengths[batch].max()) for batch in drawn)
         assert cells < 1.1 * int(lengths.sum())
         in_random_order = sum(len(part) * int(part.max()) for part in lengths.split(32))
         assert in_random_order > 2 * cells, "choose other lengths: these show nothing"
-        longest = [int(lengths[batch].max()) for batch in batches]
+        longest = [int(lengths[batch].max()) for batch in drawn]
         assert abs(np.corrcoef(longest, range(len(longest)))[0, 1]) < 0.3  # not from short to long
 
 
@@ -383,7 +384,7 @@ def test_attribution_is_gradient_times_input():
     torch.manual_seed(0)
     model = Linear()
     tokens = torch.tensor([[1, 2, 3, 4, 5], [7, 8, 7, 0, 0]])
-    part = train_cola.Part(tokens, torch.tensor([5, 3]), torch.tensor([0, 1]), cut=0)
+    part = batches.Part(tokens, torch.tensor([5, 3]), torch.tensor([0, 1]), cut=0)
     for index, length in ((0, 5), (1, 3)):
         moved = train_cola.attribute(model, part, index, answer=2, label=1)
         weight = model.by_position[:length, :, 2] - model.by_position[:length, :, 1]
@@ -395,7 +396,7 @@ def test_attribution_of_bert_is_its_slope(small_cola):
     """By finite differences: what scaling a token's embedding a little does to the difference of the logits."""
     model = transformers.AutoModelForSequenceClassification.from_pretrained(small_cola.files / "model").double()
     tokens = torch.tensor([[2, 40, 50, 60, 3, 0, 0]])
-    part = train_cola.Part(tokens, torch.tensor([5]), torch.tensor([0]), cut=0)
+    part = batches.Part(tokens, torch.tensor([5]), torch.tensor([0]), cut=0)
     moved = train_cola.attribute(model, part, 0, answer=1, label=0)
     embedded = model.get_input_embeddings()(tokens[:, :5]).detach()
     for i in range(5):
@@ -475,8 +476,8 @@ def test_truncation_is_said_with_its_count(small_cola, own_files):
 
 def test_only_what_is_longer_counts_as_cut(small_cola):
     tokenizer = transformers.AutoTokenizer.from_pretrained(small_cola.files / "model")
-    part = data.Sentences(["The boy sleeps.", "The old boy sleeps."], [0, 1], ["", ""])
-    tokenised = train_cola.tokenise(part, tokenizer, 6, torch.device("cpu"))
+    sentences = ["The boy sleeps.", "The old boy sleeps."]
+    tokenised = batches.tokenise(sentences, [0, 1], tokenizer, 6, torch.device("cpu"))
     assert (tokenised.lengths.tolist(), tokenised.cut) == ([6, 6], 1)
 
 
