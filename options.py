@@ -3,6 +3,7 @@
 Imports the standard library only, so that `--help` and a misspelt option are answered at once.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import errno
@@ -317,6 +318,8 @@ def _end_in_one_line(action: Callable[[], Any]) -> None:
         message, status = _of_wandb(error), 2
         if message is None:
             raise
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()  # so that this is the last line where both go to one file
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     sys.exit(status)
 
