@@ -8,7 +8,7 @@ import shutil
 import signal
 import threading
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -110,12 +110,11 @@ def start(begin: Callable[[str], wandb.Run], settings: SharedSettings) -> tuple[
     return run, held
 
 
-def log_again(run: wandb.Run, rows: Iterable[Mapping[str, float]], held: int) -> None:
+def log_again(run: wandb.Run, rows: list[dict[str, float]], held: int) -> None:
     """Log the rows of the journal that W&B has lost, those after step `held`.
 
     Where a log file on this machine has the row, its tables and pictures are logged again too.
     """
-    rows = list(rows)
     if run.disabled or not (rows or held >= 0):
         return
     local = wandb_log.history([file for file in wandb_log.log_files(run.id) if file != Path(run.settings.sync_file)])

@@ -32,6 +32,9 @@ LIBRARIES = ("torch", "torchvision", "transformers", "wandb", "numpy")
 CONFIG, JOURNAL, METRICS = "config.json", "history.jsonl", "metrics.json"
 CHECKPOINT, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
 OUTCOMES = (JOURNAL, CHECKPOINT, PREVIOUS, METRICS)  # what a run leaves once it has begun to train
+# What does not change the numbers of a run, and what says that the run is to find a setting itself.
+MAY_CHANGE = (*OF_THE_RUN, "data_dir", "checkpoint_every", "watch", "watch_every", "log_model")
+LEFT_OPEN = {"dataset": "auto", "device": "auto", "precision": "auto", "model": None, "learning_rate": None}
 PROBE_BYTES = 8 << 20  # a run that can't write this much when it starts has no space
 
 
@@ -235,11 +238,6 @@ def load_checkpoint(output_dir: Path, settings: SharedSettings) -> dict[str, Any
         if name not in MAY_CHANGE or name in ("project", "entity", "id") or asked[name] is None:
             setattr(settings, name, value)
     return state
-
-
-# What does not change the numbers of a run, and what says that the run is to find a setting itself.
-MAY_CHANGE = (*OF_THE_RUN, "data_dir", "checkpoint_every", "watch", "watch_every", "log_model")
-LEFT_OPEN = {"dataset": "auto", "device": "auto", "precision": "auto", "model": None, "learning_rate": None}
 
 
 def _read_checkpoint(path: Path) -> dict[str, Any]:

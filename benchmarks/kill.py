@@ -36,7 +36,7 @@ def main() -> None:
                     curve = killing.sync(cwd, environment, server)
                 total, same_files, same_curve = total + 1, same_files + (not differ), same_curve + (curve == expected)
                 print(
-                    f"{script} {number + 1}: killed {', '.join(killed) or 'never'} of {duration:.1f} s; files "
+                    f"{script} {number + 1}: killed {', '.join(killed)} of {duration:.1f} s; files "
                     f"{'differ: ' + ', '.join(differ) if differ else 'the same'}; W&B history of {len(curve)} rows "
                     f"{'the same' if curve == expected else 'differs'}",
                     flush=True,

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -45,7 +46,10 @@ def kill(process: subprocess.Popen, seconds: float, everything: bool) -> bool:
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(seconds)
         return False
-    os.killpg(process.pid, signal.SIGKILL) if everything else process.kill()
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    for child in children if everything else []:  # in a session of its own, and so not in the process's group
+        os.kill(int(child), signal.SIGKILL)
+    process.kill()
     process.communicate()
     return True
 
@@ -63,8 +67,7 @@ def outcome(out: Path) -> dict[str, Any]:
         "model": {
             path.relative_to(out): path.read_bytes()
             for path in sorted(out.rglob("*"))
-            if path.suffix in (".safetensors", ".onnx", ".png", ".txt") or path.name == "config.json" != path.parent
-            if path != out / "config.json"
+            if path.suffix in (".safetensors", ".onnx", ".png") or path.parent.name == "model"
         },
     }
 
@@ -116,12 +119,12 @@ def differences(reference: Path, other: Path) -> list[str]:
 def killed_and_resumed(
     script: str, cwd: Path, environment: dict[str, str], duration: float, moments: random.Random
 ) -> list[str]:
-    """Run with `--resume` again and again, killed at random moments, at most three times; says when.
+    """Run with `--resume` again and again, killed at random moments, once to three times; says when.
 
-    Every fifth is killed while it writes a checkpoint.
+    Every fifth is killed while it writes a checkpoint. A run that ends before its first moment begins anew.
     """
-    killed = []
-    for _ in range(moments.choice([1, 1, 1, 2, 3])):
+    killed, times = [], moments.choice([1, 1, 1, 2, 3])
+    while len(killed) < times:
         process = start(script, cwd, environment, "--resume")
         if moments.random() < 0.2:
             writes = moments.randint(1, 12)
@@ -130,8 +133,11 @@ def killed_and_resumed(
                 killed.append(f"in write {writes}")
         elif kill(process, seconds := moments.uniform(0.1, 0.9 * duration), everything=moments.random() < 0.5):
             killed.append(f"after {seconds:.2f} s")
-        if process.returncode == 0:
+        if process.returncode == 0 and killed:
             break
+        if process.returncode == 0:
+            shutil.rmtree(cwd / "out")
+            shutil.rmtree(cwd / "wandb")
     finish(start(script, cwd, environment, "--resume"))
     return killed
 

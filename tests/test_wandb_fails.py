@@ -85,9 +85,11 @@ def test_a_server_that_fails_half_way_gets_the_rest_later(how, runs):
 def test_training_outlives_the_service_of_wandb(runs, tmp_path):
     process = killing.start(SCRIPT, tmp_path, clean_environment(tmp_path))
     while not (tmp_path / "out/history.jsonl").exists():
+        assert process.poll() is None
         time.sleep(0.02)
-    children = subprocess.run(["ps", "-o", "pid=,comm=", "--ppid", str(process.pid)], capture_output=True, text=True)
-    (service,) = [line.split()[0] for line in children.stdout.splitlines() if "wandb-core" in line]
+    (service,) = subprocess.run(
+        ["pgrep", "-P", str(process.pid), "wandb-core"], capture_output=True, text=True
+    ).stdout.split()
     os.kill(int(service), signal.SIGKILL)
     out = killing.finish(process)
     assert killing.differences(runs["reference"].cwd / "out", tmp_path / "out") == []

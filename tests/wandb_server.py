@@ -17,8 +17,8 @@ class WandbServer(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, port: int = 0):
-        super().__init__(("127.0.0.1", port), Handler)
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
         self.mode = "ok"
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.operations: list[str] = []  # what was asked, in order
@@ -28,7 +28,6 @@ class WandbServer(ThreadingHTTPServer):
         self.artifacts: list[str] = []  # names, in order
         self.stopped: set[str] = set()  # runs that are told to stop
         self.released = threading.Event()  # ends every hanging answer
-        self.answers: dict[str, Any] = {}  # more operations of GraphQL: name to a function of the variables
         self.connections: list[socket.socket] = []
         self.lock = threading.Lock()
 
@@ -135,8 +134,6 @@ class Handler(BaseHTTPRequestHandler):
 
     def graphql(self, name: str, variables: dict[str, Any]) -> dict[str, Any]:
         server, entity = self.server, {"id": "1", "name": "tester"}
-        if name in server.answers:
-            return server.answers[name](variables)
         if name == "Viewer":
             return {"viewer": {"id": "1", "entity": "tester", "username": "tester", "flags": "{}", "email": "",
                                "admin": False, "teams": {"edges": []}}}  # fmt: skip
@@ -182,9 +179,9 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def serving(port: int = 0) -> Iterator[WandbServer]:
+def serving() -> Iterator[WandbServer]:
     """A server that runs until the block ends."""
-    server = WandbServer(port)
+    server = WandbServer()
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
     thread.start()
     try:
