@@ -28,7 +28,7 @@ class Settings(options.SharedSettings):
     learning_rate: float | None = option(None, "the highest learning rate [1e-4; 1e-3 for scratch]", above=0)
     schedule: str = option("linear", "of the learning rate, after the warm-up", choices=("linear", "constant"))
     warmup_ratio: float = option(0.1, "share of the batches over which the learning rate rises", at_least=0, below=1)
-    weight_decay: float = option(0.01, "of all weights but biases and LayerNorm", at_least=0)
+    weight_decay: float = option(0.01, "of the weights of linear layers", at_least=0)
     clip_norm: float = option(1.0, "longest gradient; 0 clips none", at_least=0)
     max_length: int = option(128, "longest sentence in tokens; what is beyond is cut", at_least=4)
     monitor: str = option(
@@ -197,8 +197,9 @@ def train(
         return (last_batch - batch) / (last_batch - warmup) if settings.schedule == "linear" else 1.0
 
     loss_function = nn.CrossEntropyLoss()
-    decayed = [parameter for parameter in model.parameters() if parameter.ndim > 1]
-    others = [parameter for parameter in model.parameters() if parameter.ndim == 1]  # biases and LayerNorm
+    embeddings = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+    others = [weight for weight in model.parameters() if weight.ndim == 1 or weight in embeddings]  # biases, LayerNorm
+    decayed = [weight for weight in model.parameters() if weight.ndim > 1 and weight not in embeddings]
     optimizer = torch.optim.AdamW(
         [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}],
         settings.learning_rate,
@@ -220,8 +221,7 @@ def train(
     def save_checkpoint() -> None:
         epoch = math.ceil(batch / batches_per_epoch)
         position = {"epoch": epoch, "batch": batch, "step": step, "epoch_ends": epoch_ends}
-        # The same tensors are written once.
-        weights = model.state_dict() if epoch_ends and best.epoch == epoch else best.weights
+        weights = {} if epoch_ends and best.epoch == epoch else best.weights  # the model's own are written once
         more = {"row": numbers, "best": best._replace(weights=weights)._asdict(), "data": fingerprint}
         runtime.save_checkpoint(output_dir, settings, stateful, position, **more)
 
@@ -231,6 +231,7 @@ def train(
         runtime.restore(checkpoint, stateful)
         batch, step, epoch_ends = (checkpoint["position"][name] for name in ("batch", "step", "epoch_ends"))
         numbers, best = checkpoint["row"], Best(**checkpoint["best"])
+        best = best._replace(weights=best.weights or checkpoint["model"])
     else:
         save_checkpoint()
     watch_from = math.ceil(batch / settings.watch_every) * settings.watch_every  # so that it keeps its rhythm
@@ -455,13 +456,15 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
                 batches.tokenise(part.sentences, part.labels, tokenizer, settings.max_length, device)
                 for part in (corpus.train, corpus.valid)
             ]
+            parameters = sum(parameter.numel() for parameter in model.parameters())
+            models.train_used_rows(model, [part.tokens for part in parts])
             if cut := sum(part.cut for part in parts):
                 print(f"{cut} sentences are longer than --max_length {settings.max_length} tokens: the rest is cut.")
             share = parts[1].labels.bincount().max() / len(parts[1].labels)
             print(
                 f"{corpus.name}: {len(corpus.train.labels):,} + {len(corpus.valid.labels):,} sentences for training "
                 f"and validation, {share:.1%} of the latter in the most frequent class\n"
-                f"{settings.model}: {sum(p.numel() for p in model.parameters()):,} parameters, "
+                f"{settings.model}: {parameters:,} parameters, "
                 f"{len(tokenizer):,} tokens, on {device.type} in {settings.precision}, seed {settings.seed}"
             )
             monitoring.log_again(run, rows, held)

@@ -174,8 +174,7 @@ def train(
     def save_checkpoint() -> None:
         epoch = math.ceil(batch / batches)
         position = {"epoch": epoch, "batch": batch, "step": step, "epoch_ends": epoch_ends}
-        # The same tensors are written once.
-        weights = model.state_dict() if epoch_ends and best.epoch == epoch else best.weights
+        weights = {} if epoch_ends and best.epoch == epoch else best.weights  # the model's own are written once
         more = {
             "row": numbers,
             "answers": answers,
@@ -190,6 +189,7 @@ def train(
         runtime.restore(checkpoint, stateful)
         batch, step, epoch_ends = (checkpoint["position"][name] for name in ("batch", "step", "epoch_ends"))
         numbers, best = checkpoint["row"], Best(**checkpoint["best"])
+        best = best._replace(weights=best.weights or checkpoint["model"])
         answers = checkpoint["answers"]
     else:
         save_checkpoint()
