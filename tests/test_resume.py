@@ -19,7 +19,7 @@ import torch
 import options
 import runtime
 from tests import killing
-from tests.conftest import clean_environment
+from tests.conftest import call, clean_environment
 from tests.wandb_server import serving
 
 SCRIPTS = tuple(killing.ARGUMENTS)
@@ -147,6 +147,19 @@ def test_other_data_is_refused(copied, references):
     assert refused.status == 2 and "the images are not those" in refused.out.splitlines()[-1]
 
 
+def test_other_sentences_are_refused(tmp_path):
+    sentences = killing.SENTENCES.read_text()
+    for part in ("t.tsv", "v.tsv"):
+        (tmp_path / part).write_text(sentences)
+    arguments = "--train_file t.tsv --valid_file v.tsv --model scratch --max_steps 2 --wandb disabled --output_dir out"
+    assert call("train_cola.py", *arguments.split(), cwd=tmp_path).status == 0
+    (tmp_path / "out/metrics.json").unlink()
+    (tmp_path / "v.tsv").write_text(sentences.replace("\t1\n", "\t0\n", 1))
+    assert (tmp_path / "v.tsv").read_text() != sentences
+    refused = call("train_cola.py", *arguments.split(), "--resume", cwd=tmp_path)
+    assert refused.status == 2 and "the sentences are not those" in refused.err.splitlines()[-1]
+
+
 def test_resume_needs_to_know_which_run(tmp_path):
     done = subprocess.run(
         [sys.executable, killing.REPO / "train_mnist.py", "--resume"],
@@ -207,9 +220,12 @@ def test_a_damaged_journal_is_refused(damage, copied):
         assert segments == 1  # W&B was not started
 
 
-def test_without_its_config_the_run_keeps_its_id(copied):
+@pytest.mark.parametrize("config", [None, '{"id": "oth'])
+def test_without_its_config_the_run_keeps_its_id(config, copied):
     for name in ("metrics.json", "config.json"):
         (copied / "out" / name).unlink()
+    if config:
+        (copied / "out/config.json").write_text(config)
     arguments = killing.ARGUMENTS["train_mnist.py"].split()
     subprocess.run(
         [sys.executable, killing.REPO / "train_mnist.py", *arguments, "--output_dir", "out", "--resume"],

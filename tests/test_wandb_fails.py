@@ -100,6 +100,29 @@ def test_training_outlives_the_service_of_wandb(runs, tmp_path):
     assert steps == [row.get("_step") for row in runs["reference"].history]
 
 
+def test_a_signal_while_the_run_is_being_closed(runs, tmp_path):
+    with serving() as server:
+        process = killing.start(SCRIPT, tmp_path, clean_environment(tmp_path, **server.environment()))
+        while not (tmp_path / "out/predictions.csv").exists():
+            assert process.poll() is None
+            time.sleep(0.02)
+        server.mode = "hang"
+        while not (tmp_path / "out/model.onnx").exists():
+            assert process.poll() is None
+            time.sleep(0.02)
+        time.sleep(1)  # W&B waits for the server
+        process.terminate()
+        asked = time.monotonic()
+        out = process.communicate(timeout=20)[0].decode()
+        assert process.returncode == 128 + signal.SIGTERM and time.monotonic() - asked < 5
+        assert "stopped by SIGTERM" in out and "Traceback" not in out
+    with serving() as again:
+        again.history, again.runs = server.history, server.runs
+        killing.finish(killing.start(SCRIPT, tmp_path, clean_environment(tmp_path, **again.environment()), "--resume"))
+        assert killing.on_server(again) == runs["reference"].history
+    assert killing.differences(runs["reference"].cwd / "out", tmp_path / "out") == []
+
+
 def test_the_stop_button_ends_a_run_well(tmp_path):
     with serving() as server:
         server.stopped.add("same")  # W&B asks every 15 seconds
