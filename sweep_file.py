@@ -1,0 +1,227 @@
+"""A W&B sweep file: read, checked, and its parameters as Optuna's distributions."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+
+from options import UserError
+
+KEYS = "program name project entity description method metric parameters early_terminate command run_cap".split()
+METHODS = ("grid", "random", "bayes")
+COMMAND = ["${env}", "${interpreter}", "${program}", "${args}"]  # W&B's default
+# W&B's kinds of parameters that Optuna draws exactly, and the keys that they have.
+RANGES = {
+    "uniform": {"min", "max"},
+    "int_uniform": {"min", "max"},
+    "q_uniform": {"min", "max", "q"},
+    "log_uniform": {"min", "max"},
+    "log_uniform_values": {"min", "max"},
+    "inv_log_uniform": {"min", "max"},
+    "inv_log_uniform_values": {"min", "max"},
+}
+KINDS = {"constant": {"value"}, "categorical": {"values"}, **RANGES}
+OTHER_KINDS = (
+    "categorical_w_probabilities normal log_normal beta q_normal q_log_normal q_beta q_log_uniform "
+    "q_log_uniform_values".split()
+)
+MACROS = "env interpreter program args args_no_hyphens args_no_boolean_flags args_no_equals args_json".split()
+
+
+@dataclasses.dataclass
+class Sweep:
+    """What a sweep file asks for; parameters by name, nested ones as outer/inner."""
+
+    name: str
+    program: str
+    project: str | None
+    entity: str | None
+    method: str
+    metric: str
+    direction: str  # as Optuna has it
+    early_terminate: dict[str, Any] | None
+    command: list[str] | None
+    run_cap: int | None
+    constants: dict[str, Any]
+    searched: dict[str, BaseDistribution]
+
+
+def read_sweep(path: Path) -> Sweep:
+    """Read and check a sweep file. Raises `UserError`, which names the key and what is wrong with it."""
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} can't be read: {getattr(error, 'strerror', None) or error}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    try:
+        return _check(content, path)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def _check(content: Any, path: Path) -> Sweep:
+    _mapping("the file", content, KEYS)
+    program, method, name = content.get("program"), content.get("method"), content.get("name", path.stem)
+    if not isinstance(program, str):
+        raise ValueError("program: which script is to be run?")
+    if not Path(program).is_file():
+        raise ValueError(f"program: there is no {program} here")
+    if method not in METHODS:
+        raise ValueError(f"method: must be one of {', '.join(METHODS)}, not {method!r}")
+    for key in ("name", "project", "entity", "description"):
+        if not isinstance(content.get(key, ""), str):
+            raise ValueError(f"{key}: must be a string, not {content[key]!r}")
+    if not name or "/" in name or name.startswith("."):
+        raise ValueError(f"name: {name!r} can't name a directory")
+    if "metric" not in content:
+        raise ValueError("metric: which figure is to be searched by? Its name, and goal: minimize or maximize")
+    metric = _mapping("metric", content["metric"], ("name", "goal"))
+    if not isinstance(metric.get("name"), str):
+        raise ValueError("metric: needs the name of a figure")
+    goal = metric.get("goal", "minimize")
+    if goal not in ("minimize", "maximize"):
+        raise ValueError(f"metric.goal: must be minimize or maximize, not {goal!r}")
+    command = content.get("command")
+    if command is not None and not (isinstance(command, list) and command):
+        raise ValueError("command: must be a list of words")
+    for word in command or ():
+        if str(word).startswith("${") and str(word)[2:-1] not in MACROS and not str(word).startswith("${envvar:"):
+            raise ValueError(f"command: {word} is none of {', '.join(MACROS)}, envvar:NAME")
+    run_cap = content.get("run_cap")
+    if run_cap is not None and not (_is_whole(run_cap) and run_cap > 0):
+        raise ValueError(f"run_cap: must be a whole number above 0, not {run_cap!r}")
+    constants, searched = {}, {}
+    for key, parameter in _flat("parameters", content.get("parameters")):
+        found = _distribution(f"parameters.{key}", parameter, method)
+        (searched if isinstance(found, BaseDistribution) else constants)[key] = found
+    return Sweep(
+        name, program, content.get("project"), content.get("entity"), method, metric["name"], goal,
+        _hyperband(content.get("early_terminate")), command, run_cap, constants, searched,
+    )  # fmt: skip
+
+
+def _mapping(key: str, value: Any, allowed: Iterable[str]) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{key}: must be a mapping, not {value!r}")
+    for unknown in sorted(value.keys() - set(allowed), key=str):
+        where = unknown if key == "the file" else f"{key}.{unknown}"
+        raise ValueError(f"{where}: is no key here; there are {', '.join(sorted(allowed))}")
+    return value
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _flat(key: str, parameters: Any, prefix: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each parameter with its name; `parameters` in a parameter are nested ones."""
+    if not isinstance(parameters, dict) or not parameters:
+        raise ValueError(f"{key}: must be a mapping of names to parameters, not {parameters!r}")
+    for name, parameter in parameters.items():
+        if not re.fullmatch(r"[A-Za-z_][\w.-]*", str(name)):
+            raise ValueError(f"{key}.{name}: is no name for an option")
+        if not isinstance(parameter, dict):
+            raise ValueError(f"{key}.{name}: must be a mapping, with value, values, or min and max; not {parameter!r}")
+        if "parameters" in parameter:
+            _mapping(f"{key}.{name}", parameter, ["parameters"])
+            yield from _flat(f"{key}.{name}.parameters", parameter["parameters"], f"{prefix}{name}/")
+        else:
+            yield f"{prefix}{name}", parameter
+
+
+def _distribution(key: str, parameter: dict[str, Any], method: str) -> BaseDistribution | Any:
+    """A parameter's distribution, or its value if it is a constant."""
+    kind = parameter.get("distribution") or _kind(key, parameter)
+    if kind in OTHER_KINDS or "probabilities" in parameter:
+        kind = kind if kind in OTHER_KINDS else "categorical_w_probabilities"
+        raise ValueError(f"{key}.distribution: {kind} can't be searched offline; W&B's own server can")
+    if kind not in KINDS:
+        raise ValueError(f"{key}.distribution: {kind!r} is none of {', '.join(KINDS)}")
+    _mapping(key, parameter, KINDS[kind] | {"distribution"})
+    for needed in KINDS[kind] - {"q"}:
+        if needed not in parameter:
+            raise ValueError(f"{key}.{needed}: is missing")
+    if kind == "constant":
+        return parameter["value"]
+    if kind == "categorical":
+        values = parameter["values"]
+        if not isinstance(values, list) or not values:
+            raise ValueError(f"{key}.values: must be a list that is not empty, not {values!r}")
+        # Optuna stores plain values; a list goes to the command line as text anyway.
+        return CategoricalDistribution([v if isinstance(v, (int, float, str, type(None))) else str(v) for v in values])
+    return _range(key, kind, parameter, method)
+
+
+def _kind(key: str, parameter: dict[str, Any]) -> str:
+    """The distribution that W&B takes where none is named."""
+    if "value" in parameter or "values" in parameter:
+        return "constant" if "value" in parameter else "categorical"
+    low, high = parameter.get("min"), parameter.get("max")
+    if low is None or high is None:
+        raise ValueError(f"{key}: needs value, values, or min and max")
+    if _is_whole(low) and _is_whole(high):
+        return "int_uniform"
+    if _is_whole(low) or _is_whole(high):
+        raise ValueError(f"{key}: write min and max both as whole numbers or both with a decimal point")
+    return "uniform"
+
+
+def _range(key: str, kind: str, parameter: dict[str, Any], method: str) -> BaseDistribution:
+    for name, value in parameter.items():
+        if name != "distribution" and (not isinstance(value, (int, float)) or isinstance(value, bool)):
+            hint = "; YAML reads numbers such as 1e-4 as words: write 0.0001" if isinstance(value, str) else ""
+            raise ValueError(f"{key}.{name}: must be a number, not {value!r}{hint}")
+        if name != "distribution" and not math.isfinite(value):
+            raise ValueError(f"{key}.{name}: must be finite, not {value!r}")
+    low, high, q = parameter["min"], parameter["max"], parameter.get("q", 1)
+    if low >= high:
+        raise ValueError(f"{key}.min: {low} is not less than max, {high}")
+    if method == "grid" and kind not in ("int_uniform", "q_uniform"):
+        raise ValueError(f"{key}: a grid can't visit every value of {kind}; give values: [...], or another method")
+    if kind == "int_uniform":
+        if not (_is_whole(low) and _is_whole(high)):
+            raise ValueError(f"{key}.min: int_uniform needs whole numbers, not {low} and {high}")
+        return IntDistribution(low, high)
+    if kind == "uniform":
+        return FloatDistribution(low, high)
+    if kind == "q_uniform":
+        if q <= 0:
+            raise ValueError(f"{key}.q: must be above 0, not {q}")
+        first, last = math.ceil(low / q - 1e-9), math.floor(high / q + 1e-9)  # values are multiples of q
+        if first > last:
+            raise ValueError(f"{key}.q: there is no multiple of {q} from {low} to {high}")
+        return (
+            IntDistribution(first * q, last * q, step=q)
+            if _is_whole(q)
+            else FloatDistribution(round(first * q, 12), round(last * q, 12), step=q)
+        )
+    if kind == "log_uniform":  # the bounds are exponents, as in W&B
+        low, high = math.exp(low), math.exp(high)
+    elif kind == "inv_log_uniform":
+        low, high = math.exp(-high), math.exp(-low)
+    elif low <= 0:
+        raise ValueError(f"{key}.min: must be above 0 for {kind}, not {low}")
+    return FloatDistribution(low, high, log=True)
+
+
+def _hyperband(early: Any) -> dict[str, Any] | None:
+    if early is None:
+        return None
+    key = "early_terminate"
+    _mapping(key, early, ("type", "min_iter", "max_iter", "s", "eta", "strict"))
+    if early.get("type") != "hyperband":
+        raise ValueError(f"{key}.type: must be hyperband, not {early.get('type')!r}")
+    if early.get("strict"):
+        raise ValueError(f"{key}.strict: can't be done offline; leave it out")
+    for name in ("min_iter", "max_iter", "s", "eta"):
+        if name in early and not (_is_whole(early[name]) and early[name] >= (2 if name == "eta" else 1)):
+            raise ValueError(f"{key}.{name}: must be a whole number above {name == 'eta':d}, not {early[name]!r}")
+    if "min_iter" not in early and not {"max_iter", "s"} <= early.keys():
+        raise ValueError(f"{key}: needs min_iter, or max_iter and s")
+    return early

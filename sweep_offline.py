@@ -1,0 +1,480 @@
+"""Search hyperparameters as a W&B sweep file says, without a server: python sweep_offline.py sweep.yaml --count 20
+
+Each trial is the command that W&B's agent would run, a process of its own, offline; its journal is watched here. The
+search is Optuna's, and its storage holds all there is to know: the same command goes on where it was.
+"""
+
+import argparse
+import contextlib
+import csv
+import dataclasses
+import fcntl
+import json
+import math
+import os
+import random
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NoReturn
+
+from options import UserError, run_script
+
+try:
+    import optuna
+except ImportError:
+    sys.exit("sweep_offline.py: error: Optuna is not installed: pip install -r requirements-sweep.txt")
+
+import sqlalchemy
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, distribution_to_json
+from optuna.trial import FrozenTrial, TrialState
+from tqdm import tqdm
+from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
+
+from sweep_file import COMMAND, Sweep, read_sweep
+
+HOST = socket.gethostname()
+SECONDS_BETWEEN_LOOKS = 0.3
+SECONDS_TO_STOP = 15  # a run needs less than five
+SECONDS_TO_BEGIN = 60  # after which a trial that nobody has taken on is anybody's
+FAILURES_AT_THE_START = 3
+STOPPED = (130, 143, -signal.SIGINT, -signal.SIGTERM)  # exit statuses after which a run can be resumed
+
+
+@dataclasses.dataclass
+class Run:
+    """A trial whose process is at work."""
+
+    trial: optuna.Trial
+    process: subprocess.Popen
+    output_dir: Path
+    lock: int
+    reported: set[int]  # epochs
+    started: float
+    pruned: bool = False
+    journal_size: int = 0
+
+
+# ---------------------------------------------------------------------------------------------- the search
+
+
+class GridSampler(optuna.samplers.BaseSampler):
+    """Trial n takes cell n. No two trials of a storage have the same number, and so no cell is visited twice."""
+
+    def __init__(self, searched: dict[str, BaseDistribution]):
+        self.axes = {name: grid_values(distribution) for name, distribution in searched.items()}
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return {}
+
+    def sample_relative(self, study: optuna.Study, trial: FrozenTrial, search_space: dict) -> dict[str, Any]:
+        return {}
+
+    def sample_independent(
+        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        cell = trial.number
+        for name, values in self.axes.items():
+            cell, place = divmod(cell, len(values))
+            if name == param_name:
+                return values[place]
+        raise KeyError(param_name)
+
+
+def grid_values(distribution: BaseDistribution) -> list[Any]:
+    """The values of a distribution that has finitely many."""
+    if isinstance(distribution, CategoricalDistribution):
+        return list(distribution.choices)
+    steps = round((distribution.high - distribution.low) / distribution.step)
+    return [distribution.low + i * distribution.step for i in range(steps + 1)]
+
+
+def sampler(sweep: Sweep, seed: int | None) -> optuna.samplers.BaseSampler:
+    if sweep.method == "grid":
+        return GridSampler(sweep.searched)
+    if sweep.method == "random":
+        return optuna.samplers.RandomSampler(seed)
+    return optuna.samplers.TPESampler(seed=seed, n_startup_trials=5, multivariate=True, constant_liar=True)
+
+
+def pruner(sweep: Sweep) -> optuna.pruners.BasePruner:
+    early = sweep.early_terminate
+    if early is None:
+        return optuna.pruners.NopPruner()
+    eta, longest = early.get("eta", 3), early.get("max_iter")
+    shortest = early.get("min_iter") or max(1, longest // eta ** early["s"])
+    return optuna.pruners.HyperbandPruner(shortest, longest or "auto", eta)
+
+
+def open_storage(url: str, tries: int = 5) -> optuna.storages.RDBStorage:
+    """Where two processes make the tables at the same moment, one fails, and finds them a second later."""
+    options = {"connect_args": {"timeout": 100}} if url.startswith("sqlite") else {}
+    try:
+        return optuna.storages.RDBStorage(url, engine_kwargs=options)
+    except sqlalchemy.exc.DBAPIError:
+        if tries == 1:
+            raise
+        time.sleep(1)
+        return open_storage(url, tries - 1)
+
+
+def open_study(sweep: Sweep, storage: str) -> optuna.Study:
+    """The study of this sweep in the storage, made where there is none. Raises `UserError`."""
+    definition = dataclasses.asdict(sweep) | {
+        "searched": {name: distribution_to_json(distribution) for name, distribution in sweep.searched.items()}
+    }
+    try:
+        database = open_storage(storage)
+        try:
+            study = optuna.create_study(storage=database, study_name=sweep.name, direction=sweep.direction)
+            study.set_user_attr("id", f"{random.SystemRandom().getrandbits(24):06x}")
+            study.set_user_attr("sweep", json.loads(json.dumps(definition)))
+        except optuna.exceptions.DuplicatedStudyError:
+            study = optuna.load_study(storage=database, study_name=sweep.name)
+    except (sqlalchemy.exc.SQLAlchemyError, ImportError, ValueError) as error:
+        raise UserError(f"--storage {storage}: {str(error).splitlines()[0]}") from None
+    deadline = time.monotonic() + 10
+    while "sweep" not in study.user_attrs:  # another process is about to say
+        if time.monotonic() > deadline:
+            raise UserError(f"{storage} has a study {sweep.name!r} that is not of sweep_offline.py")
+        time.sleep(0.1)
+    before = study.user_attrs["sweep"]
+    differ = [key for key, value in json.loads(json.dumps(definition)).items() if before.get(key) != value]
+    if differ and differ != ["run_cap"]:
+        raise UserError(
+            f"the sweep {sweep.name!r} was begun with another {' and '.join(differ)}; to begin a new search, give the "
+            "file another name:, to go on with the old one, put it back"
+        )
+    study.pruner = pruner(sweep)
+    return study
+
+
+def trials_wanted(sweep: Sweep, count: int | None) -> int:
+    """How many trials the search has in all. Raises `UserError` where nobody has said."""
+    limits = [limit for limit in (count, sweep.run_cap) if limit is not None]
+    if sweep.method == "grid":
+        limits.append(math.prod(len(grid_values(distribution)) for distribution in sweep.searched.values()))
+    if not limits:
+        raise UserError(f"how many trials? method {sweep.method} has no end: give --count")
+    return min(limits)
+
+
+def suggest(trial: optuna.Trial, name: str, distribution: BaseDistribution) -> Any:
+    if isinstance(distribution, CategoricalDistribution):
+        return trial.suggest_categorical(name, distribution.choices)
+    if isinstance(distribution, FloatDistribution):
+        value = trial.suggest_float(
+            name, distribution.low, distribution.high, step=distribution.step, log=distribution.log
+        )
+        return round(value, 12) if distribution.step else value
+    return trial.suggest_int(name, distribution.low, distribution.high, step=distribution.step)
+
+
+# ---------------------------------------------------------------------------------------------- its runs
+
+
+def command(sweep: Sweep, searched: dict[str, Any], interpreter: str) -> list[str]:
+    """The command that W&B's agent would run with these parameters."""
+    arguments: dict[str, Any] = {}
+    for name, value in {**sweep.constants, **searched}.items():
+        *outer, inner = name.split("/")
+        place = arguments
+        for part in outer:
+            place = place.setdefault(part, {})
+        place[inner] = value
+    words = create_sweep_command_args({"args": {name: {"value": value} for name, value in arguments.items()}})
+    words |= {"env": ["/usr/bin/env"], "interpreter": [interpreter], "program": [sweep.program]}
+    made = []
+    for word in map(str, create_sweep_command(list(sweep.command or COMMAND))):
+        made += words[word[2:-1]] if word.startswith("${") else [word]
+    return made
+
+
+def directory(sweep: Sweep) -> Path:
+    return Path("runs", f"sweep-{sweep.name}")
+
+
+def run_id(study: optuna.Study, number: int) -> str:
+    """The W&B id of a trial, also the name of its output directory."""
+    return f"{study.user_attrs['id']}-{number}"
+
+
+def locked(path: Path) -> int | None:
+    """A descriptor that holds the lock on a file or directory; None where another process has it."""
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def start(sweep: Sweep, study: optuna.Study, trial: optuna.Trial, lock: int, jobs: int) -> Run:
+    """Start the run of a trial, or go on with it."""
+    output_dir = directory(sweep) / run_id(study, trial.number)
+    searched = {name: suggest(trial, name, distribution) for name, distribution in sweep.searched.items()}
+    trial.set_user_attr("parameters", searched)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = str(max(1, cores // jobs))
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_SWEEP")}
+    of_wandb = {"project": sweep.project, "entity": sweep.entity}
+    environment |= {f"WANDB_{name.upper()}": value for name, value in of_wandb.items() if value}
+    environment |= {
+        "WANDB_MODE": "offline",
+        "WANDB_RUN_GROUP": sweep.name,
+        "WANDB_NAME": f"{sweep.name}-{trial.number}",
+        "WANDB_RUN_ID": run_id(study, trial.number),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads),
+        "RAYON_NUM_THREADS": os.environ.get("RAYON_NUM_THREADS", threads),  # of the tokenizers
+    }
+    with output_dir.with_suffix(".log").open("ab") as log:
+        process = subprocess.Popen(
+            [*command(sweep, searched, sys.executable), "--output_dir", str(output_dir), "--resume"],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C is for this process to pass on
+        )
+    reported = set(study.trials[trial.number].intermediate_values)
+    return Run(trial, process, output_dir, lock, reported, time.monotonic())
+
+
+def next_run(sweep: Sweep, study: optuna.Study, wanted: int, jobs: int, running: dict[int, Run]) -> Run | str:
+    """A run that was left behind, or else a new one; "wait" for one that others have, "end" where all are done."""
+    waiting = False
+    for left in study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
+        age = (datetime.now() - left.datetime_start).total_seconds()
+        if left.number in running or left.number >= wanted or left.user_attrs.get("host", HOST) != HOST:
+            continue
+        waiting = True
+        if "host" not in left.user_attrs and age < SECONDS_TO_BEGIN:
+            continue
+        output_dir = directory(sweep) / run_id(study, left.number)
+        lock = locked(output_dir.with_suffix(".lock"))
+        if lock is None:
+            continue  # another process of this search has it
+        at_work = locked(output_dir) if output_dir.exists() else -1
+        if at_work is None:  # its run has outlived the process that watched it
+            os.close(lock)
+            return "wait"
+        if at_work >= 0:
+            os.close(at_work)
+        if study.get_trials(deepcopy=False)[left.number].state == TrialState.RUNNING:
+            trial = optuna.Trial(study, left._trial_id)
+            trial.set_user_attr("host", HOST)
+            return start(sweep, study, trial, lock, jobs)
+        os.close(lock)
+    if len(study.get_trials(deepcopy=False)) >= wanted:
+        return "wait" if waiting else "end"
+    trial = study.ask()
+    if trial.number >= wanted:  # another process was faster: this one is left for a greater --count
+        return "wait"
+    lock = locked(directory(sweep) / f"{run_id(study, trial.number)}.lock")
+    trial.set_user_attr("host", HOST)
+    return start(sweep, study, trial, lock, jobs)
+
+
+def watch(sweep: Sweep, run: Run) -> float | None:
+    """Report what the journal has of the metric, and stop a run that is to be pruned; returns the latest value."""
+    journal = run.output_dir / "history.jsonl"
+    size = journal.stat().st_size if journal.exists() else 0
+    if size == run.journal_size:
+        return None
+    run.journal_size = size
+    lines = [line for line in journal.read_text().splitlines(keepends=True) if json.dumps(sweep.metric) in line]
+    values = [json.loads(line)[sweep.metric] for line in lines if line.endswith("\n")]
+    for epoch, value in enumerate(values, 1):
+        if epoch not in run.reported:
+            run.reported.add(epoch)
+            run.trial.report(value, epoch)
+            if not run.pruned and run.trial.should_prune():
+                run.pruned = True
+                run.process.terminate()
+    return values[-1] if values else None
+
+
+def conclude(sweep: Sweep, study: optuna.Study, run: Run) -> FrozenTrial | None:
+    """Record what has become of a run that has ended; None where it is to be resumed."""
+    run.journal_size = -1
+    last, status = watch(sweep, run), run.process.returncode
+    os.close(run.lock)
+    if status in STOPPED and not run.pruned:
+        return None
+    run.trial.set_user_attr("seconds", round(time.monotonic() - run.started, 1))
+    if status in STOPPED:
+        return study.tell(run.trial, state=TrialState.PRUNED)
+    log = run.output_dir.with_suffix(".log").read_text(errors="replace")
+    said = [line for line in log.splitlines() if line.strip() and not line.startswith("wandb:")]
+    error = said[-1] if said else f"exit status {status}"
+    value = None
+    if status == 0:
+        with contextlib.suppress(FileNotFoundError):
+            value = json.loads((run.output_dir / "metrics.json").read_text()).get(sweep.metric)
+        value = last if value is None else value  # of the best model where there is one, else of the last epoch
+        error = f"the run has no figure {sweep.metric}"
+    elif status < 0:
+        error = f"ended by {signal.Signals(-status).name}"
+    if value is not None and math.isfinite(value):
+        return study.tell(run.trial, value)
+    run.trial.set_user_attr("error", error)
+    return study.tell(run.trial, state=TrialState.FAIL)
+
+
+def stop(running: dict[int, Run]) -> None:
+    """End the runs with a checkpoint, to be resumed."""
+    try:
+        for run in running.values():
+            run.process.terminate()
+        deadline = time.monotonic() + SECONDS_TO_STOP
+        for run in running.values():
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                run.process.wait(max(0, deadline - time.monotonic()))
+    finally:  # also on a second Ctrl-C
+        for run in running.values():
+            run.process.kill()
+
+
+def search(sweep: Sweep, study: optuna.Study, wanted: int, jobs: int, seed: int | None) -> None:
+    """Run trials until there are as many as wanted. Raises `UserError` where the first ones all fail."""
+    running: dict[int, Run] = {}
+    outcomes: list[TrialState] = []
+    done = sum(trial.state.is_finished() for trial in study.get_trials(deepcopy=False)[:wanted])
+    with tqdm(total=wanted, initial=done, unit="trial", disable=None, file=sys.stdout) as bar:
+        try:
+            while True:
+                for number, run in list(running.items()):
+                    if run.process.poll() is None:
+                        watch(sweep, run)
+                        continue
+                    del running[number]
+                    if ended := conclude(sweep, study, run):
+                        outcomes.append(ended.state)
+                        say(sweep, study, ended, bar)
+                if outcomes[:FAILURES_AT_THE_START] == [TrialState.FAIL] * FAILURES_AT_THE_START:
+                    error = ended.user_attrs["error"]
+                    log = directory(sweep) / f"{run_id(study, ended.number)}.log"
+                    raise UserError(f"the first {FAILURES_AT_THE_START} trials failed, the last: {error} ({log})", 1)
+                while len(running) < jobs:
+                    trials = len(study.get_trials(deepcopy=False))
+                    # Every trial its own seed, or a search that is resumed would draw the same again.
+                    study.sampler = sampler(sweep, None if seed is None else seed * 1_000_003 + trials)
+                    run = next_run(sweep, study, wanted, jobs, running)
+                    if isinstance(run, str):
+                        break
+                    running[run.trial.number] = run
+                if not running and run == "end":
+                    return
+                if not running:
+                    time.sleep(SECONDS_BETWEEN_LOOKS)
+                for run in list(running.values())[:1]:
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        run.process.wait(SECONDS_BETWEEN_LOOKS)
+        finally:
+            stop(running)
+
+
+# ---------------------------------------------------------------------------------------------- what is shown
+
+
+def best_first(study: optuna.Study) -> list[FrozenTrial]:
+    sign = -1 if study.direction == optuna.study.StudyDirection.MAXIMIZE else 1
+    complete = study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
+    return sorted(complete, key=lambda trial: sign * trial.value)
+
+
+def say(sweep: Sweep, study: optuna.Study, trial: FrozenTrial, bar: tqdm) -> None:
+    outcome = trial.user_attrs.get("error") or f"{sweep.metric} {trial.value:.4f}"
+    after = f" after {len(trial.intermediate_values)} epochs" if trial.state == TrialState.PRUNED else ""
+    parameters = " ".join(f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}"
+                          for name, value in trial.user_attrs["parameters"].items())  # fmt: skip
+    bar.write(f"trial {trial.number}: {trial.state.name.lower()}{after}, {outcome} | {parameters}")
+    if best := best_first(study):
+        bar.set_postfix_str(f"best {sweep.metric} {best[0].value:.4f}, trial {best[0].number}")
+    bar.update()
+
+
+def report(sweep: Sweep, study: optuna.Study, wanted: int) -> None:
+    """Print the best runs and what mattered, and write both as CSV."""
+    trials, best = study.get_trials(deepcopy=False)[:wanted], best_first(study)
+    names = list(sweep.searched)
+    table = directory(sweep) / "trials.csv"
+    with table.open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["trial", "state", sweep.metric, *names, "epochs", "seconds", "error", "output_dir"])
+        for trial in [*best, *(trial for trial in trials if trial.state != TrialState.COMPLETE)]:
+            attrs = trial.user_attrs
+            rows.writerow([
+                trial.number, trial.state.name.lower(), trial.value,
+                *(attrs.get("parameters", {}).get(name) for name in names), len(trial.intermediate_values),
+                attrs.get("seconds"), attrs.get("error"), directory(sweep) / run_id(study, trial.number),
+            ])  # fmt: skip
+    counts = {state.name.lower(): sum(trial.state == state for trial in trials) for state in TrialState}
+    print(f"{', '.join(f'{count} {name}' for name, count in counts.items() if count)}; all trials: {table}")
+    if not best:
+        return
+    lines = [["trial", sweep.metric, *names]]
+    for trial in best[:10]:
+        values = [trial.value, *trial.user_attrs["parameters"].values()]
+        lines.append([str(trial.number), *(f"{v:.4g}" if isinstance(v, float) else str(v) for v in values)])
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    print(*("  ".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in lines), sep="\n")
+    if len(best) > 1 and len({trial.value for trial in best}) > 1:
+        importances = optuna.importance.get_param_importances(
+            study, evaluator=optuna.importance.PedAnovaImportanceEvaluator()
+        )
+        print("what mattered: " + ", ".join(f"{name} {share:.0%}" for name, share in importances.items()))
+        with (directory(sweep) / "importances.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([("parameter", "importance"), *importances.items()])
+    again = command(sweep, best[0].user_attrs["parameters"], "python")
+    print(f"the best run again: {shlex.join(again[1:] if again[0] == '/usr/bin/env' else again)}")
+    print(f"its files: {directory(sweep) / run_id(study, best[0].number)} | all of them to W&B: wandb sync wandb/")
+
+
+# ---------------------------------------------------------------------------------------------- from start to end
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    def refuse(message: str) -> NoReturn:
+        raise UserError(f"{message} (--help lists the options)")
+
+    def positive(text: str) -> int:
+        if not text.isdecimal() or int(text) < 1:
+            raise argparse.ArgumentTypeError(f"must be a whole number above 0, got {text!r}")
+        return int(text)
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.error = refuse
+    parser.add_argument("sweep_file", type=Path, help="a W&B sweep file")
+    parser.add_argument("--count", type=positive, help="trials in all [all of a grid; run_cap of the file]")
+    parser.add_argument("--jobs", type=positive, default=1, help="trials at a time, which share the processor [1]")
+    parser.add_argument("--storage", help="URL of an Optuna storage, to share [a file in runs/sweep-<name>]")
+    parser.add_argument("--seed", type=int, help="of the search, for trials one at a time")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    asked = arguments(argv)
+    sweep = read_sweep(asked.sweep_file)
+    wanted = trials_wanted(sweep, asked.count)
+    directory(sweep).mkdir(parents=True, exist_ok=True)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    study = open_study(sweep, asked.storage or f"sqlite:///{directory(sweep)}/study.db")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        search(sweep, study, wanted, asked.jobs, asked.seed)
+    except (KeyboardInterrupt, SystemExit):
+        print("The runs were stopped; the same command goes on where they were.")
+        raise
+    finally:
+        report(sweep, study, wanted)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,42 @@
+"""A stand-in for a training script that takes no time: a known function of x and y, one value per epoch.
+
+It keeps to what sweep_offline.py asks of a program: --output_dir, --resume, history.jsonl, metrics.json, SIGTERM. Each
+visit of a cell that comes to its end is a line of visits.txt, each start one of starts.txt.
+"""
+
+import argparse
+import fcntl
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+parser = argparse.ArgumentParser()
+for name in ("x", "y", "seconds"):
+    parser.add_argument(f"--{name}", type=float, default=0.0)
+parser.add_argument("--epochs", type=int, default=1)
+parser.add_argument("--fail", default="")
+parser.add_argument("--output_dir", type=Path)
+parser.add_argument("--resume", action="store_true")
+options = parser.parse_args()
+if options.fail == "True" or (options.fail == "odd" and options.x % 2):
+    sys.exit(f"objective.py: error: x is {options.x:g}")
+options.output_dir.mkdir(parents=True, exist_ok=True)
+lock = os.open(options.output_dir, os.O_RDONLY)
+fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+with Path("starts.txt").open("a") as file:
+    file.write(f"{options.x:g} {options.y:g} {os.environ['OMP_NUM_THREADS']} {os.environ['WANDB_RUN_GROUP']}\n")
+journal = options.output_dir / "history.jsonl"
+done = len(journal.read_text().splitlines()) if journal.exists() else 0
+value = -((options.x - 3) ** 2) - (options.y + 1) ** 2
+for epoch in range(done + 1, options.epochs + 1):
+    time.sleep(options.seconds / options.epochs)
+    with journal.open("a") as file:
+        file.write(json.dumps({"step": epoch, "score": value - (options.epochs - epoch)}) + "\n")
+if not (options.output_dir / "metrics.json").exists():
+    (options.output_dir / "metrics.json").write_text(json.dumps({"score": value}))
+    with Path("visits.txt").open("a") as file:
+        file.write(f"{options.x:g} {options.y:g}\n")
