@@ -1,6 +1,7 @@
 """The W&B run beside a training run: begun, made unable to hurt training, stopped and ended."""
 
 import contextlib
+import functools
 import logging
 import os
 import queue
@@ -150,6 +151,8 @@ def forgiving(run: wandb.Run) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        if _is_from_agent(error):
+            raise
         modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
         if not any(module.startswith("wandb.") for module in modules):
             raise
@@ -197,7 +200,10 @@ def stop_requests() -> Iterator[list[Stopped]]:
         return
 
     def ask(number: int, _: Any) -> None:
-        asked.append(Stopped(signal.Signals(number).name, 128 + number))
+        if number == signal.SIGTERM and "WANDB_SWEEP_ID" in os.environ:
+            asked.append(Stopped("the sweep", 0))  # its agent would take another status for a failure
+        else:
+            asked.append(Stopped(signal.Signals(number).name, 128 + number))
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.setitimer(signal.ITIMER_REAL, SECONDS_TO_STOP)
 
@@ -220,24 +226,53 @@ def finishing(run: wandb.Run) -> Iterator[wandb.Run]:
 
     `run` itself would do as a context manager, but prints a traceback for any exception, even a `UserError`.
     """
-    ending = False
+    ending, in_main_thread = False, threading.current_thread() is threading.main_thread()
     try:
-        yield run
+        try:
+            yield run
+        except Exception as error:
+            if not _is_from_agent(error):
+                raise
+            raise Stopped("the sweep", 0) from None
         ending = True
         _finish(run, 0)
     except BaseException as error:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        if in_main_thread:
+            signal.setitimer(signal.ITIMER_REAL, 0)
         status = getattr(error, "status", 1)
         if status == 128 + signal.SIGTERM and not ending:
             with forgiving(run):
                 run.mark_preempting()
         closing = threading.Thread(target=_finish, args=(run, status), daemon=True)
         closing.start()
-        closing.join(SECONDS_TO_STOP if isinstance(error, Stopped) else None)
-        if isinstance(error, Stopped) and status and (ending or closing.is_alive()):
+        hurried = isinstance(error, Stopped) and status != 0  # W&B gives a run that it stops half a minute
+        closing.join(SECONDS_TO_STOP if hurried else None)
+        if hurried and (ending or closing.is_alive()):
             print(f"{error} (W&B does not answer; what it lacks is uploaded then)", flush=True)
             os._exit(status)  # all there is has been written, and W&B would wait
         raise
+
+
+def _is_from_agent(error: Exception) -> bool:
+    """Whether `wandb.agent` has raised it in the thread that it runs a function in, to stop that."""
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    return type(error) is Exception and not error.args and not in_main_thread
+
+
+def for_agents(main: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """`main`, which in a thread of `wandb.agent` says that it was stopped and returns nothing, for others to go on."""
+
+    @functools.wraps(main)
+    def call(argv: list[str] | None = None) -> dict[str, Any]:
+        try:
+            return main(argv)
+        except Stopped as stopped:
+            if threading.current_thread() is threading.main_thread():
+                raise
+            print(stopped)
+            return {}
+
+    return call
 
 
 def _finish(run: wandb.Run, status: int) -> None:

@@ -90,6 +90,8 @@ def settle_run(settings: SharedSettings, task: str) -> None:
     settings.project = settings.project or task
     settings.id = settings.id or secrets.token_hex(4)
     settings.output_dir = settings.output_dir or f"runs/{task}-{settings.id}"
+    if "WANDB_SWEEP_ID" in os.environ:
+        settings.project = settings.entity = settings.id = None  # its agent has told W&B, which warns of others
 
 
 @contextlib.contextmanager

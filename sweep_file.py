@@ -155,7 +155,10 @@ def _distribution(key: str, parameter: dict[str, Any], method: str) -> BaseDistr
             raise ValueError(f"{key}.values: must be a list that is not empty, not {values!r}")
         # Optuna stores plain values; a list goes to the command line as text anyway.
         return CategoricalDistribution([v if isinstance(v, (int, float, str, type(None))) else str(v) for v in values])
-    return _range(key, kind, parameter, method)
+    found = _range(key, kind, parameter)
+    if method == "grid" and isinstance(found, FloatDistribution) and found.step is None:
+        raise ValueError(f"{key}: a grid can't visit every value of {kind}; give values: [...], or another method")
+    return found
 
 
 def _kind(key: str, parameter: dict[str, Any]) -> str:
@@ -172,7 +175,7 @@ def _kind(key: str, parameter: dict[str, Any]) -> str:
     return "uniform"
 
 
-def _range(key: str, kind: str, parameter: dict[str, Any], method: str) -> BaseDistribution:
+def _range(key: str, kind: str, parameter: dict[str, Any]) -> BaseDistribution:
     for name, value in parameter.items():
         if name != "distribution" and (not isinstance(value, (int, float)) or isinstance(value, bool)):
             hint = "; YAML reads numbers such as 1e-4 as words: write 0.0001" if isinstance(value, str) else ""
@@ -182,8 +185,6 @@ def _range(key: str, kind: str, parameter: dict[str, Any], method: str) -> BaseD
     low, high, q = parameter["min"], parameter["max"], parameter.get("q", 1)
     if low >= high:
         raise ValueError(f"{key}.min: {low} is not less than max, {high}")
-    if method == "grid" and kind not in ("int_uniform", "q_uniform"):
-        raise ValueError(f"{key}: a grid can't visit every value of {kind}; give values: [...], or another method")
     if kind == "int_uniform":
         if not (_is_whole(low) and _is_whole(high)):
             raise ValueError(f"{key}.min: int_uniform needs whole numbers, not {low} and {high}")

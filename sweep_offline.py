@@ -284,8 +284,7 @@ def next_run(sweep: Sweep, study: optuna.Study, wanted: int, jobs: int, running:
 def watch(sweep: Sweep, run: Run) -> float | None:
     """Report what the journal has of the metric, and stop a run that is to be pruned; returns the latest value."""
     journal = run.output_dir / "history.jsonl"
-    size = journal.stat().st_size if journal.exists() else 0
-    if size == run.journal_size:
+    if not journal.exists() or (size := journal.stat().st_size) == run.journal_size:
         return None
     run.journal_size = size
     lines = [line for line in journal.read_text().splitlines(keepends=True) if json.dumps(sweep.metric) in line]

@@ -40,6 +40,7 @@ if __name__ == "__main__":
     options.check_before_imports(Settings)
 
 import math
+import os
 import sys
 import tempfile
 import time
@@ -422,6 +423,7 @@ def conclude(
     return {**figures, "valid/mcc_low": low, "valid/mcc_high": high, **domains}
 
 
+@monitoring.for_agents
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Fine-tune, evaluate and save as the command-line arguments say; returns the content of metrics.json."""
     started = time.perf_counter()
@@ -432,15 +434,16 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         if summary := runtime.finished(output_dir, settings, checkpoint):
             return summary
         rows = runtime.rewind_journal(output_dir, checkpoint) if checkpoint else []
-        asked = dataclasses.replace(settings)
-        corpus = load(settings)
-        # What is wrong with a model shows before anything is written, unless W&B has to be asked for it.
-        loaded = None if settings.model.startswith("wandb:") else load_model(settings, corpus, settings.model)
+        asked, corpus, loaded = dataclasses.replace(settings), None, None
+        if "WANDB_SWEEP_ID" not in os.environ:
+            corpus = load(settings)
+            # What is wrong with a model shows before anything is written, unless W&B has to be asked for it.
+            loaded = None if settings.model.startswith("wandb:") else load_model(settings, corpus, settings.model)
         run, held = monitoring.start(lambda mode: init(asked, mode, stop), asked)
         with monitoring.finishing(run):
             # A sweep may have set part of the config: from here on, the config is what counts.
             configured = settings if checkpoint else options.from_config(asked, run.config)
-            if configured not in (asked, settings):
+            if corpus is None or configured not in (asked, settings):
                 settings, loaded = configured, None
                 corpus = load(settings)
             device = runtime.find_device(settings.device)

@@ -28,6 +28,7 @@ if __name__ == "__main__":
     options.check_before_imports(Settings)
 
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -370,6 +371,7 @@ def conclude(
     return {**figures, f"{shown}/majority_share": result.confusion.majority_share()}
 
 
+@monitoring.for_agents
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Train, evaluate and export as the command-line arguments say; returns the content of metrics.json."""
     started = time.perf_counter()
@@ -380,13 +382,14 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         if summary := runtime.finished(output_dir, settings, checkpoint):
             return summary
         rows = runtime.rewind_journal(output_dir, checkpoint) if checkpoint else []
-        asked = dataclasses.replace(settings)
-        digits, parts = load(settings)
+        asked, digits, parts = dataclasses.replace(settings), None, []
+        if "WANDB_SWEEP_ID" not in os.environ:
+            digits, parts = load(settings)
         run, held = monitoring.start(lambda mode: init(asked, mode, stop), asked)
         with monitoring.finishing(run):
             # A sweep may have set part of the config: from here on, the config is what counts.
             configured = settings if checkpoint else options.from_config(asked, run.config)
-            if configured not in (asked, settings):
+            if digits is None or configured not in (asked, settings):
                 settings = configured
                 digits, parts = load(settings)
             device = runtime.find_device(settings.device)

@@ -27,6 +27,9 @@ class WandbServer(ThreadingHTTPServer):
         self.files: dict[str, int] = {}  # bytes received, by path
         self.artifacts: list[str] = []  # names, in order
         self.stopped: set[str] = set()  # runs that are told to stop
+        self.sweep_file = ""  # what `wandb sweep` has sent
+        self.trials: list[dict[str, Any]] = []  # parameters that agents are handed, in order
+        self.to_stop: dict[str, int] = {}  # runs that the sweep stops once they have this many rows
         self.released = threading.Event()  # ends every hanging answer
         self.connections: list[socket.socket] = []
         self.lock = threading.Lock()
@@ -149,6 +152,7 @@ class Handler(BaseHTTPRequestHandler):
                 run = server.run(run_id)
                 run["config"] |= json.loads(variables.get("config") or "{}")
                 run["tags"] = variables.get("tags") or run["tags"]
+                run["group"] = variables.get("groupName")
             project = {"id": "1", "name": variables.get("project"), "entity": entity}
             bucket = self.bucket(run_id) | {"displayName": run_id, "sweepName": variables.get("sweep")}
             return {"upsertBucket": {"bucket": bucket | {"description": "", "project": project}, "inserted": not known}}
@@ -157,6 +161,18 @@ class Handler(BaseHTTPRequestHandler):
             return {"createRunFiles": {"runID": variables["run"], "uploadHeaders": [], "files": files}}
         if name == "RunStoppedStatus":
             return {"project": {"run": {"stopped": variables["runId"] in server.stopped}}}
+        if name == "UpsertSweep":
+            server.sweep_file = variables["config"]
+            project = {"id": "1", "name": variables.get("projectName"), "entity": entity}
+            return {"upsertSweep": {"sweep": {"name": "sweep1", "project": project}, "configValidationWarnings": []}}
+        if name == "SweepWithRuns":
+            return {"project": {"sweep": {"id": "1", "name": "sweep1", "config": server.sweep_file,
+                                          "runs": {"edges": []}}}}  # fmt: skip
+        if name == "CreateAgent":
+            return {"createAgent": {"agent": {"id": "agent1"}}}
+        if name == "Heartbeat":
+            commands = self.commands(list(json.loads(variables["runState"])))
+            return {"agentHeartbeat": {"agent": {"id": "agent1"}, "commands": json.dumps(commands)}}
         if name == "CreateArtifact":  # all that is ever logged is there already
             collection = variables["input"]["artifactCollectionName"]
             server.artifacts.append(collection)
@@ -165,6 +181,21 @@ class Handler(BaseHTTPRequestHandler):
                 "createArtifact": {"artifact": {"id": collection, "state": "COMMITTED", "artifactSequence": sequence}}
             }
         return {"project": None}
+
+    def commands(self, at_work: list[str]) -> list[dict[str, Any]]:
+        """What the sweep has for an agent: a run to stop, the next one, or nothing more."""
+        server = self.server
+        for run_id in at_work:
+            if len(server.rows(run_id)) >= server.to_stop.get(run_id, 10**9):
+                return [{"type": "stop", "run_id": run_id}]
+        if at_work:
+            return []
+        if not server.trials:
+            return [{"type": "exit"}]
+        parameters, run_id = server.trials.pop(0), f"run{len(server.trials)}"
+        values = {name: {"value": value} for name, value in parameters.items()}
+        program = re.search(r"program: (.*)", server.sweep_file)
+        return [{"type": "run", "run_id": run_id, "program": program and program[1], "args": values}]
 
     def bucket(self, run_id: str) -> dict[str, Any] | None:
         if run_id not in self.server.runs:
