@@ -205,8 +205,8 @@ def run_id(study: optuna.Study, number: int) -> str:
 
 
 def locked(path: Path) -> int | None:
-    """A descriptor that holds the lock on a file or directory; None where another process has it."""
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT)
+    """A descriptor that holds the lock on a file; None where another process has it."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -241,6 +241,7 @@ def start(sweep: Sweep, study: optuna.Study, trial: optuna.Trial, lock: int, job
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C is for this process to pass on
+            pass_fds=(lock,),  # held by a run that outlives this process, too
         )
     reported = set(study.trials[trial.number].intermediate_values)
     return Run(trial, process, output_dir, lock, reported, time.monotonic())
@@ -256,16 +257,9 @@ def next_run(sweep: Sweep, study: optuna.Study, wanted: int, jobs: int, running:
         waiting = True
         if "host" not in left.user_attrs and age < SECONDS_TO_BEGIN:
             continue
-        output_dir = directory(sweep) / run_id(study, left.number)
-        lock = locked(output_dir.with_suffix(".lock"))
+        lock = locked(directory(sweep) / f"{run_id(study, left.number)}.lock")
         if lock is None:
-            continue  # another process of this search has it
-        at_work = locked(output_dir) if output_dir.exists() else -1
-        if at_work is None:  # its run has outlived the process that watched it
-            os.close(lock)
-            return "wait"
-        if at_work >= 0:
-            os.close(at_work)
+            continue  # its run is at work, of this search, of another process, or of one that was killed
         if study.get_trials(deepcopy=False)[left.number].state == TrialState.RUNNING:
             trial = optuna.Trial(study, left._trial_id)
             trial.set_user_attr("host", HOST)
@@ -433,7 +427,7 @@ def report(sweep: Sweep, study: optuna.Study, wanted: int) -> None:
             csv.writer(file).writerows([("parameter", "importance"), *importances.items()])
     again = command(sweep, best[0].user_attrs["parameters"], "python")
     print(f"the best run again: {shlex.join(again[1:] if again[0] == '/usr/bin/env' else again)}")
-    print(f"its files: {directory(sweep) / run_id(study, best[0].number)} | all of them to W&B: wandb sync wandb/")
+    print(f"its files: {directory(sweep) / run_id(study, best[0].number)} | all of them to W&B: wandb sync wandb/offline-run-*")
 
 
 # ---------------------------------------------------------------------------------------------- from start to end

@@ -23,12 +23,13 @@ parser.add_argument("--resume", action="store_true")
 options = parser.parse_args()
 if options.fail == "True" or (options.fail == "odd" and options.x % 2):
     sys.exit(f"objective.py: error: x is {options.x:g}")
+with Path("starts.txt").open("a") as file:
+    file.write(f"{options.x:g} {options.y:g} {os.environ['OMP_NUM_THREADS']} {os.environ['WANDB_RUN_GROUP']}\n")
+time.sleep(0.2)  # as imports take
 options.output_dir.mkdir(parents=True, exist_ok=True)
 lock = os.open(options.output_dir, os.O_RDONLY)
 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-with Path("starts.txt").open("a") as file:
-    file.write(f"{options.x:g} {options.y:g} {os.environ['OMP_NUM_THREADS']} {os.environ['WANDB_RUN_GROUP']}\n")
 journal = options.output_dir / "history.jsonl"
 done = len(journal.read_text().splitlines()) if journal.exists() else 0
 value = -((options.x - 3) ** 2) - (options.y + 1) ** 2

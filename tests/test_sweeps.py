@@ -67,13 +67,13 @@ def test_wandb_sweep_and_wandb_agent(tmp_path):
         server.trials = [
             SMALL | {"learning_rate": 0.002, "batch_size": 8},
             SMALL | {"learning_rate": "5e-4", "batch_size": 16.0, "watch": "off"},
-            SMALL | {"epochs": 9999, "batch_size": 32},
+            SMALL | {"epochs": 9999, "batch_size": 1},
         ]
         server.to_stop = {"run0": 3}
         out = wandb("agent", "tester/cola/sweep1", cwd=tmp_path, server=server)
     assert "Traceback" not in out and "Ignoring" not in out
     assert out.count("stopped by the sweep; the same command with --resume goes on") == 1
-    handed = {"run2": (0.002, 8), "run1": (0.0005, 16), "run0": (0.001, 32)}
+    handed = {"run2": (0.002, 8), "run1": (0.0005, 16), "run0": (0.001, 1)}
     assert server.runs.keys() == handed.keys()
     for run_id, (learning_rate, batch_size) in handed.items():
         used = json.loads((tmp_path / f"runs/cola-{run_id}/config.json").read_text())
@@ -105,7 +105,7 @@ json.dump(seen, open("seen.json", "w"))
     trials = [
         SMALL | {"learning_rate": 0.002, "batch_size": 8},
         SMALL | {"seed": 7},
-        SMALL | {"epochs": 9999, "batch_size": 32},
+        SMALL | {"epochs": 9999, "batch_size": 1},
         SMALL | {"learning_rate": "5e-4", "batch_size": 16.0},
         SMALL | {"dataset": "synthetic", "train_file": None, "valid_file": None, "max_steps": 5},
     ]
