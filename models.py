@@ -163,7 +163,7 @@ class UsedRows(nn.Embedding):
 
     def __init__(self, whole: nn.Embedding, used: Tensor):
         super().__init__(len(used), whole.embedding_dim, _weight=whole.weight.detach()[used])
-        row = torch.zeros(whole.num_embeddings, dtype=torch.long, device=used.device)
+        row = torch.full((whole.num_embeddings,), -1, device=used.device)  # -1 is an error
         row[used] = torch.arange(len(used), device=used.device)
         self.padding_idx = None if whole.padding_idx is None else int(row[whole.padding_idx])
         for name, tensor in {"used": used, "row": row, "whole": whole.weight.detach()}.items():

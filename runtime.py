@@ -76,7 +76,7 @@ def find_precision(name: str, device: torch.device) -> str:
 def settle_run(settings: SharedSettings, task: str) -> None:
     """Fill in what a run is called and where it goes: W&B mode, project, run id and output directory.
 
-    A run that is resumed keeps its project and its id. Raises `UserError`.
+    A run that is resumed keeps its project and its id; of a sweep's run, W&B knows both. Raises `UserError`.
     """
     if settings.resume and not settings.output_dir:
         raise UserError("--resume needs to know which run: give the --output_dir it had")

@@ -1,6 +1,7 @@
 """A W&B sweep file: read, checked, and its parameters as Optuna's distributions."""
 
 import dataclasses
+import json
 import math
 import re
 from collections.abc import Iterable, Iterator
@@ -14,6 +15,7 @@ from options import UserError
 
 KEYS = "program name project entity description method metric parameters early_terminate command run_cap".split()
 METHODS = ("grid", "random", "bayes")
+PLAIN = (int, float, str, type(None))  # the kinds of values that Optuna stores
 COMMAND = ["${env}", "${interpreter}", "${program}", "${args}"]  # W&B's default
 # W&B's kinds of parameters that Optuna draws exactly, and the keys that they have.
 RANGES = {
@@ -30,7 +32,10 @@ OTHER_KINDS = (
     "categorical_w_probabilities normal log_normal beta q_normal q_log_normal q_beta q_log_uniform "
     "q_log_uniform_values".split()
 )
-MACROS = "env interpreter program args args_no_hyphens args_no_boolean_flags args_no_equals args_json".split()
+MACROS = (
+    "env interpreter program args args_no_hyphens args_no_boolean_flags args_no_equals args_json args_append_hydra "
+    "args_override_hydra"
+).split()
 
 
 @dataclasses.dataclass
@@ -49,6 +54,7 @@ class Sweep:
     run_cap: int | None
     constants: dict[str, Any]
     searched: dict[str, BaseDistribution]
+    lists: dict[str, dict[str, Any]]  # values that are no plain ones, by the text that stands for them in `searched`
 
 
 def read_sweep(path: Path) -> Sweep:
@@ -57,10 +63,14 @@ def read_sweep(path: Path) -> Sweep:
         content = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} can't be read: {getattr(error, 'strerror', None) or error}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise UserError(f"{path} is not YAML that can be read: it is nested too deeply") from None
     try:
         return _check(content, path)
+    except RecursionError:
+        raise UserError(f"{path}: parameters: are nested too deeply") from None
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
 
@@ -77,8 +87,8 @@ def _check(content: Any, path: Path) -> Sweep:
     for key in ("name", "project", "entity", "description"):
         if not isinstance(content.get(key, ""), str):
             raise ValueError(f"{key}: must be a string, not {content[key]!r}")
-    if not name or "/" in name or name.startswith("."):
-        raise ValueError(f"name: {name!r} can't name a directory")
+    if not 0 < len(name) < 100 or not name.isprintable():
+        raise ValueError(f"name: {name[:100]!r} must have 1 to 99 letters")
     if "metric" not in content:
         raise ValueError("metric: which figure is to be searched by? Its name, and goal: minimize or maximize")
     metric = _mapping("metric", content["metric"], ("name", "goal"))
@@ -91,18 +101,26 @@ def _check(content: Any, path: Path) -> Sweep:
     if command is not None and not (isinstance(command, list) and command):
         raise ValueError("command: must be a list of words")
     for word in command or ():
-        if str(word).startswith("${") and str(word)[2:-1] not in MACROS and not str(word).startswith("${envvar:"):
-            raise ValueError(f"command: {word} is none of {', '.join(MACROS)}, envvar:NAME")
+        if str(word).startswith("${") and not re.fullmatch(r"\$\{(\w+|envvar:[A-Z0-9_]+)\}", str(word)):
+            raise ValueError(f"command: {word} is neither a word nor a macro")
+        if re.fullmatch(r"\$\{\w+\}", str(word)) and str(word)[2:-1] not in MACROS:
+            raise ValueError(f"command: {word} is none of the macros that can be used offline, {', '.join(MACROS)}")
     run_cap = content.get("run_cap")
     if run_cap is not None and not (_is_whole(run_cap) and run_cap > 0):
         raise ValueError(f"run_cap: must be a whole number above 0, not {run_cap!r}")
-    constants, searched = {}, {}
-    for key, parameter in _flat("parameters", content.get("parameters")):
-        found = _distribution(f"parameters.{key}", parameter, method)
-        (searched if isinstance(found, BaseDistribution) else constants)[key] = found
+    constants, searched, lists = {}, {}, {}
+    for name_of, parameter in _flat("parameters", content.get("parameters")):
+        key = f"parameters.{name_of.replace('/', '.')}"
+        try:
+            json.dumps(parameter)
+            found = _distribution(key, parameter, method)
+        except (TypeError, OverflowError) as error:
+            raise ValueError(f"{key}: {error}") from None
+        (searched if isinstance(found, BaseDistribution) else constants)[name_of] = found
+        lists[name_of] = {str(v): v for v in parameter.get("values", ()) if not isinstance(v, PLAIN)}
     return Sweep(
         name, program, content.get("project"), content.get("entity"), method, metric["name"], goal,
-        _hyperband(content.get("early_terminate")), command, run_cap, constants, searched,
+        _hyperband(content.get("early_terminate")), command, run_cap, constants, searched, lists,
     )  # fmt: skip
 
 
@@ -138,6 +156,8 @@ def _flat(key: str, parameters: Any, prefix: str = "") -> Iterator[tuple[str, di
 def _distribution(key: str, parameter: dict[str, Any], method: str) -> BaseDistribution | Any:
     """A parameter's distribution, or its value if it is a constant."""
     kind = parameter.get("distribution") or _kind(key, parameter)
+    if not isinstance(kind, str):
+        raise ValueError(f"{key}.distribution: must be a word, not {kind!r}")
     if kind in OTHER_KINDS or "probabilities" in parameter:
         kind = kind if kind in OTHER_KINDS else "categorical_w_probabilities"
         raise ValueError(f"{key}.distribution: {kind} can't be searched offline; W&B's own server can")
@@ -153,8 +173,7 @@ def _distribution(key: str, parameter: dict[str, Any], method: str) -> BaseDistr
         values = parameter["values"]
         if not isinstance(values, list) or not values:
             raise ValueError(f"{key}.values: must be a list that is not empty, not {values!r}")
-        # Optuna stores plain values; a list goes to the command line as text anyway.
-        return CategoricalDistribution([v if isinstance(v, (int, float, str, type(None))) else str(v) for v in values])
+        return CategoricalDistribution([v if isinstance(v, PLAIN) else str(v) for v in values])
     found = _range(key, kind, parameter)
     if method == "grid" and isinstance(found, FloatDistribution) and found.step is None:
         raise ValueError(f"{key}: a grid can't visit every value of {kind}; give values: [...], or another method")
@@ -202,10 +221,10 @@ def _range(key: str, kind: str, parameter: dict[str, Any]) -> BaseDistribution:
             if _is_whole(q)
             else FloatDistribution(round(first * q, 12), round(last * q, 12), step=q)
         )
-    if kind == "log_uniform":  # the bounds are exponents, as in W&B
-        low, high = math.exp(low), math.exp(high)
-    elif kind == "inv_log_uniform":
-        low, high = math.exp(-high), math.exp(-low)
+    if kind in ("log_uniform", "inv_log_uniform"):  # the bounds are exponents, as in W&B
+        if not -700 < low < high < 700:
+            raise ValueError(f"{key}: min and max of {kind} are exponents of e; log_uniform_values takes the values")
+        low, high = (math.exp(low), math.exp(high)) if kind == "log_uniform" else (math.exp(-high), math.exp(-low))
     elif low <= 0:
         raise ValueError(f"{key}.min: must be above 0 for {kind}, not {low}")
     return FloatDistribution(low, high, log=True)
@@ -225,4 +244,6 @@ def _hyperband(early: Any) -> dict[str, Any] | None:
             raise ValueError(f"{key}.{name}: must be a whole number above {name == 'eta':d}, not {early[name]!r}")
     if "min_iter" not in early and not {"max_iter", "s"} <= early.keys():
         raise ValueError(f"{key}: needs min_iter, or max_iter and s")
+    if early.get("min_iter", 1) > early.get("max_iter", math.inf):
+        raise ValueError(f"{key}.min_iter: {early['min_iter']} is more than max_iter, {early['max_iter']}")
     return early

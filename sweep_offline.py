@@ -1,7 +1,8 @@
 """Search hyperparameters as a W&B sweep file says, without a server: python sweep_offline.py sweep.yaml --count 20
 
-Each trial is the command that W&B's agent would run, a process of its own, offline; its journal is watched here. The
-search is Optuna's, and its storage holds all there is to know: the same command goes on where it was.
+Each trial is the command that W&B's agent would run, a process of its own, offline. The search is Optuna's, and its
+storage holds all there is to know: the same command goes on where it was. A program to be searched must take
+--output_dir and --resume, and write history.jsonl and metrics.json as train_mnist.py and train_cola.py do.
 """
 
 import argparse
@@ -12,23 +13,29 @@ import fcntl
 import json
 import math
 import os
-import random
+import re
+import secrets
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
 from options import UserError, run_script
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until all is imported, Ctrl-C just ends the process
 try:
     import optuna
 except ImportError:
-    sys.exit("sweep_offline.py: error: Optuna is not installed: pip install -r requirements-sweep.txt")
+    print("sweep_offline.py: error: Optuna is not installed: pip install -r requirements-sweep.txt", file=sys.stderr)
+    sys.exit(2)
 
 import sqlalchemy
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, distribution_to_json
@@ -38,11 +45,11 @@ from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_com
 
 from sweep_file import COMMAND, Sweep, read_sweep
 
-HOST = socket.gethostname()
 SECONDS_BETWEEN_LOOKS = 0.3
 SECONDS_TO_STOP = 15  # a run needs less than five
 SECONDS_TO_BEGIN = 60  # after which a trial that nobody has taken on is anybody's
 FAILURES_AT_THE_START = 3
+RESTARTS = 3  # of a run that others end before its next epoch
 STOPPED = (130, 143, -signal.SIGINT, -signal.SIGTERM)  # exit statuses after which a run can be resumed
 
 
@@ -67,7 +74,7 @@ class GridSampler(optuna.samplers.BaseSampler):
     """Trial n takes cell n. No two trials of a storage have the same number, and so no cell is visited twice."""
 
     def __init__(self, searched: dict[str, BaseDistribution]):
-        self.axes = {name: grid_values(distribution) for name, distribution in searched.items()}
+        self.axes = {name: grid_values(searched[name]) for name in sorted(searched)}
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         return {}
@@ -128,23 +135,20 @@ def open_study(sweep: Sweep, storage: str) -> optuna.Study:
     definition = dataclasses.asdict(sweep) | {
         "searched": {name: distribution_to_json(distribution) for name, distribution in sweep.searched.items()}
     }
+    definition = json.loads(json.dumps(definition))
     try:
         database = open_storage(storage)
-        try:
-            study = optuna.create_study(storage=database, study_name=sweep.name, direction=sweep.direction)
-            study.set_user_attr("id", f"{random.SystemRandom().getrandbits(24):06x}")
-            study.set_user_attr("sweep", json.loads(json.dumps(definition)))
-        except optuna.exceptions.DuplicatedStudyError:
-            study = optuna.load_study(storage=database, study_name=sweep.name)
+        study = optuna.create_study(
+            storage=database, study_name=sweep.name, direction=sweep.direction, load_if_exists=True
+        )
     except (sqlalchemy.exc.SQLAlchemyError, ImportError, ValueError) as error:
         raise UserError(f"--storage {storage}: {str(error).splitlines()[0]}") from None
-    deadline = time.monotonic() + 10
-    while "sweep" not in study.user_attrs:  # another process is about to say
-        if time.monotonic() > deadline:
+    if "sweep" not in study.user_attrs:
+        if study.get_trials(deepcopy=False):
             raise UserError(f"{storage} has a study {sweep.name!r} that is not of sweep_offline.py")
-        time.sleep(0.1)
-    before = study.user_attrs["sweep"]
-    differ = [key for key, value in json.loads(json.dumps(definition)).items() if before.get(key) != value]
+        study.set_user_attr("sweep", definition)
+    before = study.user_attrs.get("sweep", {})
+    differ = [key for key, value in definition.items() if before.get(key) != value]
     if differ and differ != ["run_cap"]:
         raise UserError(
             f"the sweep {sweep.name!r} was begun with another {' and '.join(differ)}; to begin a new search, give the "
@@ -182,6 +186,7 @@ def command(sweep: Sweep, searched: dict[str, Any], interpreter: str) -> list[st
     """The command that W&B's agent would run with these parameters."""
     arguments: dict[str, Any] = {}
     for name, value in {**sweep.constants, **searched}.items():
+        value = sweep.lists.get(name, {}).get(value, value) if isinstance(value, str) else value
         *outer, inner = name.split("/")
         place = arguments
         for part in outer:
@@ -196,12 +201,7 @@ def command(sweep: Sweep, searched: dict[str, Any], interpreter: str) -> list[st
 
 
 def directory(sweep: Sweep) -> Path:
-    return Path("runs", f"sweep-{sweep.name}")
-
-
-def run_id(study: optuna.Study, number: int) -> str:
-    """The W&B id of a trial, also the name of its output directory."""
-    return f"{study.user_attrs['id']}-{number}"
+    return Path("runs", f"sweep-{re.sub(r'[^A-Za-z0-9_.-]+', '-', sweep.name)}")
 
 
 def locked(path: Path) -> int | None:
@@ -216,8 +216,8 @@ def locked(path: Path) -> int | None:
 
 
 def start(sweep: Sweep, study: optuna.Study, trial: optuna.Trial, lock: int, jobs: int) -> Run:
-    """Start the run of a trial, or go on with it."""
-    output_dir = directory(sweep) / run_id(study, trial.number)
+    """Start the run of a trial, or go on with it. Raises `UserError` where there is no such command."""
+    output_dir = directory(sweep) / trial.user_attrs["run"]
     searched = {name: suggest(trial, name, distribution) for name, distribution in sweep.searched.items()}
     trial.set_user_attr("parameters", searched)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -229,13 +229,17 @@ def start(sweep: Sweep, study: optuna.Study, trial: optuna.Trial, lock: int, job
         "WANDB_MODE": "offline",
         "WANDB_RUN_GROUP": sweep.name,
         "WANDB_NAME": f"{sweep.name}-{trial.number}",
-        "WANDB_RUN_ID": run_id(study, trial.number),
+        "WANDB_RUN_ID": trial.user_attrs["run"],
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads),
         "RAYON_NUM_THREADS": os.environ.get("RAYON_NUM_THREADS", threads),  # of the tokenizers
     }
+    words = [*command(sweep, searched, sys.executable), "--output_dir", str(output_dir), "--resume"]
+    if not shutil.which(words[0]):
+        raise UserError(f"command: there is no {words[0]} here")
+    reported = set(study.trials[trial.number].intermediate_values)
     with output_dir.with_suffix(".log").open("ab") as log:
         process = subprocess.Popen(
-            [*command(sweep, searched, sys.executable), "--output_dir", str(output_dir), "--resume"],
+            words,
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -243,36 +247,49 @@ def start(sweep: Sweep, study: optuna.Study, trial: optuna.Trial, lock: int, job
             start_new_session=True,  # Ctrl-C is for this process to pass on
             pass_fds=(lock,),  # held by a run that outlives this process, too
         )
-    reported = set(study.trials[trial.number].intermediate_values)
     return Run(trial, process, output_dir, lock, reported, time.monotonic())
 
 
-def next_run(sweep: Sweep, study: optuna.Study, wanted: int, jobs: int, running: dict[int, Run]) -> Run | str:
-    """A run that was left behind, or else a new one; "wait" for one that others have, "end" where all are done."""
+def next_run(
+    sweep: Sweep, study: optuna.Study, wanted: int, jobs: int, here: str, running: dict[int, Run]
+) -> Run | str:
+    """A run that was left behind `here`, or a new one; "wait" where others are at work, "end" where all is done."""
     waiting = False
     for left in study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
-        age = (datetime.now() - left.datetime_start).total_seconds()
-        if left.number in running or left.number >= wanted or left.user_attrs.get("host", HOST) != HOST:
+        place, name = left.user_attrs.get("place", here), left.user_attrs.get("run")
+        if left.number in running or left.number >= wanted or place != here:
             continue
         waiting = True
-        if "host" not in left.user_attrs and age < SECONDS_TO_BEGIN:
+        age = (datetime.now() - left.datetime_start).total_seconds()
+        if name is None and age < SECONDS_TO_BEGIN:
             continue
-        lock = locked(directory(sweep) / f"{run_id(study, left.number)}.lock")
+        name = name or run_name(left.number)
+        lock = locked(directory(sweep) / f"{name}.lock")
         if lock is None:
             continue  # its run is at work, of this search, of another process, or of one that was killed
         if study.get_trials(deepcopy=False)[left.number].state == TrialState.RUNNING:
             trial = optuna.Trial(study, left._trial_id)
-            trial.set_user_attr("host", HOST)
-            return start(sweep, study, trial, lock, jobs)
-        os.close(lock)
+        else:
+            os.close(lock)
+            continue
+        trial.set_user_attr("place", here)
+        trial.set_user_attr("run", name)
+        return start(sweep, study, trial, lock, jobs)
     if len(study.get_trials(deepcopy=False)) >= wanted:
         return "wait" if waiting else "end"
     trial = study.ask()
     if trial.number >= wanted:  # another process was faster: this one is left for a greater --count
         return "wait"
-    lock = locked(directory(sweep) / f"{run_id(study, trial.number)}.lock")
-    trial.set_user_attr("host", HOST)
+    name = run_name(trial.number)
+    lock = locked(directory(sweep) / f"{name}.lock")
+    trial.set_user_attr("place", here)
+    trial.set_user_attr("run", name)  # from now on, the lock says whether it is at work
     return start(sweep, study, trial, lock, jobs)
+
+
+def run_name(number: int) -> str:
+    """A W&B id for a trial's run, also the name of its output directory."""
+    return f"{secrets.token_hex(3)}-{number}"
 
 
 def watch(sweep: Sweep, run: Run) -> float | None:
@@ -282,39 +299,54 @@ def watch(sweep: Sweep, run: Run) -> float | None:
         return None
     run.journal_size = size
     lines = [line for line in journal.read_text().splitlines(keepends=True) if json.dumps(sweep.metric) in line]
-    values = [json.loads(line)[sweep.metric] for line in lines if line.endswith("\n")]
+    values = [json.loads(line).get(sweep.metric) for line in lines if line.endswith("\n")]
     for epoch, value in enumerate(values, 1):
-        if epoch not in run.reported:
+        if is_number(value) and epoch not in run.reported:
             run.reported.add(epoch)
             run.trial.report(value, epoch)
             if not run.pruned and run.trial.should_prune():
                 run.pruned = True
-                run.process.terminate()
+                send(run, signal.SIGTERM)
     return values[-1] if values else None
 
 
-def conclude(sweep: Sweep, study: optuna.Study, run: Run) -> FrozenTrial | None:
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def send(run: Run, number: signal.Signals) -> None:
+    """A signal to the run's process and to those it has started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(run.process.pid, number)
+
+
+def conclude(sweep: Sweep, study: optuna.Study, run: Run, restarts: Counter[tuple[int, int]]) -> FrozenTrial | None:
     """Record what has become of a run that has ended; None where it is to be resumed."""
     run.journal_size = -1
     last, status = watch(sweep, run), run.process.returncode
-    os.close(run.lock)
     if status in STOPPED and not run.pruned:
-        return None
+        restarts[run.trial.number, len(run.reported)] += 1
+        if restarts[run.trial.number, len(run.reported)] < RESTARTS:
+            return None
     run.trial.set_user_attr("seconds", round(time.monotonic() - run.started, 1))
-    if status in STOPPED:
+    if status in STOPPED and run.pruned:
         return study.tell(run.trial, state=TrialState.PRUNED)
-    log = run.output_dir.with_suffix(".log").read_text(errors="replace")
-    said = [line for line in log.splitlines() if line.strip() and not line.startswith("wandb:")]
-    error = said[-1] if said else f"exit status {status}"
     value = None
     if status == 0:
-        with contextlib.suppress(FileNotFoundError):
+        try:
             value = json.loads((run.output_dir / "metrics.json").read_text()).get(sweep.metric)
-        value = last if value is None else value  # of the best model where there is one, else of the last epoch
-        error = f"the run has no figure {sweep.metric}"
+        except (FileNotFoundError, ValueError, AttributeError):
+            error = "the run has left no metrics.json that can be read"
+        else:
+            value = last if value is None else value  # of the best model where there is one, else of the last epoch
+            error = f"the run has no figure {sweep.metric}" if value is None else f"{sweep.metric} is {value!r}"
     elif status < 0:
         error = f"ended by {signal.Signals(-status).name}"
-    if value is not None and math.isfinite(value):
+    else:
+        log = run.output_dir.with_suffix(".log").read_text(errors="replace")
+        said = [line for line in log.splitlines() if line.strip() and not line.startswith("wandb:")]
+        error = said[-1] if said else f"exit status {status}"
+    if is_number(value):
         return study.tell(run.trial, value)
     run.trial.set_user_attr("error", error)
     return study.tell(run.trial, state=TrialState.FAIL)
@@ -324,21 +356,22 @@ def stop(running: dict[int, Run]) -> None:
     """End the runs with a checkpoint, to be resumed."""
     try:
         for run in running.values():
-            run.process.terminate()
+            send(run, signal.SIGTERM)
         deadline = time.monotonic() + SECONDS_TO_STOP
         for run in running.values():
             with contextlib.suppress(subprocess.TimeoutExpired):
                 run.process.wait(max(0, deadline - time.monotonic()))
     finally:  # also on a second Ctrl-C
         for run in running.values():
-            run.process.kill()
+            send(run, signal.SIGKILL)
 
 
-def search(sweep: Sweep, study: optuna.Study, wanted: int, jobs: int, seed: int | None) -> None:
+def search(sweep: Sweep, study: optuna.Study, wanted: int, jobs: int, here: str, seed: int | None) -> None:
     """Run trials until there are as many as wanted. Raises `UserError` where the first ones all fail."""
     running: dict[int, Run] = {}
-    outcomes: list[TrialState] = []
-    done = sum(trial.state.is_finished() for trial in study.get_trials(deepcopy=False)[:wanted])
+    ended: list[FrozenTrial] = []
+    restarts: Counter[tuple[int, int]] = Counter()
+    done, told = sum(trial.state.is_finished() for trial in study.get_trials(deepcopy=False)[:wanted]), False
     with tqdm(total=wanted, initial=done, unit="trial", disable=None, file=sys.stdout) as bar:
         try:
             while True:
@@ -346,24 +379,32 @@ def search(sweep: Sweep, study: optuna.Study, wanted: int, jobs: int, seed: int 
                     if run.process.poll() is None:
                         watch(sweep, run)
                         continue
+                    outcome = conclude(sweep, study, run, restarts)
                     del running[number]
-                    if ended := conclude(sweep, study, run):
-                        outcomes.append(ended.state)
-                        say(sweep, study, ended, bar)
-                if outcomes[:FAILURES_AT_THE_START] == [TrialState.FAIL] * FAILURES_AT_THE_START:
-                    error = ended.user_attrs["error"]
-                    log = directory(sweep) / f"{run_id(study, ended.number)}.log"
-                    raise UserError(f"the first {FAILURES_AT_THE_START} trials failed, the last: {error} ({log})", 1)
+                    os.close(run.lock)
+                    if outcome:
+                        ended.append(outcome)
+                        say(sweep, study, outcome, bar)
+                first = ended[:FAILURES_AT_THE_START]
+                failed = [trial.user_attrs for trial in first if trial.state == TrialState.FAIL]
+                if len(failed) == FAILURES_AT_THE_START and not best_first(study):
+                    log = directory(sweep) / f"{failed[-1]['run']}.log"
+                    raise UserError(
+                        f"the first {len(failed)} trials failed, the last: {failed[-1]['error']} ({log})", 1
+                    )
                 while len(running) < jobs:
                     trials = len(study.get_trials(deepcopy=False))
                     # Every trial its own seed, or a search that is resumed would draw the same again.
-                    study.sampler = sampler(sweep, None if seed is None else seed * 1_000_003 + trials)
-                    run = next_run(sweep, study, wanted, jobs, running)
+                    study.sampler = sampler(sweep, None if seed is None else (seed * 1_000_003 + trials) % 2**32)
+                    run = next_run(sweep, study, wanted, jobs, here, running)
                     if isinstance(run, str):
                         break
                     running[run.trial.number] = run
                 if not running and run == "end":
                     return
+                if not running and not told:
+                    told = True
+                    bar.write("Waiting for a run that another process has begun.")
                 if not running:
                     time.sleep(SECONDS_BETWEEN_LOOKS)
                 for run in list(running.values())[:1]:
@@ -383,7 +424,8 @@ def best_first(study: optuna.Study) -> list[FrozenTrial]:
 
 
 def say(sweep: Sweep, study: optuna.Study, trial: FrozenTrial, bar: tqdm) -> None:
-    outcome = trial.user_attrs.get("error") or f"{sweep.metric} {trial.value:.4f}"
+    value = "no value" if trial.value is None else f"{sweep.metric} {trial.value:.4f}"
+    outcome = trial.user_attrs.get("error") or value
     after = f" after {len(trial.intermediate_values)} epochs" if trial.state == TrialState.PRUNED else ""
     parameters = " ".join(f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}"
                           for name, value in trial.user_attrs["parameters"].items())  # fmt: skip
@@ -393,9 +435,9 @@ def say(sweep: Sweep, study: optuna.Study, trial: FrozenTrial, bar: tqdm) -> Non
     bar.update()
 
 
-def report(sweep: Sweep, study: optuna.Study, wanted: int) -> None:
+def report(sweep: Sweep, study: optuna.Study, here: str) -> None:
     """Print the best runs and what mattered, and write both as CSV."""
-    trials, best = study.get_trials(deepcopy=False)[:wanted], best_first(study)
+    trials, best = [t for t in study.get_trials(deepcopy=False) if "parameters" in t.user_attrs], best_first(study)
     names = list(sweep.searched)
     table = directory(sweep) / "trials.csv"
     with table.open("w", newline="") as file:
@@ -405,16 +447,19 @@ def report(sweep: Sweep, study: optuna.Study, wanted: int) -> None:
             attrs = trial.user_attrs
             rows.writerow([
                 trial.number, trial.state.name.lower(), trial.value,
-                *(attrs.get("parameters", {}).get(name) for name in names), len(trial.intermediate_values),
-                attrs.get("seconds"), attrs.get("error"), directory(sweep) / run_id(study, trial.number),
+                *(attrs["parameters"].get(name) for name in names), len(trial.intermediate_values),
+                attrs.get("seconds"), attrs.get("error"), directory(sweep) / attrs["run"],
             ])  # fmt: skip
     counts = {state.name.lower(): sum(trial.state == state for trial in trials) for state in TrialState}
     print(f"{', '.join(f'{count} {name}' for name, count in counts.items() if count)}; all trials: {table}")
+    for trial in trials:
+        if trial.state == TrialState.RUNNING and trial.user_attrs["place"] != here:
+            print(f"trial {trial.number} is with {trial.user_attrs['place']}: the same command there goes on with it")
     if not best:
         return
     lines = [["trial", sweep.metric, *names]]
     for trial in best[:10]:
-        values = [trial.value, *trial.user_attrs["parameters"].values()]
+        values = [trial.value, *(trial.user_attrs["parameters"][name] for name in names)]
         lines.append([str(trial.number), *(f"{v:.4g}" if isinstance(v, float) else str(v) for v in values)])
     widths = [max(map(len, column)) for column in zip(*lines)]
     print(*("  ".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in lines), sep="\n")
@@ -427,7 +472,8 @@ def report(sweep: Sweep, study: optuna.Study, wanted: int) -> None:
             csv.writer(file).writerows([("parameter", "importance"), *importances.items()])
     again = command(sweep, best[0].user_attrs["parameters"], "python")
     print(f"the best run again: {shlex.join(again[1:] if again[0] == '/usr/bin/env' else again)}")
-    print(f"its files: {directory(sweep) / run_id(study, best[0].number)} | all of them to W&B: wandb sync wandb/offline-run-*")
+    files = directory(sweep) / best[0].user_attrs["run"]
+    print(f"its files: {files} | all of them to W&B: wandb sync wandb/offline-run-*")
 
 
 # ---------------------------------------------------------------------------------------------- from start to end
@@ -456,17 +502,22 @@ def main(argv: list[str] | None = None) -> None:
     asked = arguments(argv)
     sweep = read_sweep(asked.sweep_file)
     wanted = trials_wanted(sweep, asked.count)
-    directory(sweep).mkdir(parents=True, exist_ok=True)
+    try:
+        directory(sweep).mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise UserError(f"{directory(sweep)} is a file, and no directory") from None
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = open_study(sweep, asked.storage or f"sqlite:///{directory(sweep)}/study.db")
+    # A run can be gone on with where its files are; a storage of its own is nowhere else.
+    here = f"{socket.gethostname()}:{Path.cwd()}" if asked.storage else "this directory"
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
-        search(sweep, study, wanted, asked.jobs, asked.seed)
+        search(sweep, study, wanted, asked.jobs, here, asked.seed)
     except (KeyboardInterrupt, SystemExit):
         print("The runs were stopped; the same command goes on where they were.")
         raise
     finally:
-        report(sweep, study, wanted)
+        report(sweep, study, here)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ visit of a cell that comes to its end is a line of visits.txt, each start one of
 import argparse
 import fcntl
 import json
+import math
 import os
 import signal
 import sys
@@ -26,18 +27,21 @@ if options.fail == "True" or (options.fail == "odd" and options.x % 2):
 with Path("starts.txt").open("a") as file:
     file.write(f"{options.x:g} {options.y:g} {os.environ['OMP_NUM_THREADS']} {os.environ['WANDB_RUN_GROUP']}\n")
 time.sleep(0.2)  # as imports take
+if options.fail == "stop":
+    sys.exit(143)
 options.output_dir.mkdir(parents=True, exist_ok=True)
 lock = os.open(options.output_dir, os.O_RDONLY)
 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 journal = options.output_dir / "history.jsonl"
 done = len(journal.read_text().splitlines()) if journal.exists() else 0
-value = -((options.x - 3) ** 2) - (options.y + 1) ** 2
+value = math.nan if options.fail == "nan" else -((options.x - 3) ** 2) - (options.y + 1) ** 2
+figure = "none" if options.fail == "other" else "score"
 for epoch in range(done + 1, options.epochs + 1):
     time.sleep(options.seconds / options.epochs)
     with journal.open("a") as file:
-        file.write(json.dumps({"step": epoch, "score": value - (options.epochs - epoch)}) + "\n")
+        file.write(json.dumps({"step": epoch, figure: value - (options.epochs - epoch)}) + "\n")
 if not (options.output_dir / "metrics.json").exists():
-    (options.output_dir / "metrics.json").write_text(json.dumps({"score": value}))
+    (options.output_dir / "metrics.json").write_text(json.dumps({figure: value}))
     with Path("visits.txt").open("a") as file:
         file.write(f"{options.x:g} {options.y:g}\n")

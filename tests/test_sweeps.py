@@ -237,6 +237,50 @@ def test_three_failures_at_the_start_end_the_search(place):
     assert out.count(": fail,") == 3
 
 
+@pytest.mark.parametrize(
+    ("how", "error"),
+    [
+        ("nan", "score is nan"),
+        ("other", "the run has no figure score"),
+        ("stop", "exit status 143"),  # again and again, by somebody else
+    ],
+)
+def test_a_run_without_a_figure_is_a_failure(how, error, place):
+    sweep = GRID.replace("seconds: {value: 0.5}", f"fail: {{value: {how}}}").replace("[1, 2, 3, 4]", "[1]")
+    hyperband = "early_terminate: {type: hyperband, min_iter: 1, max_iter: 3}\nparameters:"
+    out = search(place, sweep.replace("parameters:", hyperband), "--count", "2")
+    assert [row["error"] for row in trials(place)] == [error] * 2 and "2 fail" in out
+    assert len(lines(place / "starts.txt")) == (6 if how == "stop" else 2)
+
+
+def test_the_order_of_the_parameters_does_not_matter(place):
+    first, second = "x: {values: [1, 2, 3, 4]}", "y: {min: -2, max: 0}"
+    quick = GRID.replace("0.5", "0")
+    search(place, quick, "--count", "5")
+    other = quick.replace(first, "X").replace(second, first).replace("X", second)
+    out = search(place, other)
+    assert sorted(lines(place / "visits.txt")) == sorted(CELLS)
+    best = trials(place)[0]
+    table = [line.split() for line in out.splitlines()]
+    shown = dict(zip(*table[table.index(["trial", "score", "y", "x"]) :][:2]))
+    assert (
+        (shown["x"], shown["y"], shown["trial"]) == ("3", "-1", best["trial"]) == (best["x"], best["y"], best["trial"])
+    )
+
+
+def test_directories_on_one_machine_that_share_a_storage(place):
+    """Each goes on with its own runs only, since only it has their files."""
+    other = place / "other"
+    other.mkdir()
+    shutil.copy(place / "objective.py", other)
+    sweep, storage = GRID.replace("[1, 2, 3, 4]", "[1, 2]"), f"sqlite:///{place}/shared.db"
+    processes = [begin(cwd, sweep, "--storage", storage) for cwd in (place, other)]
+    out = [process.communicate(timeout=100)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], out
+    assert sorted(lines(place / "visits.txt") + lines(other / "visits.txt")) == sorted(CELLS[:6])
+    assert "6 complete" in search(place, sweep, "--storage", storage)
+
+
 def test_the_direction_the_threads_the_group_and_the_best_command(place):
     out = search(place, GRID.replace("maximize", "minimize"), "--count", "4", "--jobs", "2")
     best = trials(place)[0]
@@ -345,6 +389,17 @@ def test_kinds_of_parameters():
         assert min(exponents) >= -6 and max(exponents) <= 0 and statistics.mean(exponents) == pytest.approx(-3, abs=0.3)
 
 
+def test_lists_reach_the_command_as_those_of_wandb(place, monkeypatch):
+    monkeypatch.chdir(place)
+    nested = "  kernels: {values: [[16, 32], [32, 64]]}\n  o: {parameters: {a: {values: [[1], [2]]}}}\n  seconds:"
+    (place / "s.yaml").write_text(GRID.replace("  seconds:", nested))
+    sweep = sweep_file.read_sweep(Path("s.yaml"))
+    searched = {"x": 1, "y": 0, "kernels": "[16, 32]", "o/a": "[2]"}
+    assert {"--kernels=[16, 32]", "--o={'a': [2]}"} <= set(sweep_offline.command(sweep, searched, "python"))
+    sweep.command = ["${program}", "${args_json}"]
+    assert json.loads(sweep_offline.command(sweep, searched, "python")[1])["kernels"] == [16, 32]
+
+
 def test_nested_parameters_go_out_as_those_of_wandb(place, monkeypatch):
     monkeypatch.chdir(place)
     (place / "s.yaml").write_text(
@@ -389,9 +444,17 @@ WITHOUT = {
     "no iter": ("parameters:", "early_terminate: {type: hyperband}\nparameters:", "early_terminate: needs min_iter"),
     "eta": ("parameters:", "early_terminate: {type: hyperband, s: 1, eta: 1}\nparameters:", "_terminate.eta"),
     "command": ("parameters:", "command: python\nparameters:", "command: must be a list"),
-    "macro": ("parameters:", "command: ['${prog}']\nparameters:", "command: ${prog} is none of"),
+    "macro": ("parameters:", "command: ['${prog}']\nparameters:", "command: ${prog} is none"),
     "run_cap": ("parameters:", "run_cap: many\nparameters:", "run_cap: must be a whole number"),
-    "name": ("parameters:", "name: a/b\nparameters:", "name: 'a/b' can't name a directory"),
+    "name": ("parameters:", "name: ''\nparameters:", "name: '' must have"),
+    "exponents": ("{min: -2, max: 0}", "{distribution: log_uniform, min: 0, max: 1000}", "are exponents"),
+    "kind is a list": ("{min: -2, max: 0}", "{distribution: [uniform], min: 0, max: 1}", "y.distribution: must be"),
+    "a date": ("{values: [1, 2, 3, 4]}", "{value: 2021-01-01}", "parameters.x: "),
+    "no date": ("{values: [1, 2, 3, 4]}", "{value: 2021-13-45}", "is not YAML"),
+    "endless": ("{values: [1, 2, 3, 4]}", "&p {parameters: {a: *p}}", "nested too deeply"),
+    "huge": ("{min: -2, max: 0}", f"{{distribution: uniform, min: 0, max: {'9' * 400}}}", "parameters.y: "),
+    "envvar": ("parameters:", "command: ['${envvar:home}']\nparameters:", "command: ${envvar:home} is neither"),
+    "min_iter": ("parameters:", "early_terminate: {type: hyperband, min_iter: 9, max_iter: 3}\nparameters:", "iter: 9"),
     "not YAML": ("parameters:", "parameters: {", "is not YAML"),
     "empty": (GRID, "", "the file: must be a mapping"),
     "a list": (GRID, "- a\n", "the file: must be a mapping"),
