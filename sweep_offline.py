@@ -459,8 +459,9 @@ def report(sweep: Sweep, study: optuna.Study, here: str) -> None:
         return
     lines = [["trial", sweep.metric, *names]]
     for trial in best[:10]:
-        values = [trial.value, *(trial.user_attrs["parameters"][name] for name in names)]
-        lines.append([str(trial.number), *(f"{v:.4g}" if isinstance(v, float) else str(v) for v in values)])
+        values = [trial.user_attrs["parameters"][name] for name in names]
+        shown = (f"{value:.4g}" if isinstance(value, float) else str(value) for value in values)
+        lines.append([str(trial.number), f"{trial.value:.4f}", *shown])
     widths = [max(map(len, column)) for column in zip(*lines)]
     print(*("  ".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in lines), sep="\n")
     if len(best) > 1 and len({trial.value for trial in best}) > 1:
