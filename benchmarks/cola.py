@@ -1,0 +1,36 @@
+"""CoLA beside the Lightning tutorial. python -m benchmarks.cola --data_dir DIR --model BERT_TINY
+
+DIR holds cola_public_1.1.zip; BERT_TINY is a directory or a model of the hub.
+"""
+
+import argparse
+from pathlib import Path
+
+from benchmarks import pairs
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data_dir", type=Path, required=True)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--epochs", type=int, default=1, help="of training and validation [1]")
+    parser.add_argument("--pairs", type=int, default=3, help="measurements of each side [3]")
+    asked = parser.parse_args()
+    model = str(Path(asked.model).resolve()) if Path(asked.model).is_dir() else asked.model
+    data_dir, epochs = str(asked.data_dir.resolve()), str(asked.epochs)
+
+    def ours() -> dict[str, float]:
+        options = f"--dataset cola --data_dir {data_dir} --model {model} --epochs {epochs}"
+        return pairs.process(pairs.REPO / "train_cola.py", *options.split())
+
+    def peer() -> dict[str, float]:
+        return pairs.process("-m", "benchmarks.peers.cola_lightning", data_dir, model, epochs)
+
+    a, b = pairs.alternate(ours, peer, asked.pairs)
+    print(pairs.head("work", ("torch", "transformers", "lightning", "torchmetrics", "wandb")))
+    print(pairs.row(f"CoLA, {epochs} epoch(s) of training and validation", a["training"], b["training"]))
+    print(pairs.row("the same, whole process", a["whole process"], b["whole process"]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""Metrics beside torchmetrics and scikit-learn, per batch of 64 answers of two classes. python -m benchmarks.metrics"""
+
+import time
+from collections.abc import Callable
+
+import sklearn.metrics
+import torch
+import torchmetrics
+
+from benchmarks import pairs
+from metrics import ConfusionMatrix
+
+KIND = {"task": "multiclass", "num_classes": 2}
+BATCHES = 1000
+ANSWERS = [(torch.randint(0, 2, (64,)), torch.randint(0, 2, (64,))) for _ in range(BATCHES)]  # predictions, labels
+
+
+def ours() -> None:
+    confusion = ConfusionMatrix(2)
+    for predictions, labels in ANSWERS:
+        confusion.update(predictions, labels)
+    confusion.summary()
+
+
+def six() -> dict[str, torchmetrics.Metric]:
+    return {
+        "accuracy": torchmetrics.Accuracy(**KIND),
+        "precision_macro": torchmetrics.Precision(average="macro", **KIND),
+        "precision_micro": torchmetrics.Precision(average="micro", **KIND),
+        "recall_macro": torchmetrics.Recall(average="macro", **KIND),
+        "recall_micro": torchmetrics.Recall(average="micro", **KIND),
+        "f1_macro": torchmetrics.F1Score(average="macro", **KIND),
+    }
+
+
+def one_by_one() -> None:
+    metrics = six()
+    for predictions, labels in ANSWERS:
+        for metric in metrics.values():
+            metric(predictions, labels)
+    for metric in metrics.values():
+        metric.compute()
+
+
+def collection() -> None:
+    metrics = torchmetrics.MetricCollection(six(), compute_groups=True)
+    for predictions, labels in ANSWERS:
+        metrics.update(predictions, labels)
+    metrics.compute()
+
+
+def scikit_learn() -> None:
+    for predictions, labels in ((p.numpy(), l.numpy()) for p, l in ANSWERS):
+        sklearn.metrics.accuracy_score(labels, predictions)
+        for average in ("macro", "micro"):
+            sklearn.metrics.precision_recall_fscore_support(labels, predictions, average=average, zero_division=0)
+
+
+def timed(work: Callable[[], None]) -> pairs.Side:
+    def side() -> dict[str, float]:
+        started = time.perf_counter()
+        work()
+        return {"µs a batch": (time.perf_counter() - started) / BATCHES * 1e6}
+
+    return side
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    rows = []
+    for name, peer in (
+        ("six torchmetrics objects called", one_by_one),
+        ("torchmetrics collection with compute groups, updated", collection),
+        ("scikit-learn", scikit_learn),
+    ):
+        a, b = pairs.alternate(timed(ours), timed(peer), 5)
+        rows.append(pairs.row(f"metrics, beside {name}", a["µs a batch"], b["µs a batch"], "µs"))
+    print(pairs.head("a batch of 64", ("torch", "torchmetrics", "scikit-learn")), *rows, sep="\n")
+
+
+if __name__ == "__main__":
+    main()

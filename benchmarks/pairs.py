@@ -1,0 +1,65 @@
+"""Two sides measured in turn, A B A B ..., and what a reader needs to judge the ratio of their medians."""
+
+import os
+import platform
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+REPO = Path(__file__).parent.parent
+Side = Callable[[], dict[str, float]]  # one measurement: figures by name
+
+
+def alternate(ours: Side, peer: Side, pairs: int) -> tuple[dict[str, float], dict[str, float]]:
+    """Medians of each side's figures."""
+    measured: tuple[list, list] = ([], [])
+    for number in range(pairs):
+        for side, results in zip((ours, peer), measured):
+            results.append(side())
+        print(f"pair {number + 1}: {measured[0][-1]} {measured[1][-1]}", file=sys.stderr, flush=True)
+    return tuple({name: statistics.median(r[name] for r in results) for name in results[0]} for results in measured)
+
+
+def process(*command: str | Path) -> dict[str, float]:
+    """Run a command in an empty directory, offline; its wall time and the figures it prints as "name number"."""
+    with tempfile.TemporaryDirectory() as cwd:
+        environment = os.environ | {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "PYTHONPATH": str(REPO)}
+        started = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, *map(str, command)], cwd=cwd, env=environment, capture_output=True, text=True
+        )
+        seconds = time.perf_counter() - started
+    if done.returncode:
+        raise SystemExit(f"{' '.join(map(str, command))} failed:\n{done.stderr[-2000:]}")
+    return {"whole process": seconds, **figures(done.stdout)}
+
+
+def figures(printed: str) -> dict[str, float]:
+    """What a peer's last line says, or the epochs of train_mnist.py or train_cola.py add up to."""
+    if epochs := re.findall(r"^epoch \d+: .* ([\d.]+) s$", printed, re.MULTILINE):
+        accuracy = re.findall(r"test accuracy ([\d.]+)%", printed)
+        return {"training": sum(map(float, epochs))} | ({"accuracy": float(accuracy[0]) / 100} if accuracy else {})
+    return {name: float(number) for name, number in re.findall(r"(training|accuracy|epochs) ([\d.]+)", printed)}
+
+
+def row(work: str, ours: float, peer: float, unit: str = "s") -> str:
+    return f"| {work} | {ours:.3g} {unit} | {peer:.3g} {unit} | {peer / ours:.2f} |"
+
+
+def head(title: str, libraries: tuple[str, ...]) -> str:
+    """The heading of a Markdown table, with what the figures were measured on."""
+    processor = platform.processor() or platform.machine()
+    if shutil.which("lscpu"):
+        listed = subprocess.run(["lscpu"], capture_output=True, text=True).stdout
+        processor = (re.findall(r"Model name: *(.*)", listed) or [processor])[0]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    versions = ", ".join(f"{library} {version(library)}" for library in libraries)
+    line = f"{processor}, {cores} cores, Python {platform.python_version()}, {versions}"
+    return f"{line}\n\n| {title} | ours | peer | times faster |\n|---|---|---|---|"
