@@ -50,7 +50,7 @@ def collection() -> None:
 
 
 def scikit_learn() -> None:
-    for predictions, labels in ((p.numpy(), l.numpy()) for p, l in ANSWERS):
+    for predictions, labels in ((p.numpy(), t.numpy()) for p, t in ANSWERS):
         sklearn.metrics.accuracy_score(labels, predictions)
         for average in ("macro", "micro"):
             sklearn.metrics.precision_recall_fscore_support(labels, predictions, average=average, zero_division=0)

@@ -1,0 +1,75 @@
+"""What monitoring costs: W&B with all defaults beside `--wandb disabled`, and the whole beside a bare loop.
+
+python -m benchmarks.monitoring --data_dir DIR
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+import train_mnist
+from benchmarks import pairs
+
+EPOCHS = 5  # train_mnist.py prints tenths of a second for each
+
+
+def bare(data_dir: str) -> dict[str, float]:
+    """The same batches, forward and backward passes and steps as train_mnist.py, and nothing else."""
+    settings = train_mnist.Settings(dataset="mnist", data_dir=data_dir, epochs=EPOCHS, valid_size=0)
+    _, (train_part, _, _) = train_mnist.load(settings)
+    torch.manual_seed(settings.seed)
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    model = train_mnist.ConvNet(settings.kernels).to(memory_format=torch.channels_last)
+    loss_function = nn.CrossEntropyLoss()
+    optimizer = torch.optim.Adam(model.parameters(), settings.learning_rate, fused=True)
+    examples = len(train_part.images)
+    batches = -(-examples // settings.batch_size)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.learning_rate, EPOCHS * batches)
+    bf16 = train_mnist.runtime.find_precision("auto", torch.device("cpu")) == "bf16"
+    started = time.perf_counter()
+    for epoch in range(1, EPOCHS + 1):
+        order = torch.from_numpy(np.random.default_rng((settings.seed, epoch)).permutation(examples))
+        for indices in order.split(settings.batch_size):
+            images, labels = train_part.images[indices], train_part.labels[indices]
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                loss = loss_function(model(train_mnist.pixels(images)), labels)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+    return {"training": time.perf_counter() - started}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data_dir", type=Path, required=True)
+    parser.add_argument("--pairs", type=int, default=5, help="measurements of each side [5]")
+    parser.add_argument("--bare", action="store_true", help=argparse.SUPPRESS)  # one measurement, in its own process
+    asked = parser.parse_args()
+    data_dir = str(asked.data_dir.resolve())
+    if asked.bare:
+        print(f"training {bare(data_dir)['training']:.3f} s")
+        return
+
+    def ours(*options: str) -> dict[str, float]:
+        arguments = f"--dataset mnist --data_dir {data_dir} --epochs {EPOCHS}"
+        return pairs.process(pairs.REPO / "train_mnist.py", *arguments.split(), *options)
+
+    def bare_loop() -> dict[str, float]:
+        return pairs.process("-m", "benchmarks.monitoring", "--data_dir", data_dir, "--bare")
+
+    on, off = pairs.alternate(ours, lambda: ours("--wandb", "disabled"), asked.pairs)
+    quiet = "--wandb disabled --valid_size 0 --watch off --log_every 1000000".split()
+    loop, bare_one = pairs.alternate(lambda: ours(*quiet), bare_loop, asked.pairs)
+    print(pairs.head("train_mnist.py, five epochs", ("torch", "wandb")))
+    print(pairs.row("W&B on, beside --wandb disabled", on["training"], off["training"]))
+    print(pairs.row("our loop, beside a bare one", loop["training"], bare_one["training"]))
+
+
+if __name__ == "__main__":
+    main()
