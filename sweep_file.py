@@ -18,7 +18,9 @@ METHODS = ("grid", "random", "bayes")
 PLAIN = (int, float, str, type(None))  # the kinds of values that Optuna stores
 COMMAND = ["${env}", "${interpreter}", "${program}", "${args}"]  # W&B's default
 # W&B's kinds of parameters that Optuna draws exactly, and the keys that they have.
-RANGES = {
+KINDS = {
+    "constant": {"value"},
+    "categorical": {"values"},
     "uniform": {"min", "max"},
     "int_uniform": {"min", "max"},
     "q_uniform": {"min", "max", "q"},
@@ -27,7 +29,6 @@ RANGES = {
     "inv_log_uniform": {"min", "max"},
     "inv_log_uniform_values": {"min", "max"},
 }
-KINDS = {"constant": {"value"}, "categorical": {"values"}, **RANGES}
 OTHER_KINDS = (
     "categorical_w_probabilities normal log_normal beta q_normal q_log_normal q_beta q_log_uniform "
     "q_log_uniform_values".split()

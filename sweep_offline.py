@@ -37,13 +37,12 @@ except ImportError:
     print("sweep_offline.py: error: Optuna is not installed: pip install -r requirements-sweep.txt", file=sys.stderr)
     sys.exit(2)
 
-import sqlalchemy
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, distribution_to_json
 from optuna.trial import FrozenTrial, TrialState
 from tqdm import tqdm
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
 from sweep_file import COMMAND, Sweep, read_sweep
+from sweep_study import best_first, open_study, sampler, suggest, trials_wanted
 
 SECONDS_BETWEEN_LOOKS = 0.3
 SECONDS_TO_STOP = 15  # a run needs less than five
@@ -65,118 +64,6 @@ class Run:
     started: float
     pruned: bool = False
     journal_size: int = 0
-
-
-# ---------------------------------------------------------------------------------------------- the search
-
-
-class GridSampler(optuna.samplers.BaseSampler):
-    """Trial n takes cell n. No two trials of a storage have the same number, and so no cell is visited twice."""
-
-    def __init__(self, searched: dict[str, BaseDistribution]):
-        self.axes = {name: grid_values(searched[name]) for name in sorted(searched)}
-
-    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        return {}
-
-    def sample_relative(self, study: optuna.Study, trial: FrozenTrial, search_space: dict) -> dict[str, Any]:
-        return {}
-
-    def sample_independent(
-        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
-    ) -> Any:
-        cell = trial.number
-        for name, values in self.axes.items():
-            cell, place = divmod(cell, len(values))
-            if name == param_name:
-                return values[place]
-        raise KeyError(param_name)
-
-
-def grid_values(distribution: BaseDistribution) -> list[Any]:
-    """The values of a distribution that has finitely many."""
-    if isinstance(distribution, CategoricalDistribution):
-        return list(distribution.choices)
-    steps = round((distribution.high - distribution.low) / distribution.step)
-    return [distribution.low + i * distribution.step for i in range(steps + 1)]
-
-
-def sampler(sweep: Sweep, seed: int | None) -> optuna.samplers.BaseSampler:
-    if sweep.method == "grid":
-        return GridSampler(sweep.searched)
-    if sweep.method == "random":
-        return optuna.samplers.RandomSampler(seed)
-    return optuna.samplers.TPESampler(seed=seed, n_startup_trials=5, multivariate=True, constant_liar=True)
-
-
-def pruner(sweep: Sweep) -> optuna.pruners.BasePruner:
-    early = sweep.early_terminate
-    if early is None:
-        return optuna.pruners.NopPruner()
-    eta, longest = early.get("eta", 3), early.get("max_iter")
-    shortest = early.get("min_iter") or max(1, longest // eta ** early["s"])
-    return optuna.pruners.HyperbandPruner(shortest, longest or "auto", eta)
-
-
-def open_storage(url: str, tries: int = 5) -> optuna.storages.RDBStorage:
-    """Where two processes make the tables at the same moment, one fails, and finds them a second later."""
-    options = {"connect_args": {"timeout": 100}} if url.startswith("sqlite") else {}
-    try:
-        return optuna.storages.RDBStorage(url, engine_kwargs=options)
-    except sqlalchemy.exc.DBAPIError:
-        if tries == 1:
-            raise
-        time.sleep(1)
-        return open_storage(url, tries - 1)
-
-
-def open_study(sweep: Sweep, storage: str) -> optuna.Study:
-    """The study of this sweep in the storage, made where there is none. Raises `UserError`."""
-    definition = dataclasses.asdict(sweep) | {
-        "searched": {name: distribution_to_json(distribution) for name, distribution in sweep.searched.items()}
-    }
-    definition = json.loads(json.dumps(definition))
-    try:
-        database = open_storage(storage)
-        study = optuna.create_study(
-            storage=database, study_name=sweep.name, direction=sweep.direction, load_if_exists=True
-        )
-    except (sqlalchemy.exc.SQLAlchemyError, ImportError, ValueError) as error:
-        raise UserError(f"--storage {storage}: {str(error).splitlines()[0]}") from None
-    if "sweep" not in study.user_attrs:
-        if study.get_trials(deepcopy=False):
-            raise UserError(f"{storage} has a study {sweep.name!r} that is not of sweep_offline.py")
-        study.set_user_attr("sweep", definition)
-    before = study.user_attrs.get("sweep", {})
-    differ = [key for key, value in definition.items() if before.get(key) != value]
-    if differ and differ != ["run_cap"]:
-        raise UserError(
-            f"the sweep {sweep.name!r} was begun with another {' and '.join(differ)}; to begin a new search, give the "
-            "file another name:, to go on with the old one, put it back"
-        )
-    study.pruner = pruner(sweep)
-    return study
-
-
-def trials_wanted(sweep: Sweep, count: int | None) -> int:
-    """How many trials the search has in all. Raises `UserError` where nobody has said."""
-    limits = [limit for limit in (count, sweep.run_cap) if limit is not None]
-    if sweep.method == "grid":
-        limits.append(math.prod(len(grid_values(distribution)) for distribution in sweep.searched.values()))
-    if not limits:
-        raise UserError(f"how many trials? method {sweep.method} has no end: give --count")
-    return min(limits)
-
-
-def suggest(trial: optuna.Trial, name: str, distribution: BaseDistribution) -> Any:
-    if isinstance(distribution, CategoricalDistribution):
-        return trial.suggest_categorical(name, distribution.choices)
-    if isinstance(distribution, FloatDistribution):
-        value = trial.suggest_float(
-            name, distribution.low, distribution.high, step=distribution.step, log=distribution.log
-        )
-        return round(value, 12) if distribution.step else value
-    return trial.suggest_int(name, distribution.low, distribution.high, step=distribution.step)
 
 
 # ---------------------------------------------------------------------------------------------- its runs
@@ -201,6 +88,7 @@ def command(sweep: Sweep, searched: dict[str, Any], interpreter: str) -> list[st
 
 
 def directory(sweep: Sweep) -> Path:
+    """Where the files of a sweep's runs are."""
     return Path("runs", f"sweep-{re.sub(r'[^A-Za-z0-9_.-]+', '-', sweep.name)}")
 
 
@@ -215,9 +103,11 @@ def locked(path: Path) -> int | None:
     return descriptor
 
 
-def start(sweep: Sweep, study: optuna.Study, trial: optuna.Trial, lock: int, jobs: int) -> Run:
+def start(sweep: Sweep, study: optuna.Study, trial: optuna.Trial, name: str, lock: int, here: str, jobs: int) -> Run:
     """Start the run of a trial, or go on with it. Raises `UserError` where there is no such command."""
-    output_dir = directory(sweep) / trial.user_attrs["run"]
+    trial.set_user_attr("place", here)
+    trial.set_user_attr("run", name)  # from now on, the lock says whether it is at work
+    output_dir = directory(sweep) / name
     searched = {name: suggest(trial, name, distribution) for name, distribution in sweep.searched.items()}
     trial.set_user_attr("parameters", searched)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -229,7 +119,7 @@ def start(sweep: Sweep, study: optuna.Study, trial: optuna.Trial, lock: int, job
         "WANDB_MODE": "offline",
         "WANDB_RUN_GROUP": sweep.name,
         "WANDB_NAME": f"{sweep.name}-{trial.number}",
-        "WANDB_RUN_ID": trial.user_attrs["run"],
+        "WANDB_RUN_ID": name,
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads),
         "RAYON_NUM_THREADS": os.environ.get("RAYON_NUM_THREADS", threads),  # of the tokenizers
     }
@@ -268,13 +158,8 @@ def next_run(
         if lock is None:
             continue  # its run is at work, of this search, of another process, or of one that was killed
         if study.get_trials(deepcopy=False)[left.number].state == TrialState.RUNNING:
-            trial = optuna.Trial(study, left._trial_id)
-        else:
-            os.close(lock)
-            continue
-        trial.set_user_attr("place", here)
-        trial.set_user_attr("run", name)
-        return start(sweep, study, trial, lock, jobs)
+            return start(sweep, study, optuna.Trial(study, left._trial_id), name, lock, here, jobs)
+        os.close(lock)  # it has ended meanwhile
     if len(study.get_trials(deepcopy=False)) >= wanted:
         return "wait" if waiting else "end"
     trial = study.ask()
@@ -282,9 +167,7 @@ def next_run(
         return "wait"
     name = run_name(trial.number)
     lock = locked(directory(sweep) / f"{name}.lock")
-    trial.set_user_attr("place", here)
-    trial.set_user_attr("run", name)  # from now on, the lock says whether it is at work
-    return start(sweep, study, trial, lock, jobs)
+    return start(sweep, study, trial, name, lock, here, jobs)
 
 
 def run_name(number: int) -> str:
@@ -396,11 +279,11 @@ def search(sweep: Sweep, study: optuna.Study, wanted: int, jobs: int, here: str,
                     trials = len(study.get_trials(deepcopy=False))
                     # Every trial its own seed, or a search that is resumed would draw the same again.
                     study.sampler = sampler(sweep, None if seed is None else (seed * 1_000_003 + trials) % 2**32)
-                    run = next_run(sweep, study, wanted, jobs, here, running)
-                    if isinstance(run, str):
+                    begun = next_run(sweep, study, wanted, jobs, here, running)
+                    if isinstance(begun, str):
                         break
-                    running[run.trial.number] = run
-                if not running and run == "end":
+                    running[begun.trial.number] = begun
+                if not running and begun == "end":
                     return
                 if not running and not told:
                     told = True
@@ -417,13 +300,8 @@ def search(sweep: Sweep, study: optuna.Study, wanted: int, jobs: int, here: str,
 # ---------------------------------------------------------------------------------------------- what is shown
 
 
-def best_first(study: optuna.Study) -> list[FrozenTrial]:
-    sign = -1 if study.direction == optuna.study.StudyDirection.MAXIMIZE else 1
-    complete = study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
-    return sorted(complete, key=lambda trial: sign * trial.value)
-
-
 def say(sweep: Sweep, study: optuna.Study, trial: FrozenTrial, bar: tqdm) -> None:
+    """A line on a trial that has ended, and the best so far beside the bar."""
     value = "no value" if trial.value is None else f"{sweep.metric} {trial.value:.4f}"
     outcome = trial.user_attrs.get("error") or value
     after = f" after {len(trial.intermediate_values)} epochs" if trial.state == TrialState.PRUNED else ""

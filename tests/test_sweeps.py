@@ -22,6 +22,7 @@ import yaml
 
 import sweep_file
 import sweep_offline
+import sweep_study
 import train_cola
 from options import UserError
 from tests import killing
@@ -324,11 +325,9 @@ def test_bayes_finds_a_better_best_than_random(place, monkeypatch):
             sweep.method = method
             study = optuna.create_study(direction=sweep.direction)
             for number in range(20):
-                study.sampler = sweep_offline.sampler(sweep, seed * 100 + number)
+                study.sampler = sweep_study.sampler(sweep, seed * 100 + number)
                 trial = study.ask()
-                x, y = (
-                    sweep_offline.suggest(trial, name, distribution) for name, distribution in sweep.searched.items()
-                )
+                x, y = (sweep_study.suggest(trial, name, distribution) for name, distribution in sweep.searched.items())
                 study.tell(trial, -((x - 3) ** 2) - (y + 1) ** 2)
             found.append(study.best_value)
     assert statistics.median(best["bayes"]) > statistics.median(best["random"])
@@ -366,7 +365,7 @@ def test_the_sweep_file_of_the_project():
 def drawn(parameter: dict, count: int = 300) -> list:
     distribution = sweep_file._distribution("parameters.p", parameter, "random")
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(0))
-    return [sweep_offline.suggest(study.ask(), "p", distribution) for _ in range(count)]
+    return [sweep_study.suggest(study.ask(), "p", distribution) for _ in range(count)]
 
 
 def test_kinds_of_parameters():
