@@ -188,24 +188,24 @@ def evaluation(logits: Tensor, labels: Tensor) -> Evaluation:
 class TrainingFigures:
     """Mean loss and accuracy while training: since the last row, and over the rows of the epoch.
 
-    Batches are summed on `device`; reading a row is the only time that an accelerator is waited for.
+    Batches are summed on `device`; reading a row is the only time that an accelerator is waited for. Where several
+    processes count a share of the batches each, their `sums` are to be added up before a row is taken.
     """
 
     def __init__(self, device: torch.device | str | None = None):
-        self._row = torch.zeros(3, device=device)  # summed loss, hits, examples
+        self.sums = torch.zeros(3, device=device)  # since the last row: loss, hits, examples
         self._epoch = [0.0, 0.0, 0.0]
 
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Count a batch: its mean loss, its float (batch, classes) logits and its int64 (batch,) labels."""
-        hits = (logits.detach().argmax(1) == labels).sum()
-        self._row[0] += loss.detach().float() * len(labels)
-        self._row[1] += hits
-        self._row[2] += len(labels)
+        """Count a batch: its summed loss, its float (batch, classes) logits and its int64 (batch,) labels."""
+        self.sums[0] += loss.detach().float()
+        self.sums[1] += (logits.detach().argmax(1) == labels).sum()
+        self.sums[2] += len(labels)
 
     def take_row(self) -> dict[str, float]:
         """Means over the batches since the last call: loss and acc."""
-        row = self._row.tolist()
-        self._row.zero_()
+        row = self.sums.tolist()
+        self.sums.zero_()
         self._epoch = [total + part for total, part in zip(self._epoch, row)]
         return {"loss": row[0] / row[2], "acc": row[1] / row[2]}
 
@@ -218,10 +218,10 @@ class TrainingFigures:
         self._epoch = [0.0, 0.0, 0.0]
 
     def state_dict(self) -> dict[str, Any]:
-        return {"row": self._row.clone(), "epoch": list(self._epoch)}
+        return {"sums": self.sums.clone(), "epoch": list(self._epoch)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._row.copy_(state["row"])
+        self.sums.copy_(state["sums"])
         self._epoch = list(state["epoch"])
 
 

@@ -13,6 +13,7 @@ import os
 import re
 import signal
 import sys
+import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -303,6 +304,8 @@ def _end_in_one_line(action: Callable[[], Any]) -> None:
         return
     except Stopped as stopped:
         message, status = str(stopped), stopped.status
+        if not _is_first():
+            sys.exit(status)
     except KeyboardInterrupt:
         message, status = "interrupted", 130
     except BrokenPipeError:
@@ -318,10 +321,17 @@ def _end_in_one_line(action: Callable[[], Any]) -> None:
         message, status = _of_wandb(error), 2
         if message is None:
             raise
+    if not _is_first():
+        time.sleep(5)  # the first process says it for all of them, unless only this one has failed
     with contextlib.suppress(OSError):
         sys.stdout.flush()  # so that this is the last line where both go to one file
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     sys.exit(status)
+
+
+def _is_first() -> bool:
+    """Whether this is the first of the processes of torchrun, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _of_wandb(error: Exception) -> str | None:

@@ -25,7 +25,8 @@ import wandb
 from PIL import Image
 
 import monitoring
-from metrics import Evaluation
+import parallel
+from metrics import Evaluation, TrainingFigures
 from options import OF_THE_RUN, SharedSettings, UserError, warn_loudly
 
 LIBRARIES = ("torch", "torchvision", "transformers", "wandb", "numpy")
@@ -52,13 +53,22 @@ def seed_everything(seed: int, deterministic: bool) -> None:
 
 
 def find_device(name: str) -> torch.device:
-    """The device `--device` asks for; "auto" takes the fastest kind there is. Raises `UserError`."""
+    """The device `--device` asks for; "auto" takes the fastest kind there is. Raises `UserError`.
+
+    Of several processes on a machine, each takes a GPU of its own.
+    """
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(kind for kind, available in there.items() if available)
     if not there[name]:
         raise UserError(f"--device {name}: this machine, or this build of torch, has none")
-    return torch.device(name)
+    if name != "cuda" or parallel.world_size() == 1:
+        return torch.device(name)
+    here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if here > gpus:
+        raise UserError(f"{here} processes on a machine with {gpus} GPUs: start {gpus}, or take --device cpu")
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device(name, torch.cuda.current_device())
 
 
 def find_precision(name: str, device: torch.device) -> str:
@@ -167,14 +177,23 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def save_checkpoint(
-    output_dir: Path, settings: SharedSettings, stateful: Mapping[str, Any], position: Mapping[str, Any], **more: Any
+    output_dir: Path,
+    settings: SharedSettings,
+    stateful: Mapping[str, Any],
+    figures: TrainingFigures,
+    position: Mapping[str, Any],
+    **more: Any,
 ) -> None:
     """Write `checkpoint.pt`, after the journal it belongs to; the checkpoint before it is kept.
 
-    It holds the state of everything in `stateful` and of the random generators, and `more` tensors and plain values.
+    It holds the state of everything in `stateful`, of `figures` and the random generators in each process, and `more`
+    tensors and plain values. The first process writes it, the others only add theirs.
     """
+    processes = parallel.gathered({"figures": figures.state_dict(), "random": random_state()})
+    if parallel.rank() > 0:
+        return
     state = {name: thing.state_dict() for name, thing in stateful.items()}
-    state |= {"random": random_state(), "position": dict(position), "settings": dataclasses.asdict(settings), **more}
+    state |= {"processes": processes, "position": dict(position), "settings": dataclasses.asdict(settings), **more}
     with (output_dir / JOURNAL).open("a+b") as journal:
         os.fsync(journal.fileno())
         state["journal"] = journal.tell()
@@ -189,11 +208,22 @@ def save_checkpoint(
         os.replace(temporary, path)
 
 
-def restore(checkpoint: Mapping[str, Any], stateful: Mapping[str, Any]) -> None:
-    """Put back the state of everything in `stateful` and of the random generators."""
+def restore(checkpoint: Mapping[str, Any], stateful: Mapping[str, Any], figures: TrainingFigures) -> None:
+    """Put back the state of everything in `stateful`, of `figures` and of the random generators.
+
+    With another number of processes the first one takes over the sums of all, and the generators stay as seeded.
+    """
     for name, thing in stateful.items():
         thing.load_state_dict(checkpoint[name])
-    state = checkpoint["random"]
+    processes = checkpoint["processes"]
+    if len(processes) != parallel.world_size():
+        numbers = f"begun with {len(processes)} process(es) and goes on with {parallel.world_size()}"
+        print(f"The run was {numbers}: the same batches; sums are rounded, and dropout is drawn, in another way.")
+        sums = sum(process["figures"]["sums"] for process in processes) * (parallel.rank() == 0)
+        figures.load_state_dict(processes[0]["figures"] | {"sums": sums})
+        return
+    figures.load_state_dict(processes[parallel.rank()]["figures"])
+    state = processes[parallel.rank()]["random"]
     random.setstate(state["python"])
     kind, keys, *rest = state["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
@@ -340,7 +370,12 @@ def record_settings(run: wandb.Run, settings: SharedSettings, output_dir: Path) 
 
 
 def log_numbers(run: wandb.Run, output_dir: Path, numbers: Mapping[str, float], step: int) -> None:
-    """Log a row of numbers to W&B and to the journal, `history.jsonl`. `step`: training examples seen."""
+    """Log a row of numbers to W&B and to the journal, `history.jsonl`. `step`: training examples seen.
+
+    Of several processes only the first does.
+    """
+    if parallel.rank() > 0:
+        return
     path, line = output_dir / JOURNAL, json.dumps({"step": step, **numbers}) + "\n"
     size = path.stat().st_size if path.exists() else 0
     try:

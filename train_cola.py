@@ -39,6 +39,7 @@ class Settings(options.SharedSettings):
 if __name__ == "__main__":
     options.check_before_imports(Settings)
 
+import contextlib
 import math
 import os
 import sys
@@ -59,6 +60,7 @@ import data
 import metrics
 import models
 import monitoring
+import parallel
 import runtime
 import viz
 
@@ -71,6 +73,7 @@ def load(settings: Settings) -> data.Corpus:
     settings.dataset = corpus.name
     if settings.batch_size > len(corpus.train.labels):
         raise UserError(f"--batch_size {settings.batch_size} is more than the {len(corpus.train.labels)} sentences")
+    parallel.check_shares(len(corpus.train.labels), settings.batch_size)
     settings.model = models.find_model(settings.model)
     if settings.model.startswith("wandb:") and settings.wandb != "online":
         raise UserError(f"--model {settings.model} is fetched from W&B, but this run is {settings.wandb}")
@@ -85,12 +88,16 @@ def load(settings: Settings) -> data.Corpus:
 
 @torch.inference_mode()
 def evaluate(model: PreTrainedModel, part: batches.Part) -> metrics.Evaluation:
-    """Answer every sentence, in float32 as the saved model does."""
+    """Answer every sentence, in float32 as the saved model does; of several processes, each answers a share."""
     model.eval()
-    order = part.lengths.argsort(stable=True)
-    forward = type(model).forward  # the method, since wandb.watch counts the calls of the model itself
-    logits = torch.cat([forward(model, **batches.inputs_of(part, indices)).logits for indices in order.split(128)])
-    return metrics.evaluation(logits[order.argsort().to(logits.device)], part.labels)
+    logits = torch.zeros(len(part.labels), model.config.num_labels, device=part.labels.device)
+    drawn = part.lengths.argsort(stable=True).split(128)
+    for indices in drawn[parallel.rank() :: parallel.world_size()]:
+        # The method, since wandb.watch counts the calls of the model itself.
+        answers = type(model).forward(model, **batches.inputs_of(part, indices)).logits
+        logits[indices.to(logits.device)] = answers
+    parallel.add_up(logits)  # what other processes answer is zero here
+    return metrics.evaluation(logits, part.labels)
 
 
 def attribute(model: PreTrainedModel, part: batches.Part, index: int, answer: int, label: int) -> Tensor:
@@ -184,8 +191,10 @@ def train(
 ) -> tuple[Best, int]:
     """Train `model`, from `checkpoint` on if there is one; returns the best model and the last step.
 
-    The step is the number of sentences seen. Raises the first entry of `stop` after the batch, with all saved.
+    The step is the number of sentences seen. Raises the first entry of `stop` after the batch, with all saved. Of
+    several processes, each computes a share of every batch, and the first one logs and writes.
     """
+    rank, world_size = parallel.rank(), parallel.world_size()
     train_part, valid_part = parts
     device, examples = train_part.tokens.device, len(train_part.lengths)
     batches_per_epoch = math.ceil(examples / settings.batch_size)
@@ -197,7 +206,7 @@ def train(
             return (batch + 1) / (warmup + 1)
         return (last_batch - batch) / (last_batch - warmup) if settings.schedule == "linear" else 1.0
 
-    loss_function = nn.CrossEntropyLoss()
+    loss_function = nn.CrossEntropyLoss(reduction="sum")
     embeddings = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
     others = [weight for weight in model.parameters() if weight.ndim == 1 or weight in embeddings]  # biases, LayerNorm
     decayed = [weight for weight in model.parameters() if weight.ndim > 1 and weight not in embeddings]
@@ -217,19 +226,19 @@ def train(
     numbers = {}  # the latest row
     fingerprint = runtime.fingerprint(parts)
 
-    stateful = {"model": model, "optimizer": optimizer, "schedule": schedule, "figures": figures}
+    stateful = {"model": model, "optimizer": optimizer, "schedule": schedule}
 
     def save_checkpoint() -> None:
         epoch = math.ceil(batch / batches_per_epoch)
         position = {"epoch": epoch, "batch": batch, "step": step, "epoch_ends": epoch_ends}
         weights = {} if epoch_ends and best.epoch == epoch else best.weights  # the model's own are written once
         more = {"row": numbers, "best": best._replace(weights=weights)._asdict(), "data": fingerprint}
-        runtime.save_checkpoint(output_dir, settings, stateful, position, **more)
+        runtime.save_checkpoint(output_dir, settings, stateful, figures, position, **more)
 
     if checkpoint:
         if checkpoint["data"] != fingerprint:
             raise UserError("--resume: the sentences are not those that the run was begun with")
-        runtime.restore(checkpoint, stateful)
+        runtime.restore(checkpoint, stateful, figures)
         batch, step, epoch_ends = (checkpoint["position"][name] for name in ("batch", "step", "epoch_ends"))
         numbers, best = checkpoint["row"], Best(**checkpoint["best"])
         best = best._replace(weights=best.weights or checkpoint["model"])
@@ -250,16 +259,18 @@ def train(
         for indices in drawn[done : done + last_batch - batch]:
             if settings.watch != "off" and batch == watch_from:
                 run.watch(model, loss_function, log=settings.watch, log_freq=settings.watch_every)
-            labels = train_part.labels[indices.to(device)]
-            batch, step = batch + 1, step + len(labels)
+            share = indices[rank::world_size]
+            labels = train_part.labels[share.to(device)]
+            batch, step = batch + 1, step + len(indices)
             epoch_ends = batch % batches_per_epoch == 0 or batch == last_batch
             if settings.watch != "off" and batch % settings.watch_every == 0:
                 run.log({}, step=step, commit=False)  # opens the row that the histograms belong to
 
             with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
-                logits = model(**batches.inputs_of(train_part, indices)).logits
+                logits = model(**batches.inputs_of(train_part, share)).logits
                 loss = loss_function(logits, labels)
-            loss.backward()
+            (loss / len(indices)).backward()
+            parallel.add_up(*(weight.grad for weight in model.parameters() if weight.grad is not None))
             grad_norm = nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm or math.inf)
             optimizer.step()
             optimizer.zero_grad()
@@ -269,6 +280,7 @@ def train(
             bar.update()
 
             if batch % settings.log_every == 0 or epoch_ends:
+                parallel.add_up(figures.sums)
                 row = figures.take_row()
                 numbers = {
                     "epoch": epoch,
@@ -285,10 +297,11 @@ def train(
                 if epoch_ends:
                     break  # this row is logged below, with the figures of the epoch
                 runtime.log_numbers(run, output_dir, numbers, step)
-            if batch % settings.checkpoint_every == 0 or stop:
+            stopping = parallel.any_of_them(bool(stop))
+            if batch % settings.checkpoint_every == 0 or stopping:
                 save_checkpoint()
-            if stop:
-                raise stop[0]
+            if stopping:
+                raise stop[0] if stop else Stopped("another process", 1)
 
         run.log({}, step=step)  # opens the row, if nothing has yet: media files are named by the open one
         whole, valid = figures.epoch(), evaluate(model, valid_part)
@@ -296,7 +309,8 @@ def train(
         if not math.isfinite(valid.figures["loss"]):
             runtime.log_numbers(run, output_dir, numbers, step)
             raise runtime.diverged("validation", valid.figures["loss"], epoch, step, settings.learning_rate)
-        log_charts(run, model, tokenizer, valid_part, valid, corpus, step)
+        if rank == 0:
+            log_charts(run, model, tokenizer, valid_part, valid, corpus, step)
         numbers |= {f"valid/{name}": figure for name, figure in valid.figures.items()}
         numbers["valid/majority_share"] = valid.confusion.majority_share()
         runtime.log_numbers(run, output_dir, numbers, step)
@@ -306,7 +320,7 @@ def train(
             weights = {name: weight.clone() for name, weight in model.state_dict().items()}
             best = Best(epoch, value, weights)
         save_checkpoint()
-        if settings.log_model == "all":
+        if settings.log_model == "all" and rank == 0:
             log_model(run, model, tokenizer, numbers, ["latest", "best"] if improved else ["latest"])
         line = f"epoch {epoch}: train loss {whole['loss']:.4f} acc {whole['acc']:.2%}, valid loss "
         line += "{loss:.4f} acc {acc:.2%} mcc {mcc:.3f}".format(**valid.figures)
@@ -397,6 +411,8 @@ def conclude(
     output_dir = Path(settings.output_dir)
     model.load_state_dict(best.weights)
     result = evaluate(model, valid_part)
+    if parallel.rank() > 0:
+        return {}
     figures = {"valid/majority_share": result.confusion.majority_share()}
     figures |= {f"valid/{name}": figure for name, figure in result.figures.items()}
     domains = {}
@@ -423,15 +439,48 @@ def conclude(
     return {**figures, "valid/mcc_low": low, "valid/mcc_high": high, **domains}
 
 
-@monitoring.for_agents
-def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Fine-tune, evaluate and save as the command-line arguments say; returns the content of metrics.json."""
+def fit(
+    run: wandb.Run,
+    settings: Settings,
+    corpus: data.Corpus,
+    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase],
+    checkpoint: dict[str, Any] | None,
+    stop: list[Stopped],
+) -> tuple[Best, dict[str, Any]]:
+    """Tokenise, train, evaluate the best model; returns that and the figures. All processes do this together."""
+    model, tokenizer = loaded
+    device = runtime.find_device(settings.device)
+    runtime.seed_everything(settings.seed, settings.deterministic)
+    torch.manual_seed(settings.seed + parallel.rank())  # each process drops out others
+    model.to(device)
+    parts = [
+        batches.tokenise(part.sentences, part.labels, tokenizer, settings.max_length, device)
+        for part in (corpus.train, corpus.valid)
+    ]
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    models.train_used_rows(model, [part.tokens for part in parts])
+    if cut := sum(part.cut for part in parts):
+        print(f"{cut} sentences are longer than --max_length {settings.max_length} tokens: the rest is cut.")
+    share = parts[1].labels.bincount().max() / len(parts[1].labels)
+    print(
+        f"{corpus.name}: {len(corpus.train.labels):,} + {len(corpus.valid.labels):,} sentences for training "
+        f"and validation, {share:.1%} of the latter in the most frequent class\n"
+        f"{settings.model}: {parameters:,} parameters, "
+        f"{len(tokenizer):,} tokens, on {device.type} in {settings.precision}, seed {settings.seed}"
+    )
+    output_dir = Path(settings.output_dir)
+    best, step = train(run, settings, model, tokenizer, parts, corpus, output_dir, checkpoint, stop)
+    return best, conclude(run, settings, best, model, tokenizer, parts[1], corpus, step)
+
+
+def lead(settings: Settings, stop: list[Stopped]) -> dict[str, Any]:
+    """What the first process does, mostly the only one: begin or resume a run, `fit`, and end it."""
     started = time.perf_counter()
-    settings = options.parse(Settings, argv)
     runtime.settle_run(settings, "cola")
-    with runtime.output_directory(settings) as output_dir, monitoring.stop_requests() as stop:
+    with runtime.output_directory(settings) as output_dir:
         checkpoint = runtime.load_checkpoint(output_dir, settings)
         if summary := runtime.finished(output_dir, settings, checkpoint):
+            parallel.from_the_first(None)
             return summary
         rows = runtime.rewind_journal(output_dir, checkpoint) if checkpoint else []
         asked, corpus, loaded = dataclasses.replace(settings), None, None
@@ -451,28 +500,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             settings.id = run.id
             runtime.record_settings(run, settings, output_dir)
             log_dataset(run, corpus)
-
-            model, tokenizer = loaded or load_model(settings, corpus, fetch_model(run, settings.model))
-            runtime.seed_everything(settings.seed, settings.deterministic)
-            model.to(device)
-            parts = [
-                batches.tokenise(part.sentences, part.labels, tokenizer, settings.max_length, device)
-                for part in (corpus.train, corpus.valid)
-            ]
-            parameters = sum(parameter.numel() for parameter in model.parameters())
-            models.train_used_rows(model, [part.tokens for part in parts])
-            if cut := sum(part.cut for part in parts):
-                print(f"{cut} sentences are longer than --max_length {settings.max_length} tokens: the rest is cut.")
-            share = parts[1].labels.bincount().max() / len(parts[1].labels)
-            print(
-                f"{corpus.name}: {len(corpus.train.labels):,} + {len(corpus.valid.labels):,} sentences for training "
-                f"and validation, {share:.1%} of the latter in the most frequent class\n"
-                f"{settings.model}: {parameters:,} parameters, "
-                f"{len(tokenizer):,} tokens, on {device.type} in {settings.precision}, seed {settings.seed}"
-            )
             monitoring.log_again(run, rows, held)
-            best, step = train(run, settings, model, tokenizer, parts, corpus, output_dir, checkpoint, stop)
-            figures = conclude(run, settings, best, model, tokenizer, parts[1], corpus, step)
+            place = fetch_model(run, settings.model)
+            loaded = loaded or load_model(settings, corpus, place)
+            parallel.from_the_first((settings, place, checkpoint))
+            best, figures = fit(run, settings, corpus, loaded, checkpoint, stop)
             last_line = monitoring.where_to_look(run, output_dir)
         summary = {
             "dataset": corpus.name,
@@ -489,6 +521,25 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     )
     print(last_line)
     return summary
+
+
+def follow(stop: list[Stopped]) -> dict[str, Any]:
+    """What the other processes of torchrun do: `fit`, with the settings of the first and without a word."""
+    begun = parallel.from_the_first()
+    if begun:
+        settings, place, checkpoint = begun
+        corpus = load(settings)
+        with contextlib.redirect_stdout(open(os.devnull, "w")):
+            fit(wandb.init(mode="disabled"), settings, corpus, load_model(settings, corpus, place), checkpoint, stop)
+    return {}
+
+
+@monitoring.for_agents
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Fine-tune, evaluate and save as the command-line arguments say; returns the content of metrics.json."""
+    settings = options.parse(Settings, argv)
+    with parallel.joined(), monitoring.stop_requests() as stop:
+        return lead(settings, stop) if parallel.rank() == 0 else follow(stop)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ class Settings(options.SharedSettings):
 if __name__ == "__main__":
     options.check_before_imports(Settings)
 
+import contextlib
 import math
 import os
 import sys
@@ -44,6 +45,7 @@ from tqdm import tqdm
 import data
 import metrics
 import monitoring
+import parallel
 import runtime
 import viz
 
@@ -62,6 +64,7 @@ def load(settings: Settings) -> tuple[data.Digits, list[data.Part]]:
         raise UserError(f"--batch_size {settings.batch_size} is more than the {examples} training images")
     if settings.patience and not settings.valid_size:
         raise UserError("--patience needs images to judge by: --valid_size is 0")
+    parallel.check_shares(examples, settings.batch_size)
     runtime.find_device(settings.device)
     settings.dataset = digits.name
     settings.watch_every = settings.watch_every or math.ceil(examples / settings.batch_size)
@@ -100,10 +103,13 @@ class ConvNet(nn.Module):
 
 @torch.inference_mode()
 def evaluate(model: ConvNet, part: data.Part) -> metrics.Evaluation:
-    """Answer every image, in float32 as the exported model does."""
+    """Answer every image, in float32 as the exported model does; of several processes, each answers a share."""
     model.eval()
-    # The method, since wandb.watch counts the calls of the model itself.
-    logits = torch.cat([ConvNet.forward(model, pixels(images)) for images in part.images.split(500)])
+    logits = torch.zeros(len(part.images), model.fc.out_features, device=part.images.device)
+    for indices in torch.arange(len(part.images)).split(500)[parallel.rank() :: parallel.world_size()]:
+        # The method, since wandb.watch counts the calls of the model itself.
+        logits[indices] = ConvNet.forward(model, pixels(part.images[indices]))
+    parallel.add_up(logits)  # what other processes answer is zero here
     return metrics.evaluation(logits, part.labels)
 
 
@@ -147,14 +153,16 @@ def train(
 ) -> tuple[Best, int]:
     """Train `model`, from `checkpoint` on if there is one; returns the model to keep and the last step.
 
-    The step is the number of images seen. Raises the first entry of `stop` after the batch, with all saved.
+    The step is the number of images seen. Raises the first entry of `stop` after the batch, with all saved. Of
+    several processes, each computes a share of every batch, and the first one logs and writes.
     """
+    rank, world_size = parallel.rank(), parallel.world_size()
     train_part, valid_part, _ = parts
     device, examples = train_part.images.device, len(train_part.images)
     batches = math.ceil(examples / settings.batch_size)
     last_batch = min(settings.epochs * batches, settings.max_steps or math.inf)
 
-    loss_function = nn.CrossEntropyLoss()
+    loss_function = nn.CrossEntropyLoss(reduction="sum")
     optimizer = torch.optim.Adam(model.parameters(), settings.learning_rate, fused=device.type != "mps")
     if settings.schedule == "onecycle":
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.learning_rate, last_batch)
@@ -167,10 +175,10 @@ def train(
     batch = step = 0
     epoch_ends = False
     figures = metrics.TrainingFigures(device)
-    numbers, answers = {}, torch.zeros(0)  # the latest row, and the predictions of the latest batch
+    numbers, shown = {}, ()  # the latest row; some images of the latest batch, and what is predicted for them
     fingerprint = runtime.fingerprint(parts)
 
-    stateful = {"model": model, "optimizer": optimizer, "schedule": schedule, "figures": figures}
+    stateful = {"model": model, "optimizer": optimizer, "schedule": schedule}
 
     def save_checkpoint() -> None:
         epoch = math.ceil(batch / batches)
@@ -178,20 +186,20 @@ def train(
         weights = {} if epoch_ends and best.epoch == epoch else best.weights  # the model's own are written once
         more = {
             "row": numbers,
-            "answers": answers,
+            "shown": shown,
             "best": best._replace(weights=weights)._asdict(),
             "data": fingerprint,
         }
-        runtime.save_checkpoint(output_dir, settings, stateful, position, **more)
+        runtime.save_checkpoint(output_dir, settings, stateful, figures, position, **more)
 
     if checkpoint:
         if checkpoint["data"] != fingerprint:
             raise UserError("--resume: the images are not those that the run was begun with")
-        runtime.restore(checkpoint, stateful)
+        runtime.restore(checkpoint, stateful, figures)
         batch, step, epoch_ends = (checkpoint["position"][name] for name in ("batch", "step", "epoch_ends"))
         numbers, best = checkpoint["row"], Best(**checkpoint["best"])
         best = best._replace(weights=best.weights or checkpoint["model"])
-        answers = checkpoint["answers"]
+        shown = checkpoint["shown"]
     else:
         save_checkpoint()
     watch_from = math.ceil(batch / settings.watch_every) * settings.watch_every  # so that it keeps its rhythm
@@ -208,8 +216,9 @@ def train(
         for indices in drawn[done : done + last_batch - batch]:
             if settings.watch != "off" and batch == watch_from:
                 run.watch(model, loss_function, log=settings.watch, log_freq=settings.watch_every)
-            images, labels = train_part.images[indices], train_part.labels[indices]
-            batch, step = batch + 1, step + len(labels)
+            share = indices[rank::world_size]
+            images, labels = train_part.images[share], train_part.labels[share]
+            batch, step = batch + 1, step + len(indices)
             epoch_ends = batch % batches == 0 or batch == last_batch
             if settings.watch != "off" and batch % settings.watch_every == 0:
                 run.log({}, step=step, commit=False)  # opens the row that the histograms belong to
@@ -217,7 +226,8 @@ def train(
             with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
                 logits = model(pixels(images))
                 loss = loss_function(logits, labels)
-            loss.backward()
+            (loss / len(indices)).backward()
+            parallel.add_up(*(weight.grad for weight in model.parameters() if weight.grad is not None))
             optimizer.step()
             optimizer.zero_grad()
             learning_rate = schedule.get_last_lr()[0]
@@ -226,6 +236,7 @@ def train(
             bar.update()
 
             if batch % settings.log_every == 0 or epoch_ends:
+                parallel.add_up(figures.sums)
                 row = figures.take_row()
                 numbers = {
                     "epoch": epoch,
@@ -239,28 +250,33 @@ def train(
                 bar.set_postfix(loss=f"{row['loss']:.4f}", acc=f"{row['acc']:.2%}")
                 row_began, row_started = step, time.perf_counter()
                 if epoch_ends:
-                    answers = logits.argmax(1)
+                    shown = share[:16], logits[:16].argmax(1)
                     break  # this row is logged below, with the figures of the epoch
                 runtime.log_numbers(run, output_dir, numbers, step)
-            if batch % settings.checkpoint_every == 0 or stop:
+            stopping = parallel.any_of_them(bool(stop))
+            if batch % settings.checkpoint_every == 0 or stopping:
                 save_checkpoint()
-            if stop:
-                raise stop[0]
+            if stopping:
+                raise stop[0] if stop else Stopped("another process", 1)
 
         run.log({}, step=step)  # opens the row, if nothing has yet: media files are named by the open one
         whole = figures.epoch()
         numbers |= {"train/loss_epoch": whole["loss"], "train/acc_epoch": whole["acc"]}
         line = f"epoch {epoch}: train loss {whole['loss']:.4f} acc {whole['acc']:.2%}"
-        shown = drawn[(batch - 1) % batches][:16]
-        inputs = viz.captioned_digits(train_part.images[shown].cpu(), answers, train_part.labels[shown], class_names)
-        run.log({"train/inputs": inputs}, step=step)
+        if rank == 0:
+            inputs, answers = shown
+            digits = viz.captioned_digits(
+                train_part.images[inputs].cpu(), answers, train_part.labels[inputs], class_names
+            )
+            run.log({"train/inputs": digits}, step=step)
         improved = True
         if len(valid_part.images):
             valid = evaluate(model, valid_part)
             if not math.isfinite(valid.figures["loss"]):
                 runtime.log_numbers(run, output_dir, numbers, step)
                 raise runtime.diverged("validation", valid.figures["loss"], epoch, step, settings.learning_rate)
-            log_charts(run, "valid", valid_part, valid, class_names, step)
+            if rank == 0:
+                log_charts(run, "valid", valid_part, valid, class_names, step)
             numbers |= {f"valid/{name}": figure for name, figure in valid.figures.items()}
             value = numbers[settings.monitor]
             improved = best.epoch in (0, epoch) or options.is_better(settings.monitor, value, best.value)
@@ -270,7 +286,7 @@ def train(
             weights = {name: weight.clone() for name, weight in model.state_dict().items()}
             best = Best(epoch, numbers.get(settings.monitor, math.nan), weights)
         save_checkpoint()
-        if settings.log_model == "all":
+        if settings.log_model == "all" and rank == 0:
             log_model(run, model.state_dict(), numbers, ["latest", "best"] if improved else ["latest"])
         bar.write(f"{line}, {time.perf_counter() - epoch_started:.1f} s")
         if batch == last_batch or 0 < settings.patience <= epoch - best.epoch:
@@ -342,19 +358,21 @@ def conclude(
     output_dir, class_names = Path(settings.output_dir), digits.class_names
     model = ConvNet(settings.kernels).to(test_part.images.device, memory_format=torch.channels_last)
     model.load_state_dict(best.weights)
-    test = evaluate(model, test_part)
+    test, valid = evaluate(model, test_part), evaluate(model, valid_part) if len(valid_part.images) else None
     if not math.isfinite(test.figures["loss"]):
         raise runtime.diverged("test", test.figures["loss"], best.epoch, step, settings.learning_rate)
+    if parallel.rank() > 0:
+        return {}
     figures = {f"test/{name}": figure for name, figure in test.figures.items()}
     log_charts(run, "test", test_part, test, class_names, step)
     runtime.log_numbers(run, output_dir, figures, step)
     run.log({}, step=step, commit=True)  # or the open row would overwrite the summary
     summary = {"best/epoch": best.epoch}
     shown, part, result = "test", test_part, test  # what there is to show where nothing was held out
-    if len(valid_part.images):
-        shown, part, result = "valid", valid_part, evaluate(model, valid_part)
-        summary |= {f"best/{name}": figure for name, figure in result.figures.items()}
-        figures |= {f"valid/{name}": figure for name, figure in result.figures.items()}
+    if valid:
+        shown, part, result = "valid", valid_part, valid
+        summary |= {f"best/{name}": figure for name, figure in valid.figures.items()}
+        figures |= {f"valid/{name}": figure for name, figure in valid.figures.items()}
 
     runtime.write_predictions(output_dir / "predictions.csv", result)
     picture = viz.confusion_matrix_picture(result.confusion.counts, class_names, shown)
@@ -371,15 +389,36 @@ def conclude(
     return {**figures, f"{shown}/majority_share": result.confusion.majority_share()}
 
 
-@monitoring.for_agents
-def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Train, evaluate and export as the command-line arguments say; returns the content of metrics.json."""
+def fit(
+    run: wandb.Run,
+    settings: Settings,
+    digits: data.Digits,
+    parts: list[data.Part],
+    checkpoint: dict[str, Any] | None,
+    stop: list[Stopped],
+) -> tuple[Best, dict[str, Any]]:
+    """Build the model, train it, test the one to keep; returns that and the figures. All processes do this together."""
+    device = runtime.find_device(settings.device)
+    parts = [data.Part(part.images.to(device), part.labels.to(device)) for part in parts]
+    runtime.seed_everything(settings.seed, settings.deterministic)
+    model = ConvNet(settings.kernels).to(device, memory_format=torch.channels_last)
+    torch.manual_seed(settings.seed + parallel.rank())  # the model is the same everywhere, the rest need not be
+    sizes = " + ".join(f"{len(part.images):,}" for part in parts)
+    print(f"{digits.name}: {sizes} images for training, validation and test\n{model}")
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    print(f"{parameters:,} parameters on {device.type} in {settings.precision}, seed {settings.seed}")
+    best, step = train(run, settings, model, parts, digits.class_names, Path(settings.output_dir), checkpoint, stop)
+    return best, conclude(run, settings, best, parts, digits, step)
+
+
+def lead(settings: Settings, stop: list[Stopped]) -> dict[str, Any]:
+    """What the first process does, mostly the only one: begin or resume a run, `fit`, and end it."""
     started = time.perf_counter()
-    settings = options.parse(Settings, argv)
     runtime.settle_run(settings, "mnist")
-    with runtime.output_directory(settings) as output_dir, monitoring.stop_requests() as stop:
+    with runtime.output_directory(settings) as output_dir:
         checkpoint = runtime.load_checkpoint(output_dir, settings)
         if summary := runtime.finished(output_dir, settings, checkpoint):
+            parallel.from_the_first(None)
             return summary
         rows = runtime.rewind_journal(output_dir, checkpoint) if checkpoint else []
         asked, digits, parts = dataclasses.replace(settings), None, []
@@ -393,21 +432,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
                 settings = configured
                 digits, parts = load(settings)
             device = runtime.find_device(settings.device)
-            parts = [data.Part(part.images.to(device), part.labels.to(device)) for part in parts]
             settings.device, settings.precision = device.type, runtime.find_precision(settings.precision, device)
             settings.id = run.id
             runtime.record_settings(run, settings, output_dir)
             log_dataset(run, digits)
-
-            runtime.seed_everything(settings.seed, settings.deterministic)
-            model = ConvNet(settings.kernels).to(device, memory_format=torch.channels_last)
-            sizes = " + ".join(f"{len(part.images):,}" for part in parts)
-            print(f"{digits.name}: {sizes} images for training, validation and test\n{model}")
-            parameters = sum(parameter.numel() for parameter in model.parameters())
-            print(f"{parameters:,} parameters on {device.type} in {settings.precision}, seed {settings.seed}")
             monitoring.log_again(run, rows, held)
-            best, step = train(run, settings, model, parts, digits.class_names, output_dir, checkpoint, stop)
-            figures = conclude(run, settings, best, parts, digits, step)
+            parallel.from_the_first((settings, checkpoint))
+            best, figures = fit(run, settings, digits, parts, checkpoint, stop)
             last_line = monitoring.where_to_look(run, output_dir)
         summary = {
             "dataset": digits.name,
@@ -420,6 +451,24 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     images = f"{len(parts[2].images):,} images"
     print(f"test accuracy {summary['test/acc']:.2%} of {images}, best epoch {best.epoch}\n{last_line}")
     return summary
+
+
+def follow(stop: list[Stopped]) -> dict[str, Any]:
+    """What the other processes of torchrun do: `fit`, with the settings of the first and without a word."""
+    begun = parallel.from_the_first()
+    if begun:
+        settings, checkpoint = begun
+        with contextlib.redirect_stdout(open(os.devnull, "w")):
+            fit(wandb.init(mode="disabled"), settings, *load(settings), checkpoint, stop)
+    return {}
+
+
+@monitoring.for_agents
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Train, evaluate and export as the command-line arguments say; returns the content of metrics.json."""
+    settings = options.parse(Settings, argv)
+    with parallel.joined(), monitoring.stop_requests() as stop:
+        return lead(settings, stop) if parallel.rank() == 0 else follow(stop)
 
 
 if __name__ == "__main__":

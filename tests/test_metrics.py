@@ -342,10 +342,10 @@ def test_bad_probabilities_are_refused(probabilities, labels, bins, message):
 
 
 def training_batch(mean_loss: float, hits: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean loss, logits and labels of a batch, in which the first `hits` of `size` are predicted right."""
+    """Summed loss, logits and labels of a batch, in which the first `hits` of `size` are predicted right."""
     labels = torch.arange(size) % 3
     answers = torch.where(torch.arange(size) < hits, labels, (labels + 1) % 3)
-    return torch.tensor(mean_loss, requires_grad=True), F.one_hot(answers, 3).float().requires_grad_(), labels
+    return torch.tensor(mean_loss * size, requires_grad=True), F.one_hot(answers, 3).float().requires_grad_(), labels
 
 
 def test_training_figures_are_means_over_examples():

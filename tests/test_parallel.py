@@ -1,0 +1,164 @@
+"""Several processes of torchrun train as one does: the same batches and figures, one W&B run, the same exact resume."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
+
+import models
+from tests import killing
+from tests.conftest import clean_environment, wandb_records
+
+SCRIPTS = tuple(killing.ARGUMENTS)
+
+
+def start(script: str, cwd: Path, *more: str, processes: int = 2, restarts: int = 0) -> subprocess.Popen:
+    """The run of `killing`, of so many processes with a thread each."""
+    launcher = f"-m torch.distributed.run --nproc-per-node {processes} --max-restarts {restarts}".split()
+    arguments = [*killing.ARGUMENTS[script].split(), "--output_dir", "out", "--id", "same", *more]
+    return subprocess.Popen(
+        [sys.executable, *launcher, killing.REPO / script, *arguments],
+        cwd=cwd,
+        env=clean_environment(cwd, OMP_NUM_THREADS="1"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+
+
+def rows(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
+
+
+def wait_for_rows(cwd: Path, count: int) -> None:
+    deadline = time.monotonic() + 60
+    while not (cwd / "out/history.jsonl").exists() or len(rows(cwd / "out")) < count:
+        assert time.monotonic() < deadline, "the run does not get on"
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, SimpleNamespace]:
+    """For each script a run of two processes that was never interrupted."""
+    finished = {}
+    for script in SCRIPTS:
+        cwd = tmp_path_factory.mktemp("two")
+        printed = killing.finish(start(script, cwd))
+        finished[script] = SimpleNamespace(cwd=cwd, out=cwd / "out", printed=printed)
+    return finished
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_one_wandb_run_and_one_voice(script, references):
+    reference = references[script]
+    assert len(list((reference.cwd / "wandb").glob("*run-*"))) == 1
+    history = [record["history"]["item"] for record in wandb_records(reference.cwd) if record["type"] == "history"]
+    assert [row["train/loss_step"] for row in history if "train/loss_step" in row] == [
+        row["train/loss_step"] for row in rows(reference.out) if "train/loss_step" in row
+    ]
+    assert reference.printed.count("2 processes train together.") == 1
+    assert reference.printed.count("epoch 3: ") == reference.printed.count("Files of this run") == 1
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_merged_validation_is_equal(script, references, tmp_path):
+    """One process evaluates the model that two have trained, and finds the same to the last bit."""
+    shutil.copytree(references[script].cwd, tmp_path, symlinks=True, dirs_exist_ok=True)
+    (tmp_path / "out/metrics.json").unlink()
+    alone = start(script, tmp_path, "--resume", processes=1)
+    assert "begun with 2 process(es) and goes on with 1" in killing.finish(alone)
+    assert [name for name in killing.differences(references[script].out, tmp_path / "out")] == []
+
+
+def without_dropout(directory: Path) -> Path:
+    words = sorted({word for line in killing.SENTENCES.read_text().splitlines() for word in line.lower().split()})
+    tokenizer = BertTokenizerFast(vocab={word: i for i, word in enumerate(models.learn_wordpieces(words))})
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=64,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    BertForSequenceClassification(config).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_losses_agree_with_one_process(script, tmp_path):
+    """To rounding at first; Adam makes small differences grow, as another number of threads would."""
+    more = ["--precision", "fp32", "--epochs", "1", "--log_every", "1", "--watch", "off"]
+    if script == "train_cola.py":
+        more += ["--model", str(without_dropout(tmp_path / "bert")), "--batch_size", "16"]
+    histories = []
+    for processes in (1, 3):
+        (tmp_path / str(processes)).mkdir()
+        killing.finish(start(script, tmp_path / str(processes), *more, processes=processes))
+        histories.append([row for row in rows(tmp_path / str(processes) / "out") if "train/loss_step" in row])
+    assert len(histories[0]) == len(histories[1]) > 10
+    for number, (one, three) in enumerate(zip(*histories)):
+        assert one["step"] == three["step"]
+        within = 1e-5 if number < 6 else 0.02
+        assert three["train/loss_step"] == pytest.approx(one["train/loss_step"], rel=within)
+        assert three["train/acc_step"] == pytest.approx(one["train/acc_step"], abs=0 if number < 6 else 0.05)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("victim", [0, 1])
+def test_killed_worker_is_restarted(script, victim, references, tmp_path):
+    process = start(script, tmp_path, "--resume", restarts=1)
+    wait_for_rows(tmp_path, 5)
+    workers = subprocess.run(["pgrep", "-P", str(process.pid), "-f", script], capture_output=True, text=True)
+    os.kill(int(workers.stdout.split()[victim]), signal.SIGKILL)
+    killing.finish(process)
+    assert killing.differences(references[script].out, tmp_path / "out") == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stopped_together(number, references, tmp_path):
+    process = start("train_cola.py", tmp_path)
+    wait_for_rows(tmp_path, 5)
+    asked = time.monotonic()
+    process.send_signal(number)
+    printed = process.communicate(timeout=30)[0].decode()
+    assert time.monotonic() - asked < 10
+    assert printed.count("stopped by SIG") == 1, printed
+    stopped_at = torch.load(tmp_path / "out/checkpoint.pt", weights_only=True)["position"]["step"]
+    assert stopped_at >= rows(tmp_path / "out")[-1]["step"]
+    killing.finish(start("train_cola.py", tmp_path, "--resume"))
+    assert killing.differences(references["train_cola.py"].out, tmp_path / "out") == []
+
+
+def test_goes_on_with_more_processes(references, tmp_path):
+    process = start("train_mnist.py", tmp_path, processes=1)
+    wait_for_rows(tmp_path, 5)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+    printed = killing.finish(start("train_mnist.py", tmp_path, "--resume"))
+    assert printed.count("begun with 1 process(es) and goes on with 2") == 1
+    expected = references["train_mnist.py"]
+    assert [row["step"] for row in rows(tmp_path / "out")] == [row["step"] for row in rows(expected.out)]
+    for row, other in zip(rows(tmp_path / "out"), rows(expected.out)):
+        assert row["train/loss_step"] == pytest.approx(other["train/loss_step"], rel=0.05) if "epoch" in row else True
+
+
+def test_a_mistake_is_told_once(tmp_path):
+    process = start("train_mnist.py", tmp_path, "--batch_size", "1999", processes=3)
+    printed = process.communicate(timeout=60)[0].decode()
+    assert process.returncode != 0
+    assert printed.count("3 processes can't share the last batch of an epoch, which has 1 of the") == 1, printed
+    assert 'train_mnist.py", line' not in printed  # a traceback of ours; torchrun prints one of its own
+    assert not (tmp_path / "out").exists()
