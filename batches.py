@@ -25,7 +25,9 @@ def tokenise(
     device: torch.device,
 ) -> Part:
     """Sentences as tokens on `device`; what is beyond `max_length` tokens is cut."""
-    tokens = tokenizer(sentences, truncation=True, max_length=max_length)["input_ids"]
+    tokens = []
+    for i in range(0, len(sentences), 1000):  # what the tokenizer knows of each beside its tokens takes memory
+        tokens += tokenizer(sentences[i : i + 1000], truncation=True, max_length=max_length)["input_ids"]
     at_limit = [sentence for sentence, ids in zip(sentences, tokens) if len(ids) == max_length]
     cut = sum(len(ids) > max_length for ids in tokenizer(at_limit)["input_ids"]) if at_limit else 0
     padded = nn.utils.rnn.pad_sequence(
@@ -53,7 +55,8 @@ def by_length(lengths: Tensor, batch_size: int, random: np.random.Generator) -> 
 def inputs_of(part: Part, indices: Tensor) -> dict[str, Tensor]:
     """What the model takes of a batch, padded to its own longest sentence."""
     lengths = part.lengths[indices]
-    longest = int(lengths.max())
+    # To a multiple of four: kernels are prepared, and kept, for each shape, and rare shapes cost 60 MB.
+    longest = min(-(-int(lengths.max()) // 4) * 4, part.tokens.shape[1])
     mask = (torch.arange(longest) < lengths[:, None]).long()
     device = part.tokens.device
     return {"input_ids": part.tokens[indices.to(device), :longest], "attention_mask": mask.to(device)}

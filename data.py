@@ -150,45 +150,45 @@ def why_unreachable(url: str, seconds: float = 4.0) -> str | None:
 
 
 def _read_digits(name: str, data_dir: str) -> Digits:
-    import torchvision
-
     files = _idx_files(name, data_dir)
-    for images, labels in (files[:2], files[2:]):
-        _check_idx_pair(images, labels, published=name == "mnist")
-    dataset = getattr(torchvision.datasets, TORCHVISION_CLASS[name])
-    train, test = dataset(data_dir, train=True), dataset(data_dir, train=False)
-    classes = [str(digit) for digit in range(10)] if name == "mnist" else dataset.classes
-    return Digits(name, train.data, train.targets, test.data, test.targets, classes, files)
+    pairs = [_read_idx_pair(*two, published=name == "mnist") for two in (files[:2], files[2:])]
+    classes = [str(digit) for digit in range(10)]
+    if name != "mnist":
+        import torchvision  # takes a second
+
+        classes = getattr(torchvision.datasets, TORCHVISION_CLASS[name]).classes
+    return Digits(name, *pairs[0], *pairs[1], classes, files)
 
 
-def _check_idx_pair(images: Path, labels: Path, published: bool) -> None:
-    """Raise `UserError` unless two IDX files hold as many 28×28 images as labels, each whole.
+def _read_idx_pair(images: Path, labels: Path, published: bool) -> tuple[Tensor, Tensor]:
+    """uint8 (n, 28, 28) images and int64 (n,) labels of two IDX files; raises `UserError` unless both are whole.
 
     The format: big-endian 32-bit magic number (0x803 for bytes in 3 dimensions, 0x801 in 1), sizes, data.
     """
-    counts = []
+    parts = []
     for file, magic, shape in ((images, 0x803, (28, 28)), (labels, 0x801, ())):
         try:
-            content = file.read_bytes()
+            content = np.fromfile(file, np.uint8)
         except OSError as error:
             raise UserError(f"can't read {file}: {error.strerror}") from None
         head = 4 * (2 + len(shape))
-        found_magic, count, *found_shape = struct.unpack(f">{head // 4}i", content[:head].ljust(head, b"\0"))
+        found_magic, count, *found_shape = struct.unpack(f">{head // 4}i", content[:head].tobytes().ljust(head, b"\0"))
         whole = head + count * (28 * 28 if shape else 1)
         if found_magic != magic or tuple(found_shape) != shape or count < 1:
             problem = "does not begin as an IDX file of 28×28 images or of labels does"
         elif len(content) != whole:
             problem = f"has {len(content):,} bytes where {whole:,} belong"
-        elif not shape and max(content[head:]) > 9:
-            problem = f"holds the label {max(content[head:])}, above 9"
+        elif not shape and content[head:].max() > 9:
+            problem = f"holds the label {content[head:].max()}, above 9"
         elif published and count in (60_000, 10_000) and hashlib.sha256(content).hexdigest() != MNIST_SHA256[file.name]:
             problem = "differs from the published file (sha256)"
         else:
-            counts.append(count)
+            parts.append(torch.from_numpy(content[head:].reshape(count, *shape)))
             continue
         raise UserError(f"{file} is damaged: it {problem}; delete it to have it downloaded again")
-    if counts[0] != counts[1]:
-        raise UserError(f"{images} holds {counts[0]:,} images, but {labels} {counts[1]:,} labels")
+    if len(parts[0]) != len(parts[1]):
+        raise UserError(f"{images} holds {len(parts[0]):,} images, but {labels} {len(parts[1]):,} labels")
+    return parts[0], parts[1].long()
 
 
 def synthetic_digits(train: int = 20_000, test: int = 4_000, seed: int = 0) -> Digits:

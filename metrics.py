@@ -22,7 +22,7 @@ class ConfusionMatrix:
     def __init__(self, num_classes: int, device: torch.device | str | None = None):
         if num_classes < 2:
             raise ValueError(f"num_classes must be at least 2, got {num_classes}")
-        self.num_classes = num_classes
+        self.num_classes, self._last = num_classes, num_classes - 1
         self._counts = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
         self._out_of_range = torch.zeros((), dtype=torch.int64, device=device)
         self._one = torch.ones((), dtype=torch.int64, device=device)
@@ -35,16 +35,14 @@ class ConfusionMatrix:
         """
         if predictions.shape != labels.shape:
             raise ValueError(f"predictions {tuple(predictions.shape)} and labels {tuple(labels.shape)} differ in shape")
-        if predictions.dtype != torch.int64 or labels.dtype != torch.int64:
+        if not predictions.dtype == labels.dtype == torch.int64:
             raise ValueError(f"predictions and labels must be int64, got {predictions.dtype} and {labels.dtype}")
-        last = self.num_classes - 1
-        rows, columns = labels.clamp(0, last), predictions.clamp(0, last)
-        if self._counts.is_cpu:
-            for name, given, clamped in (("labels", labels, rows), ("predictions", predictions, columns)):
-                if not torch.equal(given, clamped):
-                    raise ValueError(f"{name} hold a value outside 0..{last}")
-        else:
+        rows, columns = labels.clamp(0, self._last), predictions.clamp(0, self._last)
+        if not self._counts.is_cpu:
             self._out_of_range += (rows != labels).sum() + (columns != predictions).sum()
+        elif not (torch.equal(labels, rows) and torch.equal(predictions, columns)):
+            name = "predictions" if torch.equal(labels, rows) else "labels"
+            raise ValueError(f"{name} hold a value outside 0..{self._last}")
         # Not bincount: on an accelerator it waits for the largest value, on a CPU it takes twice as long.
         self._counts.index_put_((rows, columns), self._one, accumulate=True)
 
@@ -52,7 +50,7 @@ class ConfusionMatrix:
     def counts(self) -> Tensor:
         """int64 (num_classes, num_classes) on the device; rows are labels, columns predictions."""
         if self._out_of_range:
-            raise ValueError(f"labels or predictions hold a value outside 0..{self.num_classes - 1}")
+            raise ValueError(f"labels or predictions hold a value outside 0..{self._last}")
         return self._counts.clone()
 
     def __add__(self, other: "ConfusionMatrix") -> "ConfusionMatrix":

@@ -173,7 +173,8 @@ class UsedRows(nn.Embedding):
         return super().forward(self.row[tokens])
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
-        destination[f"{prefix}weight"] = self.whole.index_copy(0, self.used, self.weight.detach())
+        self.whole[self.used] = self.weight.detach()
+        destination[f"{prefix}weight"] = self.whole  # no copy, as with any other weight
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest: Any) -> None:
         self.whole.copy_(state_dict[f"{prefix}weight"])
@@ -188,7 +189,11 @@ def train_used_rows(model: PreTrainedModel, tokens: list[Tensor]) -> None:
     """
     whole = model.get_input_embeddings()
     places = [name for name, weight in model.named_parameters(remove_duplicate=False) if weight is whole.weight]
-    padding = [] if whole.padding_idx is None else [torch.tensor([whole.padding_idx], device=tokens[0].device)]
-    used = torch.cat([*map(torch.flatten, tokens), *padding]).unique()
+    occurs = torch.zeros(whole.num_embeddings, dtype=torch.bool, device=tokens[0].device)
+    for part in tokens:
+        occurs[part] = True
+    if whole.padding_idx is not None:
+        occurs[whole.padding_idx] = True
+    used = occurs.nonzero().flatten()
     if type(whole) is nn.Embedding and len(places) == 1 and 2 * len(used) < whole.num_embeddings:
         model.set_input_embeddings(UsedRows(whole, used))

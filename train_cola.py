@@ -91,7 +91,7 @@ def evaluate(model: PreTrainedModel, part: batches.Part) -> metrics.Evaluation:
     """Answer every sentence, in float32 as the saved model does; of several processes, each answers a share."""
     model.eval()
     logits = torch.zeros(len(part.labels), model.config.num_labels, device=part.labels.device)
-    drawn = part.lengths.argsort(stable=True).split(128)
+    drawn = part.lengths.argsort(stable=True).split(64)
     for indices in drawn[parallel.rank() :: parallel.world_size()]:
         # The method, since wandb.watch counts the calls of the model itself.
         answers = type(model).forward(model, **batches.inputs_of(part, indices)).logits

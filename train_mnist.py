@@ -106,7 +106,7 @@ def evaluate(model: ConvNet, part: data.Part) -> metrics.Evaluation:
     """Answer every image, in float32 as the exported model does; of several processes, each answers a share."""
     model.eval()
     logits = torch.zeros(len(part.images), model.fc.out_features, device=part.images.device)
-    for indices in torch.arange(len(part.images)).split(500)[parallel.rank() :: parallel.world_size()]:
+    for indices in torch.arange(len(part.images)).split(200)[parallel.rank() :: parallel.world_size()]:
         # The method, since wandb.watch counts the calls of the model itself.
         logits[indices] = ConvNet.forward(model, pixels(part.images[indices]))
     parallel.add_up(logits)  # what other processes answer is zero here
@@ -163,9 +163,12 @@ def train(
     last_batch = min(settings.epochs * batches, settings.max_steps or math.inf)
 
     loss_function = nn.CrossEntropyLoss(reduction="sum")
-    optimizer = torch.optim.Adam(model.parameters(), settings.learning_rate, fused=device.type != "mps")
+    betas = (0.7, 0.9) if settings.schedule == "onecycle" else (0.9, 0.999)  # short memories suit short schedules
+    optimizer = torch.optim.Adam(model.parameters(), settings.learning_rate, betas, fused=device.type != "mps")
     if settings.schedule == "onecycle":
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.learning_rate, last_batch)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, settings.learning_rate, last_batch, pct_start=0.1, cycle_momentum=False
+        )
     else:
         schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1)
     if settings.compile:

@@ -9,7 +9,7 @@ from pathlib import Path
 from benchmarks import pairs
 
 TUTORIAL = "--slice 5 --valid_size 0 --schedule constant --seed 1".split()
-FAST = "--valid_size 0 --epochs 2 --learning_rate 0.01 --watch off".split()  # to 99.0 % on all images
+FAST = "--valid_size 0 --max_steps 600 --learning_rate 0.01 --watch off".split()  # to 99.0 %: 1.3 epochs
 
 
 def main() -> None:

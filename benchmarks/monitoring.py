@@ -26,10 +26,12 @@ def bare(data_dir: str) -> dict[str, float]:
     torch.utils.deterministic.fill_uninitialized_memory = False
     model = train_mnist.ConvNet(settings.kernels).to(memory_format=torch.channels_last)
     loss_function = nn.CrossEntropyLoss()
-    optimizer = torch.optim.Adam(model.parameters(), settings.learning_rate, fused=True)
+    optimizer = torch.optim.Adam(model.parameters(), settings.learning_rate, (0.7, 0.9), fused=True)
     examples = len(train_part.images)
     batches = -(-examples // settings.batch_size)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.learning_rate, EPOCHS * batches)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, settings.learning_rate, EPOCHS * batches, pct_start=0.1, cycle_momentum=False
+    )
     bf16 = train_mnist.runtime.find_precision("auto", torch.device("cpu")) == "bf16"
     started = time.perf_counter()
     for epoch in range(1, EPOCHS + 1):

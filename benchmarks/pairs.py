@@ -14,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 REPO = Path(__file__).parent.parent
+OFFLINE = os.environ | {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "PYTHONPATH": str(REPO)}
 Side = Callable[[], dict[str, float]]  # one measurement: figures by name
 
 
@@ -27,17 +28,15 @@ def alternate(ours: Side, peer: Side, pairs: int) -> tuple[dict[str, float], dic
     return tuple({name: statistics.median(r[name] for r in results) for name in results[0]} for results in measured)
 
 
-def process(*command: str | Path) -> dict[str, float]:
+def process(*command: str | Path, **environment: str) -> dict[str, float]:
     """Run a command in an empty directory, offline; its wall time and the figures it prints as "name number"."""
     with tempfile.TemporaryDirectory() as cwd:
-        environment = os.environ | {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "PYTHONPATH": str(REPO)}
+        command = [sys.executable, *map(str, command)]
         started = time.perf_counter()
-        done = subprocess.run(
-            [sys.executable, *map(str, command)], cwd=cwd, env=environment, capture_output=True, text=True
-        )
+        done = subprocess.run(command, cwd=cwd, env=OFFLINE | environment, capture_output=True, text=True)
         seconds = time.perf_counter() - started
     if done.returncode:
-        raise SystemExit(f"{' '.join(map(str, command))} failed:\n{done.stderr[-2000:]}")
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
     return {"whole process": seconds, **figures(done.stdout)}
 
 
@@ -53,7 +52,7 @@ def row(work: str, ours: float, peer: float, unit: str = "s") -> str:
     return f"| {work} | {ours:.3g} {unit} | {peer:.3g} {unit} | {peer / ours:.2f} |"
 
 
-def head(title: str, libraries: tuple[str, ...]) -> str:
+def head(title: str, libraries: tuple[str, ...], columns: tuple[str, ...] = ("ours", "peer", "times faster")) -> str:
     """The heading of a Markdown table, with what the figures were measured on."""
     processor = platform.processor() or platform.machine()
     if shutil.which("lscpu"):
@@ -62,4 +61,4 @@ def head(title: str, libraries: tuple[str, ...]) -> str:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     versions = ", ".join(f"{library} {version(library)}" for library in libraries)
     line = f"{processor}, {cores} cores, Python {platform.python_version()}, {versions}"
-    return f"{line}\n\n| {title} | ours | peer | times faster |\n|---|---|---|---|"
+    return f"{line}\n\n| {' | '.join((title, *columns))} |\n{'|---' * (1 + len(columns))}|"

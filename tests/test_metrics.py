@@ -368,8 +368,8 @@ def test_state_of_training_figures_is_a_snapshot_without_a_graph():
     figures.add(*training_batch(0.25, hits=3, size=4))
     state = figures.state_dict()
     figures.take_row()
-    assert not state["row"].requires_grad
-    assert state["row"].tolist() == [1.0, 3.0, 4.0] and state["epoch"] == [2.0, 1.0, 2.0]  # loss, hits, examples
+    assert not state["sums"].requires_grad
+    assert state["sums"].tolist() == [1.0, 3.0, 4.0] and state["epoch"] == [2.0, 1.0, 2.0]  # loss, hits, examples
 
 
 def test_evaluation():

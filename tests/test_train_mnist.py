@@ -287,7 +287,7 @@ def test_without_validation_the_last_model_is_tested(tmp_path):
 
 def test_one_cycle_is_torchs(small_mnist):
     optimizer = torch.optim.Adam([torch.zeros(1, requires_grad=True)])
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.005, total_steps=75)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.005, 75, pct_start=0.1, cycle_momentum=False)
     rates = [schedule.get_last_lr()[0]]
     for _ in range(74):
         optimizer.step()
