@@ -270,7 +270,8 @@ def check_before_imports(settings_class: type[SharedSettings]) -> None:
     And set what has to be set by then, for this process: how OpenMP's threads wait, the collector, Ctrl-C, and that
     nothing but W&B's runs is sent anywhere.
     """
-    _end_in_one_line(lambda: parse(settings_class))
+    if status := status_of(lambda: parse(settings_class)):
+        sys.exit(status)
     # A thread of OpenMP that waits is to sleep soon, not to spin: where other programs want the processor too,
     # spinning keeps it from the very thread that is waited for, and training takes ten times as long.
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(os.environ):
@@ -286,25 +287,29 @@ def run_script(main: Callable[[], Any]) -> None:
     gc.freeze()  # the collector leaves alone what was imported
     gc.enable()
     gc.set_threshold(50_000)  # and looks rarely, since the ONNX exporter is imported later
-    _end_in_one_line(main)
+    try:
+        status = status_of(main)
+    finally:
+        gc.unfreeze()  # or triton would complain below a traceback
     atexit._run_exitfuncs()
     sys.stderr.flush()
-    os._exit(0)  # at once: Python would take apart all modules first, which takes nearly a second
+    os._exit(status)  # at once: Python would take apart all modules first, which takes nearly a second
 
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 REFUSED = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR)
 
 
-def _end_in_one_line(action: Callable[[], Any]) -> None:
+def status_of(action: Callable[[], Any]) -> int:
+    """The exit status of `action`; what the user can put right has been said by then, in one line."""
     try:
         action()
         sys.stdout.flush()  # here, where a reader that has gone is no surprise
-        return
+        return 0
     except Stopped as stopped:
         message, status = str(stopped), stopped.status
         if not _is_first():
-            sys.exit(status)
+            return status
     except KeyboardInterrupt:
         message, status = "interrupted", 130
     except BrokenPipeError:
@@ -325,7 +330,7 @@ def _end_in_one_line(action: Callable[[], Any]) -> None:
     with contextlib.suppress(OSError):
         sys.stdout.flush()  # so that this is the last line where both go to one file
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
-    sys.exit(status)
+    return status
 
 
 def _is_first() -> bool:

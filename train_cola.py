@@ -111,7 +111,7 @@ def attribute(model: PreTrainedModel, part: batches.Part, index: int, answer: in
     with torch.enable_grad():
         logits = type(model).forward(model, inputs_embeds=embedded, **inputs).logits[0]
         (gradient,) = torch.autograd.grad(logits[answer] - logits[label], embedded)
-    return (gradient * embedded).sum(-1)[0].detach().cpu()
+    return (gradient * embedded).sum(-1)[0, : part.lengths[index]].detach().cpu()
 
 
 def log_charts(

@@ -232,7 +232,7 @@ def test_the_best_model_is_kept_and_its_domains_are_reported_apart(tmp_path, mon
     monkeypatch.setattr(data, "COLA_SHA256", hashlib.sha256(content).hexdigest())
     monkeypatch.chdir(tmp_path)
     arguments = "--dataset cola --data_dir . --model scratch --wandb disabled --output_dir out --epochs 12"
-    more = "--batch_size 4 --schedule constant --seed 4 --precision fp32"
+    more = "--batch_size 4 --schedule constant --seed 5 --precision fp32"
     metrics = train_cola.main([*arguments.split(), *more.split()])
     assert metrics == json.loads((tmp_path / "out/metrics.json").read_text()) and metrics["dataset"] == "cola"
     assert not (tmp_path / "wandb").exists()
@@ -625,8 +625,7 @@ def test_bad_input(tmp_path, small_cola, monkeypatch, capfd, arguments, message)
     for name, value in clean_environment(tmp_path, WANDB_MODE="offline").items():
         monkeypatch.setenv(name, value)
     given = arguments.replace("MODEL", str(small_cola.files / "model")).split()
-    with pytest.raises(SystemExit) as ended:
-        options.run_script(lambda: train_cola.main(given))
+    status = options.status_of(lambda: train_cola.main(given))
     (line,) = capfd.readouterr().err.splitlines()
-    assert ended.value.code == 2 and line.startswith("train_cola.py: error: ") and message in line
+    assert status == 2 and line.startswith("train_cola.py: error: ") and message in line
     assert written(tmp_path) == before
