@@ -59,4 +59,5 @@ def inputs_of(part: Part, indices: Tensor) -> dict[str, Tensor]:
     longest = min(-(-int(lengths.max()) // 4) * 4, part.tokens.shape[1])
     mask = (torch.arange(longest) < lengths[:, None]).long()
     device = part.tokens.device
-    return {"input_ids": part.tokens[indices.to(device), :longest], "attention_mask": mask.to(device)}
+    tokens = part.tokens[indices.to(device, non_blocking=True), :longest]
+    return {"input_ids": tokens, "attention_mask": mask.to(device, non_blocking=True)}

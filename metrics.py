@@ -216,7 +216,7 @@ class TrainingFigures:
         self._epoch = [0.0, 0.0, 0.0]
 
     def state_dict(self) -> dict[str, Any]:
-        return {"sums": self.sums.clone(), "epoch": list(self._epoch)}
+        return {"sums": self.sums.to("cpu", copy=True), "epoch": list(self._epoch)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.sums.copy_(state["sums"])

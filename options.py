@@ -14,7 +14,6 @@ import os
 import re
 import signal
 import sys
-import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -270,7 +269,7 @@ def check_before_imports(settings_class: type[SharedSettings]) -> None:
     And set what has to be set by then, for this process: how OpenMP's threads wait, the collector, Ctrl-C, and that
     nothing but W&B's runs is sent anywhere.
     """
-    if status := status_of(lambda: parse(settings_class)):
+    if _is_first() and (status := status_of(lambda: parse(settings_class))):
         sys.exit(status)
     # A thread of OpenMP that waits is to sleep soon, not to spin: where other programs want the processor too,
     # spinning keeps it from the very thread that is waited for, and training takes ten times as long.
@@ -291,8 +290,11 @@ def run_script(main: Callable[[], Any]) -> None:
         status = status_of(main)
     finally:
         gc.unfreeze()  # or triton would complain below a traceback
+    if sys.modules["__main__"].__spec__ or sys.flags.interactive:
+        sys.exit(status)  # `python -m cProfile train_mnist.py` and the like have yet to report
     atexit._run_exitfuncs()
-    sys.stderr.flush()
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.flush()
     os._exit(status)  # at once: Python would take apart all modules first, which takes nearly a second
 
 
@@ -309,7 +311,7 @@ def status_of(action: Callable[[], Any]) -> int:
     except Stopped as stopped:
         message, status = str(stopped), stopped.status
         if not _is_first():
-            return status
+            return status  # the first process says it
     except KeyboardInterrupt:
         message, status = "interrupted", 130
     except BrokenPipeError:
@@ -326,7 +328,7 @@ def status_of(action: Callable[[], Any]) -> int:
         if message is None:
             raise
     if not _is_first():
-        time.sleep(5)  # the first process says it for all of them, unless only this one has failed
+        message = f"process {os.environ['RANK']}: {message}"
     with contextlib.suppress(OSError):
         sys.stdout.flush()  # so that this is the last line where both go to one file
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
@@ -335,7 +337,7 @@ def status_of(action: Callable[[], Any]) -> int:
 
 def _is_first() -> bool:
     """Whether this is the first of the processes of torchrun, or the only one."""
-    return os.environ.get("RANK", "0") == "0"
+    return "MASTER_ADDR" not in os.environ or os.environ.get("RANK", "0") == "0"
 
 
 def _of_wandb(error: Exception) -> str | None:

@@ -40,20 +40,32 @@ def joined() -> Iterator[None]:
     dist.init_process_group(backend, store=store, rank=number, world_size=count)
     if rank() == 0:
         print(f"{world_size()} processes train together.")
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    yield
+    dist.destroy_process_group()  # after an error the end of the process does, when all has been said
 
 
 @contextlib.contextmanager
-def _together() -> Iterator[None]:
-    """Raises `Stopped` in place of what gloo or NCCL raise where another process has ended."""
+def after_the_first() -> Iterator[None]:
+    """For the other processes: where all of them end early in the block, they wait for the first and say nothing.
+
+    torchrun ends all processes as soon as one has failed, and the first is to say why.
+    """
+    try:
+        yield
+    except (Stopped, UserError):
+        with contextlib.suppress(Stopped):
+            from_the_first()  # ends when the first process does
+        raise Stopped("the first process", 0) from None
+
+
+@contextlib.contextmanager
+def _exchanging() -> Iterator[None]:
+    """Raises `Stopped` in place of what gloo or NCCL raise, mostly as another process has ended."""
     try:
         yield
     except RuntimeError as error:
-        reason = str(error).splitlines()[0].rpartition("] ")[2][:80]
-        raise Stopped(f"the end of another process ({reason})", 1) from error
+        reason = str(error).partition("\n")[0].rpartition("] ")[2][:80]
+        raise Stopped(f"a failed exchange between processes ({reason})", 1) from error
 
 
 def add_up(*tensors: Tensor) -> None:
@@ -61,7 +73,7 @@ def add_up(*tensors: Tensor) -> None:
     if world_size() == 1:
         return
     flat = torch.cat([tensor.flatten() for tensor in tensors])  # once is much faster than one by one
-    with _together():
+    with _exchanging():
         dist.all_reduce(flat)
     for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
         tensor.copy_(total.view_as(tensor))
@@ -79,7 +91,7 @@ def from_the_first(thing: Any = None) -> Any:
     if world_size() == 1:
         return thing
     things = [thing]
-    with _together():
+    with _exchanging():
         dist.broadcast_object_list(things, src=0, device=torch.device("cpu"))
     return things[0]
 
@@ -89,7 +101,7 @@ def gathered(thing: Any) -> list[Any]:
     if world_size() == 1:
         return [thing]
     things = [None] * world_size()
-    with _together():
+    with _exchanging():
         dist.all_gather_object(things, thing)
     return things
 
@@ -102,3 +114,9 @@ def check_shares(examples: int, batch_size: int) -> None:
             f"{world_size()} processes can't share the last batch of an epoch, which has {smallest} of the {examples} "
             "examples: take another --batch_size, or fewer processes"
         )
+
+
+def check_same(*checksums: int) -> None:
+    """Raises `UserError`, in all processes, where they do not have the same data and model."""
+    if len(set(gathered(checksums))) > 1:
+        raise UserError("the processes do not have the same data and model: give all of them the same files")

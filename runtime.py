@@ -55,9 +55,10 @@ def seed_everything(seed: int, deterministic: bool) -> None:
 def find_device(name: str) -> torch.device:
     """The device `--device` asks for; "auto" takes the fastest kind there is. Raises `UserError`.
 
-    Of several processes on a machine, each takes a GPU of its own.
+    Of several processes on a machine, each takes a GPU of its own; MPS can't be shared.
     """
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    mps = torch.backends.mps.is_available() and parallel.world_size() == 1
+    there = {"cuda": torch.cuda.is_available(), "mps": mps, "cpu": True}
     if name == "auto":
         name = next(kind for kind, available in there.items() if available)
     if not there[name]:

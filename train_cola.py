@@ -225,6 +225,8 @@ def train(
     figures = metrics.TrainingFigures(device)
     numbers = {}  # the latest row
     fingerprint = runtime.fingerprint(parts)
+    if world_size > 1:
+        parallel.check_same(fingerprint, runtime.fingerprint([model.state_dict().values()]))
 
     stateful = {"model": model, "optimizer": optimizer, "schedule": schedule}
 
@@ -260,7 +262,7 @@ def train(
             if settings.watch != "off" and batch == watch_from:
                 run.watch(model, loss_function, log=settings.watch, log_freq=settings.watch_every)
             share = indices[rank::world_size]
-            labels = train_part.labels[share.to(device)]
+            labels = train_part.labels[share.to(device, non_blocking=True)]
             batch, step = batch + 1, step + len(indices)
             epoch_ends = batch % batches_per_epoch == 0 or batch == last_batch
             if settings.watch != "off" and batch % settings.watch_every == 0:
@@ -297,11 +299,12 @@ def train(
                 if epoch_ends:
                     break  # this row is logged below, with the figures of the epoch
                 runtime.log_numbers(run, output_dir, numbers, step)
-            stopping = parallel.any_of_them(bool(stop))
+            agreeing = world_size == 1 or batch % settings.log_every == 0  # the others are not asked each time
+            stopping = agreeing and parallel.any_of_them(bool(stop))
             if batch % settings.checkpoint_every == 0 or stopping:
                 save_checkpoint()
             if stopping:
-                raise stop[0] if stop else Stopped("another process", 1)
+                raise stop[0] if stop else Stopped("another process", 0)
 
         run.log({}, step=step)  # opens the row, if nothing has yet: media files are named by the open one
         whole, valid = figures.epoch(), evaluate(model, valid_part)
@@ -314,7 +317,7 @@ def train(
         numbers |= {f"valid/{name}": figure for name, figure in valid.figures.items()}
         numbers["valid/majority_share"] = valid.confusion.majority_share()
         runtime.log_numbers(run, output_dir, numbers, step)
-        value = numbers[settings.monitor]
+        value = parallel.from_the_first(numbers[settings.monitor])
         improved = best.epoch in (0, epoch) or options.is_better(settings.monitor, value, best.value)
         if improved:
             weights = {name: weight.clone() for name, weight in model.state_dict().items()}
@@ -529,7 +532,7 @@ def follow(stop: list[Stopped]) -> dict[str, Any]:
     if begun:
         settings, place, checkpoint = begun
         corpus = load(settings)
-        with contextlib.redirect_stdout(open(os.devnull, "w")):
+        with parallel.after_the_first(), contextlib.redirect_stdout(open(os.devnull, "w")):
             fit(wandb.init(mode="disabled"), settings, corpus, load_model(settings, corpus, place), checkpoint, stop)
     return {}
 

@@ -106,9 +106,11 @@ def evaluate(model: ConvNet, part: data.Part) -> metrics.Evaluation:
     """Answer every image, in float32 as the exported model does; of several processes, each answers a share."""
     model.eval()
     logits = torch.zeros(len(part.images), model.fc.out_features, device=part.images.device)
-    for indices in torch.arange(len(part.images)).split(200)[parallel.rank() :: parallel.world_size()]:
-        # The method, since wandb.watch counts the calls of the model itself.
-        logits[indices] = ConvNet.forward(model, pixels(part.images[indices]))
+    batches = list(zip(part.images.split(200), logits.split(200)))
+    for images, answers in batches[parallel.rank() :: parallel.world_size()]:
+        answers.copy_(
+            ConvNet.forward(model, pixels(images))
+        )  # the method: wandb.watch counts calls of the model itself
     parallel.add_up(logits)  # what other processes answer is zero here
     return metrics.evaluation(logits, part.labels)
 
@@ -180,6 +182,8 @@ def train(
     figures = metrics.TrainingFigures(device)
     numbers, shown = {}, ()  # the latest row; some images of the latest batch, and what is predicted for them
     fingerprint = runtime.fingerprint(parts)
+    if world_size > 1:
+        parallel.check_same(fingerprint, runtime.fingerprint([model.state_dict().values()]))
 
     stateful = {"model": model, "optimizer": optimizer, "schedule": schedule}
 
@@ -256,11 +260,12 @@ def train(
                     shown = share[:16], logits[:16].argmax(1)
                     break  # this row is logged below, with the figures of the epoch
                 runtime.log_numbers(run, output_dir, numbers, step)
-            stopping = parallel.any_of_them(bool(stop))
+            agreeing = world_size == 1 or batch % settings.log_every == 0  # the others are not asked each time
+            stopping = agreeing and parallel.any_of_them(bool(stop))
             if batch % settings.checkpoint_every == 0 or stopping:
                 save_checkpoint()
             if stopping:
-                raise stop[0] if stop else Stopped("another process", 1)
+                raise stop[0] if stop else Stopped("another process", 0)
 
         run.log({}, step=step)  # opens the row, if nothing has yet: media files are named by the open one
         whole = figures.epoch()
@@ -272,7 +277,7 @@ def train(
                 train_part.images[inputs].cpu(), answers, train_part.labels[inputs], class_names
             )
             run.log({"train/inputs": digits}, step=step)
-        improved = True
+        value, improved = math.nan, True
         if len(valid_part.images):
             valid = evaluate(model, valid_part)
             if not math.isfinite(valid.figures["loss"]):
@@ -281,13 +286,13 @@ def train(
             if rank == 0:
                 log_charts(run, "valid", valid_part, valid, class_names, step)
             numbers |= {f"valid/{name}": figure for name, figure in valid.figures.items()}
-            value = numbers[settings.monitor]
+            value = parallel.from_the_first(numbers[settings.monitor])
             improved = best.epoch in (0, epoch) or options.is_better(settings.monitor, value, best.value)
             line += f", valid loss {valid.figures['loss']:.4f} acc {valid.figures['acc']:.2%}"
         runtime.log_numbers(run, output_dir, numbers, step)
         if improved:
             weights = {name: weight.clone() for name, weight in model.state_dict().items()}
-            best = Best(epoch, numbers.get(settings.monitor, math.nan), weights)
+            best = Best(epoch, value, weights)
         save_checkpoint()
         if settings.log_model == "all" and rank == 0:
             log_model(run, model.state_dict(), numbers, ["latest", "best"] if improved else ["latest"])
@@ -405,7 +410,7 @@ def fit(
     parts = [data.Part(part.images.to(device), part.labels.to(device)) for part in parts]
     runtime.seed_everything(settings.seed, settings.deterministic)
     model = ConvNet(settings.kernels).to(device, memory_format=torch.channels_last)
-    torch.manual_seed(settings.seed + parallel.rank())  # the model is the same everywhere, the rest need not be
+    torch.manual_seed(settings.seed + parallel.rank())  # the model is the same in all processes, dropout is not
     sizes = " + ".join(f"{len(part.images):,}" for part in parts)
     print(f"{digits.name}: {sizes} images for training, validation and test\n{model}")
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -461,7 +466,7 @@ def follow(stop: list[Stopped]) -> dict[str, Any]:
     begun = parallel.from_the_first()
     if begun:
         settings, checkpoint = begun
-        with contextlib.redirect_stdout(open(os.devnull, "w")):
+        with parallel.after_the_first(), contextlib.redirect_stdout(open(os.devnull, "w")):
             fit(wandb.init(mode="disabled"), settings, *load(settings), checkpoint, stop)
     return {}
 

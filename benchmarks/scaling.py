@@ -18,9 +18,14 @@ def main() -> None:
     asked = parser.parse_args()
     model = str(Path(asked.model).resolve()) if Path(asked.model).is_dir() else asked.model
     data_dir = str(asked.data_dir.resolve())
+    mnist, cola = f"--dataset mnist --data_dir {data_dir}", f"--dataset cola --data_dir {data_dir} --model {model}"
     works = {
-        "MNIST, 2 epochs": ("train_mnist.py", f"--dataset mnist --data_dir {data_dir} --epochs 2"),
-        "CoLA, 2 epochs": ("train_cola.py", f"--dataset cola --data_dir {data_dir} --model {model} --epochs 2"),
+        "MNIST, 2 epochs": ("train_mnist.py", f"{mnist} --epochs 2"),
+        "MNIST with `--kernels 64 128`, half an epoch": (
+            "train_mnist.py",
+            f"{mnist} --kernels 64 128 --slice 2 --epochs 1",
+        ),
+        "CoLA, 2 epochs": ("train_cola.py", f"{cola} --epochs 2"),
     }
 
     def run(script: str, options: str, processes: int, threads: int) -> dict[str, float]:

@@ -76,7 +76,7 @@ def test_merged_validation_is_equal(script, references, tmp_path):
     (tmp_path / "out/metrics.json").unlink()
     alone = start(script, tmp_path, "--resume", processes=1)
     assert "begun with 2 process(es) and goes on with 1" in killing.finish(alone)
-    assert [name for name in killing.differences(references[script].out, tmp_path / "out")] == []
+    assert killing.differences(references[script].out, tmp_path / "out") == []
 
 
 def without_dropout(directory: Path) -> Path:
@@ -129,15 +129,15 @@ def test_killed_worker_is_restarted(script, victim, references, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_stopped_together(number, references, tmp_path):
-    process = start("train_cola.py", tmp_path)
+    process = start("train_cola.py", tmp_path, "--checkpoint_every", "1000000")
     wait_for_rows(tmp_path, 5)
     asked = time.monotonic()
     process.send_signal(number)
     printed = process.communicate(timeout=30)[0].decode()
     assert time.monotonic() - asked < 10
     assert printed.count("stopped by SIG") == 1, printed
-    stopped_at = torch.load(tmp_path / "out/checkpoint.pt", weights_only=True)["position"]["step"]
-    assert stopped_at >= rows(tmp_path / "out")[-1]["step"]
+    position = torch.load(tmp_path / "out/checkpoint.pt", weights_only=True)["position"]
+    assert position["step"] >= rows(tmp_path / "out")[-1]["step"] and not position["epoch_ends"]
     killing.finish(start("train_cola.py", tmp_path, "--resume"))
     assert killing.differences(references["train_cola.py"].out, tmp_path / "out") == []
 
@@ -155,6 +155,19 @@ def test_goes_on_with_more_processes(references, tmp_path):
         assert row["train/loss_step"] == pytest.approx(other["train/loss_step"], rel=0.05) if "epoch" in row else True
 
 
+def test_a_finished_run_is_said_to_be_finished(references, tmp_path):
+    shutil.copytree(references["train_mnist.py"].cwd, tmp_path, symlinks=True, dirs_exist_ok=True)
+    assert killing.finish(start("train_mnist.py", tmp_path, "--resume")).count("out is finished: see") == 1
+
+
+def test_divergence_is_told_once(tmp_path):
+    process = start("train_mnist.py", tmp_path, *"--learning_rate 1e30 --precision fp32 --log_every 1".split())
+    printed = process.communicate(timeout=60)[0].decode()
+    assert process.returncode != 0
+    assert printed.count("a lower --learning_rate may help") == 1, printed
+    assert 'train_mnist.py", line' not in printed
+
+
 def test_a_mistake_is_told_once(tmp_path):
     process = start("train_mnist.py", tmp_path, "--batch_size", "1999", processes=3)
     printed = process.communicate(timeout=60)[0].decode()
@@ -162,3 +175,22 @@ def test_a_mistake_is_told_once(tmp_path):
     assert printed.count("3 processes can't share the last batch of an epoch, which has 1 of the") == 1, printed
     assert 'train_mnist.py", line' not in printed  # a traceback of ours; torchrun prints one of its own
     assert not (tmp_path / "out").exists()
+
+
+def test_what_only_another_process_lacks_is_told(tmp_path):
+    """As on a machine of a cluster where the data are not."""
+    for rank in ("0", "1"):
+        (tmp_path / rank).mkdir()
+    shutil.copy(killing.SENTENCES, tmp_path / "0/sentences.tsv")
+    arguments = "--train_file sentences.tsv --valid_file sentences.tsv --model scratch --wandb disabled"
+    command = f'cd "$RANK" && exec "{sys.executable}" "{killing.REPO}/train_cola.py" {arguments}'
+    launcher = "-m torch.distributed.run --nproc-per-node 2 --no-python bash -c".split()
+    done = subprocess.run(
+        [sys.executable, *launcher, command],
+        cwd=tmp_path,
+        env=clean_environment(tmp_path),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode != 0
+    assert "train_cola.py: process 1: error: can't read sentences.tsv" in done.stderr
