@@ -531,9 +531,11 @@ def follow(stop: list[Stopped]) -> dict[str, Any]:
     begun = parallel.from_the_first()
     if begun:
         settings, place, checkpoint = begun
-        corpus = load(settings)
-        with parallel.after_the_first(), contextlib.redirect_stdout(open(os.devnull, "w")):
-            fit(wandb.init(mode="disabled"), settings, corpus, load_model(settings, corpus, place), checkpoint, stop)
+        with contextlib.redirect_stdout(open(os.devnull, "w")):
+            corpus = load(settings)
+            loaded = load_model(settings, corpus, place)
+            with parallel.after_the_first():
+                fit(wandb.init(mode="disabled"), settings, corpus, loaded, checkpoint, stop)
     return {}
 
 

@@ -466,8 +466,9 @@ def follow(stop: list[Stopped]) -> dict[str, Any]:
     begun = parallel.from_the_first()
     if begun:
         settings, checkpoint = begun
+        digits, parts = load(settings)
         with parallel.after_the_first(), contextlib.redirect_stdout(open(os.devnull, "w")):
-            fit(wandb.init(mode="disabled"), settings, *load(settings), checkpoint, stop)
+            fit(wandb.init(mode="disabled"), settings, digits, parts, checkpoint, stop)
     return {}
 
 

@@ -17,18 +17,21 @@ from transformers import BertConfig, BertForSequenceClassification, BertTokenize
 import models
 from tests import killing
 from tests.conftest import clean_environment, wandb_records
+from tests.wandb_server import serving
 
 SCRIPTS = tuple(killing.ARGUMENTS)
 
 
-def start(script: str, cwd: Path, *more: str, processes: int = 2, restarts: int = 0) -> subprocess.Popen:
+def start(
+    script: str, cwd: Path, *more: str, processes: int = 2, restarts: int = 0, **environment: str
+) -> subprocess.Popen:
     """The run of `killing`, of so many processes with a thread each."""
     launcher = f"-m torch.distributed.run --nproc-per-node {processes} --max-restarts {restarts}".split()
     arguments = [*killing.ARGUMENTS[script].split(), "--output_dir", "out", "--id", "same", *more]
     return subprocess.Popen(
         [sys.executable, *launcher, killing.REPO / script, *arguments],
         cwd=cwd,
-        env=clean_environment(cwd, OMP_NUM_THREADS="1"),
+        env=clean_environment(cwd, OMP_NUM_THREADS="1", **environment),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         start_new_session=True,
@@ -177,12 +180,28 @@ def test_a_mistake_is_told_once(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_what_only_another_process_lacks_is_told(tmp_path):
-    """As on a machine of a cluster where the data are not."""
+@pytest.mark.parametrize(
+    "case, message",
+    {
+        "no data": "train_cola.py: process 1: error: can't read sentences.tsv",
+        "no model": "train_cola.py: process 1: error: --model bert can't be loaded",
+        "other data": "train_cola.py: error: the processes do not have the same data and model",
+    }.items(),
+)
+def test_what_another_process_lacks_is_told(tmp_path, case, message):
+    """As on a machine of a cluster where the files are not, or are others."""
     for rank in ("0", "1"):
-        (tmp_path / rank).mkdir()
-    shutil.copy(killing.SENTENCES, tmp_path / "0/sentences.tsv")
-    arguments = "--train_file sentences.tsv --valid_file sentences.tsv --model scratch --wandb disabled"
+        (tmp_path / rank / "bert").mkdir(parents=True)
+        shutil.copy(killing.SENTENCES, tmp_path / rank / "sentences.tsv")
+    without_dropout(tmp_path / "0/bert")
+    if case != "no model":
+        without_dropout(tmp_path / "1/bert")
+    lines = killing.SENTENCES.read_text().splitlines(keepends=True)
+    if case == "no data":
+        (tmp_path / "1/sentences.tsv").unlink()
+    if case == "other data":
+        (tmp_path / "1/sentences.tsv").write_text("".join([lines[0], *reversed(lines[1:])]))
+    arguments = "--train_file sentences.tsv --valid_file sentences.tsv --model bert --wandb disabled"
     command = f'cd "$RANK" && exec "{sys.executable}" "{killing.REPO}/train_cola.py" {arguments}'
     launcher = "-m torch.distributed.run --nproc-per-node 2 --no-python bash -c".split()
     done = subprocess.run(
@@ -191,6 +210,18 @@ def test_what_only_another_process_lacks_is_told(tmp_path):
         env=clean_environment(tmp_path),
         capture_output=True,
         text=True,
+        timeout=60,
     )
     assert done.returncode != 0
-    assert "train_cola.py: process 1: error: can't read sentences.tsv" in done.stderr
+    assert done.stderr.count(message) == 1, done.stderr
+
+
+def test_a_stop_by_wandb_is_no_failure(tmp_path):
+    with serving() as server:
+        server.stopped.add("same")  # W&B asks every 15 seconds
+        more = "--wandb online --epochs 1000".split()
+        process = start("train_mnist.py", tmp_path, *more, **server.environment())
+        printed = killing.finish(process, timeout=60)
+        assert server.runs["same"]["exit"] == 0
+    assert printed.count("stopped by W&B") == 1, printed
+    assert torch.load(tmp_path / "out/checkpoint.pt", weights_only=True)["position"]["epoch"] < 1000
