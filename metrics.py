@@ -153,8 +153,17 @@ class ConfusionMatrix:
         }
 
 
+EVALUATION_METRICS = ("loss", "acc", "precision_macro", "recall_macro", "f1_macro",
+                      "precision_micro", "recall_micro", "f1_micro", "mcc")  # fmt: skip
+
+
+def lower_is_better(metric: str) -> bool:
+    """Whether a metric, such as "valid/loss", improves as it falls: of `EVALUATION_METRICS` only the loss does."""
+    return metric.endswith("loss")
+
+
 class Evaluation(NamedTuple):
-    """A model's answers to a part of a data set, on the CPU, and the figures that follow from them."""
+    """A model's predictions for a part of a data set, on the CPU, and the metrics that follow from them."""
 
     labels: Tensor  # int64 (examples,)
     predictions: Tensor  # int64 (examples,)
@@ -162,13 +171,23 @@ class Evaluation(NamedTuple):
     probabilities: Tensor  # float64 (examples, classes)
     losses: Tensor  # float64 (examples,): cross-entropy in nats
     confusion: ConfusionMatrix
-    figures: dict[str, float]  # loss, acc, precision_macro, ...: the mean loss and `ConfusionMatrix.summary`
+    metrics: dict[str, float]  # by the names in EVALUATION_METRICS
+
+    def named(self, prefix: str) -> dict[str, float]:
+        """The metrics with a prefix to their names: "valid/loss", "valid/acc" ... for "valid"."""
+        return {f"{prefix}/{name}": value for name, value in self.metrics.items()}
+
+    def columns(self) -> dict[str, list[Any]]:
+        """A row for each example, in order: label and prediction as indices, probabilities, loss."""
+        probabilities = {f"probability_{c}": p.tolist() for c, p in enumerate(self.probabilities.T)}
+        answers = {"label": self.labels.tolist(), "prediction": self.predictions.tolist()}
+        return {**answers, **probabilities, "loss": self.losses.tolist()}
 
 
 def evaluation(logits: Tensor, labels: Tensor) -> Evaluation:
     """`Evaluation` of logits, float (examples, classes), against labels, int64 (examples,).
 
-    Computed in float64, so that the figures and what is recomputed from the probabilities agree. Raises
+    Computed in float64, so that the metrics agree with what anyone recomputes from the probabilities. Raises
     `ValueError` for other shapes, and as `ConfusionMatrix.update` does.
     """
     if logits.ndim != 2:
@@ -179,48 +198,8 @@ def evaluation(logits: Tensor, labels: Tensor) -> Evaluation:
     confusion.update(predictions, labels)
     log_probabilities = logits.double().log_softmax(1)
     losses = F.nll_loss(log_probabilities, labels, reduction="none")
-    figures = {"loss": float(losses.mean()), **confusion.summary()}
-    return Evaluation(labels, predictions, logits, log_probabilities.exp(), losses, confusion, figures)
-
-
-class TrainingFigures:
-    """Mean loss and accuracy while training: since the last row, and over the rows of the epoch.
-
-    Batches are summed on `device`; reading a row is the only time that an accelerator is waited for. Where several
-    processes count a share of the batches each, their `sums` are to be added up before a row is taken.
-    """
-
-    def __init__(self, device: torch.device | str | None = None):
-        self.sums = torch.zeros(3, device=device)  # since the last row: loss, hits, examples
-        self._epoch = [0.0, 0.0, 0.0]
-
-    def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Count a batch: its summed loss, its float (batch, classes) logits and its int64 (batch,) labels."""
-        self.sums[0] += loss.detach().float()
-        self.sums[1] += (logits.detach().argmax(1) == labels).sum()
-        self.sums[2] += len(labels)
-
-    def take_row(self) -> dict[str, float]:
-        """Means over the batches since the last call: loss and acc."""
-        row = self.sums.tolist()
-        self.sums.zero_()
-        self._epoch = [total + part for total, part in zip(self._epoch, row)]
-        return {"loss": row[0] / row[2], "acc": row[1] / row[2]}
-
-    def epoch(self) -> dict[str, float]:
-        """Means over the rows taken since `start_epoch`: loss and acc."""
-        loss, hits, examples = self._epoch
-        return {"loss": loss / examples, "acc": hits / examples}
-
-    def start_epoch(self) -> None:
-        self._epoch = [0.0, 0.0, 0.0]
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"sums": self.sums.to("cpu", copy=True), "epoch": list(self._epoch)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.sums.copy_(state["sums"])
-        self._epoch = list(state["epoch"])
+    metrics = {"loss": float(losses.mean()), **confusion.summary()}
+    return Evaluation(labels, predictions, logits, log_probabilities.exp(), losses, confusion, metrics)
 
 
 def matthews_corrcoef_interval(

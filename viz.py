@@ -6,7 +6,6 @@ import wandb
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from data import Corpus
 from metrics import Evaluation, evaluation, precision_recall_curve, roc_curve
 
 INK, FAINT, PAPER = (20, 24, 32), (150, 156, 166), (255, 255, 255)
@@ -63,14 +62,15 @@ def confusion_matrix_picture(counts: Tensor, class_names: list[str], part: str) 
     return canvas
 
 
-def sentence_mistakes_table(result: Evaluation, corpus: Corpus, step: int) -> wandb.Table:
-    """All mistakes in the validation sentences, a row each, the surest first."""
-    columns = ["sentence", "source", "label", "prediction", "probability", "loss", "step"]
-    table, names = wandb.Table(columns=columns), corpus.class_names
+def sentence_mistakes_table(
+    result: Evaluation, sentences: list[str], sources: list[str], class_names: list[str], step: int
+) -> wandb.Table:
+    """All wrong predictions, a row each, the most confident first."""
+    table = wandb.Table(columns=["sentence", "source", "label", "prediction", "probability", "loss", "step"])
     for i in surest_mistakes(result).tolist():
-        label, prediction = names[result.labels[i]], names[result.predictions[i]]
+        label, prediction = class_names[result.labels[i]], class_names[result.predictions[i]]
         probability, loss = float(result.probabilities[i].max()), float(result.losses[i])
-        table.add_data(corpus.valid.sentences[i], corpus.valid.sources[i], label, prediction, probability, loss, step)
+        table.add_data(sentences[i], sources[i], label, prediction, probability, loss, step)
     return table
 
 
@@ -82,7 +82,7 @@ def per_source_table(result: Evaluation, sources: list[str]) -> wandb.Table:
     rows = []
     for source, chosen in indices.items():
         part = evaluation(result.logits[chosen], result.labels[chosen])
-        rows.append([source, len(chosen), part.figures["acc"], part.figures["mcc"]])
+        rows.append([source, len(chosen), part.metrics["acc"], part.metrics["mcc"]])
     return wandb.Table(columns=["source", "sentences", "acc", "mcc"], data=sorted(rows, key=lambda row: row[2]))
 
 

@@ -13,6 +13,7 @@ from torch import nn
 
 import train_mnist
 from benchmarks import pairs
+from harness.device import find_precision
 
 EPOCHS = 5  # train_mnist.py prints tenths of a second for each
 
@@ -20,26 +21,26 @@ EPOCHS = 5  # train_mnist.py prints tenths of a second for each
 def bare(data_dir: str) -> dict[str, float]:
     """The same batches, forward and backward passes and steps as train_mnist.py, and nothing else."""
     settings = train_mnist.Settings(dataset="mnist", data_dir=data_dir, epochs=EPOCHS, valid_size=0)
-    _, (train_part, _, _) = train_mnist.load(settings)
+    train_set = train_mnist.load(settings).train
     torch.manual_seed(settings.seed)
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False
     model = train_mnist.ConvNet(settings.kernels).to(memory_format=torch.channels_last)
     loss_function = nn.CrossEntropyLoss()
     optimizer = torch.optim.Adam(model.parameters(), settings.learning_rate, (0.7, 0.9), fused=True)
-    examples = len(train_part.images)
+    examples = len(train_set.images)
     batches = -(-examples // settings.batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, settings.learning_rate, EPOCHS * batches, pct_start=0.1, cycle_momentum=False
     )
-    bf16 = train_mnist.runtime.find_precision("auto", torch.device("cpu")) == "bf16"
+    bf16 = find_precision("auto", torch.device("cpu")) == "bf16"
     # Once so much has been freed, glibc keeps the memory of a batch for the next, as it does in train_mnist.py.
     torch.empty(31 << 20, dtype=torch.uint8)
     started = time.perf_counter()
     for epoch in range(1, EPOCHS + 1):
         order = torch.from_numpy(np.random.default_rng((settings.seed, epoch)).permutation(examples))
         for indices in order.split(settings.batch_size):
-            images, labels = train_part.images[indices], train_part.labels[indices]
+            images, labels = train_set.images[indices], train_set.labels[indices]
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
                 loss = loss_function(model(train_mnist.pixels(images)), labels)
             loss.backward()
@@ -65,7 +66,7 @@ def main() -> None:
         return pairs.process(pairs.REPO / "train_mnist.py", *arguments.split(), *options)
 
     def bare_loop() -> dict[str, float]:
-        # Threads that wait as those of train_mnist.py do, which options.check_before_imports sees to.
+        # Threads that wait as those of train_mnist.py do, which script.check_options sees to.
         return pairs.process("-m", "benchmarks.monitoring", "--data_dir", data_dir, "--bare", GOMP_SPINCOUNT="1000")
 
     on, off = pairs.alternate(ours, lambda: ours("--wandb", "disabled"), asked.pairs)

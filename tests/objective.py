@@ -1,7 +1,7 @@
-"""A stand-in for a training script that takes no time: a known function of x and y, one value per epoch.
+"""A fast stand-in for a training script: a known function of x and y, with one value per epoch.
 
-It keeps to what sweep_offline.py asks of a program: --output_dir, --resume, history.jsonl, metrics.json, SIGTERM. Each
-visit of a cell that comes to its end is a line of visits.txt, each start one of starts.txt.
+It does what sweep_offline.py requires of a program: --output_dir, --resume, history.jsonl, metrics.json, SIGTERM. Each
+start appends a line to starts.txt, each completed run a line to visits.txt.
 """
 
 import argparse
@@ -26,7 +26,7 @@ if options.fail == "True" or (options.fail == "odd" and options.x % 2):
     sys.exit(f"objective.py: error: x is {options.x:g}")
 with Path("starts.txt").open("a") as file:
     file.write(f"{options.x:g} {options.y:g} {os.environ['OMP_NUM_THREADS']} {os.environ['WANDB_RUN_GROUP']}\n")
-time.sleep(0.2)  # as imports take
+time.sleep(0.2)  # stands for slow imports
 if options.fail == "stop":
     sys.exit(143)
 options.output_dir.mkdir(parents=True, exist_ok=True)
@@ -36,12 +36,12 @@ signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 journal = options.output_dir / "history.jsonl"
 done = len(journal.read_text().splitlines()) if journal.exists() else 0
 value = math.nan if options.fail == "nan" else -((options.x - 3) ** 2) - (options.y + 1) ** 2
-figure = "none" if options.fail == "other" else "score"
+metric = "none" if options.fail == "other" else "score"
 for epoch in range(done + 1, options.epochs + 1):
     time.sleep(options.seconds / options.epochs)
     with journal.open("a") as file:
-        file.write(json.dumps({"step": epoch, figure: value - (options.epochs - epoch)}) + "\n")
+        file.write(json.dumps({"step": epoch, metric: value - (options.epochs - epoch)}) + "\n")
 if not (options.output_dir / "metrics.json").exists():
-    (options.output_dir / "metrics.json").write_text(json.dumps({figure: value}))
+    (options.output_dir / "metrics.json").write_text(json.dumps({metric: value}))
     with Path("visits.txt").open("a") as file:
         file.write(f"{options.x:g} {options.y:g}\n")

@@ -10,8 +10,9 @@ import pytest
 import torch
 from conftest import REPO, call, clean_environment
 
-import options
 import train_mnist
+from harness import options
+from harness.errors import UserError
 
 OPTIONS = {
     "--epoch 3": "unknown option --epoch; did you mean --epochs?",
@@ -44,7 +45,7 @@ DATA = {
     "--dataset mnist": "mnist is not in downloads: train-images-idx3-ubyte, ",
     "--dataset kmnist": "can't be downloaded",
     "--dataset synthetic --valid_size 20000": "--valid_size 20000 leaves no training image of 20000",
-    "--dataset synthetic --slice 1000 --batch_size 16": "--batch_size 16 is more than the 15 training images",
+    "--dataset synthetic --slice 1000 --batch_size 16": "--batch_size 16 is more than the 15 training examples",
     "--dataset synthetic --valid_size 0 --patience 3": "--patience needs images to judge by",
     "--dataset synthetic --output_dir /proc/version/x": "--output_dir /proc/version/x: can't write there",
     "--dataset synthetic --wandb online": "--wandb online: no API key is configured",
@@ -55,7 +56,7 @@ DATA = {
     f"--dataset synthetic --tags {'x' * 65}": "W&B: ",
 }
 if not torch.cuda.is_available():
-    DATA["--dataset synthetic --device cuda"] = "--device cuda: this machine, or this build of torch, has none"
+    DATA["--dataset synthetic --device cuda"] = "--device cuda: not available on this machine"
 
 
 def assert_one_line(done, message: str) -> None:
@@ -156,7 +157,7 @@ def test_a_reader_that_leaves(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=environment, stdout=writing, stderr=subprocess.PIPE, text=True)
     os.close(writing)
     assert done.returncode == 1
-    assert done.stderr.splitlines() == ["train_mnist.py: error: what reads the output has gone"]
+    assert done.stderr.splitlines() == ["train_mnist.py: error: output pipe closed"]
 
 
 @pytest.mark.parametrize("name, value", [("WANDB_MODE", "bogus"), ("WANDB_TAGS", "x" * 65)])
@@ -208,7 +209,7 @@ def test_values_as_a_config_holds_them():
     assert (settings.kernels, settings.epochs, settings.learning_rate) == ([8, 24], 32, 1e-4)
     assert (settings.compile, settings.batch_size) == (True, 128)
     for bad in ({"epochs": 2.5}, {"epochs": True}, {"learning_rate": None}, {"kernels": "16"}, {"compile": 2}):
-        with pytest.raises(options.UserError, match=rf"config\.{next(iter(bad))}: "):
+        with pytest.raises(UserError, match=rf"config\.{next(iter(bad))}: "):
             options.from_config(train_mnist.Settings(), bad)
 
 

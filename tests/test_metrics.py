@@ -13,7 +13,7 @@ import torchmetrics
 from torch import Tensor
 
 import metrics
-import options
+from harness.progress import Meter
 
 AVERAGES = ("macro", "micro", "weighted", None)
 
@@ -341,35 +341,30 @@ def test_bad_probabilities_are_refused(probabilities, labels, bins, message):
         metrics.expected_calibration_error(torch.as_tensor(probabilities), torch.tensor(labels), bins)
 
 
-def training_batch(mean_loss: float, hits: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Summed loss, logits and labels of a batch, in which the first `hits` of `size` are predicted right."""
-    labels = torch.arange(size) % 3
-    answers = torch.where(torch.arange(size) < hits, labels, (labels + 1) % 3)
-    return torch.tensor(mean_loss * size, requires_grad=True), F.one_hot(answers, 3).float().requires_grad_(), labels
+def test_meter_gives_means_over_examples():
+    meter = Meter()
+    meter.add(2, loss=torch.tensor(2.0, requires_grad=True), acc=torch.tensor(1))
+    meter.add(4, loss=torch.tensor(1.0, requires_grad=True), acc=torch.tensor(3))
+    assert meter.row() == {"loss": 3 / 6, "acc": 4 / 6}
+    meter.add(2, loss=torch.tensor(4.0), acc=0)
+    assert meter.row() == {"loss": 2.0, "acc": 0.0}
+    assert meter.epoch() == {"loss": 7 / 8, "acc": 4 / 8}
+    meter.add(3, loss=1.5, acc=3)
+    assert meter.row() == meter.epoch() == {"loss": 0.5, "acc": 1.0}
 
 
-def test_training_figures_are_means_over_examples():
-    figures = metrics.TrainingFigures()
-    figures.add(*training_batch(1.0, hits=1, size=2))
-    figures.add(*training_batch(0.25, hits=3, size=4))
-    assert figures.take_row() == {"loss": 3 / 6, "acc": 4 / 6}  # 2 · 1 + 4 · 0.25
-    figures.add(*training_batch(2.0, hits=0, size=2))
-    assert figures.take_row() == {"loss": 2.0, "acc": 0.0}
-    assert figures.epoch() == {"loss": 7 / 8, "acc": 4 / 8}
-    figures.start_epoch()
-    figures.add(*training_batch(0.5, hits=3, size=3))
-    assert figures.take_row() == figures.epoch() == {"loss": 0.5, "acc": 1.0}
-
-
-def test_state_of_training_figures_is_a_snapshot_without_a_graph():
-    figures = metrics.TrainingFigures()
-    figures.add(*training_batch(1.0, hits=1, size=2))
-    figures.take_row()
-    figures.add(*training_batch(0.25, hits=3, size=4))
-    state = figures.state_dict()
-    figures.take_row()
-    assert not state["sums"].requires_grad
-    assert state["sums"].tolist() == [1.0, 3.0, 4.0] and state["epoch"] == [2.0, 1.0, 2.0]  # loss, hits, examples
+def test_state_of_a_meter_is_a_snapshot():
+    meter, resumed = Meter(), Meter()
+    meter.add(2, error=torch.tensor(2.0, requires_grad=True))
+    meter.row()
+    meter.add(4, error=torch.tensor(1.0, requires_grad=True))
+    state = meter.state_dict()
+    meter.row()
+    assert state == {"sums": {"error": 1.0, "examples": 4.0}, "epoch": {"error": 2.0, "examples": 2.0}}
+    resumed.load_state_dict(state)
+    assert (resumed.row(), resumed.epoch()) == ({"error": 0.25}, {"error": 0.5})
+    resumed.load_state_dict(state, state)  # of two ranks
+    assert (resumed.row(), resumed.epoch()) == ({"error": 0.25}, {"error": 4 / 10})
 
 
 def test_evaluation():
@@ -377,14 +372,14 @@ def test_evaluation():
     logits, labels = 10 * torch.randn(200, 7), torch.randint(7, (200,))
     result = metrics.evaluation(logits, labels)
     exact = logits.double()
-    close(result.figures["loss"], F.cross_entropy(exact, labels))
+    close(result.metrics["loss"], F.cross_entropy(exact, labels))
     close(result.losses, F.cross_entropy(exact, labels, reduction="none"))
     close(result.probabilities, exact.softmax(1))
     assert torch.equal(result.logits, logits) and torch.equal(result.labels, labels)
     assert torch.equal(result.predictions, logits.argmax(1))
     close(result.confusion.counts, reference.confusion_matrix(labels, result.predictions))
-    assert result.figures == {"loss": result.figures["loss"], **result.confusion.summary()}
-    assert tuple(result.figures) == options.FIGURES
+    assert result.metrics == {"loss": result.metrics["loss"], **result.confusion.summary()}
+    assert tuple(result.metrics) == metrics.EVALUATION_METRICS
 
 
 def test_evaluation_refuses_labels_out_of_range():

@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
 
-import models
+from tasks import encoders
 from tests import killing
 from tests.conftest import clean_environment, wandb_records
 from tests.wandb_server import serving
@@ -84,7 +84,7 @@ def test_merged_validation_is_equal(script, references, tmp_path):
 
 def without_dropout(directory: Path) -> Path:
     words = sorted({word for line in killing.SENTENCES.read_text().splitlines() for word in line.lower().split()})
-    tokenizer = BertTokenizerFast(vocab={word: i for i, word in enumerate(models.learn_wordpieces(words))})
+    tokenizer = BertTokenizerFast(vocab={word: i for i, word in enumerate(encoders.learn_wordpieces(words))})
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=len(tokenizer),

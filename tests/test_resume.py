@@ -16,8 +16,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import options
-import runtime
+from harness import checkpoints
+from harness.directory import PROBE_BYTES
+from harness.errors import UserError
+from harness.options import SharedSettings
 from tests import killing
 from tests.conftest import call, clean_environment
 from tests.wandb_server import serving
@@ -144,7 +146,7 @@ def test_other_data_is_refused(copied, references):
     (copied / "out/metrics.json").unlink()
     torch.save(state | {"data": state["data"] ^ 1}, copied / "out/checkpoint.pt")
     refused = resume(copied)
-    assert refused.status == 2 and "the images are not those" in refused.out.splitlines()[-1]
+    assert refused.status == 2 and "the data are not those" in refused.out.splitlines()[-1]
 
 
 def test_other_sentences_are_refused(tmp_path):
@@ -157,7 +159,7 @@ def test_other_sentences_are_refused(tmp_path):
     (tmp_path / "v.tsv").write_text(sentences.replace("\t1\n", "\t0\n", 1))
     assert (tmp_path / "v.tsv").read_text() != sentences
     refused = call("train_cola.py", *arguments.split(), "--resume", cwd=tmp_path)
-    assert refused.status == 2 and "the sentences are not those" in refused.err.splitlines()[-1]
+    assert refused.status == 2 and "the data are not those" in refused.err.splitlines()[-1]
 
 
 def test_resume_needs_to_know_which_run(tmp_path):
@@ -248,12 +250,12 @@ def test_a_checkpoint_cut_anywhere_is_recovered_or_refused(copied, capsys):
         settings = begun_with(out)
         (out / "checkpoint.pt").write_bytes(whole[: lengths.randrange(len(whole))])
         (out / "checkpoint.previous.pt").write_bytes(before)
-        assert runtime.load_checkpoint(out, settings)["position"] == expected
+        assert checkpoints.load(out, settings)["position"] == expected
         assert "checkpoint.pt can't be read" in capsys.readouterr().err
         (out / "checkpoint.pt").write_bytes(whole[: lengths.randrange(len(whole))])
         (out / "checkpoint.previous.pt").write_bytes(before[: lengths.randrange(len(before))])
-        with pytest.raises(options.UserError, match=r"checkpoint.pt can't be read.*previous.pt can't be read"):
-            runtime.load_checkpoint(out, settings)
+        with pytest.raises(UserError, match=r"checkpoint.pt can't be read.*previous.pt can't be read"):
+            checkpoints.load(out, settings)
 
 
 def test_a_changed_byte_never_goes_unnoticed(copied):
@@ -267,13 +269,13 @@ def test_a_changed_byte_never_goes_unnoticed(copied):
         garbled[places.randrange(len(whole))] ^= 0xFF
         (out / "checkpoint.pt").write_bytes(garbled)
         try:
-            assert killing.same(runtime.load_checkpoint(out, begun_with(out)), state)  # it did not matter
-        except options.UserError:
+            assert killing.same(checkpoints.load(out, begun_with(out)), state)  # it did not matter
+        except UserError:
             noticed += 1
     assert noticed > 80
 
 
-def begun_with(out: Path) -> options.SharedSettings:
+def begun_with(out: Path) -> SharedSettings:
     import train_mnist
 
     used = json.loads((out / "config.json").read_text())
@@ -284,7 +286,7 @@ def test_a_run_goes_on_from_the_previous_checkpoint(copied, references):
     (copied / "out/metrics.json").unlink()
     os.truncate(copied / "out/checkpoint.pt", 1000)
     expected = torch.load(copied / "out/checkpoint.previous.pt", weights_only=True)["position"]
-    assert runtime.load_checkpoint(copied / "out", begun_with(copied / "out"))["position"] == expected
+    assert checkpoints.load(copied / "out", begun_with(copied / "out"))["position"] == expected
     assert not (copied / "out/checkpoint.previous.pt").exists()  # it has taken the place of the damaged one
     os.replace(copied / "out/checkpoint.pt", copied / "out/checkpoint.previous.pt")
     (copied / "out/checkpoint.pt").write_bytes(b"")
@@ -306,7 +308,7 @@ def test_two_bad_checkpoints_are_an_error_and_change_nothing(copied):
 
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
     def no_large_files() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (runtime.PROBE_BYTES, runtime.PROBE_BYTES))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (PROBE_BYTES, PROBE_BYTES))
 
     arguments = (
         f"{killing.ARGUMENTS['train_mnist.py']} --kernels 64 300 --output_dir out"  # a first checkpoint of 2.4 MB

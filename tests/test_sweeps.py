@@ -1,4 +1,4 @@
-"""Sweeps: the real `wandb sweep` and `wandb agent` against the tests' server, and the same files without one."""
+"""Sweeps: the real `wandb sweep` and `wandb agent` against a fake server, and the same files without a server."""
 
 import csv
 import json
@@ -20,11 +20,12 @@ import pytest
 import torch
 import yaml
 
-import sweep_file
 import sweep_offline
-import sweep_study
 import train_cola
-from options import UserError
+from harness.errors import UserError
+from harness.sweep import file as sweep_file
+from harness.sweep import study as sweep_study
+from harness.sweep import trials
 from tests import killing
 from tests.conftest import REPO, clean_environment
 from tests.wandb_server import WandbServer, serving
@@ -47,10 +48,10 @@ CELLS = [f"{x} {y}" for x in (1, 2, 3, 4) for y in (-2, -1, 0)]
 
 
 def wandb(*arguments: str, cwd: Path, server: WandbServer) -> str:
-    """W&B's command line, in a directory that has the scripts as a clone of the project does; what it prints."""
-    for file in REPO.glob("*.py"):
-        if not (cwd / file.name).exists():
-            (cwd / file.name).symlink_to(file)
+    """The output of W&B's command line, called in a directory with the scripts and packages of a clone."""
+    for path in [*REPO.glob("*.py"), REPO / "harness", REPO / "tasks"]:
+        if not (cwd / path.name).exists():
+            (cwd / path.name).symlink_to(path)
     environment = clean_environment(cwd, **server.environment())
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"  # the agent starts "python"
     command = [Path(sys.executable).with_name("wandb"), *arguments]
@@ -74,22 +75,22 @@ def test_wandb_sweep_and_wandb_agent(tmp_path):
         out = wandb("agent", "tester/cola/sweep1", cwd=tmp_path, server=server)
     assert "Traceback" not in out and "Ignoring" not in out
     assert out.count("stopped by the sweep; the same command with --resume goes on") == 1
-    handed = {"run2": (0.002, 8), "run1": (0.0005, 16), "run0": (0.001, 1)}
-    assert server.runs.keys() == handed.keys()
-    for run_id, (learning_rate, batch_size) in handed.items():
-        used = json.loads((tmp_path / f"runs/cola-{run_id}/config.json").read_text())
-        assert (used["learning_rate"], used["batch_size"]) == (learning_rate, batch_size)
+    expected = {"run2": (0.002, 8), "run1": (0.0005, 16), "run0": (0.001, 1)}
+    assert server.runs.keys() == expected.keys()
+    for run_id, (learning_rate, batch_size) in expected.items():
+        config = json.loads((tmp_path / f"runs/cola-{run_id}/config.json").read_text())
+        assert (config["learning_rate"], config["batch_size"]) == (learning_rate, batch_size)
         assert (server.runs[run_id]["exit"], server.runs[run_id]["states"]) == (0, ["complete"])
-        ends = [row for row in server.rows(run_id) if "train/loss_epoch" in row]
-        assert len(ends) == used["epochs"] or run_id == "run0"
-        assert len(ends) >= 2 and all("valid/mcc" in row for row in ends)
+        epoch_rows = [row for row in server.rows(run_id) if "train/loss_epoch" in row]
+        assert len(epoch_rows) == config["epochs"] or run_id == "run0"
+        assert len(epoch_rows) >= 2 and all("valid/mcc" in row for row in epoch_rows)
     stopped = tmp_path / "runs/cola-run0"
     assert not (stopped / "metrics.json").exists()
     assert torch.load(stopped / "checkpoint.pt", weights_only=True)["position"]["batch"] > 0
 
 
 def test_the_python_way(tmp_path):
-    """Five runs in one process, of which the server stops the third; the others equal processes of their own."""
+    """Five runs in one process: the server stops the third; the others give the same results as separate processes."""
     program = f"""
 import json, sys
 sys.path.insert(0, {str(REPO)!r})
@@ -99,9 +100,9 @@ from wandb.agents import pyagent
 
 pyagent.Agent.HEARTBEAT_SLEEP_SECONDS = 1
 sweep_id = wandb.sweep(yaml.safe_load(open({str(REPO / "sweep.yaml")!r})), project="cola")
-seen = []
-wandb.agent(sweep_id, function=lambda: seen.append(train_cola.main([])), count=5, project="cola", entity="tester")
-json.dump(seen, open("seen.json", "w"))
+results = []
+wandb.agent(sweep_id, function=lambda: results.append(train_cola.main([])), count=5, project="cola", entity="tester")
+json.dump(results, open("results.json", "w"))
 """
     trials = [
         SMALL | {"learning_rate": 0.002, "batch_size": 8},
@@ -119,10 +120,10 @@ json.dump(seen, open("seen.json", "w"))
         assert done.returncode == 0, done.stderr
         assert {run["exit"] for run in server.runs.values()} == {0}
     assert "Traceback" not in done.stderr and "!!" not in done.stderr
-    seen = json.loads((tmp_path / "seen.json").read_text())
-    assert len(seen) == 5 and seen[2] == {} and not (tmp_path / "runs/cola-run2/metrics.json").exists()
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert len(results) == 5 and results[2] == {} and not (tmp_path / "runs/cola-run2/metrics.json").exists()
 
-    def alone(number: int) -> list[str]:
+    def differing_results(number: int) -> list[str]:
         arguments = [f"--{name}={value}" for name, value in trials[number].items()]
         process = subprocess.run(
             [sys.executable, REPO / "train_cola.py", *arguments, "--wandb=disabled", f"--output_dir=alone{number}"],
@@ -131,31 +132,30 @@ json.dump(seen, open("seen.json", "w"))
             capture_output=True,
         )
         assert process.returncode == 0, process.stderr
-        ours, own = (
-            killing.outcome(tmp_path / f"runs/cola-run{4 - number}"),
-            killing.outcome(tmp_path / f"alone{number}"),
-        )
-        assert seen[number] == json.loads((tmp_path / f"runs/cola-run{4 - number}/metrics.json").read_text())
-        return [name for name in own if not killing.same(own[name], ours[name])]
+        swept_dir = tmp_path / f"runs/cola-run{4 - number}"
+        assert results[number] == json.loads((swept_dir / "metrics.json").read_text())
+        swept, alone = killing.outcome(swept_dir), killing.outcome(tmp_path / f"alone{number}")
+        return [name for name in alone if not killing.same(alone[name], swept[name])]
 
     with ThreadPoolExecutor(2) as pool:
-        assert list(pool.map(alone, (0, 1, 3, 4))) == [[], [], [], []]
+        assert list(pool.map(differing_results, (0, 1, 3, 4))) == [[], [], [], []]
 
 
 # --------------------------------------------------------------------------------------------- without a server
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Path:
-    """A directory with the stand-in for a training script."""
+def workdir(tmp_path: Path) -> Path:
+    """A directory with objective.py, which stands in for a training script."""
     shutil.copy(REPO / "tests/objective.py", tmp_path)
     return tmp_path
 
 
-def begin(cwd: Path, sweep: str, *more: str) -> subprocess.Popen:
+def start_search(cwd: Path, sweep: str, *options: str) -> subprocess.Popen:
+    """Start sweep_offline.py on a sweep file with this content."""
     (cwd / "s.yaml").write_text(sweep)
     return subprocess.Popen(
-        [sys.executable, REPO / "sweep_offline.py", "s.yaml", *more],
+        [sys.executable, REPO / "sweep_offline.py", "s.yaml", *options],
         cwd=cwd,
         env=clean_environment(cwd),
         stdout=subprocess.PIPE,
@@ -164,163 +164,169 @@ def begin(cwd: Path, sweep: str, *more: str) -> subprocess.Popen:
     )
 
 
-def search(cwd: Path, sweep: str, *more: str, status: int = 0) -> str:
-    process = begin(cwd, sweep, *more)
+def run_search(cwd: Path, sweep: str, *options: str, status: int = 0) -> str:
+    """Run sweep_offline.py, check its exit status, and return its output."""
+    process = start_search(cwd, sweep, *options)
     out = process.communicate(timeout=200)[0]
     assert process.returncode == status and "Traceback" not in out, out
     return out
 
 
-def lines(file: Path) -> list[str]:
+def read_lines(file: Path) -> list[str]:
+    """The lines of a file; none if it does not exist."""
     return file.read_text().splitlines() if file.exists() else []
 
 
-def trials(cwd: Path) -> list[dict[str, str]]:
+def trial_rows(cwd: Path) -> list[dict[str, str]]:
+    """The rows of trials.csv."""
     with (cwd / "runs/sweep-s/trials.csv").open(newline="") as file:
         return list(csv.DictReader(file))
 
 
-def test_a_grid_that_is_killed_twice_visits_every_cell_once(place):
-    moments = random.Random(0)
+def test_a_grid_that_is_killed_twice_visits_every_cell_once(workdir):
+    rng = random.Random(0)
     for _ in range(2):
-        process, seen = begin(place, GRID, "--jobs", "2"), len(lines(place / "starts.txt"))
-        while len(lines(place / "starts.txt")) < seen + 3:
+        seen = len(read_lines(workdir / "starts.txt"))
+        process = start_search(workdir, GRID, "--jobs", "2")
+        while len(read_lines(workdir / "starts.txt")) < seen + 3:
             assert process.poll() is None
             time.sleep(0.02)
-        time.sleep(moments.uniform(0, 0.5))
+        time.sleep(rng.uniform(0, 0.5))
         process.kill()
         process.communicate()
-    assert len(lines(place / "visits.txt")) < len(CELLS)
-    out = search(place, GRID, "--jobs", "2")
-    assert sorted(lines(place / "visits.txt")) == sorted(CELLS)
-    assert "12 complete" in out and [row["state"] for row in trials(place)] == ["complete"] * 12
-    assert "12 complete" in search(place, GRID) and len(lines(place / "visits.txt")) == 12  # nothing is left to do
+    assert len(read_lines(workdir / "visits.txt")) < len(CELLS)
+    out = run_search(workdir, GRID, "--jobs", "2")
+    assert sorted(read_lines(workdir / "visits.txt")) == sorted(CELLS)
+    assert "12 complete" in out and [row["state"] for row in trial_rows(workdir)] == ["complete"] * 12
+    assert "12 complete" in run_search(workdir, GRID)
+    assert len(read_lines(workdir / "visits.txt")) == 12
 
 
-def test_processes_that_share_a_storage_never_run_a_cell_twice(place):
-    processes = [begin(place, GRID, "--storage", "sqlite:///shared.db") for _ in range(3)]
+def test_processes_that_share_a_storage_never_run_a_cell_twice(workdir):
+    processes = [start_search(workdir, GRID, "--storage", "sqlite:///shared.db") for _ in range(3)]
     out = [process.communicate(timeout=100)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0], out
-    assert sorted(lines(place / "visits.txt")) == sorted(CELLS) and len(lines(place / "starts.txt")) == len(CELLS)
+    assert sorted(read_lines(workdir / "visits.txt")) == sorted(CELLS)
+    assert len(read_lines(workdir / "starts.txt")) == len(CELLS)
     assert sum(text.count(": complete") for text in out) == len(CELLS)
 
 
-def test_ctrl_c_stops_the_runs_and_leaves_what_can_be_resumed(place):
+def test_ctrl_c_stops_runs_that_can_be_resumed(workdir):
     slow = GRID.replace("0.5", "4")
     for number in (signal.SIGINT, signal.SIGTERM):
-        process, seen = begin(place, slow, "--count", "2", "--jobs", "2"), len(lines(place / "starts.txt"))
-        while len(lines(place / "starts.txt")) < seen + 2:
+        seen = len(read_lines(workdir / "starts.txt"))
+        process = start_search(workdir, slow, "--count", "2", "--jobs", "2")
+        while len(read_lines(workdir / "starts.txt")) < seen + 2:
             assert process.poll() is None
             time.sleep(0.02)
         time.sleep(1.5)
         process.send_signal(number)
         out = process.communicate(timeout=20)[0]
-        assert process.returncode == 128 + number and "the same command goes on where they were" in out, out
-        assert subprocess.run(["pgrep", "-f", f"objective.py.*{place}"], capture_output=True).returncode == 1
-    out = search(place, slow, "--count", "2", "--jobs", "2")
-    assert "2 complete" in out and len(lines(place / "visits.txt")) == 2
-    assert len(lines(place / "starts.txt")) == 6
-    assert all(row["epochs"] == "3" for row in trials(place))
+        assert process.returncode == 128 + number and "the same command resumes them" in out, out
+        assert subprocess.run(["pgrep", "-f", f"objective.py.*{workdir}"], capture_output=True).returncode == 1
+    out = run_search(workdir, slow, "--count", "2", "--jobs", "2")
+    assert "2 complete" in out and len(read_lines(workdir / "visits.txt")) == 2
+    assert len(read_lines(workdir / "starts.txt")) == 6
+    assert all(row["epochs"] == "3" for row in trial_rows(workdir))
 
 
-def test_failing_trials_are_recorded_and_the_search_goes_on(place):
-    out = search(place, GRID.replace("seconds: {value: 0.5}", "fail: {value: odd}"))
+def test_failing_trials_are_recorded_and_the_search_goes_on(workdir):
+    out = run_search(workdir, GRID.replace("seconds: {value: 0.5}", "fail: {value: odd}"))
     assert "6 complete, 6 fail" in out
-    failed = [row for row in trials(place) if row["state"] == "fail"]
+    failed = [row for row in trial_rows(workdir) if row["state"] == "fail"]
     assert {row["error"] for row in failed} == {"objective.py: error: x is 1", "objective.py: error: x is 3"}
 
 
-def test_three_failures_at_the_start_end_the_search(place):
-    out = search(place, GRID.replace("seconds: {value: 0.5}", "fail: {value: true}"), status=1)
+def test_three_failures_at_the_start_end_the_search(workdir):
+    out = run_search(workdir, GRID.replace("seconds: {value: 0.5}", "fail: {value: true}"), status=1)
     assert out.splitlines()[-1].startswith(
-        "sweep_offline.py: error: the first 3 trials failed, the last: objective.py:"
+        "sweep_offline.py: error: the first 3 trials failed; last error: objective.py:"
     )
     assert out.count(": fail,") == 3
 
 
 @pytest.mark.parametrize(
-    ("how", "error"),
+    ("failure", "error"),
     [
         ("nan", "score is nan"),
-        ("other", "the run has no figure score"),
-        ("stop", "exit status 143"),  # again and again, by somebody else
+        ("other", "the run has no metric score"),
+        ("stop", "exit status 143"),  # every attempt is stopped, but not by the search
     ],
 )
-def test_a_run_without_a_figure_is_a_failure(how, error, place):
-    sweep = GRID.replace("seconds: {value: 0.5}", f"fail: {{value: {how}}}").replace("[1, 2, 3, 4]", "[1]")
+def test_a_run_without_a_valid_metric_fails(failure, error, workdir):
+    sweep = GRID.replace("seconds: {value: 0.5}", f"fail: {{value: {failure}}}").replace("[1, 2, 3, 4]", "[1]")
     hyperband = "early_terminate: {type: hyperband, min_iter: 1, max_iter: 3}\nparameters:"
-    out = search(place, sweep.replace("parameters:", hyperband), "--count", "2")
-    assert [row["error"] for row in trials(place)] == [error] * 2 and "2 fail" in out
-    assert len(lines(place / "starts.txt")) == (6 if how == "stop" else 2)
+    out = run_search(workdir, sweep.replace("parameters:", hyperband), "--count", "2")
+    assert [row["error"] for row in trial_rows(workdir)] == [error] * 2 and "2 fail" in out
+    assert len(read_lines(workdir / "starts.txt")) == (6 if failure == "stop" else 2)
 
 
-def test_the_order_of_the_parameters_does_not_matter(place):
+def test_the_order_of_the_parameters_does_not_matter(workdir):
     first, second = "x: {values: [1, 2, 3, 4]}", "y: {min: -2, max: 0}"
     quick = GRID.replace("0.5", "0")
-    search(place, quick, "--count", "5")
-    other = quick.replace(first, "X").replace(second, first).replace("X", second)
-    out = search(place, other)
-    assert sorted(lines(place / "visits.txt")) == sorted(CELLS)
-    best = trials(place)[0]
-    table = [line.split() for line in out.splitlines()]
-    shown = dict(zip(*table[table.index(["trial", "score", "y", "x"]) :][:2]))
-    assert (
-        (shown["x"], shown["y"], shown["trial"]) == ("3", "-1", best["trial"]) == (best["x"], best["y"], best["trial"])
-    )
+    run_search(workdir, quick, "--count", "5")
+    reordered = quick.replace(first, "X").replace(second, first).replace("X", second)
+    out = run_search(workdir, reordered)
+    assert sorted(read_lines(workdir / "visits.txt")) == sorted(CELLS)
+    best = trial_rows(workdir)[0]
+    words = [line.split() for line in out.splitlines()]
+    shown = dict(zip(*words[words.index(["trial", "score", "y", "x"]) :][:2]))
+    assert (shown["x"], shown["y"], shown["trial"]) == ("3", "-1", best["trial"])
+    assert (best["x"], best["y"]) == ("3", "-1")
 
 
-def test_directories_on_one_machine_that_share_a_storage(place):
-    """Each goes on with its own runs only, since only it has their files."""
-    other = place / "other"
+def test_directories_on_one_machine_that_share_a_storage(workdir):
+    """Each resumes only its own runs, since only it has their files."""
+    other = workdir / "other"
     other.mkdir()
-    shutil.copy(place / "objective.py", other)
-    sweep, storage = GRID.replace("[1, 2, 3, 4]", "[1, 2]"), f"sqlite:///{place}/shared.db"
-    processes = [begin(cwd, sweep, "--storage", storage) for cwd in (place, other)]
+    shutil.copy(workdir / "objective.py", other)
+    sweep, storage = GRID.replace("[1, 2, 3, 4]", "[1, 2]"), f"sqlite:///{workdir}/shared.db"
+    processes = [start_search(cwd, sweep, "--storage", storage) for cwd in (workdir, other)]
     out = [process.communicate(timeout=100)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], out
-    assert sorted(lines(place / "visits.txt") + lines(other / "visits.txt")) == sorted(CELLS[:6])
-    assert "6 complete" in search(place, sweep, "--storage", storage)
+    assert sorted(read_lines(workdir / "visits.txt") + read_lines(other / "visits.txt")) == sorted(CELLS[:6])
+    assert "6 complete" in run_search(workdir, sweep, "--storage", storage)
 
 
-def test_the_direction_the_threads_the_group_and_the_best_command(place):
-    out = search(place, GRID.replace("maximize", "minimize"), "--count", "4", "--jobs", "2")
-    best = trials(place)[0]
+def test_the_direction_the_threads_the_group_and_the_best_command(workdir):
+    out = run_search(workdir, GRID.replace("maximize", "minimize"), "--count", "4", "--jobs", "2")
+    best = trial_rows(workdir)[0]
     assert (best["x"], best["y"], best["score"]) == ("1", "-2", "-5.0")
-    assert "the best run again: python objective.py --seconds=0.5 --epochs=3 --x=1 --y=-2" in out
+    assert "to repeat the best run: python objective.py --seconds=0.5 --epochs=3 --x=1 --y=-2" in out
     threads = max(1, len(os.sched_getaffinity(0)) // 2) if hasattr(os, "sched_getaffinity") else os.cpu_count() // 2
-    assert {tuple(line.split()[2:]) for line in lines(place / "starts.txt")} == {(str(threads), "s")}
-    importances = list(csv.reader((place / "runs/sweep-s/importances.csv").open()))
+    assert {tuple(line.split()[2:]) for line in read_lines(workdir / "starts.txt")} == {(str(threads), "s")}
+    importances = list(csv.reader((workdir / "runs/sweep-s/importances.csv").open()))
     assert [row[0] for row in importances[1:]] in (["x", "y"], ["y", "x"])
     assert sum(float(row[1]) for row in importances[1:]) == pytest.approx(1)
 
 
-def test_hyperband_prunes_by_sigterm_and_keeps_what_there_is(place):
+def test_hyperband_prunes_with_sigterm_and_keeps_the_results(workdir):
     sweep = (
         GRID.replace("epochs: {value: 3}", "epochs: {value: 9}")
         .replace("grid", "random")
         .replace("parameters:", "early_terminate: {type: hyperband, min_iter: 1, max_iter: 9, eta: 3}\nparameters:")
     )
-    out = search(
-        place, sweep.replace("{values: [1, 2, 3, 4]}", "{min: -50.0, max: 50.0}"), "--count", "12", "--seed", "1"
+    out = run_search(
+        workdir, sweep.replace("{values: [1, 2, 3, 4]}", "{min: -50.0, max: 50.0}"), "--count", "12", "--seed", "1"
     )
-    pruned = [row for row in trials(place) if row["state"] == "pruned"]
+    pruned = [row for row in trial_rows(workdir) if row["state"] == "pruned"]
     assert pruned and f"{len(pruned)} pruned" in out
     for row in pruned:
-        assert 0 < len(lines(place / row["output_dir"] / "history.jsonl")) < 9
-    kept = max(float(row["score"]) for row in trials(place) if row["state"] == "complete")
-    assert kept >= max(float(row["score"]) for row in pruned)
+        assert 0 < len(read_lines(workdir / row["output_dir"] / "history.jsonl")) < 9
+    best = max(float(row["score"]) for row in trial_rows(workdir) if row["state"] == "complete")
+    assert best >= max(float(row["score"]) for row in pruned)
 
 
-def test_bayes_finds_a_better_best_than_random(place, monkeypatch):
-    """Medians over ten seeds, on a function whose maximum, 0, is at x = 3 and y = -1."""
-    monkeypatch.chdir(place)
-    (place / "s.yaml").write_text(
+def test_bayes_finds_a_better_best_than_random(workdir, monkeypatch):
+    """Compares medians over ten seeds, on a function with its maximum, 0, at x = 3 and y = -1."""
+    monkeypatch.chdir(workdir)
+    (workdir / "s.yaml").write_text(
         "program: objective.py\nmethod: bayes\nmetric: {name: score, goal: maximize}\n"
         "parameters: {x: {min: -10.0, max: 10.0}, y: {min: -10.0, max: 10.0}}"
     )
     best: dict[str, list[float]] = {"bayes": [], "random": []}
     for seed in range(10):
-        for method, found in best.items():
+        for method, values in best.items():
             sweep = sweep_file.read_sweep(Path("s.yaml"))
             sweep.method = method
             study = optuna.create_study(direction=sweep.direction)
@@ -329,21 +335,21 @@ def test_bayes_finds_a_better_best_than_random(place, monkeypatch):
                 trial = study.ask()
                 x, y = (sweep_study.suggest(trial, name, distribution) for name, distribution in sweep.searched.items())
                 study.tell(trial, -((x - 3) ** 2) - (y + 1) ** 2)
-            found.append(study.best_value)
+            values.append(study.best_value)
     assert statistics.median(best["bayes"]) > statistics.median(best["random"])
 
 
-def test_trials_of_train_cola_reach_wandb_as_one_group(tmp_path):
+def test_trials_of_train_cola_are_synced_as_one_group(tmp_path):
     parameters = {name: {"value": value} for name, value in SMALL.items()} | {"batch_size": {"values": [16, 60]}}
     sweep = {"program": str(REPO / "train_cola.py"), "method": "grid", "name": "s", "project": "p",
              "metric": {"name": "valid/mcc", "goal": "maximize"}, "parameters": parameters}  # fmt: skip
-    assert "2 complete" in search(tmp_path, yaml.dump(sweep), "--jobs", "2")
+    assert "2 complete" in run_search(tmp_path, yaml.dump(sweep), "--jobs", "2")
     with serving() as server:
         command = [Path(sys.executable).with_name("wandb"), "sync", "--yes", tmp_path / "wandb"]
         subprocess.run(command, cwd=tmp_path, env=clean_environment(tmp_path, **server.environment()), check=True)
     assert {run["group"] for run in server.runs.values()} == {"s"} and len(server.runs) == 2
-    assert {row["output_dir"] for row in trials(tmp_path)} == {f"runs/sweep-s/{run}" for run in server.runs}
-    for row in trials(tmp_path):
+    assert {row["output_dir"] for row in trial_rows(tmp_path)} == {f"runs/sweep-s/{run}" for run in server.runs}
+    for row in trial_rows(tmp_path):
         figures = json.loads((tmp_path / row["output_dir"] / "metrics.json").read_text())
         assert figures["valid/mcc"] == float(row["valid/mcc"])
 
@@ -351,7 +357,7 @@ def test_trials_of_train_cola_reach_wandb_as_one_group(tmp_path):
 # ------------------------------------------------------------------------------------------------ the sweep file
 
 
-def test_the_sweep_file_of_the_project():
+def test_the_project_s_sweep_file():
     sweep = sweep_file.read_sweep(REPO / "sweep.yaml")
     assert (sweep.program, sweep.method, sweep.metric, sweep.direction) == (
         "train_cola.py", "bayes", "valid/mcc", "maximize",
@@ -362,21 +368,21 @@ def test_the_sweep_file_of_the_project():
         assert distribution._contains(distribution.to_internal_repr(1e-3 if value is None else value)), name
 
 
-def drawn(parameter: dict, count: int = 300) -> list:
+def draw(parameter: dict, count: int = 300) -> list:
+    """Random values of a parameter."""
     distribution = sweep_file._distribution("parameters.p", parameter, "random")
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(0))
     return [sweep_study.suggest(study.ask(), "p", distribution) for _ in range(count)]
 
 
-def test_kinds_of_parameters():
-    assert set(drawn({"values": [1, "a", None, 2.5, [16, 32]]})) == {1, "a", None, 2.5, "[16, 32]"}
-    assert set(drawn({"min": 1, "max": 4})) == {1, 2, 3, 4}
-    assert set(drawn({"distribution": "q_uniform", "min": 0.1, "max": 0.5, "q": 0.1})) == {0.1, 0.2, 0.3, 0.4, 0.5}
-    assert set(drawn({"distribution": "q_uniform", "min": 30, "max": 70, "q": 16})) == {32, 48, 64}
-    uniform = drawn({"min": -1.0, "max": 3.0})
-    assert (
-        -1 <= min(uniform) < -0.9 and 2.9 < max(uniform) <= 3 and statistics.mean(uniform) == pytest.approx(1, abs=0.2)
-    )
+def test_parameter_distributions():
+    assert set(draw({"values": [1, "a", None, 2.5, [16, 32]]})) == {1, "a", None, 2.5, "[16, 32]"}
+    assert set(draw({"min": 1, "max": 4})) == {1, 2, 3, 4}
+    assert set(draw({"distribution": "q_uniform", "min": 0.1, "max": 0.5, "q": 0.1})) == {0.1, 0.2, 0.3, 0.4, 0.5}
+    assert set(draw({"distribution": "q_uniform", "min": 30, "max": 70, "q": 16})) == {32, 48, 64}
+    uniform = draw({"min": -1.0, "max": 3.0})
+    assert -1 <= min(uniform) < -0.9 and 2.9 < max(uniform) <= 3
+    assert statistics.mean(uniform) == pytest.approx(1, abs=0.2)
     logarithmic = {
         "log_uniform": (-6, 0),
         "log_uniform_values": (math.exp(-6), 1),
@@ -384,92 +390,92 @@ def test_kinds_of_parameters():
         "inv_log_uniform_values": (math.exp(-6), 1),
     }
     for kind, (low, high) in logarithmic.items():
-        exponents = [math.log(value) for value in drawn({"distribution": kind, "min": low, "max": high})]
+        exponents = [math.log(value) for value in draw({"distribution": kind, "min": low, "max": high})]
         assert min(exponents) >= -6 and max(exponents) <= 0 and statistics.mean(exponents) == pytest.approx(-3, abs=0.3)
 
 
-def test_lists_reach_the_command_as_those_of_wandb(place, monkeypatch):
-    monkeypatch.chdir(place)
+def test_lists_are_passed_as_wandb_passes_them(workdir, monkeypatch):
+    monkeypatch.chdir(workdir)
     nested = "  kernels: {values: [[16, 32], [32, 64]]}\n  o: {parameters: {a: {values: [[1], [2]]}}}\n  seconds:"
-    (place / "s.yaml").write_text(GRID.replace("  seconds:", nested))
+    (workdir / "s.yaml").write_text(GRID.replace("  seconds:", nested))
     sweep = sweep_file.read_sweep(Path("s.yaml"))
     searched = {"x": 1, "y": 0, "kernels": "[16, 32]", "o/a": "[2]"}
-    assert {"--kernels=[16, 32]", "--o={'a': [2]}"} <= set(sweep_offline.command(sweep, searched, "python"))
+    assert {"--kernels=[16, 32]", "--o={'a': [2]}"} <= set(trials.trial_command(sweep, searched, "python"))
     sweep.command = ["${program}", "${args_json}"]
-    assert json.loads(sweep_offline.command(sweep, searched, "python")[1])["kernels"] == [16, 32]
+    assert json.loads(trials.trial_command(sweep, searched, "python")[1])["kernels"] == [16, 32]
 
 
-def test_nested_parameters_go_out_as_those_of_wandb(place, monkeypatch):
-    monkeypatch.chdir(place)
-    (place / "s.yaml").write_text(
+def test_nested_parameters_are_passed_as_wandb_passes_them(workdir, monkeypatch):
+    monkeypatch.chdir(workdir)
+    (workdir / "s.yaml").write_text(
         GRID.replace("  seconds:", "  o: {parameters: {a: {value: 1}, b: {values: [2]}}}\n  seconds:")
     )
     sweep = sweep_file.read_sweep(Path("s.yaml"))
-    command = sweep_offline.command(sweep, {"x": 1, "y": 0, "o/b": 2}, "python")
+    command = trials.trial_command(sweep, {"x": 1, "y": 0, "o/b": 2}, "python")
     assert command[:3] == ["/usr/bin/env", "python", "objective.py"] and "--o={'a': 1, 'b': 2}" in command
 
 
-WITHOUT = {
-    "program": ("program: objective.py", "", "program: which script"),
-    "program file": ("objective.py", "missing.py", "program: there is no missing.py"),
+MISTAKES = {
+    "program": ("program: objective.py", "", "program: must name the script"),
+    "program file": ("objective.py", "missing.py", "program: no such file: missing.py"),
     "method": ("method: grid", "", "method: must be one of grid, random, bayes"),
     "unknown method": ("grid", "gird", "method: must be one of"),
-    "unknown key": ("method:", "metod: grid\nmethod:", "metod: is no key"),
-    "metric": ("metric: {name: score, goal: maximize}", "", "metric: which figure"),
-    "metric is a word": ("{name: score, goal: maximize}", "score", "metric: must be a mapping"),
+    "unknown key": ("method:", "metod: grid\nmethod:", "metod: unknown key"),
+    "metric": ("metric: {name: score, goal: maximize}", "", "metric: is missing"),
+    "metric is a string": ("{name: score, goal: maximize}", "score", "metric: must be a mapping"),
     "metric without a name": ("name: score, ", "", "metric: needs the name"),
     "goal": ("maximize", "maximise", "metric.goal: must be minimize or maximize"),
     "no parameters": (GRID[GRID.index("parameters:") :], "parameters: {}", "parameters: must be a mapping"),
     "parameters are a list": (GRID[GRID.index("parameters:") :], "parameters: [x]", "parameters: must be a mapping"),
     "parameter is a number": ("{values: [1, 2, 3, 4]}", "3", "parameters.x: must be a mapping"),
-    "values are no list": ("[1, 2, 3, 4]", "3", "parameters.x.values: must be a list"),
-    "no values": ("[1, 2, 3, 4]", "[]", "parameters.x.values: must be a list"),
+    "values are not a list": ("[1, 2, 3, 4]", "3", "parameters.x.values: must be a non-empty list"),
+    "no values": ("[1, 2, 3, 4]", "[]", "parameters.x.values: must be a non-empty list"),
     "misspelt key": ("values", "valeus", "parameters.x: needs value, values, or min and max"),
-    "one key too many": ("{min: -2, max: 0}", "{min: -2, max: 0, q: 1}", "parameters.y.q: is no key"),
+    "extra key": ("{min: -2, max: 0}", "{min: -2, max: 0, q: 1}", "parameters.y.q: unknown key"),
     "min alone": (", max: 0", "", "parameters.y: needs value, values, or min and max"),
-    "min over max": ("min: -2", "min: 2", "parameters.y.min: 2 is not less than max, 0"),
-    "a word": ("{min: -2, max: 0}", "{min: 1e-4, max: 1e-2, distribution: uniform}", "write 0.0001"),
+    "min above max": ("min: -2", "min: 2", "parameters.y.min: 2 is not less than max, 0"),
+    "a string": ("{min: -2, max: 0}", "{min: 1e-4, max: 1e-2, distribution: uniform}", "write 0.0001"),
     "not finite": ("{min: -2, max: 0}", "{min: 0.0, max: .inf, distribution: uniform}", "parameters.y.max: "),
-    "a mixture": ("max: 0", "max: 0.5", "parameters.y: write min and max both"),
-    "endless grid": ("{min: -2, max: 0}", "{min: 0.0, max: 1.0}", "parameters.y: a grid can't visit every value"),
-    "logarithm of 0": ("{min: -2, max: 0}", "{distribution: log_uniform_values, min: 0, max: 1}", "parameters.y.min"),
-    "unknown kind": ("{min: -2, max: 0}", "{distribution: unifrom, min: 0, max: 1}", "parameters.y.distribution: '"),
-    "a kind for servers": ("{min: -2, max: 0}", "{distribution: q_beta}", "y.distribution: q_beta can't be"),
+    "mixed types": ("max: 0", "max: 0.5", "parameters.y: write min and max both"),
+    "infinite grid": ("{min: -2, max: 0}", "{min: 0.0, max: 1.0}", "parameters.y: a grid can't visit every value"),
+    "log of 0": ("{min: -2, max: 0}", "{distribution: log_uniform_values, min: 0, max: 1}", "parameters.y.min"),
+    "unknown kind": ("{min: -2, max: 0}", "{distribution: unifrom, min: 0, max: 1}", "must be one of constant"),
+    "server-only distribution": ("{min: -2, max: 0}", "{distribution: q_beta}", "y.distribution: q_beta can't be"),
     "probabilities": ("values: [1, 2, 3, 4]", "values: [1, 2], probabilities: [0.1, 0.9]", "categorical_w_prob"),
     "q": ("{min: -2, max: 0}", "{distribution: q_uniform, min: -2, max: 0, q: 0}", "parameters.y.q: must be above 0"),
-    "no multiple": ("{min: -2, max: 0}", "{distribution: q_uniform, min: 1, max: 2, q: 5}", "y.q: there is no"),
+    "no multiple": ("{min: -2, max: 0}", "{distribution: q_uniform, min: 1, max: 2, q: 5}", "y.q: no multiple"),
     "int_uniform": ("{min: -2, max: 0}", "{distribution: int_uniform, min: 0.5, max: 2}", "y.min: int_uniform needs"),
     "early": ("parameters:", "early_terminate: {type: median}\nparameters:", "early_terminate.type: must be"),
-    "no iter": ("parameters:", "early_terminate: {type: hyperband}\nparameters:", "early_terminate: needs min_iter"),
+    "no min_iter": ("parameters:", "early_terminate: {type: hyperband}\nparameters:", "needs min_iter"),
     "eta": ("parameters:", "early_terminate: {type: hyperband, s: 1, eta: 1}\nparameters:", "_terminate.eta"),
-    "command": ("parameters:", "command: python\nparameters:", "command: must be a list"),
-    "macro": ("parameters:", "command: ['${prog}']\nparameters:", "command: ${prog} is none"),
+    "command": ("parameters:", "command: python\nparameters:", "command: must be a non-empty list"),
+    "macro": ("parameters:", "command: ['${prog}']\nparameters:", "command: unknown macro ${prog}"),
     "run_cap": ("parameters:", "run_cap: many\nparameters:", "run_cap: must be a whole number"),
-    "name": ("parameters:", "name: ''\nparameters:", "name: '' must have"),
+    "name": ("parameters:", "name: ''\nparameters:", "name: must have 1 to 99"),
     "exponents": ("{min: -2, max: 0}", "{distribution: log_uniform, min: 0, max: 1000}", "are exponents"),
-    "kind is a list": ("{min: -2, max: 0}", "{distribution: [uniform], min: 0, max: 1}", "y.distribution: must be"),
+    "distribution is a list": ("{min: -2, max: 0}", "{distribution: [uniform], min: 0, max: 1}", "must be a string"),
     "a date": ("{values: [1, 2, 3, 4]}", "{value: 2021-01-01}", "parameters.x: "),
-    "no date": ("{values: [1, 2, 3, 4]}", "{value: 2021-13-45}", "is not YAML"),
-    "endless": ("{values: [1, 2, 3, 4]}", "&p {parameters: {a: *p}}", "nested too deeply"),
+    "an invalid date": ("{values: [1, 2, 3, 4]}", "{value: 2021-13-45}", "is not valid YAML"),
+    "recursive": ("{values: [1, 2, 3, 4]}", "&p {parameters: {a: *p}}", "nested too deeply"),
     "huge": ("{min: -2, max: 0}", f"{{distribution: uniform, min: 0, max: {'9' * 400}}}", "parameters.y: "),
-    "envvar": ("parameters:", "command: ['${envvar:home}']\nparameters:", "command: ${envvar:home} is neither"),
+    "envvar": ("parameters:", "command: ['${envvar:home}']\nparameters:", "command: ${envvar:home} is not a valid"),
     "min_iter": ("parameters:", "early_terminate: {type: hyperband, min_iter: 9, max_iter: 3}\nparameters:", "iter: 9"),
-    "not YAML": ("parameters:", "parameters: {", "is not YAML"),
+    "not YAML": ("parameters:", "parameters: {", "is not valid YAML"),
     "empty": (GRID, "", "the file: must be a mapping"),
     "a list": (GRID, "- a\n", "the file: must be a mapping"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("mistake", WITHOUT)
-def test_a_mistake_in_the_file_is_named_in_one_line(mistake, place, monkeypatch):
-    monkeypatch.chdir(place)
-    before, after, expected = WITHOUT[mistake]
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_in_the_file_is_named_in_one_line(mistake, workdir, monkeypatch):
+    monkeypatch.chdir(workdir)
+    before, after, expected = MISTAKES[mistake]
     assert before in GRID
-    (place / "s.yaml").write_text(GRID.replace(before, after))
+    (workdir / "s.yaml").write_text(GRID.replace(before, after))
     with pytest.raises(UserError) as error:
         sweep_offline.main(["s.yaml"])
     assert expected in str(error.value) and "\n" not in str(error.value) and error.value.status == 2
-    assert not (place / "runs").exists()
+    assert not (workdir / "runs").exists()
 
 
 @pytest.mark.parametrize(
@@ -478,25 +484,25 @@ def test_a_mistake_in_the_file_is_named_in_one_line(mistake, place, monkeypatch)
         ("missing.yaml", "missing.yaml can't be read: No such file"),
         ("s.yaml --count 0", "--count: must be a whole number above 0"),
         ("s.yaml --storage nonsense", "--storage nonsense: "),
-        ("r.yaml", "method random has no end: give --count"),
+        ("r.yaml", "method random never ends by itself; give --count"),
         ("s.yaml --cuont 3", "unrecognized arguments: --cuont"),
     ],
 )
-def test_mistakes_on_the_command_line(arguments, expected, place):
-    (place / "s.yaml").write_text(GRID)
-    (place / "r.yaml").write_text(GRID.replace("grid", "random"))
+def test_mistakes_on_the_command_line(arguments, expected, workdir):
+    (workdir / "s.yaml").write_text(GRID)
+    (workdir / "r.yaml").write_text(GRID.replace("grid", "random"))
     done = subprocess.run(
         [sys.executable, REPO / "sweep_offline.py", *arguments.split()],
-        cwd=place,
-        env=clean_environment(place),
+        cwd=workdir,
+        env=clean_environment(workdir),
         capture_output=True,
         text=True,
     )
     assert done.returncode == 2 and expected in done.stderr and done.stderr.count("\n") == 1
 
 
-def test_another_file_of_the_same_name_is_refused(place):
-    search(place, GRID, "--count", "1")
-    out = search(place, GRID.replace("[1, 2, 3, 4]", "[1, 2]"), "--count", "2", status=2)
-    assert "the sweep 's' was begun with another searched" in out.splitlines()[-1]
-    assert Counter(row["state"] for row in trials(place)) == {"complete": 1}
+def test_another_file_of_the_same_name_is_refused(workdir):
+    run_search(workdir, GRID, "--count", "1")
+    out = run_search(workdir, GRID.replace("[1, 2, 3, 4]", "[1, 2]"), "--count", "2", status=2)
+    assert "the sweep 's' was started with different searched" in out.splitlines()[-1]
+    assert Counter(row["state"] for row in trial_rows(workdir)) == {"complete": 1}

@@ -21,14 +21,13 @@ import torch
 import transformers
 from conftest import call, clean_environment, finished_run, merged
 
-import batches
-import data
-import models
-import options
 import train_cola
+from harness import script
+from metrics import EVALUATION_METRICS
+from tasks import batching, encoders, sentences
 from tests import killing
 
-FIGURES = set(options.FIGURES)
+FIGURES = set(EVALUATION_METRICS)
 SMALL = "--dataset synthetic --model scratch --batch_size 125 --epochs 2 --max_steps 144 --max_length 32".split()
 CSV = """label,sentence
 none,"Nobody slept, said the girl."
@@ -203,7 +202,7 @@ def test_metrics_are_those_of_the_predictions(small_cola):
 
 
 def test_predictions_are_in_the_order_of_the_corpus(small_cola):
-    valid = data.synthetic_sentences().valid
+    valid = sentences.synthetic_sentences().valid
     assert [row["sentence"] for row in small_cola.rows] == valid.sentences
     assert [row["source"] for row in small_cola.rows] == valid.sources
     assert [int(row["label"]) for row in small_cola.rows] == valid.labels
@@ -221,7 +220,7 @@ def test_bootstrap_interval_is_the_one_that_numpy_finds(small_cola):
 
 def test_the_best_model_is_kept_and_its_domains_are_reported_apart(tmp_path, monkeypatch):
     """A small archive stands in for CoLA, with a rate that makes the figures go up and down."""
-    valid = data.synthetic_sentences(16, 60).valid
+    valid = sentences.synthetic_sentences(16, 60).valid
     domains = {"in_domain": slice(0, 25), "out_of_domain": slice(25, 60)}
     with zipfile.ZipFile(tmp_path / "cola_public_1.1.zip", "w") as archive:
         for name, part in {"train": slice(0, 60), **domains}.items():
@@ -229,7 +228,7 @@ def test_the_best_model_is_kept_and_its_domains_are_reported_apart(tmp_path, mon
             lines = [f"{source}\t{label}\t\t{sentence}\n" for sentence, label, source in zip(*valid)]
             archive.writestr(f"cola_public/raw/{file}.tsv", "".join(lines[part]))
     content = (tmp_path / "cola_public_1.1.zip").read_bytes()
-    monkeypatch.setattr(data, "COLA_SHA256", hashlib.sha256(content).hexdigest())
+    monkeypatch.setattr(sentences, "COLA_SHA256", hashlib.sha256(content).hexdigest())
     monkeypatch.chdir(tmp_path)
     arguments = "--dataset cola --data_dir . --model scratch --wandb disabled --output_dir out --epochs 12"
     more = "--batch_size 4 --schedule constant --seed 5 --precision fp32"
@@ -278,7 +277,7 @@ def test_batches_by_length():
 
     def epoch(seed: int, number: int) -> list[list[int]]:
         random = np.random.default_rng((seed, number))
-        return [batch.tolist() for batch in batches.by_length(lengths, 32, random)]
+        return [batch.tolist() for batch in batching.by_length(lengths, 32, random)]
 
     one, two = epoch(7, 1), epoch(7, 2)
     assert one == epoch(7, 1) != epoch(8, 1)
@@ -387,9 +386,9 @@ def test_attribution_is_gradient_times_input():
     torch.manual_seed(0)
     model = Linear()
     tokens = torch.tensor([[1, 2, 3, 4, 5], [7, 8, 7, 0, 0]])
-    part = batches.Part(tokens, torch.tensor([5, 3]), torch.tensor([0, 1]), cut=0)
+    part = batching.TokenSet(tokens, torch.tensor([5, 3]), torch.tensor([0, 1]), cut=0)
     for index, length in ((0, 5), (1, 3)):
-        moved = train_cola.attribute(model, part, index, answer=2, label=1)
+        moved = encoders.attribute(model, part, index, answer=2, label=1)
         weight = model.by_position[:length, :, 2] - model.by_position[:length, :, 1]
         assert moved.shape == (length,)
         assert torch.allclose(moved, (model.embedding(tokens[index, :length]) * weight).sum(1), atol=1e-6)
@@ -399,8 +398,8 @@ def test_attribution_of_bert_is_its_slope(small_cola):
     """By finite differences: what scaling a token's embedding a little does to the difference of the logits."""
     model = transformers.AutoModelForSequenceClassification.from_pretrained(small_cola.files / "model").double()
     tokens = torch.tensor([[2, 40, 50, 60, 3, 0, 0]])
-    part = batches.Part(tokens, torch.tensor([5]), torch.tensor([0]), cut=0)
-    moved = train_cola.attribute(model, part, 0, answer=1, label=0)
+    part = batching.TokenSet(tokens, torch.tensor([5]), torch.tensor([0]), cut=0)
+    moved = encoders.attribute(model, part, 0, answer=1, label=0)
     embedded = model.get_input_embeddings()(tokens[:, :5]).detach()
     for i in range(5):
         ends = []
@@ -480,7 +479,7 @@ def test_truncation_is_said_with_its_count(small_cola, own_files):
 def test_only_what_is_longer_counts_as_cut(small_cola):
     tokenizer = transformers.AutoTokenizer.from_pretrained(small_cola.files / "model")
     sentences = ["The boy sleeps.", "The old boy sleeps."]
-    tokenised = batches.tokenise(sentences, [0, 1], tokenizer, 6, torch.device("cpu"))
+    tokenised = batching.tokenise(sentences, [0, 1], tokenizer, 6, torch.device("cpu"))
     assert (tokenised.lengths.tolist(), tokenised.cut) == ([6, 6], 1)
 
 
@@ -524,7 +523,7 @@ def test_only_used_rows_of_an_embedding_are_trained(tmp_path):
     whole = transformers.BertForSequenceClassification(config).train()
     used_only = copy.deepcopy(whole)
     tokens = torch.randint(1, 500, (4, 6)) // 10 * 10  # with the padding that is added, fewer than half
-    models.train_used_rows(used_only, [tokens[:2], tokens[2:]])
+    encoders.train_used_rows(used_only, [tokens[:2], tokens[2:]])
     before = whole.state_dict()["bert.embeddings.word_embeddings.weight"].clone()
     assert used_only.get_input_embeddings().weight.shape[0] == len(tokens.unique()) + (0 not in tokens)
     losses = []
@@ -586,7 +585,7 @@ def test_a_model_that_was_named_is_not_replaced(tmp_path):
     done = call("train_cola.py", *"--dataset synthetic --model foo/bar".split(), cwd=tmp_path)
     assert done.status == 2
     (line,) = done.err.splitlines()
-    assert line.startswith("train_cola.py: error: --model foo/bar is no directory, not in the hub's cache")
+    assert line.startswith("train_cola.py: error: --model foo/bar is not a directory, not in the hub's cache")
     assert not written(tmp_path)
 
 
@@ -594,9 +593,9 @@ BAD = {
     "--dataset cola --model scratch": "downloads/cola_public_1.1.zip is missing, and can't be downloaded: nyu-mll",
     "--dataset cola --data_dir . --model scratch": "cola_public_1.1.zip is damaged: it differs from the published file",
     "--train_file t.csv --model scratch": "--train_file and --valid_file go together: name both",
-    "--train_file t.csv --valid_file bad.csv --model scratch": "bad.csv, row 3: 3 columns where the header has 2",
+    "--train_file t.csv --valid_file bad.csv --model scratch": "bad.csv, row 3: expected 2 columns as in the header",
     "--train_file one.csv --valid_file t.csv --model scratch": "one.csv: every label is 'a'; training needs two",
-    "--train_file t.csv --valid_file t.csv --model scratch": "--batch_size 64 is more than the 6 sentences",
+    "--train_file t.csv --valid_file t.csv --model scratch": "--batch_size 64 is more than the 6 training examples",
     "--dataset synthetic --model scratch --max_length 513": "--max_length 513 is more than the model's limit, 512",
     "--dataset synthetic --model MODEL --max_length 513": "--max_length 513 is more than the model's limit, 512",
     "--dataset synthetic --model bare": "--model bare has no tokenizer: save it there too",
@@ -625,7 +624,7 @@ def test_bad_input(tmp_path, small_cola, monkeypatch, capfd, arguments, message)
     for name, value in clean_environment(tmp_path, WANDB_MODE="offline").items():
         monkeypatch.setenv(name, value)
     given = arguments.replace("MODEL", str(small_cola.files / "model")).split()
-    status = options.status_of(lambda: train_cola.main(given))
+    status = script.status_of(lambda: train_cola.main(given))
     (line,) = capfd.readouterr().err.splitlines()
     assert status == 2 and line.startswith("train_cola.py: error: ") and message in line
     assert written(tmp_path) == before

@@ -14,7 +14,7 @@ import wandb
 from lightning.pytorch.loggers import WandbLogger
 from torch.utils.data import DataLoader, TensorDataset
 
-import data
+from tasks.sentences import Sentences, load_corpus
 
 NAMES = ["unacceptable", "acceptable"]
 KIND = {"task": "multiclass", "num_classes": 2}
@@ -64,7 +64,7 @@ class Model(lightning.LightningModule):
         return torch.optim.Adam(self.parameters(), lr=1e-4)
 
 
-def loader(part: data.Sentences, tokenizer: transformers.PreTrainedTokenizerBase, shuffle: bool) -> DataLoader:
+def loader(part: Sentences, tokenizer: transformers.PreTrainedTokenizerBase, shuffle: bool) -> DataLoader:
     encoded = tokenizer(part.sentences, truncation=True, padding="max_length", max_length=128, return_tensors="pt")
     labels = torch.tensor(part.labels)
     return DataLoader(
@@ -74,7 +74,7 @@ def loader(part: data.Sentences, tokenizer: transformers.PreTrainedTokenizerBase
 
 def main(data_dir: str, name: str, epochs: str) -> None:
     lightning.seed_everything(42)
-    corpus, tokenizer = data.load_corpus("cola", data_dir), transformers.AutoTokenizer.from_pretrained(name)
+    corpus, tokenizer = load_corpus("cola", data_dir), transformers.AutoTokenizer.from_pretrained(name)
     train, valid = loader(corpus.train, tokenizer, True), loader(corpus.valid, tokenizer, False)
     logger = WandbLogger(project="peer", offline=True)
     checkpoint = lightning.pytorch.callbacks.ModelCheckpoint(monitor="valid/loss", dirpath="models")

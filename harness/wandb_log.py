@@ -1,7 +1,7 @@
-"""W&B's own log files of a run, `wandb/*run-*-<id>/run-<id>.wandb`: found, read, and mended where a crash cut them.
+"""W&B's own log files of a run, `wandb/*run-*-<id>/run-<id>.wandb`: finds, reads and repairs them.
 
-A run that was resumed offline has one such file for each of its processes. `wandb sync` uploads them in order, but
-stops at one whose end is missing. A file is a header and blocks of 32 KB in the record format of LevelDB
+Each process of a run that was resumed offline leaves one. `wandb sync` uploads them in order, but stops at one that a
+crash truncated. A file is a header and blocks of 32 KB in the record format of LevelDB
 (https://github.com/google/leveldb/blob/main/doc/log_format.md), each record a protobuf.
 """
 
@@ -21,25 +21,25 @@ WHOLE, FIRST, MIDDLE, LAST = 1, 2, 3, 4
 
 
 class Row(NamedTuple):
-    """A row of a run's history as W&B holds it, and the directory of the files it refers to."""
+    """A row of a run's history in W&B's format, and the directory of the files it refers to."""
 
     values: dict[str, Any]
     files: Path
 
 
 def log_files(run_id: str) -> list[Path]:
-    """The log files of a run in the order in which they were begun."""
+    """The log files of a run, oldest first."""
     files = Path(wandb.setup().settings.wandb_dir).glob(f"*run-*-{run_id}/run-{run_id}.wandb")
     # A directory is named offline-run-<time>-<id>, or run-<time>-<id> where the run was online.
     return sorted(files, key=lambda file: file.parent.name.removeprefix("offline-"))
 
 
 def read(file: Path) -> Iterator[tuple[int, Record]]:
-    """Each whole record with the offset of its end, up to the first that is cut or damaged."""
+    """Each record with the offset of its end, up to the first that is truncated or damaged."""
     content = file.read_bytes()
     at, parts = 7, []
     while content.startswith(HEADER):
-        if BLOCK - at % BLOCK < 7:  # no room for another chunk: the block is filled up
+        if BLOCK - at % BLOCK < 7:  # no room for another chunk: the rest is padding
             at += BLOCK - at % BLOCK
         if at + 7 > len(content):
             return
@@ -53,11 +53,10 @@ def read(file: Path) -> Iterator[tuple[int, Record]]:
             yield at, Record.FromString(b"".join(parts))
 
 
-def mend(file: Path) -> None:
-    """Cut off what a crash left unfinished.
+def repair(file: Path) -> None:
+    """Cut off a record that a crash left unfinished.
 
-    A file without a row of the history holds nothing that the resumed run does not log again, but may stop
-    `wandb sync`: it is marked as synced.
+    A file without history may stop `wandb sync`, and the resumed run logs all of it again: it is marked as synced.
     """
     records = list(read(file))
     if not any(record.HasField("history") for _, record in records):
@@ -68,7 +67,7 @@ def mend(file: Path) -> None:
 
 
 def mark_synced(file: Path) -> None:
-    """Make `wandb sync` pass by this file."""
+    """Make `wandb sync` skip this file."""
     _marker(file).touch()
 
 
@@ -85,7 +84,7 @@ def _marker(file: Path) -> Path:
 
 
 def history(files: list[Path]) -> dict[int, Row]:
-    """The rows of the history in these files, by step."""
+    """The rows of history in these files, by step."""
     rows = {}
     for file in files:
         for _, record in read(file):

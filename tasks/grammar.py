@@ -1,4 +1,4 @@
-"""The built-in sentences: a small grammar of English that writes minimal pairs, acceptable and with one rule broken."""
+"""Generate minimal pairs of English sentences from a small grammar: one acceptable, one that breaks a single rule."""
 
 import random
 
@@ -24,11 +24,11 @@ PLACES = ["near the river", "behind the house", "in the garden", "beside the roa
 ADVERBS = ["today", "every day", "again", "quickly", "in the morning", "without a word"]
 SINGULAR_DETERMINERS, PLURAL_DETERMINERS = ["this", "that", "every"], ["these", "those", "many"]
 
-Pair = tuple[str, str]  # acceptable, and with one rule broken
+Pair = tuple[str, str]  # acceptable sentence, sentence with one rule broken
 
 
 def _person(rng: random.Random, plural: bool) -> str:
-    """A noun phrase for people: sometimes with an adjective, sometimes with a place."""
+    """A noun phrase for people, sometimes with an adjective, sometimes with a place."""
     noun = rng.choice(list(NOUNS))
     words = ["the", rng.choice(ADJECTIVES) if rng.random() < 0.4 else "", NOUNS[noun] if plural else noun]
     return " ".join(filter(None, [*words, rng.choice(PLACES) if rng.random() < 0.3 else ""]))
@@ -39,14 +39,14 @@ def _thing(rng: random.Random) -> str:
 
 
 def agreement(rng: random.Random) -> Pair:
-    """The verb agrees with its subject in number, whatever stands between them."""
+    """A verb agrees with its subject in number, whatever comes between them."""
     plural, verb = rng.random() < 0.5, rng.choice(INTRANSITIVE)
     subject, rest = _person(rng, plural), rng.choice(ADVERBS)
     return f"{subject} {verb[plural]} {rest}", f"{subject} {verb[not plural]} {rest}"
 
 
 def determiner(rng: random.Random) -> Pair:
-    """A determiner and its noun agree in number."""
+    """A determiner agrees with its noun in number."""
     plural, noun = rng.random() < 0.5, rng.choice(list(THINGS))
     good = rng.choice(PLURAL_DETERMINERS if plural else SINGULAR_DETERMINERS)
     right, wrong = (THINGS[noun], noun) if plural else (noun, THINGS[noun])
@@ -55,12 +55,9 @@ def determiner(rng: random.Random) -> Pair:
 
 
 def word_order(rng: random.Random) -> Pair:
-    """Determiner, adjective and noun stand in this order; the verb stands before its object."""
-    subject, verb, thing = (
-        f"the {rng.choice(ADJECTIVES)} {rng.choice(list(NOUNS))}",
-        rng.choice(TRANSITIVE)[1],
-        _thing(rng),
-    )
+    """Determiner, adjective and noun come in this order; the verb precedes its object."""
+    subject = f"the {rng.choice(ADJECTIVES)} {rng.choice(list(NOUNS))}"
+    verb, thing = rng.choice(TRANSITIVE)[1], _thing(rng)
     words = subject.split()
     wrong = rng.choice(
         [
@@ -74,7 +71,7 @@ def word_order(rng: random.Random) -> Pair:
 
 
 def argument_structure(rng: random.Random) -> Pair:
-    """A transitive verb has an object, an intransitive one has none."""
+    """A transitive verb takes an object; an intransitive verb takes none."""
     subject, thing = _person(rng, rng.random() < 0.5), _thing(rng)
     if rng.random() < 0.5:
         verb, rest = rng.choice(TRANSITIVE)[1], rng.choice(ADVERBS)
@@ -84,7 +81,7 @@ def argument_structure(rng: random.Random) -> Pair:
 
 
 def reflexive(rng: random.Random) -> Pair:
-    """A reflexive agrees with the subject in gender and number."""
+    """A reflexive pronoun agrees with the subject in gender and number."""
     noun, plural, verb = rng.choice(list(REFLEXIVE_OF)), rng.random() < 0.4, rng.choice(REFLEXIVE)
     right = "themselves" if plural else REFLEXIVE_OF[noun]
     wrong = rng.choice([word for word in ("himself", "herself", "themselves") if word != right])
@@ -95,7 +92,7 @@ def reflexive(rng: random.Random) -> Pair:
 
 
 def wh_movement(rng: random.Random) -> Pair:
-    """A fronted "what" leaves a gap where the object would stand."""
+    """A fronted "what" leaves a gap in the object position."""
     subject, thing, (base, past, _) = _person(rng, False), _thing(rng), rng.choice(TRANSITIVE)
     if rng.random() < 0.5:
         return f"what did {subject} {base}", f"what did {subject} {base} {thing}"
@@ -104,7 +101,7 @@ def wh_movement(rng: random.Random) -> Pair:
 
 
 def auxiliary(rng: random.Random) -> Pair:
-    """An auxiliary decides the form of the verb behind it."""
+    """An auxiliary determines the form of the verb after it."""
     plural, (base, past, participle) = rng.random() < 0.5, rng.choice(TRANSITIVE)
     subject, thing = _person(rng, plural), _thing(rng)
     helper, right = rng.choice([("will", base), ("must", base), ("have" if plural else "has", participle)])
@@ -113,7 +110,7 @@ def auxiliary(rng: random.Random) -> Pair:
 
 
 def question(rng: random.Random) -> Pair:
-    """In a question with "did" the auxiliary comes first and the verb has no ending."""
+    """In a question with "did", the auxiliary comes first and the verb is in its base form."""
     subject, (base, past, _) = _person(rng, rng.random() < 0.5), rng.choice(TRANSITIVE)
     thing = _thing(rng)
     wrong = rng.choice([f"did {subject} {past} {thing}", f"{subject} did {base} {thing} did"])
@@ -125,9 +122,9 @@ QUESTIONS = ("what did ", "did ")
 
 
 def minimal_pairs(count: int, seed: int = 0) -> list[tuple[str, str, str]]:
-    """`count` distinct (acceptable sentence, broken sentence, name of the rule), the rules in turn.
+    """Generate `count` tuples (acceptable sentence, unacceptable sentence, rule name), cycling through the rules.
 
-    The same arguments give the same pairs. No sentence occurs twice, and none in both columns.
+    The same arguments give the same pairs. No sentence occurs twice.
     """
     rng = random.Random(seed)
     pairs, seen = [], set()

@@ -1,4 +1,4 @@
-"""A sweep as a study of Optuna's: its storage, and what draws parameters and ends runs early."""
+"""A sweep as an Optuna study: its storage, sampler and pruner."""
 
 import dataclasses
 import json
@@ -11,12 +11,12 @@ import sqlalchemy
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, distribution_to_json
 from optuna.trial import FrozenTrial, TrialState
 
-from options import UserError
-from sweep_file import Sweep
+from harness.errors import UserError
+from harness.sweep.file import Sweep
 
 
 class GridSampler(optuna.samplers.BaseSampler):
-    """Trial n takes cell n. No two trials of a storage have the same number, and so no cell is visited twice."""
+    """Assigns cell n to trial n. Trial numbers are unique in a storage, so no cell is visited twice."""
 
     def __init__(self, searched: dict[str, BaseDistribution]):
         self.axes = {name: grid_values(searched[name]) for name in sorted(searched)}
@@ -32,14 +32,14 @@ class GridSampler(optuna.samplers.BaseSampler):
     ) -> Any:
         cell = trial.number
         for name, values in self.axes.items():
-            cell, place = divmod(cell, len(values))
+            cell, index = divmod(cell, len(values))
             if name == param_name:
-                return values[place]
+                return values[index]
         raise KeyError(param_name)
 
 
 def grid_values(distribution: BaseDistribution) -> list[Any]:
-    """The values of a distribution that has finitely many."""
+    """All values of a finite distribution."""
     if isinstance(distribution, CategoricalDistribution):
         return list(distribution.choices)
     steps = round((distribution.high - distribution.low) / distribution.step)
@@ -47,7 +47,7 @@ def grid_values(distribution: BaseDistribution) -> list[Any]:
 
 
 def sampler(sweep: Sweep, seed: int | None) -> optuna.samplers.BaseSampler:
-    """What draws parameters by the sweep's method."""
+    """The sampler for the sweep's method."""
     if sweep.method == "grid":
         return GridSampler(sweep.searched)
     if sweep.method == "random":
@@ -56,7 +56,7 @@ def sampler(sweep: Sweep, seed: int | None) -> optuna.samplers.BaseSampler:
 
 
 def pruner(sweep: Sweep) -> optuna.pruners.BasePruner:
-    """What ends runs early. `max_iter` and `s` give the first comparison as in W&B: max_iter / eta^s epochs."""
+    """The pruner for `early_terminate`. As in W&B, `max_iter` and `s` put the first rung at max_iter / eta^s epochs."""
     early = sweep.early_terminate
     if early is None:
         return optuna.pruners.NopPruner()
@@ -65,20 +65,24 @@ def pruner(sweep: Sweep) -> optuna.pruners.BasePruner:
     return optuna.pruners.HyperbandPruner(shortest, longest or "auto", eta)
 
 
-def open_storage(url: str, tries: int = 5) -> optuna.storages.RDBStorage:
-    """Where two processes make the tables at the same moment, one fails, and finds them a second later."""
+def open_storage(url: str, attempts: int = 5) -> optuna.storages.RDBStorage:
+    """Open a storage, creating its tables if necessary.
+
+    Retries, since one of two processes that create the tables at the same time fails. Raises what the last attempt
+    raised.
+    """
     options = {"connect_args": {"timeout": 100}} if url.startswith("sqlite") else {}
     try:
         return optuna.storages.RDBStorage(url, engine_kwargs=options)
     except sqlalchemy.exc.DBAPIError:
-        if tries == 1:
+        if attempts == 1:
             raise
         time.sleep(1)
-        return open_storage(url, tries - 1)
+        return open_storage(url, attempts - 1)
 
 
 def open_study(sweep: Sweep, storage: str) -> optuna.Study:
-    """The study of this sweep in the storage, made where there is none. Raises `UserError`."""
+    """Open or create the sweep's study. Raises `UserError` if the storage is unusable or holds a different sweep."""
     definition = dataclasses.asdict(sweep) | {
         "searched": {name: distribution_to_json(distribution) for name, distribution in sweep.searched.items()}
     }
@@ -92,31 +96,31 @@ def open_study(sweep: Sweep, storage: str) -> optuna.Study:
         raise UserError(f"--storage {storage}: {str(error).splitlines()[0]}") from None
     if "sweep" not in study.user_attrs:
         if study.get_trials(deepcopy=False):
-            raise UserError(f"{storage} has a study {sweep.name!r} that is not of sweep_offline.py")
+            raise UserError(f"{storage} has a study {sweep.name!r} that sweep_offline.py did not create")
         study.set_user_attr("sweep", definition)
-    before = study.user_attrs.get("sweep", {})
-    differ = [key for key, value in definition.items() if before.get(key) != value]
-    if differ and differ != ["run_cap"]:
+    stored = study.user_attrs.get("sweep", {})
+    changed = [key for key, value in definition.items() if stored.get(key) != value]
+    if changed and changed != ["run_cap"]:
         raise UserError(
-            f"the sweep {sweep.name!r} was begun with another {' and '.join(differ)}; to begin a new search, give the "
-            "file another name:, to go on with the old one, put it back"
+            f"the sweep {sweep.name!r} was started with different {' and '.join(changed)}; "
+            "to start a new search, change name: in the file; to resume the old one, undo the change"
         )
     study.pruner = pruner(sweep)
     return study
 
 
-def trials_wanted(sweep: Sweep, count: int | None) -> int:
-    """How many trials the search has in all. Raises `UserError` where nobody has said."""
+def count_trials(sweep: Sweep, count: int | None) -> int:
+    """The total number of trials of the search. Raises `UserError` if nothing limits it."""
     limits = [limit for limit in (count, sweep.run_cap) if limit is not None]
     if sweep.method == "grid":
         limits.append(math.prod(len(grid_values(distribution)) for distribution in sweep.searched.values()))
     if not limits:
-        raise UserError(f"how many trials? method {sweep.method} has no end: give --count")
+        raise UserError(f"method {sweep.method} never ends by itself; give --count")
     return min(limits)
 
 
 def suggest(trial: optuna.Trial, name: str, distribution: BaseDistribution) -> Any:
-    """The trial's value of a parameter, drawn at the first call."""
+    """The trial's value of a parameter; the first call draws it."""
     if isinstance(distribution, CategoricalDistribution):
         return trial.suggest_categorical(name, distribution.choices)
     if isinstance(distribution, FloatDistribution):
@@ -127,8 +131,8 @@ def suggest(trial: optuna.Trial, name: str, distribution: BaseDistribution) -> A
     return trial.suggest_int(name, distribution.low, distribution.high, step=distribution.step)
 
 
-def best_first(study: optuna.Study) -> list[FrozenTrial]:
-    """The complete trials."""
+def ranked_trials(study: optuna.Study) -> list[FrozenTrial]:
+    """The complete trials, best first."""
     sign = -1 if study.direction == optuna.study.StudyDirection.MAXIMIZE else 1
     complete = study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
     return sorted(complete, key=lambda trial: sign * trial.value)

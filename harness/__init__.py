@@ -1,0 +1,1 @@
+"""What carries a training run, whatever is trained: options, session, progress, checkpoints, W&B, torchrun."""

@@ -1,0 +1,182 @@
+"""Checkpoints: all that training needs to continue as if it had never been interrupted, on this or more processes."""
+
+import dataclasses
+import os
+import pickle
+import random
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from harness import distributed
+from harness.directory import CHECKPOINT, JOURNAL, METRICS, PREVIOUS_CHECKPOINT
+from harness.errors import Stopped, UserError, warn_loudly
+from harness.files import save_tensors, temporary_beside
+from harness.options import RUN_OPTIONS, SharedSettings
+from harness.progress import Meter, Progress
+
+if TYPE_CHECKING:
+    from harness.session import Session
+
+# Settings that do not affect the numbers of a run, and placeholders that are resolved at start-up.
+MAY_CHANGE = (*RUN_OPTIONS, "data_dir", "checkpoint_every", "watch", "watch_every", "log_model")
+PLACEHOLDERS = {"dataset": "auto", "device": "auto", "precision": "auto", "model": None, "learning_rate": None}
+
+
+class Checkpoints:
+    """Saves the state of training to `checkpoint.pt`, and restores it when a run is resumed.
+
+    The checkpoint of an epoch's end is saved after its last batch and before validation, which a resumed run repeats.
+    """
+
+    def __init__(
+        self, session: "Session", progress: Progress, *, data: Any, model: nn.Module, meter: Meter, **stateful: Any
+    ):
+        """`data`: nested sequences with the tensors to train on. `stateful`: what else has a `state_dict`."""
+        self._session, self._progress, self._meter = session, progress, meter
+        self._stateful = {"model": model, **stateful, "position": progress, "history": session.history}
+        self._fingerprint = fingerprint(data)
+        if distributed.world_size() > 1:
+            distributed.check_same(self._fingerprint, fingerprint(list(model.state_dict().values())))
+
+    def restore_or_begin(self) -> None:
+        """Restore the checkpoint of a resumed run; save that of a new one. Raises `UserError` if the data differ."""
+        checkpoint = self._session.checkpoint
+        if checkpoint is None:
+            self._save()
+            return
+        if checkpoint["data"] != self._fingerprint:
+            raise UserError("--resume: the data are not those that the run was begun with")
+        for name, thing in self._stateful.items():
+            thing.load_state_dict(checkpoint[name])
+        processes, rank = checkpoint["processes"], distributed.rank()
+        meters = [process["meter"] for process in processes]
+        if len(processes) == distributed.world_size():
+            self._meter.load_state_dict(meters[rank])
+            _set_random_state(processes[rank]["random"])
+            return
+        numbers = f"begun with {len(processes)} process(es) and goes on with {distributed.world_size()}"
+        print(f"The run was {numbers}: the batches are the same; rounding and dropout differ.")
+        self._meter.load_state_dict(*meters if rank == 0 else [meters[0] | {"sums": {}}])
+
+    def save_if_due(self) -> None:
+        """Save every `--checkpoint_every` batches, at the end of an epoch, and on a request to stop: then raise it."""
+        progress, settings, requests = self._progress, self._session.settings, self._session.stop_requests
+        # Ranks agree on stopping, but not after every batch: communication takes time.
+        agree = distributed.world_size() == 1 or progress.row_is_due
+        stopping = agree and distributed.any_rank(bool(requests))
+        if stopping or progress.epoch_ends or progress.batch % settings.checkpoint_every == 0:
+            self._save()
+        if stopping:
+            raise requests[0] if requests else Stopped("another process", 0)
+
+    def _save(self) -> None:
+        """Write `checkpoint.pt` and keep the one before; rank 0 writes, the others contribute their state."""
+        if not self._progress.epoch_ends:  # at an epoch's end the row still lacks the validation metrics
+            self._session.history.commit()
+        processes = distributed.gather({"meter": self._meter.state_dict(), "random": _random_state()})
+        if distributed.rank() > 0:
+            return
+        state = {name: thing.state_dict() for name, thing in self._stateful.items()}
+        settings = dataclasses.asdict(self._session.settings)
+        state |= {"processes": processes, "settings": settings, "data": self._fingerprint}
+        path = self._session.output_dir / CHECKPOINT
+        with temporary_beside(path) as temporary:
+            save_tensors(temporary, state)
+            if path.exists():
+                os.replace(path, path.with_name(PREVIOUS_CHECKPOINT))
+            os.replace(temporary, path)
+
+
+def load(output_dir: Path, settings: SharedSettings) -> dict[str, Any] | None:
+    """The newest readable checkpoint, None if the run is new; `settings` become those that the run was begun with.
+
+    A damaged checkpoint is reported, and the one before it used. Raises `UserError` if neither is readable, or if
+    the command line asks for other settings than the run was begun with.
+    """
+    paths = [path for path in (output_dir / CHECKPOINT, output_dir / PREVIOUS_CHECKPOINT) if path.exists()]
+    problems, state = [], None
+    for path in paths:
+        try:
+            state = _read(path)
+            break
+        except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+            problems.append(f"{path} can't be read: {str(error).splitlines()[0]}")
+    if paths and state is None:
+        raise UserError(f"{'; '.join(problems)}; to start over, give another --output_dir", status=1)
+    if problems:
+        warn_loudly(*problems, f"Going on from {path}, which is older.")
+    journal = output_dir / JOURNAL
+    if state is None:
+        if journal.exists() and journal.stat().st_size and not (output_dir / METRICS).exists():
+            raise UserError(f"{output_dir} has lost its checkpoint; give another --output_dir", status=1)
+        return None
+    os.replace(path, output_dir / CHECKPOINT)  # or the next save would keep a damaged one as the previous
+    _adopt_settings(settings, state["settings"], output_dir)
+    return state
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Raises one of many exceptions if the file is damaged."""
+    with zipfile.ZipFile(path) as archive:
+        if damaged := archive.testzip():  # torch.load ignores the checksums
+            raise ValueError(f"{damaged} is damaged")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _adopt_settings(settings: SharedSettings, used: Mapping[str, Any], output_dir: Path) -> None:
+    """Set `settings` to those that a run used, but for those that may change. Raises `UserError` if others differ."""
+    requested = dataclasses.asdict(settings)
+    differ = [
+        f"--{name} was {used[name]!r}, is {requested[name]!r}"
+        for name in used.keys() - set(MAY_CHANGE)
+        if requested[name] not in (used[name], PLACEHOLDERS.get(name, used[name]))
+    ]
+    if differ and "WANDB_SWEEP_ID" not in os.environ:  # a sweep may set them in W&B's config only
+        problem = "; ".join(sorted(differ))
+        raise UserError(f"--resume: the run in {output_dir} was begun with other settings: {problem}")
+    for name, value in used.items():
+        if name not in MAY_CHANGE or name in ("project", "entity", "id") or requested[name] is None:
+            setattr(settings, name, value)
+
+
+def fingerprint(data: Any) -> int:
+    """A checksum of all tensors in nested sequences."""
+    checksum = 0
+    for tensor in _tensors(data):
+        checksum = zlib.crc32(tensor.cpu().contiguous().numpy(), checksum)
+    return checksum
+
+
+def _tensors(data: Any) -> Iterator[Tensor]:
+    if isinstance(data, Tensor):
+        yield data
+    elif isinstance(data, (list, tuple)):
+        for part in data:
+            yield from _tensors(part)
+
+
+def _random_state() -> dict[str, Any]:
+    """The state of every global random generator, as tensors and plain values."""
+    kind, keys, position, has_gauss, cached = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def _set_random_state(state: Mapping[str, Any]) -> None:
+    random.setstate(state["python"])
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])

@@ -1,0 +1,60 @@
+"""Where a run computes and how it repeats itself: device, precision, seeds."""
+
+import os
+import random
+
+import numpy as np
+import torch
+
+from harness import distributed
+from harness.errors import UserError
+
+
+def seed_everything(seed: int, deterministic: bool) -> None:
+    """Seed Python, NumPy, torch and CUDA; if `deterministic`, allow only algorithms that repeat to the last bit."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)  # of every device
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs it to be deterministic
+        torch.backends.cudnn.benchmark = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs a tenth of the time
+    # On CUDA only a warning: the histograms of wandb.watch have no deterministic algorithm there.
+    torch.use_deterministic_algorithms(deterministic, warn_only=torch.cuda.is_available())
+
+
+def seed_rank(seed: int) -> None:
+    """Seed torch differently on each rank, so that dropout differs. Call it once the model has its weights."""
+    torch.manual_seed(seed + distributed.rank())
+
+
+def find_device(name: str) -> torch.device:
+    """The device for `--device`; "auto" is the fastest kind available. Raises `UserError` if there is none.
+
+    Under torchrun each process of a machine gets a GPU of its own; MPS can't be shared.
+    """
+    mps = torch.backends.mps.is_available() and distributed.world_size() == 1
+    available = {"cuda": torch.cuda.is_available(), "mps": mps, "cpu": True}
+    if name == "auto":
+        name = next(kind for kind in available if available[kind])
+    if not available[name]:
+        raise UserError(f"--device {name}: not available on this machine, or in this build of torch")
+    if name != "cuda" or distributed.world_size() == 1:
+        return torch.device(name)
+    local_processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if local_processes > gpus:
+        raise UserError(f"{local_processes} processes on a machine with {gpus} GPUs: start {gpus}, or use --device cpu")
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device(name, torch.cuda.current_device())
+
+
+def find_precision(name: str, device: torch.device) -> str:
+    """The precision for `--precision`: "fp32" or "bf16"; "auto" is bf16 if the hardware has instructions for it."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        native = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # missing in torch 2.9
+        native = device.type == "cpu" and capabilities.get("avx512_bf16", False)
+    return "bf16" if native else "fp32"

@@ -1,0 +1,124 @@
+"""Data-parallel training under torchrun; without torchrun, a single process of rank 0.
+
+Every rank holds all the data and the whole model and computes a share of each batch. Summing the gradients keeps the
+models identical. Rank 0 alone writes files, logs to W&B and prints.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from harness.errors import Stopped, UserError
+
+Items = TypeVar("Items", bound=Sequence | Tensor)
+
+
+def rank() -> int:
+    """The rank of this process; 0 if there is only one."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """The number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[None]:
+    """Join the other processes, if torchrun or another launcher that sets its variables started several."""
+    launched = all(name in os.environ for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"))
+    if not launched or os.environ.get("WORLD_SIZE", "1") == "1":
+        yield
+        return
+    store, number, count = next(dist.rendezvous("env://"))
+    # A prefix per restart (torchrun --max-restarts): the store still holds the addresses of dead processes.
+    store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=store, rank=number, world_size=count)
+    if rank() == 0:
+        print(f"{world_size()} processes train together.")
+    yield
+    dist.destroy_process_group()  # not after an error: the other ranks may still have to report theirs
+
+
+@contextlib.contextmanager
+def deferring_to_rank_0() -> Iterator[None]:
+    """For the other ranks: on an error that stops all of them, wait for rank 0 to report it and exit silently.
+
+    torchrun kills every process as soon as one has failed.
+    """
+    try:
+        yield
+    except (Stopped, UserError):
+        with contextlib.suppress(Stopped):
+            broadcast()  # returns when rank 0 exits
+        raise Stopped("rank 0", 0) from None
+
+
+@contextlib.contextmanager
+def _communicating() -> Iterator[None]:
+    """Turn errors of gloo or NCCL, which usually mean that another process has exited, into `Stopped`."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0].rpartition("] ")[2][:80]
+        raise Stopped(f"a communication failure between processes ({reason})", 1) from error
+
+
+def share_of(items: Items) -> Items:
+    """This rank's share of a batch, or of a list of batches: every `world_size`-th item."""
+    return items[rank() :: world_size()]
+
+
+def sum_over_ranks(*tensors: Tensor) -> None:
+    """Replace float tensors, all on one device, by their sums over all ranks, identical to the last bit."""
+    if world_size() == 1:
+        return
+    flat = torch.cat([tensor.flatten() for tensor in tensors])  # one all-reduce is much faster than many
+    with _communicating():
+        dist.all_reduce(flat)
+    for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
+        tensor.copy_(total.view_as(tensor))
+
+
+def sum_gradients(model: nn.Module) -> None:
+    """Replace the model's gradients by their sums over all ranks."""
+    sum_over_ranks(*(weight.grad for weight in model.parameters() if weight.grad is not None))
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether `flag` is true on any rank. Does not synchronize with an accelerator."""
+    votes = torch.tensor(float(flag))
+    sum_over_ranks(votes)
+    return bool(votes)
+
+
+def broadcast(value: Any = None) -> Any:
+    """Rank 0's `value`, on every rank; the others wait for it."""
+    if world_size() == 1:
+        return value
+    values = [value]
+    with _communicating():
+        dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
+    return values[0]
+
+
+def gather(value: Any) -> list[Any]:
+    """The `value` of each rank, in order."""
+    if world_size() == 1:
+        return [value]
+    values = [None] * world_size()
+    with _communicating():
+        dist.all_gather_object(values, value)
+    return values
+
+
+def check_same(*checksums: int) -> None:
+    """Raise `UserError`, on every rank, if the ranks do not have the same data and model."""
+    if len(set(gather(checksums))) > 1:
+        raise UserError("the processes do not have the same data and model: give all of them the same files")

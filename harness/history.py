@@ -1,0 +1,125 @@
+"""The rows that a run logs: everything to W&B, the numbers also to `history.jsonl`; each row once, and only whole."""
+
+import json
+import os
+from collections.abc import Mapping
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+import wandb
+
+from harness import wandb_run
+from harness.errors import UserError
+from harness.files import replacing
+
+
+class History:
+    """Collects what is logged for a step and writes the row when it is complete: when the next batch begins.
+
+    So a process that dies leaves no half of a row, and a resumed one logs what is missing, and only that.
+    """
+
+    def __init__(self, run: wandb.Run, journal: Path | None, wandb_step: int = -1):
+        """`journal` is None on all ranks but 0; W&B already has the rows up to `wandb_step`. Replaces `run.log`."""
+        self.step = 0
+        self._row: dict[str, Any] = {}
+        self._run, self._journal, self._wandb_step = run, journal, wandb_step
+        if not run.disabled:
+            self._log_to_wandb, self._log_from_hook, self._handing_over = run.log, run._log, False
+            run._log = self._log  # the hooks of run.watch call it, and so does W&B's own run.log
+        run.log = self.log
+
+    def log(self, data: Mapping[str, Any], step: int | None = None, commit: bool | None = None) -> None:
+        """Add numbers, media or charts to the row of `step`, by default the current one; `commit` completes it."""
+        if step is not None and step != self.step:
+            self.begin_row(step)
+        self._row.update(data)
+        if commit:
+            self.commit()
+
+    def begin_row(self, step: int) -> None:
+        """Complete the current row; what is logged from now on belongs to `step`."""
+        self.commit()
+        self.step = step
+
+    def commit(self) -> None:
+        """Write the current row. Raises `OSError` if the journal can't be written; W&B never raises."""
+        row, self._row = self._row, {}
+        if self._journal and (numbers := _numbers(row)):
+            _append(self._journal, json.dumps({"step": self.step, **numbers}) + "\n")
+        self._send(row, self.step)
+
+    def discard(self) -> None:
+        """Drop the current row: it is logged again when the run is resumed."""
+        self._row = {}
+
+    def log_again(self, rows: list[dict[str, float]]) -> None:
+        """Send W&B the rows of the journal that it has lost, with their media if a log on this machine has them."""
+        for step, values in wandb_run.lost_rows(self._run, rows, self._wandb_step):
+            self._send(values, step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The length of the journal in bytes, flushed to disk, and the numbers of the current row."""
+        with self._journal.open("ab") as journal:
+            os.fsync(journal.fileno())
+            return {"journal": journal.tell(), "step": self.step, "row": _numbers(self._row)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue the row that `state_dict` found incomplete."""
+        self.step, self._row = state["step"], dict(state["row"])
+
+    def _log(self, data: Mapping[str, Any], *arguments: Any, **options: Any) -> None:
+        if self._handing_over:
+            self._log_from_hook(data, *arguments, **options)
+        else:
+            self._row.update(data)
+
+    def _send(self, row: Mapping[str, Any], step: int) -> None:
+        if not row or self._run.disabled or step <= self._wandb_step or wandb_run.is_lost(self._run):
+            return
+        self._handing_over = True
+        with wandb_run.tolerate_wandb_errors(self._run):
+            self._log_to_wandb({}, step=step)  # W&B names media files after the row that is open
+            self._log_to_wandb(row, step=step, commit=True)
+        self._handing_over = False
+
+
+def rewind(journal: Path, state: Mapping[str, Any]) -> list[dict[str, float]]:
+    """Cut the journal to the length it had when `state` was saved, and return its rows.
+
+    Raises `UserError` if rows are missing or damaged.
+    """
+    try:
+        content = journal.read_bytes()[: state["journal"]]
+        if len(content) < state["journal"]:
+            raise ValueError("rows are missing")
+        rows = [json.loads(line) for line in content.splitlines()]
+    except (FileNotFoundError, ValueError) as error:
+        problem = f"{journal} does not go with the checkpoint ({error})"
+        raise UserError(f"{problem}: the run can't be resumed; choose another --output_dir", status=1) from None
+    with replacing(journal) as temporary:
+        temporary.write_bytes(content)
+    return rows
+
+
+def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
+    """The scalars of a row, also those in tensors and arrays, as Python's numbers."""
+    scalars = {
+        name: value.item() if hasattr(value, "item") else value for name, value in row.items() if _is_scalar(value)
+    }
+    return {name: value if isinstance(value, int) else float(value) for name, value in scalars.items()}
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, Real) or getattr(value, "ndim", None) == 0
+
+
+def _append(path: Path, line: str) -> None:
+    size = path.stat().st_size if path.exists() else 0
+    try:
+        with path.open("a") as file:
+            file.write(line)
+    except OSError:
+        os.truncate(path, size)  # no half of a line
+        raise

@@ -1,0 +1,194 @@
+"""How far training has come: Progress (the position), Meter (running means) and Best (the model to keep)."""
+
+import math
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from harness import distributed
+from harness.errors import UserError
+from harness.options import SharedSettings
+
+if TYPE_CHECKING:
+    from harness.session import Session
+
+
+def check_batches(settings: SharedSettings, examples: int) -> None:
+    """Check that so many training examples make batches that the ranks can share; by default, watch once an epoch.
+
+    Raises `UserError`.
+    """
+    if settings.batch_size > examples:
+        raise UserError(f"--batch_size {settings.batch_size} is more than the {examples} training examples")
+    smallest, ranks = examples % settings.batch_size or settings.batch_size, distributed.world_size()
+    if smallest < ranks:
+        raise UserError(
+            f"{ranks} processes can't share the last batch of an epoch, which has {smallest} of the {examples} "
+            "examples: choose another --batch_size, or fewer processes"
+        )
+    settings.watch_every = settings.watch_every or math.ceil(examples / settings.batch_size)
+
+
+class Progress:
+    """Position in training, the batches that are left, and what is due after a batch.
+
+    `epoch` and `batch` count from 1 over the whole run; `step`, the step of W&B, is the number of examples seen. They
+    already include the batch that is under way. The batches of an epoch must follow from the seed and the epoch alone.
+    """
+
+    def __init__(self, session: "Session", examples: int):
+        """`examples` is the size of the training set."""
+        self.epoch = self.batch = self.step = 0
+        self.batches_per_epoch = math.ceil(examples / session.settings.batch_size)
+        self.total_batches = min(
+            session.settings.epochs * self.batches_per_epoch, session.settings.max_steps or math.inf
+        )
+        self._settings, self._run, self._history = session.settings, session.run, session.history
+
+    def epochs(self) -> Iterator[int]:
+        """The epochs that are left, the one that was interrupted first, with a progress bar on a terminal."""
+        settings, first = self._settings, max(1, math.ceil(self.batch / self.batches_per_epoch))
+        # A resumed run logs its histograms in the same batches as one that was never interrupted.
+        self._first_watched = math.ceil(self.batch / settings.watch_every) * settings.watch_every + 1
+        bar = {"total": self.total_batches, "initial": self.batch, "unit": "batch", "disable": None, "file": sys.stdout}
+        with tqdm(**bar) as self._bar:
+            for self.epoch in range(first, settings.epochs + 1):
+                self._epoch_started = self._row_started = time.perf_counter()
+                self._row_step = self.step
+                yield self.epoch
+                if self.batch == self.total_batches:
+                    return
+
+    def remaining(self, batches: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Those of an epoch's batches of indices that are left, each counted as it begins."""
+        done = self.batch - (self.epoch - 1) * self.batches_per_epoch
+        for indices in batches[done : done + self.total_batches - self.batch]:
+            self.batch, self.step = self.batch + 1, self.step + len(indices)
+            self._history.begin_row(self.step)
+            yield indices
+            self._bar.update()
+
+    @property
+    def watch_starts(self) -> bool:
+        """Whether `run.watch` is to be called before this batch."""
+        watching = self._settings.watch != "off" and not self._run.disabled
+        return watching and self.batch == self._first_watched
+
+    @property
+    def epoch_ends(self) -> bool:
+        """Whether this batch is the last of its epoch, or of the run."""
+        return self.batch % self.batches_per_epoch == 0 or self.batch == self.total_batches
+
+    @property
+    def row_is_due(self) -> bool:
+        """Whether this batch ends with a row of training metrics: every `--log_every` batches and at an epoch's end."""
+        return self.batch % self._settings.log_every == 0 or self.epoch_ends
+
+    def examples_per_second(self) -> float:
+        """Training throughput since the last call, or since the epoch began."""
+        step, started = self._row_step, self._row_started
+        self._row_step, self._row_started = self.step, time.perf_counter()
+        return (self.step - step) / (self._row_started - started)
+
+    def show(self, **shown: str) -> None:
+        """Show values beside the progress bar."""
+        self._bar.set_postfix(**shown)
+
+    def end_epoch(self, line: str) -> None:
+        """Print a line on the epoch, with the seconds that it took."""
+        self._bar.write(f"epoch {self.epoch}: {line}, {time.perf_counter() - self._epoch_started:.1f} s")
+
+    def check_finite(self, name: str, loss: float) -> None:
+        """Raise `UserError`, with all rows written, if a loss is NaN or infinite. `name` is the part of the data."""
+        if not math.isfinite(loss):
+            self._history.commit()
+            raise UserError(
+                f"the {name} loss is {loss} in epoch {self.epoch} by step {self.step}, learning rate "
+                f"{self._settings.learning_rate:g}; training has stopped, what was logged is kept; a lower "
+                "--learning_rate may help",
+                status=1,
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        position = {"epoch": math.ceil(self.batch / self.batches_per_epoch), "batch": self.batch, "step": self.step}
+        return {**position, "epoch_ends": self.batch > 0 and self.epoch_ends}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.epoch, self.batch, self.step = state["epoch"], state["batch"], state["step"]
+
+
+class Meter:
+    """Means over examples of quantities that are summed batch by batch, such as the loss or the number of hits.
+
+    Sums stay on `device`; reading a row is the only time that training waits for an accelerator.
+    """
+
+    def __init__(self, device: torch.device | str | None = None):
+        self._device = device
+        self._sums: dict[str, Tensor] = {}  # of this rank, since the last row: float32 scalars
+        self._epoch: dict[str, float] = {}  # of all ranks, over the rows of the epoch
+
+    def add(self, examples: int, **sums: Tensor | float) -> None:
+        """Add a batch: how many examples this rank had, and the sum of each quantity over them."""
+        for name, value in {**sums, "examples": examples}.items():
+            if name not in self._sums:
+                self._sums[name] = torch.zeros((), device=self._device)
+            self._sums[name] += value.detach() if isinstance(value, Tensor) else value
+
+    def row(self) -> dict[str, float]:
+        """Means over the examples of all ranks since the last call."""
+        distributed.sum_over_ranks(*self._sums.values())
+        row = dict(zip(self._sums, torch.stack([*self._sums.values()]).tolist()))
+        self._sums = {}
+        self._epoch = {name: self._epoch.get(name, 0.0) + row[name] for name in row}
+        return _means(row)
+
+    def epoch(self) -> dict[str, float]:
+        """Means over the rows since the last call."""
+        epoch, self._epoch = self._epoch, {}
+        return _means(epoch)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"sums": {name: value.item() for name, value in self._sums.items()}, "epoch": dict(self._epoch)}
+
+    def load_state_dict(self, *states: Mapping[str, Any]) -> None:
+        """Restore the state of a rank, or of several, whose sums are added up."""
+        self._sums, self._epoch = {}, dict(states[0]["epoch"])
+        for state in states:
+            for name, value in state["sums"].items():
+                self._sums[name] = self._sums.get(name, torch.zeros((), device=self._device)) + value
+
+
+def _means(sums: Mapping[str, float]) -> dict[str, float]:
+    return {name: value / sums["examples"] for name, value in sums.items() if name != "examples"}
+
+
+class Best:
+    """The model to keep: the one with the best monitored metric so far, or the last one if nothing is validated."""
+
+    def __init__(self, monitor: str, lower_is_better: bool):
+        """`monitor` is the name of the metric, such as "valid/loss"."""
+        self.monitor, self.lower_is_better = monitor, lower_is_better
+        self.epoch, self.value = 0, math.nan
+        self.weights: dict[str, Tensor] = {}  # a state dict
+
+    def offer(self, epoch: int, metrics: Mapping[str, float], model: nn.Module) -> bool:
+        """Keep a copy of the model's weights if it is better than the best so far; whether it is."""
+        value = distributed.broadcast(metrics.get(self.monitor, math.nan))  # all ranks must decide alike
+        better = value < self.value if self.lower_is_better else value > self.value
+        if better or math.isnan(self.value):
+            self.epoch, self.value = epoch, value
+            self.weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+            return True
+        return False
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epoch": self.epoch, "value": self.value, "weights": self.weights}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.epoch, self.value, self.weights = state["epoch"], state["value"], state["weights"]

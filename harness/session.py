@@ -1,0 +1,197 @@
+"""A run from its output directory to the end of its W&B run, on rank 0 and on the others."""
+
+import contextlib
+import dataclasses
+import os
+import platform
+import secrets
+import time
+from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import wandb
+
+from harness import checkpoints, distributed, history, wandb_run
+from harness.device import find_device, find_precision
+from harness.directory import CONFIG, JOURNAL, METRICS, output_directory
+from harness.errors import Stopped, UserError
+from harness.files import read_json, write_json
+from harness.history import History
+from harness.options import SharedSettings, from_config
+from harness.signals import in_main_thread, stop_requests
+
+LIBRARIES = ("torch", "torchvision", "transformers", "wandb", "numpy")
+Load = Callable[[Any], Any]  # (settings) -> data; fills in the settings that depend on the data
+Init = Callable[..., wandb.Run]  # (settings, **options of wandb.init) -> run
+
+
+@dataclasses.dataclass
+class Session:
+    """What a script needs of its run, on each rank."""
+
+    settings: Any  # as used: placeholders resolved, a sweep's values included
+    data: Any = None  # what `load` returned
+    run: wandb.Run | None = None  # None if the run was finished before
+    history: History | None = None  # replaces `run.log`
+    checkpoint: Mapping[str, Any] | None = None  # to resume from; None for a new run
+    stop_requests: list[Stopped] = dataclasses.field(default_factory=list)
+    metrics: dict[str, Any] = dataclasses.field(default_factory=dict)  # content of metrics.json
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is nothing left to do."""
+        return self.run is None
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.settings.output_dir)
+
+    @property
+    def device(self) -> torch.device:
+        return find_device(self.settings.device)
+
+    def finish(self, metrics: Mapping[str, Any]) -> None:
+        """Set the content of metrics.json, which is written last: a run that has it is finished."""
+        self.metrics = dict(metrics)
+
+
+@contextlib.contextmanager
+def opened(settings: SharedSettings, task: str, load: Load, init: Init) -> Iterator[Session]:
+    """Begin a run, or resume it, and end it with the block; files are written and W&B is told, however it ends.
+
+    Raises `UserError` for what the user can fix, and `Stopped` if the run was asked to stop; in a thread of
+    `wandb.agent`, which goes on with other runs, that is only printed.
+    """
+    try:
+        with distributed.joined(), stop_requests() as requests:
+            rank_0 = distributed.rank() == 0
+            with _opened_on_rank_0(settings, task, load, init, requests) if rank_0 else _opened(load, requests) as s:
+                yield s
+    except Stopped as stopped:
+        if in_main_thread():
+            raise
+        print(stopped)
+
+
+@contextlib.contextmanager
+def _opened_on_rank_0(
+    settings: SharedSettings, task: str, load: Load, init: Init, requests: list[Stopped]
+) -> Iterator[Session]:
+    started = time.perf_counter()
+    _identify(settings, task)
+    with output_directory(settings) as output_dir:
+        checkpoint = checkpoints.load(output_dir, settings)
+        if metrics := _finished_before(output_dir, settings, checkpoint):
+            distributed.broadcast(None)
+            yield Session(settings, metrics=metrics)
+            return
+        rows = history.rewind(output_dir / JOURNAL, checkpoint["history"]) if checkpoint else []
+        requested, data = dataclasses.replace(settings), None
+        if "WANDB_SWEEP_ID" not in os.environ:
+            find_device(settings.device)  # before W&B starts, so that a mistake leaves nothing behind
+            data = load(settings)
+        run, wandb_step = wandb_run.start(
+            lambda mode: init(requested, **wandb_run.init_options(requested, mode, requests)), requested
+        )
+        with wandb_run.finishing(run):
+            # A sweep may have set values: from here on, W&B's config decides.
+            configured = settings if checkpoint else from_config(requested, run.config)
+            if data is None or configured not in (requested, settings):
+                settings = configured
+                data = load(settings)
+            device = find_device(settings.device)
+            settings.device, settings.precision = device.type, find_precision(settings.precision, device)
+            settings.id = run.id
+            _record(run, settings, output_dir)
+            rows_logged = History(run, output_dir / JOURNAL, wandb_step)
+            rows_logged.log_again(rows)
+            distributed.broadcast((settings, checkpoint))
+            session = Session(settings, data, run, rows_logged, checkpoint, requests)
+            try:
+                yield session
+            except BaseException:
+                rows_logged.discard()
+                raise
+            rows_logged.commit()
+            last_line = wandb_run.where_to_look(run, output_dir)
+        session.metrics["seconds"] = time.perf_counter() - started
+        write_json(output_dir / METRICS, session.metrics)
+    print(last_line)
+
+
+@contextlib.contextmanager
+def _opened(load: Load, requests: list[Stopped]) -> Iterator[Session]:
+    """On the other ranks: the settings and the checkpoint of rank 0; nothing is printed, logged or written."""
+    begun = distributed.broadcast()
+    if not begun:  # it was finished before
+        yield Session(None)
+        return
+    settings, checkpoint = begun
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        data, run = load(settings), wandb.init(mode="disabled")
+        with distributed.deferring_to_rank_0():
+            yield Session(settings, data, run, History(run, None), checkpoint, requests)
+
+
+def _identify(settings: SharedSettings, task: str) -> None:
+    """Resolve the identity of a run: W&B mode, project, entity, run id and output directory.
+
+    A resumed run keeps its project and id; for a run of a sweep, W&B decides both. Raises `UserError`.
+    """
+    if settings.resume and not settings.output_dir:
+        raise UserError("--resume needs to know which run: give its --output_dir")
+    before = read_json(Path(settings.output_dir, CONFIG)) or {} if settings.resume else {}
+    settings.wandb = wandb_run.wandb_mode(settings.wandb)
+    for name in ("project", "entity", "id"):
+        wanted = getattr(settings, name) or os.environ.get({"id": "WANDB_RUN_ID"}.get(name, f"WANDB_{name.upper()}"))
+        if before.get(name) and wanted and before[name] != wanted:
+            raise UserError(f"--resume: the run in {settings.output_dir} has --{name} {before[name]}, not {wanted}")
+        setattr(settings, name, before.get(name) or wanted)
+    settings.project = settings.project or task
+    settings.id = settings.id or secrets.token_hex(4)
+    settings.output_dir = settings.output_dir or f"runs/{task}-{settings.id}"
+    if "WANDB_SWEEP_ID" in os.environ:
+        settings.project = settings.entity = settings.id = None  # W&B's agent has set them and warns about others
+
+
+def _finished_before(
+    output_dir: Path, settings: SharedSettings, checkpoint: Mapping[str, Any] | None
+) -> dict[str, Any] | None:
+    """The content of metrics.json if the run is finished and W&B has all of it; else None."""
+    metrics = read_json(output_dir / METRICS)
+    if metrics is None:
+        return None
+    last_step = checkpoint["position"]["step"] if checkpoint else -1
+    if checkpoint and not wandb_run.is_complete(settings.id, settings.wandb, last_step):
+        print(f"{output_dir} is finished, but W&B does not have all of it: the end is repeated.")
+        return None
+    print(f"{output_dir} is finished: see {output_dir / METRICS}")
+    return metrics
+
+
+def _record(run: wandb.Run, settings: SharedSettings, output_dir: Path) -> None:
+    """Write the settings as used to W&B and, with versions, to `config.json`; the data set becomes a tag.
+
+    With `--save_code` the code is logged too: what is beside the script, and the packages there.
+    """
+    used = dataclasses.asdict(settings)
+    with wandb_run.tolerate_wandb_errors(run):
+        run.config.update({k: v for k, v in used.items() if run.config.get(k) != v}, allow_val_change=True)
+        run.tags = tuple(dict.fromkeys((*(run.tags or ()), settings.dataset)))
+    write_json(output_dir / CONFIG, used | {"versions": _versions()})
+    if settings.save_code:
+        root = Path(__file__).parent.parent
+        packages = {root, *(init.parent for init in root.glob("*/__init__.py"))}
+        run.log_code(root, include_fn=lambda path: Path(path).parent in packages and path.endswith((".py", ".yaml")))
+
+
+def _versions() -> dict[str, str]:
+    """Versions of Python and of the installed libraries that decide what a run computes."""
+    versions = {"python": platform.python_version()}
+    for library in LIBRARIES:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[library] = version(library)
+    return versions

@@ -1,0 +1,1 @@
+"""Search a W&B sweep file on this machine, without a server."""

@@ -1,0 +1,259 @@
+"""The W&B run: started online or offline, kept from hurting training, and finished."""
+
+import contextlib
+import logging
+import os
+import queue
+import shutil
+import signal
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import wandb
+
+from harness import wandb_log
+from harness.errors import Stopped, UserError, warn_loudly
+from harness.options import SharedSettings
+from harness.signals import STOP_TIMEOUT, cancel_timeout, in_main_thread
+
+INIT_TIMEOUT = 8  # seconds; W&B waits up to ten more before that to confirm the API key
+FINISH_TIMEOUT = {"none": 20, "best": 1800, "all": 1800}  # seconds, by --log_model
+ARTIFACT_TIMEOUT = 5  # seconds to hand over artifacts at the end of a run; uploading them comes after that
+
+
+def wandb_mode(choice: str) -> str:
+    """The mode for `wandb.init` that `--wandb` stands for. Never prompts.
+
+    "auto" is what `WANDB_MODE` or W&B's settings files say; by default online if credentials are configured, else
+    offline. Raises `UserError` if `choice` is "online" and there are no credentials.
+    """
+    if os.environ.get("WANDB_MODE") == "":
+        del os.environ["WANDB_MODE"]  # W&B rejects an empty one
+    mode = wandb.setup().settings.mode if choice == "auto" else choice
+    if mode != "online":
+        return mode
+    try:
+        if wandb.login(prompt=False, verify=False):
+            return "online"
+        problem = "no API key is configured"
+    except wandb.errors.AuthenticationError as error:
+        problem = f"the API key is invalid: {error}"
+    if choice == "online":
+        raise UserError(f"--wandb online: {problem}; run `wandb login`, or use --wandb offline")
+    print(f"W&B is offline: {problem}.")
+    return "offline"
+
+
+def init_options(settings: SharedSettings, mode: str, requests: list[Stopped]) -> dict[str, Any]:
+    """Arguments for `wandb.init` beside project, name, tags and config; W&B's stop button adds to `requests`."""
+    return {
+        "entity": settings.entity,
+        "id": settings.id,
+        "job_type": settings.job_type,
+        "group": settings.group,
+        "notes": settings.notes,
+        "mode": mode,
+        "save_code": settings.save_code or None,
+        "resume": "allow" if settings.resume and mode == "online" else None,
+        "settings": wandb.Settings(
+            x_transaction_log_flush_interval=0.05,  # seconds; by default a crash loses the last 15
+            init_timeout=INIT_TIMEOUT,
+            finish_timeout=FINISH_TIMEOUT[settings.log_model],
+            finish_timeout_raises=True,
+            stop_fn=lambda: requests.append(Stopped("W&B", 0)),
+        ),
+    }
+
+
+def start(init: Callable[[str], wandb.Run], settings: SharedSettings) -> tuple[wandb.Run, int]:
+    """The W&B run that `init(mode)` starts, and the last step that W&B already has of it, -1 if none.
+
+    If the server can't be reached or refuses, the run is offline, after at most 25 seconds. Artifacts are logged in
+    the background, so that training doesn't wait for a server.
+    """
+    logs = wandb_log.log_files(settings.id) if settings.resume and settings.wandb != "disabled" else []
+    for log in logs:
+        if not wandb_log.is_synced(log):
+            wandb_log.repair(log)
+    try:
+        run = init(settings.wandb)
+    except wandb.errors.CommError as error:
+        if settings.wandb != "online":
+            raise
+        warn_loudly(
+            f"W&B can't be used: {str(error).splitlines()[0]}",
+            "If the API key is wrong, set another one: wandb login --relogin.",
+            "The run continues offline; wandb sync uploads it later.",
+        )
+        wandb.teardown()
+        run = init("offline")
+    if run.disabled:
+        return run, -1
+    logging.raiseExceptions = False  # a full disk under wandb/ would flood the terminal
+    if run.offline:
+        # Rows of an online process may not have reached the server: they are logged again unless it confirmed them.
+        certain = [log for log in logs if wandb_log.is_offline(log) or wandb_log.is_synced(log)]
+        return run, max(wandb_log.history(certain), default=-1)
+    _log_artifacts_in_background(run)
+    return run, run.starting_step - 1 if run.resumed else -1
+
+
+def lost_rows(run: wandb.Run, rows: list[dict[str, float]], last_step: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Step and values of the journal's rows after `last_step`, the last one that W&B has.
+
+    Tables and pictures are included if a W&B log file on this machine has them.
+    """
+    if run.disabled or not (rows or last_step >= 0):
+        return
+    local = wandb_log.history([log for log in wandb_log.log_files(run.id) if log != Path(run.settings.sync_file)])
+    if run.offline and last_step >= 0:  # or the summary would lack what earlier processes logged
+        with tolerate_wandb_errors(run):
+            for step in sorted(step for step in local if step <= last_step):
+                run.summary.update({key: value for key, value in local[step].values.items() if key[0] != "_"})
+    lost = [row for row in rows if row["step"] > last_step]
+    if lost and run.offline and not local:
+        print("W&B's own log of this run is not in wandb/: its numbers are logged again.")
+    for row in lost:
+        values, files = local.get(row["step"], wandb_log.Row(row, Path()))
+        for value in values.values():
+            if isinstance(value, dict):
+                for name in [*value.get("filenames", []), *([value["path"]] if "path" in value else [])]:
+                    _copy_into_run(run, files, name)
+        yield row["step"], {key: value for key, value in values.items() if key != "step" and not key.startswith("_")}
+
+
+def _copy_into_run(run: wandb.Run, files: Path, name: str) -> None:
+    with tolerate_wandb_errors(run):
+        if (files / name).exists():
+            copy = Path(run.dir, name)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(files / name, copy)
+            run.save(copy, base_path=run.dir, policy="now")
+
+
+@contextlib.contextmanager
+def tolerate_wandb_errors(run: wandb.Run) -> Iterator[None]:
+    """Report an error of W&B in the block once per run, then swallow it and all that follow."""
+    try:
+        yield
+    except Exception as error:
+        if _is_from_agent(error):
+            raise
+        modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+        if not any(module.startswith("wandb.") for module in modules):
+            raise
+        if isinstance(error, ConnectionError):
+            _lost.add(run.id)
+        if run.id not in _reported:
+            _reported.add(run.id)
+            warn_loudly(
+                f"W&B has failed: {error or type(error).__name__}",
+                "Training continues. The journal has every number; the same command with --resume logs them again.",
+            )
+
+
+_reported: set[str] = set()  # ids of runs
+_lost: set[str] = set()  # ids of runs whose W&B service is gone
+
+
+def is_lost(run: wandb.Run) -> bool:
+    """Whether the W&B service of this run is gone."""
+    return run.id in _lost
+
+
+def _log_artifacts_in_background(run: wandb.Run) -> None:
+    """Replace `run.log_artifact`: online, W&B waits for the server before it logs an artifact or a table."""
+    waiting, log_artifact = queue.SimpleQueue(), run.log_artifact
+
+    def work() -> None:
+        while call := waiting.get():
+            with tolerate_wandb_errors(run):
+                log_artifact(*call[0], **call[1])
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    _workers[run.id] = waiting, thread
+    run.log_artifact = lambda *arguments, **options: waiting.put((arguments, options))
+
+
+_workers: dict[str, tuple[queue.SimpleQueue, threading.Thread]] = {}
+
+
+@contextlib.contextmanager
+def finishing(run: wandb.Run) -> Iterator[None]:
+    """Finish the W&B run with the block: as failed if it raises, and within seconds if it was stopped.
+
+    The run's own context manager would print a traceback for any exception, even a `UserError`.
+    """
+    closing = False
+    try:
+        try:
+            yield
+        except Exception as error:
+            if not _is_from_agent(error):
+                raise
+            raise Stopped("the sweep", 0) from None
+        closing = True
+        _finish(run, 0)
+    except BaseException as error:
+        cancel_timeout()
+        status = getattr(error, "status", 1)
+        if status == 128 + signal.SIGTERM and not closing:
+            with tolerate_wandb_errors(run):
+                run.mark_preempting()
+        finish = threading.Thread(target=_finish, args=(run, status), daemon=True)
+        finish.start()
+        hurry = isinstance(error, Stopped) and status != 0  # a run stopped by W&B has half a minute
+        finish.join(STOP_TIMEOUT if hurry else None)
+        if hurry and (closing or finish.is_alive()):
+            print(f"{error} (W&B does not answer; it gets the rest then)", flush=True)
+            os._exit(status)  # every file is written, and W&B would go on waiting
+        raise
+
+
+def _is_from_agent(error: Exception) -> bool:
+    """Whether `wandb.agent` raised this, a bare `Exception`, in its thread to stop the run there."""
+    return type(error) is Exception and not error.args and not in_main_thread()
+
+
+def _finish(run: wandb.Run, status: int) -> None:
+    if run.id in _workers:
+        waiting, thread = _workers.pop(run.id)
+        waiting.put(None)
+        thread.join(ARTIFACT_TIMEOUT if status == 0 else 0)
+        if thread.is_alive():
+            _reported.add(run.id)  # W&B's later errors are consequences of this one
+    online = not (run.offline or run.disabled)
+    with tolerate_wandb_errors(run):
+        try:
+            run.finish(exit_code=status)
+        except TimeoutError:
+            warn_loudly("W&B does not answer.", "The same command with --resume uploads the rest once it does.")
+            return
+        if online and run.id not in _reported:
+            for log in wandb_log.log_files(run.id):
+                wandb_log.mark_synced(log)
+    if is_lost(run):
+        with tolerate_wandb_errors(run):
+            wandb.teardown()  # or it complains at exit
+
+
+def is_complete(run_id: str, mode: str, last_step: int) -> bool:
+    """Whether W&B has all of a finished run: on its server, or in its log files if the run is offline."""
+    logs = wandb_log.log_files(run_id)
+    if mode == "online":
+        return all(map(wandb_log.is_synced, logs))
+    return mode == "disabled" or not logs or last_step in wandb_log.history(logs)
+
+
+def where_to_look(run: wandb.Run, output_dir: Path) -> str:
+    """The last line of a run: where its files are, and how to see them in W&B."""
+    line = f"Files of this run: {output_dir}"
+    if run.disabled:
+        return f"{line} (W&B is disabled)"
+    directory = os.path.relpath(Path(run.dir).parent)
+    upload = f"upload it: wandb sync {directory}" if run.offline else f"on the web: {run.url}"
+    return f"{line} | look at it: wandb leet {directory} | {upload}"

@@ -1,0 +1,1 @@
+"""What is trained on: data sets and their synthetic fallbacks, encoders, tokenisation and batches."""
