@@ -1,8 +1,8 @@
-"""Numbers from labels and predictions: classification metrics written out from their definitions.
+"""Classification metrics, computed from their definitions.
 
-A `ConfusionMatrix` is filled batch by batch on the device; every figure of the first group is computed
-from its counts. The second group works on the scores of a binary problem, or on probabilities. Where a
-definition divides by zero, or a class never occurs, the value is the one scikit-learn gives by default.
+`ConfusionMatrix` accumulates batches on the device, and its methods compute metrics from the counts. The functions
+take the scores of a binary classifier, or class probabilities. If a definition divides by zero or a class never
+occurs, the result is scikit-learn's default.
 """
 
 from typing import Any, NamedTuple
@@ -15,8 +15,8 @@ from torch import Tensor
 class ConfusionMatrix:
     """Counts of (label, prediction) pairs, kept on `device` in O(num_classes²) memory.
 
-    `update` is a handful of small operations and never waits for an accelerator. Two matrices over the same
-    classes, from two parts of a data set, are merged by `+`.
+    `update` takes a few small operations and never synchronizes with an accelerator. `+` merges the counts of two
+    matrices over the same classes, for example from two parts of a data set.
     """
 
     def __init__(self, num_classes: int, device: torch.device | str | None = None):
@@ -30,8 +30,8 @@ class ConfusionMatrix:
     def update(self, predictions: Tensor, labels: Tensor) -> None:
         """Count a batch: two int64 tensors of the same shape, on this matrix's device.
 
-        Raises `ValueError` for other shapes or dtypes, and for a value outside 0 .. num_classes - 1: at once
-        on a CPU, when a figure is read on an accelerator.
+        Raises `ValueError` if shapes or dtypes are wrong, or if a value is outside 0 .. num_classes - 1. On an
+        accelerator, the range error is raised when a metric or `counts` is read.
         """
         if predictions.shape != labels.shape:
             raise ValueError(f"predictions {tuple(predictions.shape)} and labels {tuple(labels.shape)} differ in shape")
@@ -42,34 +42,34 @@ class ConfusionMatrix:
             self._out_of_range += (rows != labels).sum() + (columns != predictions).sum()
         elif not (torch.equal(labels, rows) and torch.equal(predictions, columns)):
             name = "predictions" if torch.equal(labels, rows) else "labels"
-            raise ValueError(f"{name} hold a value outside 0..{self._last}")
-        # Not bincount: on an accelerator it waits for the largest value, on a CPU it takes twice as long.
+            raise ValueError(f"{name} contain a value outside 0..{self._last}")
+        # Not bincount: it synchronizes with an accelerator to find the largest value, and is half as fast on a CPU.
         self._counts.index_put_((rows, columns), self._one, accumulate=True)
 
     @property
     def counts(self) -> Tensor:
         """int64 (num_classes, num_classes) on the device; rows are labels, columns predictions."""
         if self._out_of_range:
-            raise ValueError(f"labels or predictions hold a value outside 0..{self._last}")
+            raise ValueError(f"labels or predictions contain a value outside 0..{self._last}")
         return self._counts.clone()
 
     def __add__(self, other: "ConfusionMatrix") -> "ConfusionMatrix":
         if self.num_classes != other.num_classes:
-            raise ValueError(f"can't add matrices of {self.num_classes} and {other.num_classes} classes")
+            raise ValueError(f"can't add matrices with {self.num_classes} and {other.num_classes} classes")
         merged = ConfusionMatrix(self.num_classes, self._counts.device)
         merged._counts += self._counts + other._counts.to(self._counts.device)
         merged._out_of_range += self._out_of_range + other._out_of_range.to(self._counts.device)
         return merged
 
     def _read(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """float64 on the CPU: the matrix, its diagonal, examples per label, examples per prediction."""
+        """The matrix, its diagonal, examples per label and examples per prediction; float64 on the CPU."""
         counts = self.counts.cpu().double()
         if not counts.any():
             raise ValueError("no examples have been counted")
         return counts, counts.diagonal(), counts.sum(1), counts.sum(0)
 
     def accuracy(self) -> float:
-        """The share of examples that are predicted right."""
+        """The share of correct predictions."""
         counts, hits, _, _ = self._read()
         return float(hits.sum() / counts.sum())
 
@@ -80,30 +80,31 @@ class ConfusionMatrix:
         return float((hits[occur] / labelled[occur]).mean())
 
     def majority_share(self) -> float:
-        """The share of the most frequent label: the accuracy of always answering that."""
+        """The share of the most frequent label: the accuracy of always predicting it."""
         counts, _, labelled, _ = self._read()
         return float(labelled.max() / counts.sum())
 
     def precision(self, average: str | None) -> "float | Tensor":
-        """Of what is predicted as a class, the share that is. For `average` see `_average`."""
+        """TP / (TP + FP). `average` is "macro", "micro", "weighted" or None, as in `_average`."""
         _, hits, _, predicted = self._read()
         return self._average(hits, predicted, average)
 
     def recall(self, average: str | None) -> "float | Tensor":
-        """Of what is a class, the share predicted as it. For `average` see `_average`."""
+        """TP / (TP + FN). `average` as in `precision`."""
         _, hits, labelled, _ = self._read()
         return self._average(hits, labelled, average)
 
     def f1(self, average: str | None) -> "float | Tensor":
-        """The harmonic mean of precision and recall, 2·TP / (2·TP + FP + FN). For `average` see `_average`."""
+        """The harmonic mean of precision and recall, 2·TP / (2·TP + FP + FN). `average` as in `precision`."""
         _, hits, labelled, predicted = self._read()
         return self._average(2 * hits, labelled + predicted, average)
 
     def _average(self, numerator: Tensor, denominator: Tensor, average: str | None) -> "float | Tensor":
-        """numerator / denominator per class, 0 where undefined, averaged.
+        """Average numerator / denominator over the classes; a class whose denominator is 0 counts as 0.
 
-        "macro": over the classes that occur in labels or predictions. "weighted": the same, weighted by
-        the number of labels. "micro": the sums are divided. None: float64 (num_classes,), not averaged.
+        "macro": unweighted mean over the classes that occur in labels or predictions. "weighted": mean weighted by
+        the number of labels per class. "micro": sum of numerators / sum of denominators. None: no average, float64
+        (num_classes,). Raises `ValueError` for anything else.
         """
         _, _, labelled, predicted = self._read()
         per_class = torch.where(denominator > 0, numerator / denominator.clamp(min=1), 0.0)
@@ -118,7 +119,7 @@ class ConfusionMatrix:
         raise ValueError(f'average must be "macro", "micro", "weighted" or None, got {average!r}')
 
     def matthews_corrcoef(self) -> float:
-        """Correlation of labels and predictions, in -1 .. 1; 0 where either has one class only.
+        """Correlation of labels and predictions, in -1 .. 1; 0 if either has only one class.
 
         The multi-class form R_K of Gorodkin, "Comparing two K-category assignments by a K-category
         correlation coefficient", 2004, eq. 8.
@@ -130,7 +131,7 @@ class ConfusionMatrix:
         return float(covariance / spread.sqrt()) if spread > 0 else 0.0
 
     def cohen_kappa(self) -> float:
-        """Agreement of labels and predictions beyond chance; NaN where both are the same single class.
+        """Agreement of labels and predictions beyond chance; NaN if both consist of the same single class.
 
         Cohen, "A coefficient of agreement for nominal scales", 1960.
         """
@@ -140,7 +141,7 @@ class ConfusionMatrix:
         return float((hits.sum() - by_chance) / (total - by_chance))
 
     def summary(self) -> dict[str, float]:
-        """The figures that both scripts log, by the names they have in W&B."""
+        """The metrics that both scripts log, by their W&B names."""
         return {
             "acc": self.accuracy(),
             "precision_macro": self.precision("macro"),
@@ -158,12 +159,12 @@ EVALUATION_METRICS = ("loss", "acc", "precision_macro", "recall_macro", "f1_macr
 
 
 def lower_is_better(metric: str) -> bool:
-    """Whether a metric, such as "valid/loss", improves as it falls: of `EVALUATION_METRICS` only the loss does."""
+    """Whether lower is better for a metric such as "valid/loss": among `EVALUATION_METRICS`, only for the loss."""
     return metric.endswith("loss")
 
 
 class Evaluation(NamedTuple):
-    """A model's predictions for a part of a data set, on the CPU, and the metrics that follow from them."""
+    """A model's predictions on a data split, on the CPU, and their metrics."""
 
     labels: Tensor  # int64 (examples,)
     predictions: Tensor  # int64 (examples,)
@@ -171,24 +172,24 @@ class Evaluation(NamedTuple):
     probabilities: Tensor  # float64 (examples, classes)
     losses: Tensor  # float64 (examples,): cross-entropy in nats
     confusion: ConfusionMatrix
-    metrics: dict[str, float]  # by the names in EVALUATION_METRICS
+    metrics: dict[str, float]  # keys: EVALUATION_METRICS
 
     def named(self, prefix: str) -> dict[str, float]:
-        """The metrics with a prefix to their names: "valid/loss", "valid/acc" ... for "valid"."""
+        """The metrics with prefixed names: "valid/loss", "valid/acc", ... for "valid"."""
         return {f"{prefix}/{name}": value for name, value in self.metrics.items()}
 
     def columns(self) -> dict[str, list[Any]]:
-        """A row for each example, in order: label and prediction as indices, probabilities, loss."""
+        """Columns of a table with a row per example, in order: label and prediction as indices, probabilities, loss."""
         probabilities = {f"probability_{c}": p.tolist() for c, p in enumerate(self.probabilities.T)}
-        answers = {"label": self.labels.tolist(), "prediction": self.predictions.tolist()}
-        return {**answers, **probabilities, "loss": self.losses.tolist()}
+        classes = {"label": self.labels.tolist(), "prediction": self.predictions.tolist()}
+        return {**classes, **probabilities, "loss": self.losses.tolist()}
 
 
 def evaluation(logits: Tensor, labels: Tensor) -> Evaluation:
     """`Evaluation` of logits, float (examples, classes), against labels, int64 (examples,).
 
-    Computed in float64, so that the metrics agree with what anyone recomputes from the probabilities. Raises
-    `ValueError` for other shapes, and as `ConfusionMatrix.update` does.
+    Computed in float64, so that metrics recomputed from the probabilities agree. Raises `ValueError` if shapes,
+    dtypes or the range of the labels are wrong.
     """
     if logits.ndim != 2:
         raise ValueError(f"logits must be (examples, classes), got {tuple(logits.shape)}")
@@ -205,43 +206,39 @@ def evaluation(logits: Tensor, labels: Tensor) -> Evaluation:
 def matthews_corrcoef_interval(
     confusion: ConfusionMatrix, confidence: float = 0.95, resamples: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
-    """Bootstrap percentile interval of the Matthews correlation: low, high. The same seed gives the same interval.
+    """Bootstrap percentile interval (low, high) of the Matthews correlation; the same seed gives the same interval.
 
-    As many examples as were counted are drawn from the counts, `resamples` times. Efron and Tibshirani, "An
+    Each of the `resamples` draws as many examples as were counted, with replacement. Efron and Tibshirani, "An
     introduction to the bootstrap", 1993, chapter 13.
     """
     counts = confusion.counts.cpu()
     generator = torch.Generator().manual_seed(seed)
     cells = counts.flatten().double()
     drawn = torch.multinomial(cells.expand(resamples, -1), int(cells.sum()), replacement=True, generator=generator)
-    figures = []
+    correlations = []
     for cell in drawn:
         resampled = ConfusionMatrix(confusion.num_classes)
         resampled.update(cell % confusion.num_classes, cell // confusion.num_classes)
-        figures.append(resampled.matthews_corrcoef())
+        correlations.append(resampled.matthews_corrcoef())
     tail = (1 - confidence) / 2
-    low, high = torch.tensor(figures, dtype=torch.float64).quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64))
+    quantiles = torch.tensor([tail, 1 - tail], dtype=torch.float64)
+    low, high = torch.tensor(correlations, dtype=torch.float64).quantile(quantiles)
     return float(low), float(high)
 
 
 def roc_curve(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """False and true positive rates of "score >= threshold" for falling thresholds.
+    """False and true positive rates of the classifier "score >= threshold", for decreasing thresholds.
 
-    `scores` is a float (n,), `labels` an integer (n,) of 0 and 1. Returns float64 `fpr, tpr, thresholds`;
-    the curve starts at (0, 0) with an infinite threshold, equal scores are one step, and points in the middle of a
-    straight line of equal steps are left out. A rate is NaN where its class does not occur.
-    Raises `ValueError` for other shapes, labels or scores that are not finite. Fawcett, "An introduction
-    to ROC analysis", 2006, algorithm 1.
+    `scores` is float (n,), `labels` is integer (n,) of 0 and 1. Returns float64 `fpr, tpr, thresholds`. The curve
+    starts at (0, 0) with an infinite threshold; tied scores share a point; points in the middle of a straight line of
+    equal steps are dropped. A rate is NaN if its class does not occur. Raises `ValueError` if shapes or labels are
+    wrong or a score is not finite. Fawcett, "An introduction to ROC analysis", 2006, algorithm 1.
     """
     thresholds, true_positives, false_positives = _cumulative_counts(scores, labels)
     if len(thresholds) > 2:
         bends = (true_positives.diff(n=2) != 0) | (false_positives.diff(n=2) != 0)
         keep = torch.cat([torch.tensor([True]), bends, torch.tensor([True])])
-        thresholds, true_positives, false_positives = (
-            thresholds[keep],
-            true_positives[keep],
-            false_positives[keep],
-        )
+        thresholds, true_positives, false_positives = thresholds[keep], true_positives[keep], false_positives[keep]
     start = torch.zeros(1, dtype=torch.float64)
     false_positives = torch.cat([start, false_positives])
     true_positives = torch.cat([start, true_positives])
@@ -250,16 +247,16 @@ def roc_curve(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def roc_auc(scores: Tensor, labels: Tensor) -> float:
-    """Area under the ROC curve by trapezoids; NaN where only one class occurs. Arguments as `roc_curve`."""
+    """Area under the ROC curve by the trapezoidal rule; NaN if only one class occurs. Arguments as in `roc_curve`."""
     fpr, tpr, _ = roc_curve(scores, labels)
     return float(torch.trapezoid(tpr, fpr))
 
 
 def precision_recall_curve(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Precision and recall of "score >= threshold" for rising thresholds. Arguments as `roc_curve`.
+    """Precision and recall of the classifier "score >= threshold", for increasing thresholds.
 
-    Returns float64 `precision, recall, thresholds`; the first two are one longer and end with the point
-    (1, 0), which has no threshold. Recall is 1 throughout where there is no positive label.
+    Arguments and errors as in `roc_curve`. Returns float64 `precision, recall, thresholds`; the first two have one
+    more element, the point (1, 0), which has no threshold. Recall is 1 throughout if there is no positive label.
     """
     thresholds, true_positives, false_positives = _cumulative_counts(scores, labels)
     precision = true_positives / (true_positives + false_positives)
@@ -270,37 +267,37 @@ def precision_recall_curve(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tens
 
 
 def average_precision(scores: Tensor, labels: Tensor) -> float:
-    """Sum of precision × step in recall over the thresholds, without interpolation; 0 with no positive label.
+    """Sum over thresholds of precision × increase in recall, without interpolation; 0 if there is no positive label.
 
-    Arguments as `roc_curve`.
+    Arguments and errors as in `roc_curve`.
     """
     precision, recall, _ = precision_recall_curve(scores, labels)
     return float(-(recall.diff() * precision[:-1]).sum())
 
 
 def expected_calibration_error(probabilities: Tensor, labels: Tensor, bins: int = 15) -> float:
-    """How far confidence is from accuracy: the mean gap over equal-width bins of the top probability.
+    """Mean |accuracy - confidence| over equal-width bins of the top probability, weighted by examples per bin.
 
-    `probabilities` is a float (n, classes) whose rows sum to 1, `labels` an integer (n,). A confidence on
-    the border of two bins belongs to the lower one. Raises `ValueError` for anything else. Guo et al., "On
-    calibration of modern neural networks", 2017, eq. 3.
+    `probabilities` is float (n, classes) with rows that sum to 1, `labels` is integer (n,). A confidence on the edge
+    between two bins belongs to the lower one. Raises `ValueError` for other arguments. Guo et al., "On calibration of
+    modern neural networks", 2017, eq. 3.
     """
     if probabilities.ndim != 2 or labels.shape != probabilities.shape[:1] or not len(labels):
         raise ValueError(
-            "needs probabilities (n, classes) and labels (n,) with n > 0, "
+            "expected probabilities (n, classes) and labels (n,) with n > 0, "
             f"got {tuple(probabilities.shape)} and {tuple(labels.shape)}"
         )
     if bins < 1:
         raise ValueError(f"bins must be at least 1, got {bins}")
     probabilities, labels = probabilities.detach().cpu().double(), labels.detach().cpu()
     if not ((probabilities >= 0) & (probabilities <= 1)).all():
-        raise ValueError("probabilities hold NaN or a value outside 0..1")
+        raise ValueError("probabilities contain NaN or a value outside 0..1")
     if ((probabilities.sum(1) - 1).abs() > 1e-3).any():
         raise ValueError("a row of probabilities does not sum to 1")
     if labels.is_floating_point() or (labels < 0).any() or (labels >= probabilities.shape[1]).any():
         raise ValueError(f"labels must be integers in 0..{probabilities.shape[1] - 1}")
     confidence, predictions = probabilities.max(1)
-    edges = torch.arange(bins + 1, dtype=torch.float64) / bins  # linspace may miss i / bins by a bit
+    edges = torch.arange(bins + 1, dtype=torch.float64) / bins  # linspace may differ from i / bins by rounding
     which = torch.bucketize(confidence, edges[1:-1])
     gaps = torch.zeros(bins, dtype=torch.float64)
     gaps.index_add_(0, which, (predictions == labels).double() - confidence)
@@ -308,18 +305,18 @@ def expected_calibration_error(probabilities: Tensor, labels: Tensor, bins: int 
 
 
 def _cumulative_counts(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Distinct scores, falling, with how many positives and negatives score at least that; float64, CPU."""
+    """Distinct scores in decreasing order, and the positives and negatives that score at least that; float64, CPU."""
     if scores.ndim != 1 or scores.shape != labels.shape or not len(scores):
         raise ValueError(
-            f"needs scores (n,) and labels (n,) with n > 0, got {tuple(scores.shape)} and {tuple(labels.shape)}"
+            f"expected scores (n,) and labels (n,) with n > 0, got {tuple(scores.shape)} and {tuple(labels.shape)}"
         )
     scores, labels = scores.detach().cpu().double(), labels.detach().cpu()
     if not scores.isfinite().all():
-        raise ValueError("scores hold NaN or infinity")
+        raise ValueError("scores contain NaN or infinity")
     if not ((labels == 0) | (labels == 1)).all():
         raise ValueError("labels must be 0 or 1")
     scores, order = scores.sort(descending=True, stable=True)
     positives = labels[order].double().cumsum(0)
     last_of_tie = torch.cat([scores.diff() != 0, torch.tensor([True])])
-    so_far = torch.arange(1, len(scores) + 1, dtype=torch.float64)[last_of_tie]
-    return scores[last_of_tie], positives[last_of_tie], so_far - positives[last_of_tie]
+    seen = torch.arange(1, len(scores) + 1, dtype=torch.float64)[last_of_tie]
+    return scores[last_of_tie], positives[last_of_tie], seen - positives[last_of_tie]

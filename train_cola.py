@@ -53,7 +53,6 @@ import wandb
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import metrics
@@ -66,7 +65,6 @@ from harness.progress import Best, Meter, Progress, check_batches
 from harness.session import Session
 from harness.wandb_run import tolerate_wandb_errors
 from tasks import batching, encoders
-from tasks.batching import TokenSet
 from tasks.sentences import Corpus, load_corpus
 
 # -------------------------------------------------------------------------------------------------- data
@@ -78,8 +76,8 @@ class Task(NamedTuple):
     corpus: Corpus
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    train: TokenSet
-    valid: TokenSet
+    train: batching.TokenSet
+    valid: batching.TokenSet
 
 
 def load(settings: Settings) -> tuple[Corpus, tuple[PreTrainedModel, PreTrainedTokenizerBase] | None]:
@@ -165,7 +163,7 @@ def make_optimizer(model: PreTrainedModel, settings: Settings, batches: int) -> 
 
 
 @torch.inference_mode()
-def evaluate(model: PreTrainedModel, part: TokenSet) -> metrics.Evaluation:
+def evaluate(model: PreTrainedModel, part: batching.TokenSet) -> metrics.Evaluation:
     """Predict every sentence, in float32 like the saved model; each rank predicts a share of the batches."""
     model.eval()
     logits = torch.zeros(len(part.labels), model.config.num_labels, device=part.labels.device)
@@ -180,7 +178,7 @@ def evaluate(model: PreTrainedModel, part: TokenSet) -> metrics.Evaluation:
 def attributions(task: Task, result: metrics.Evaluation) -> str:
     """HTML of the 20 most confident mistakes, each token shaded by how much it moved the decision."""
     names, pages = task.corpus.class_names, []
-    for i in viz.surest_mistakes(result)[:20].tolist():
+    for i in viz.most_confident_mistakes(result)[:20].tolist():
         label, prediction = int(result.labels[i]), int(result.predictions[i])
         shades = encoders.attribute(task.model, task.valid, i, prediction, label)
         words = task.tokenizer.convert_ids_to_tokens(task.valid.tokens[i, : len(shades)].tolist())
@@ -190,7 +188,9 @@ def attributions(task: Task, result: metrics.Evaluation) -> str:
 
 
 def log_charts(run: wandb.Run, task: Task, result: metrics.Evaluation, step: int) -> None:
-    """Log the charts and tables of the validation sentences."""
+    """Log the charts and tables of the validation sentences, on rank 0."""
+    if distributed.rank() > 0:
+        return
     names, valid = task.corpus.class_names, task.corpus.valid
     labels, predictions = result.labels.tolist(), result.predictions.tolist()
     picture = viz.confusion_matrix_picture(result.confusion.counts, names, "valid")
@@ -209,13 +209,13 @@ def log_charts(run: wandb.Run, task: Task, result: metrics.Evaluation, step: int
     run.log(charts, step=step)
 
 
-def warn_of_one_class(run: wandb.Run, result: metrics.Evaluation, class_names: list[str], epoch: int) -> None:
+def warn_of_one_class(run: wandb.Run, progress: Progress, result: metrics.Evaluation, class_names: list[str]) -> None:
     """Warn if the model predicts the same class for every sentence, which accuracy does not show."""
     predicted = result.predictions.unique()
     if len(predicted) == 1:
-        text = f"Epoch {epoch}: the model answers {class_names[predicted[0]]!r} to every validation sentence; "
+        text = f"Epoch {progress.epoch}: the model answers {class_names[predicted[0]]!r} to every validation sentence; "
         text += f"its accuracy, {result.metrics['acc']:.1%}, is that of always answering so."
-        tqdm.write(f"WARNING: {text}")
+        progress.write(f"WARNING: {text}")
         if not (run.offline or run.disabled):
             run.alert(title="One class only", text=text, level=wandb.AlertLevel.WARN)
 
@@ -276,18 +276,18 @@ def train(session: Session, task: Task) -> tuple[Best, Progress]:
             checkpoints.save_if_due()  # raises Stopped if a signal or W&B has asked for it
 
         mean, valid = meter.epoch(), evaluate(model, task.valid)
-        run.log({"train/loss_epoch": mean["loss"], "train/acc_epoch": mean["acc"]}, step=progress.step)
+        results = {"epoch": epoch, "train/loss_epoch": mean["loss"], "train/acc_epoch": mean["acc"]}
+        run.log(results, step=progress.step)
         progress.check_finite("validation", valid.metrics["loss"])
-        if distributed.rank() == 0:
-            log_charts(run, task, valid, progress.step)
-        results = valid.named("valid") | {"valid/majority_share": valid.confusion.majority_share()}
+        log_charts(run, task, valid, progress.step)
+        results |= {**valid.named("valid"), "valid/majority_share": valid.confusion.majority_share()}
         run.log(results, step=progress.step)
         improved = best.offer(epoch, results, model)
-        if settings.log_model == "all" and distributed.rank() == 0:
+        if settings.log_model == "all":
             log_model(run, task, results, ["latest", "best"] if improved else ["latest"])
         line = f"train loss {mean['loss']:.4f} acc {mean['acc']:.2%}, valid loss "
         progress.end_epoch(line + "{loss:.4f} acc {acc:.2%} mcc {mcc:.3f}".format(**valid.metrics))
-        warn_of_one_class(run, valid, task.corpus.class_names, epoch)
+        warn_of_one_class(run, progress, valid, task.corpus.class_names)
         if 0 < settings.patience <= epoch - best.epoch:
             break
     return best, progress

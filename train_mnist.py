@@ -45,7 +45,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ConstantLR, LRScheduler, OneCycleLR
 
-import metrics
 import viz
 from harness import distributed, files, session
 from harness.checkpoints import Checkpoints
@@ -54,6 +53,7 @@ from harness.errors import UserError
 from harness.progress import Best, Meter, Progress, check_batches
 from harness.session import Session
 from harness.wandb_run import tolerate_wandb_errors
+from metrics import Evaluation, evaluation, lower_is_better
 from tasks.digits import Digits, ImageSet, load_digits, split_digits
 
 # -------------------------------------------------------------------------------------------------- data
@@ -81,6 +81,8 @@ def pixels(images: Tensor) -> Tensor:
 
 
 def log_dataset(run: wandb.Run, digits: Digits) -> None:
+    if run.disabled:  # with --wandb disabled, and on ranks other than 0
+        return
     artifact = wandb.Artifact(digits.name, type="dataset")
     for file in digits.files:
         artifact.add_reference(file.resolve().as_uri(), name=file.name)  # a checksum, not a copy
@@ -109,6 +111,10 @@ class ConvNet(nn.Module):
         return self.fc(x.flatten(1))
 
 
+def make_model(settings: Settings, device: torch.device) -> ConvNet:
+    return ConvNet(settings.kernels).to(device, memory_format=torch.channels_last)
+
+
 def make_optimizer(model: ConvNet, settings: Settings, batches: int) -> tuple[Optimizer, LRScheduler]:
     """Adam and its learning rate schedule over all `batches`."""
     betas = (0.7, 0.9) if settings.schedule == "onecycle" else (0.9, 0.999)  # a short schedule needs short memory
@@ -119,11 +125,27 @@ def make_optimizer(model: ConvNet, settings: Settings, batches: int) -> tuple[Op
     return optimizer, OneCycleLR(optimizer, settings.learning_rate, batches, pct_start=0.1, cycle_momentum=False)
 
 
+def export_onnx(path: Path, model: ConvNet) -> None:
+    """One file that includes the weights: from `images`, float (batch, 1, 28, 28) in 0..1, to `logits`."""
+    program = torch.onnx.export(
+        model.cpu().to(memory_format=torch.contiguous_format),
+        (torch.zeros(2, 1, 28, 28),),
+        input_names=["images"],
+        output_names=["logits"],
+        dynamic_shapes=({0: torch.export.Dim("batch")},),
+        verbose=False,
+    )
+    for node in program.model.graph:
+        node.metadata_props.clear()  # paths of the source code on this machine
+    with files.replacing(path) as temporary:
+        program.save(temporary, external_data=False)
+
+
 # -------------------------------------------------------------------------------------------- evaluation
 
 
 @torch.inference_mode()
-def evaluate(model: ConvNet, part: ImageSet) -> metrics.Evaluation:
+def evaluate(model: ConvNet, part: ImageSet) -> Evaluation:
     """Predict every image, in float32 like the exported model; each rank predicts a share of the batches."""
     model.eval()
     logits = torch.zeros(len(part.images), model.fc.out_features, device=part.images.device)
@@ -131,24 +153,30 @@ def evaluate(model: ConvNet, part: ImageSet) -> metrics.Evaluation:
     for images, slots in distributed.share_of(batches):
         slots.copy_(ConvNet.forward(model, pixels(images)))  # not model(...): wandb.watch counts those calls
     distributed.sum_over_ranks(logits)  # the other ranks' logits are zero here
-    return metrics.evaluation(logits, part.labels)
+    return evaluation(logits, part.labels)
 
 
-def log_charts(
-    run: wandb.Run, name: str, part: ImageSet, result: metrics.Evaluation, class_names: list[str], step: int
-) -> None:
-    """Log the charts and tables of `name`, "valid" or "test"."""
+def log_charts(run: wandb.Run, name: str, part: ImageSet, result: Evaluation, classes: list[str], step: int) -> None:
+    """Log the charts and tables of `name`, "valid" or "test", on rank 0."""
+    if distributed.rank() > 0:
+        return
     labels, predictions = result.labels.tolist(), result.predictions.tolist()
-    picture = viz.confusion_matrix_picture(result.confusion.counts, class_names, name)
+    picture = viz.confusion_matrix_picture(result.confusion.counts, classes, name)
     charts = {
-        f"{name}/confusion_matrix": wandb.plot.confusion_matrix(
-            y_true=labels, preds=predictions, class_names=class_names
-        ),
+        f"{name}/confusion_matrix": wandb.plot.confusion_matrix(y_true=labels, preds=predictions, class_names=classes),
         f"{name}/confusion_matrix_image": wandb.Image(picture),
-        f"{name}/mistakes": viz.digit_mistakes_table(part.images.cpu(), result, class_names, step),
+        f"{name}/mistakes": viz.digit_mistakes_table(part.images.cpu(), result, classes, step),
         f"{name}/logits": wandb.Histogram(result.logits.numpy()),
     }
     run.log(charts, step=step)
+
+
+def write_pictures(output_dir: Path, name: str, part: ImageSet, result: Evaluation, class_names: list[str]) -> None:
+    """Write the confusion matrix and the most confident mistakes as PNG."""
+    picture = viz.confusion_matrix_picture(result.confusion.counts, class_names, name)
+    files.write_png(output_dir / "confusion_matrix.png", picture)
+    picture = viz.digit_mistakes_picture(part.images.cpu(), result, class_names, name)
+    files.write_png(output_dir / "mistakes.png", picture)
 
 
 def log_inputs(run: wandb.Run, model: ConvNet, digits: Digits, indices: Tensor, step: int) -> None:
@@ -162,25 +190,24 @@ def log_inputs(run: wandb.Run, model: ConvNet, digits: Digits, indices: Tensor, 
 # ---------------------------------------------------------------------------------------------- training
 
 
-def train(session: Session, model: ConvNet, digits: Digits) -> tuple[Best, Progress]:
+def train(session: Session, model: ConvNet, data: Digits) -> tuple[Best, Progress]:
     """Train `model`, from the checkpoint if the run is resumed; returns the model to keep."""
     settings, run, device = session.settings, session.run, session.device
-    train_set = digits.train
-    progress = Progress(session, examples=len(train_set.images))
+    train_set = data.train
+    progress = Progress(session, examples=len(train_set.labels))
     loss_function = nn.CrossEntropyLoss(reduction="sum")
     optimizer, schedule = make_optimizer(model, settings, progress.total_batches)
     if settings.compile:
         model.forward = torch.compile(model.forward)  # not model.compile(), which includes the hooks of run.watch
-    meter, best = Meter(device), Best(settings.monitor, metrics.lower_is_better(settings.monitor))
+    meter, best = Meter(device), Best(settings.monitor, lower_is_better(settings.monitor))
     checkpoints = Checkpoints(
-        session, progress, data=digits, model=model, optimizer=optimizer, schedule=schedule, meter=meter, best=best
+        session, progress, data=data, model=model, optimizer=optimizer, schedule=schedule, meter=meter, best=best
     )
     checkpoints.restore_or_begin()
 
     for epoch in progress.epochs():
         model.train()
-        order = shuffled(len(train_set.images), settings.seed, epoch).to(device)
-        batches = order.split(settings.batch_size)
+        batches = shuffled(len(train_set.labels), settings.seed, epoch).to(device).split(settings.batch_size)
         for indices in progress.remaining(batches):  # after a resume, those that are left
             if progress.watch_starts:
                 run.watch(model, loss_function, log=settings.watch, log_freq=settings.watch_every)
@@ -214,14 +241,15 @@ def train(session: Session, model: ConvNet, digits: Digits) -> tuple[Best, Progr
             checkpoints.save_if_due()  # raises Stopped if a signal or W&B has asked for it
 
         mean = meter.epoch()
-        run.log({"train/loss_epoch": mean["loss"], "train/acc_epoch": mean["acc"]}, step=progress.step)
-        log_inputs(run, model, digits, batches[-1][:16], progress.step)
-        line, results = f"train loss {mean['loss']:.4f} acc {mean['acc']:.2%}", {}
-        if len(digits.valid.images):
-            valid = evaluate(model, digits.valid)
+        results = {"epoch": epoch, "train/loss_epoch": mean["loss"], "train/acc_epoch": mean["acc"]}
+        run.log(results, step=progress.step)
+        log_inputs(run, model, data, batches[-1][:16], progress.step)
+        line = f"train loss {mean['loss']:.4f} acc {mean['acc']:.2%}"
+        if len(data.valid.labels):
+            valid = evaluate(model, data.valid)
             progress.check_finite("validation", valid.metrics["loss"])
-            log_charts(run, "valid", digits.valid, valid, digits.class_names, progress.step)
-            results = valid.named("valid")
+            log_charts(run, "valid", data.valid, valid, data.class_names, progress.step)
+            results |= valid.named("valid")
             run.log(results, step=progress.step)
             line += f", valid loss {valid.metrics['loss']:.4f} acc {valid.metrics['acc']:.2%}"
         improved = best.offer(epoch, results, model)
@@ -237,50 +265,32 @@ def train(session: Session, model: ConvNet, digits: Digits) -> tuple[Best, Progr
 
 
 def log_model(run: wandb.Run, weights: dict[str, Tensor], metadata: dict[str, float], aliases: list[str]) -> None:
+    if run.disabled:
+        return
     artifact = wandb.Artifact(f"model-{run.id}", type="model", metadata=metadata)
     with artifact.new_file("model.pt", mode="wb") as file:
         torch.save(weights, file)
     run.log_artifact(artifact, aliases=aliases)
 
 
-def export_onnx(path: Path, model: ConvNet) -> None:
-    """One file that includes the weights: from `images`, float (batch, 1, 28, 28) in 0..1, to `logits`."""
-    program = torch.onnx.export(
-        model.cpu().to(memory_format=torch.contiguous_format),
-        (torch.zeros(2, 1, 28, 28),),
-        input_names=["images"],
-        output_names=["logits"],
-        dynamic_shapes=({0: torch.export.Dim("batch")},),
-        verbose=False,
-    )
-    for node in program.model.graph:
-        node.metadata_props.clear()  # paths of the source code on this machine
-    with files.replacing(path) as temporary:
-        program.save(temporary, external_data=False)
-
-
 def conclude(session: Session, best: Best, progress: Progress) -> dict[str, Any]:
     """Test the best model, write what it predicts, export it; returns the content of metrics.json."""
-    settings, run, digits, output_dir = session.settings, session.run, session.data, session.output_dir
-    model = ConvNet(settings.kernels).to(session.device, memory_format=torch.channels_last)
+    settings, run, data, output_dir = session.settings, session.run, session.data, session.output_dir
+    model = make_model(settings, session.device)
     model.load_state_dict(best.weights)
-    name, part, result = "test", digits.test, evaluate(model, digits.test)
+    name, part, result = "test", data.test, evaluate(model, data.test)
     progress.check_finite(name, result.metrics["loss"])
     results, summary = result.named(name), {"best/epoch": best.epoch}
-    if distributed.rank() == 0:
-        log_charts(run, name, part, result, digits.class_names, progress.step)
+    log_charts(run, name, part, result, data.class_names, progress.step)
     run.log(results, step=progress.step, commit=True)  # a row that is open would overwrite the summary
-    if len(digits.valid.images):
-        name, part, result = "valid", digits.valid, evaluate(model, digits.valid)
+    if len(data.valid.labels):
+        name, part, result = "valid", data.valid, evaluate(model, data.valid)
         results |= result.named(name)
         summary |= result.named("best")
 
     if distributed.rank() == 0:
-        picture = viz.confusion_matrix_picture(result.confusion.counts, digits.class_names, name)
-        files.write_png(output_dir / "confusion_matrix.png", picture)
-        picture = viz.digit_mistakes_picture(part.images.cpu(), result, digits.class_names, name)
-        files.write_png(output_dir / "mistakes.png", picture)
         files.write_csv(output_dir / "predictions.csv", result.columns())
+        write_pictures(output_dir, name, part, result, data.class_names)
         files.write_tensors(output_dir / "model.pt", best.weights)
         export_onnx(output_dir / "model.onnx", model)
         with tolerate_wandb_errors(run):
@@ -288,8 +298,8 @@ def conclude(session: Session, best: Best, progress: Progress) -> dict[str, Any]
             run.save(output_dir / "model.*", base_path=output_dir, policy="now")
         if settings.log_model == "best":
             log_model(run, best.weights, results, ["latest", "best"])
-    print(f"test accuracy {results['test/acc']:.2%} of {len(digits.test.images):,} images, best epoch {best.epoch}")
-    identity = {"dataset": digits.name, "model": f"ConvNet {settings.kernels}", "best/epoch": best.epoch}
+    print(f"test accuracy {results['test/acc']:.2%} of {len(data.test.labels):,} images, best epoch {best.epoch}")
+    identity = {"dataset": data.name, "model": f"ConvNet {settings.kernels}", "best/epoch": best.epoch}
     return {**identity, **results, f"{name}/majority_share": result.confusion.majority_share()}
 
 
@@ -302,16 +312,16 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Train, test and export as the command-line arguments say; returns the content of metrics.json."""
     with session.opened(options.parse(Settings, argv), "mnist", load, init) as s:
         if not s.finished:
-            settings, digits = s.settings, s.data
-            log_dataset(s.run, digits)
+            settings, data = s.settings, s.data
+            log_dataset(s.run, data)
             seed_everything(settings.seed, settings.deterministic)
-            model = ConvNet(settings.kernels).to(s.device, memory_format=torch.channels_last)
+            model = make_model(settings, s.device)
             seed_rank(settings.seed)
-            sizes = " + ".join(f"{len(part.images):,}" for part in (digits.train, digits.valid, digits.test))
-            print(f"{digits.name}: {sizes} images for training, validation and test\n{model}")
+            sizes = " + ".join(f"{len(part.labels):,}" for part in (data.train, data.valid, data.test))
+            print(f"{data.name}: {sizes} images for training, validation and test\n{model}")
             parameters = sum(parameter.numel() for parameter in model.parameters())
             print(f"{parameters:,} parameters on {s.device.type} in {settings.precision}, seed {settings.seed}")
-            best, progress = train(s, model, digits)
+            best, progress = train(s, model, data)
             s.finish(conclude(s, best, progress))
     return s.metrics
 

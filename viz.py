@@ -1,4 +1,4 @@
-"""Pictures, tables and charts from labels and predictions, for W&B and as PNG; drawn with Pillow."""
+"""Pictures, tables and charts of a model's predictions, for W&B and PNG files."""
 
 import html
 
@@ -9,20 +9,20 @@ from torch import Tensor
 from metrics import Evaluation, evaluation, precision_recall_curve, roc_curve
 
 INK, FAINT, PAPER = (20, 24, 32), (150, 156, 166), (255, 255, 255)
-DEEP = (24, 86, 156)  # a cell that holds its whole row
+DEEP = (24, 86, 156)  # the shade of a cell that holds 100 % of its row
 
 
-def surest_mistakes(result: Evaluation) -> Tensor:
-    """Indices of the wrong predictions, the most probable first: int64 (mistakes,); equals keep their order."""
+def most_confident_mistakes(result: Evaluation) -> Tensor:
+    """Indices of the wrong predictions, most confident first, ties in example order: int64 (mistakes,)."""
     confidence = result.probabilities.max(1).values
     wrong = (result.predictions != result.labels).nonzero().flatten()
     return wrong[confidence[wrong].argsort(descending=True, stable=True)]
 
 
 def confusion_matrix_picture(counts: Tensor, class_names: list[str], part: str) -> Image.Image:
-    """Draw an integer (classes, classes) matrix, rows being labels: each cell's count and share of its row.
+    """Draw a confusion matrix, integer (classes, classes) with a row per label: counts and shares of the row.
 
-    `part` names what was predicted, for the heading.
+    `part` is the name of the data split, for the heading.
     """
     counts = counts.cpu()
     classes = len(class_names)
@@ -30,15 +30,15 @@ def confusion_matrix_picture(counts: Tensor, class_names: list[str], part: str) 
     big, small = ImageFont.load_default(size=cell * 0.27), ImageFont.load_default(size=cell * 0.21)
     text, heading = ImageFont.load_default(size=15), ImageFont.load_default(size=19)
     longest = max(text.getlength(name) for name in class_names)
-    upright = longest > cell - 6  # class names that don't fit below their column are turned
+    vertical = longest > cell - 6  # some class name is wider than its column
     left, top = int(longest) + 58, 46
     side = cell * classes
-    canvas = Image.new("RGB", (left + side + 24, top + side + (longest if upright else 20).__ceil__() + 52), PAPER)
+    canvas = Image.new("RGB", (left + side + 24, top + side + (longest if vertical else 20).__ceil__() + 52), PAPER)
     draw = ImageDraw.Draw(canvas)
 
     draw.text((left + side / 2, 22), f"{part}, {int(counts.sum()):,} examples", fill=INK, font=heading, anchor="mm")
     draw.text((left + side / 2, canvas.height - 20), "prediction", fill=INK, font=heading, anchor="mm")
-    _draw_turned(canvas, (22, top + side / 2), "label", heading)
+    _draw_vertical(canvas, (22, top + side / 2), "label", heading)
     shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
     for row in range(classes):
         y = top + cell * row
@@ -55,8 +55,8 @@ def confusion_matrix_picture(counts: Tensor, class_names: list[str], part: str) 
                 draw.text((x + cell / 2, y + cell * 0.72), percent, fill=ink, font=small, anchor="mm")
     for column, name in enumerate(class_names):
         x, y = left + cell * (column + 0.5), top + side + 8
-        if upright:
-            _draw_turned(canvas, (x, y + text.getlength(name) / 2), name, text)
+        if vertical:
+            _draw_vertical(canvas, (x, y + text.getlength(name) / 2), name, text)
         else:
             draw.text((x, y), name, fill=INK, font=text, anchor="mt")
     return canvas
@@ -65,9 +65,9 @@ def confusion_matrix_picture(counts: Tensor, class_names: list[str], part: str) 
 def sentence_mistakes_table(
     result: Evaluation, sentences: list[str], sources: list[str], class_names: list[str], step: int
 ) -> wandb.Table:
-    """All wrong predictions, a row each, the most confident first."""
+    """All wrong predictions, one per row, most confident first."""
     table = wandb.Table(columns=["sentence", "source", "label", "prediction", "probability", "loss", "step"])
-    for i in surest_mistakes(result).tolist():
+    for i in most_confident_mistakes(result).tolist():
         label, prediction = class_names[result.labels[i]], class_names[result.predictions[i]]
         probability, loss = float(result.probabilities[i].max()), float(result.losses[i])
         table.add_data(sentences[i], sources[i], label, prediction, probability, loss, step)
@@ -75,7 +75,7 @@ def sentence_mistakes_table(
 
 
 def per_source_table(result: Evaluation, sources: list[str]) -> wandb.Table:
-    """Accuracy and Matthews correlation of the sentences from each source, the worst accuracy first."""
+    """Accuracy and Matthews correlation per source of sentences, lowest accuracy first."""
     indices: dict[str, list[int]] = {}
     for i, source in enumerate(sources):
         indices.setdefault(source, []).append(i)
@@ -87,22 +87,22 @@ def per_source_table(result: Evaluation, sources: list[str]) -> wandb.Table:
 
 
 def roc_chart(result: Evaluation, class_names: list[str]) -> wandb.plot.CustomChart:
-    """Receiver operating characteristic: a line for the second of two classes, or for each of more."""
-    curves = [(name, *roc_curve(scores, labels)[:2]) for name, scores, labels in _one_against_rest(result, class_names)]
+    """ROC curves: one for the second class if there are two classes, otherwise one per class."""
+    curves = [(name, *roc_curve(scores, labels)[:2]) for name, scores, labels in _one_vs_rest(result, class_names)]
     return _line_chart(curves, "ROC: true over false positive rate", "false positive rate")
 
 
 def precision_recall_chart(result: Evaluation, class_names: list[str]) -> wandb.plot.CustomChart:
-    """Precision over recall: a line for the second of two classes, or for each of more."""
+    """Precision-recall curves: one for the second class if there are two classes, otherwise one per class."""
     curves = []
-    for name, scores, labels in _one_against_rest(result, class_names):
+    for name, scores, labels in _one_vs_rest(result, class_names):
         precision, recall, _ = precision_recall_curve(scores, labels)
         curves.append((name, recall, precision))
     return _line_chart(curves, "Precision over recall", "recall")
 
 
-def _one_against_rest(result: Evaluation, class_names: list[str]) -> list[tuple[str, Tensor, Tensor]]:
-    """Name, probability and 0/1 label of each class that has positive and negative examples."""
+def _one_vs_rest(result: Evaluation, class_names: list[str]) -> list[tuple[str, Tensor, Tensor]]:
+    """Name, probabilities (examples,) and 0/1 labels (examples,) of each class that has positives and negatives."""
     classes = range(1 if len(class_names) == 2 else 0, len(class_names))
     cases = [(class_names[c], result.probabilities[:, c], (result.labels == c).long()) for c in classes]
     return [case for case in cases if 0 < case[2].sum() < len(case[2])]
@@ -118,22 +118,22 @@ def _line_chart(curves: list[tuple[str, Tensor, Tensor]], title: str, x_name: st
     )
 
 
-def shaded_tokens(tokens: list[str], moved: Tensor, heading: str) -> str:
-    """HTML of a sentence: red tokens moved the decision towards the mistake, blue ones away from it.
+def shaded_tokens(tokens: list[str], attributions: Tensor, heading: str) -> str:
+    """HTML of a sentence: red tokens pushed the model towards its mistake, blue tokens away from it.
 
-    `moved` is a float (tokens,), the strength of each; the strongest has the full colour.
+    `attributions` is float (tokens,): positive is red, and the largest magnitude gets the full colour.
     """
-    strongest = float(moved.abs().max()) or 1.0
+    largest = float(attributions.abs().max()) or 1.0
     words = []
-    for token, strength in zip(tokens, moved.tolist()):
-        colour = "214, 60, 50" if strength > 0 else "50, 100, 214"
-        shade = f"background: rgba({colour}, {abs(strength) / strongest:.2f})"
-        words.append(f'<span style="{shade}; padding: 2px" title="{strength:+.4f}">{html.escape(token)}</span>')
+    for token, value in zip(tokens, attributions.tolist()):
+        colour = "214, 60, 50" if value > 0 else "50, 100, 214"
+        shade = f"background: rgba({colour}, {abs(value) / largest:.2f})"
+        words.append(f'<span style="{shade}; padding: 2px" title="{value:+.4f}">{html.escape(token)}</span>')
     return f'<p style="font: 15px sans-serif"><small>{html.escape(heading)}</small><br>{" ".join(words)}</p>'
 
 
 def captioned_digits(images: Tensor, predictions: Tensor, labels: Tensor, class_names: list[str]) -> list[wandb.Image]:
-    """uint8 (n, 1, 28, 28) images as W&B shows them, with captions like "Pred: 3 Truth: 8"."""
+    """W&B images of uint8 (n, 1, 28, 28) digits, with captions like "Pred: 3 Truth: 8"."""
     return [
         wandb.Image(image[0].numpy(), caption=f"Pred: {class_names[prediction]} Truth: {class_names[label]}")
         for image, prediction, label in zip(images, predictions.tolist(), labels.tolist())
@@ -141,21 +141,21 @@ def captioned_digits(images: Tensor, predictions: Tensor, labels: Tensor, class_
 
 
 def digit_mistakes_table(images: Tensor, result: Evaluation, class_names: list[str], step: int) -> wandb.Table:
-    """The 100 surest mistakes among uint8 (examples, 1, 28, 28) images, a row each."""
+    """The 100 most confident mistakes on uint8 (examples, 1, 28, 28) images, one per row."""
     table = wandb.Table(columns=["image", "label", "prediction", "probability", "step"])
-    for i in surest_mistakes(result)[:100].tolist():
+    for i in most_confident_mistakes(result)[:100].tolist():
         label, prediction = class_names[result.labels[i]], class_names[result.predictions[i]]
         table.add_data(wandb.Image(images[i, 0].numpy()), label, prediction, float(result.probabilities[i].max()), step)
     return table
 
 
 def digit_mistakes_picture(images: Tensor, result: Evaluation, class_names: list[str], part: str) -> Image.Image:
-    """Draw the 40 surest mistakes among uint8 (examples, 1, 28, 28) images, in rows of ten.
+    """Draw the 40 most confident mistakes on uint8 (examples, 1, 28, 28) images, ten per row.
 
-    The caption of a 7 taken for a 1 with a probability of 98 % is "7 as 1, 98%".
+    A 7 that was predicted to be a 1 with probability 98 % has the caption "7 as 1, 98%".
     """
-    wrong = surest_mistakes(result)
-    shown = "no mistakes" if not len(wrong) else f"the {min(40, len(wrong))} surest of {len(wrong)} mistakes"
+    wrong = most_confident_mistakes(result)
+    shown = "no mistakes" if not len(wrong) else f"the {min(40, len(wrong))} most confident of {len(wrong)} mistakes"
     title = f"{part}: {shown} in {len(images):,} examples, label as prediction"
     images = images[wrong[:40], 0]
     captions = [
@@ -177,8 +177,8 @@ def digit_mistakes_picture(images: Tensor, result: Evaluation, class_names: list
     return canvas
 
 
-def _draw_turned(canvas: Image.Image, centre: tuple[float, float], words: str, font: ImageFont.FreeTypeFont) -> None:
-    """Write `words` upwards around `centre`."""
+def _draw_vertical(canvas: Image.Image, centre: tuple[float, float], words: str, font: ImageFont.FreeTypeFont) -> None:
+    """Draw `words` centred on `centre`, reading bottom to top."""
     label = Image.new("L", (int(font.getlength(words)) + 4, int(font.size * 1.5)))
     ImageDraw.Draw(label).text((label.width / 2, label.height / 2), words, fill=255, font=font, anchor="mm")
     label = label.rotate(90, expand=True)

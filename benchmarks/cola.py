@@ -1,6 +1,7 @@
-"""CoLA beside the Lightning tutorial. python -m benchmarks.cola --data_dir DIR --model BERT_TINY
+"""Compare CoLA training time with the Lightning tutorial's.
 
-DIR holds cola_public_1.1.zip; BERT_TINY is a directory or a model of the hub.
+python -m benchmarks.cola --data_dir DIR --model BERT_TINY
+DIR contains cola_public_1.1.zip; BERT_TINY is a directory or the name of a Hugging Face model.
 """
 
 import argparse
@@ -13,11 +14,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data_dir", type=Path, required=True)
     parser.add_argument("--model", required=True)
-    parser.add_argument("--epochs", type=int, default=1, help="of training and validation [1]")
-    parser.add_argument("--pairs", type=int, default=3, help="measurements of each side [3]")
-    asked = parser.parse_args()
-    model = str(Path(asked.model).resolve()) if Path(asked.model).is_dir() else asked.model
-    data_dir, epochs = str(asked.data_dir.resolve()), str(asked.epochs)
+    parser.add_argument("--epochs", type=int, default=1, help="epochs per run [1]")
+    parser.add_argument("--pairs", type=int, default=3, help="paired runs [3]")
+    args = parser.parse_args()
+    model = str(Path(args.model).resolve()) if Path(args.model).is_dir() else args.model
+    data_dir, epochs = str(args.data_dir.resolve()), str(args.epochs)
 
     def ours() -> dict[str, float]:
         options = f"--dataset cola --data_dir {data_dir} --model {model} --epochs {epochs}"
@@ -26,10 +27,10 @@ def main() -> None:
     def peer() -> dict[str, float]:
         return pairs.process("-m", "benchmarks.peers.cola_lightning", data_dir, model, epochs)
 
-    a, b = pairs.alternate(ours, peer, asked.pairs)
-    print(pairs.head("work", ("torch", "transformers", "lightning", "torchmetrics", "wandb")))
+    a, b = pairs.alternate(ours, peer, args.pairs)
+    print(pairs.header("work", ("torch", "transformers", "lightning", "torchmetrics", "wandb")))
     print(pairs.row(f"CoLA, {epochs} epoch(s) of training and validation", a["training"], b["training"]))
-    print(pairs.row("the same, whole process", a["whole process"], b["whole process"]))
+    print(pairs.row("CoLA, whole process", a["whole process"], b["whole process"]))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a run takes before and beside its training: memory over the imports, time to the first step, time to an answer.
+"""Measure peak memory during training, time to the first step, and startup time for --help and for errors.
 
 python -m benchmarks.footprint --data_dir DIR --model BERT_TINY (on Linux)
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from benchmarks import pairs
 
-# Runs a script's main in the process that has imported it, and says by how much the memory grew until training ended.
+# Runs a script's main and prints how far, in MB, its peak resident memory rises above the level after the imports.
 MEMORY = """
 import gc, re, sys
 gc.disable()
@@ -32,7 +32,7 @@ def train_and_measure(*arguments):
 
 
 def memory(script: str, options: list[str]) -> float:
-    """MB that the peak of resident memory rose by from the imports to the end of training."""
+    """Rise of peak resident memory from the imports to the end of training, in MB."""
     with tempfile.TemporaryDirectory() as cwd:
         command = [sys.executable, "-c", MEMORY.format(script=script), *options]
         done = subprocess.run(command, cwd=cwd, env=pairs.OFFLINE, capture_output=True, text=True, check=True)
@@ -46,7 +46,7 @@ def seconds(*command: str | Path) -> float:
 
 
 def seconds_to_first_step(options: list[str]) -> float:
-    """From the start of the process until the first row, that of the first step, stands in the journal."""
+    """Seconds from process start until the journal has its first row, which is that of the first step."""
     with tempfile.TemporaryDirectory() as cwd:
         journal = Path(cwd, "out/history.jsonl")
         command = [pairs.REPO / "train_mnist.py", *options, "--output_dir", "out", "--log_every", "1"]
@@ -58,39 +58,39 @@ def seconds_to_first_step(options: list[str]) -> float:
             if run.poll() is not None:
                 raise SystemExit("the run ended before its first step")
             time.sleep(0.002)
-        took = time.perf_counter() - started
+        elapsed = time.perf_counter() - started
         run.kill()
         run.wait()
-    return took
+    return elapsed
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data_dir", type=Path, required=True)
     parser.add_argument("--model", required=True)
-    parser.add_argument("--times", type=int, default=5, help="measurements of each [5]")
-    asked = parser.parse_args()
-    model = str(Path(asked.model).resolve()) if Path(asked.model).is_dir() else asked.model
-    data = ["--data_dir", str(asked.data_dir.resolve())]
+    parser.add_argument("--times", type=int, default=5, help="repetitions of each timing [5]")
+    args = parser.parse_args()
+    model = str(Path(args.model).resolve()) if Path(args.model).is_dir() else args.model
+    data = ["--data_dir", str(args.data_dir.resolve())]
     mnist, cola = [*data, "--dataset", "mnist"], [*data, "--dataset", "cola", "--model", model]
 
-    torch = statistics.median(seconds("-c", "import os, torch; os._exit(0)") for _ in range(asked.times))
-    first = statistics.median(seconds_to_first_step(mnist) for _ in range(asked.times))
-    told = statistics.median(seconds(pairs.REPO / "train_cola.py", "--help") for _ in range(asked.times))
-    wrong = statistics.median(seconds(pairs.REPO / "train_cola.py", "--epoch", "3") for _ in range(asked.times))
+    import_torch = statistics.median(seconds("-c", "import os, torch; os._exit(0)") for _ in range(args.times))
+    first_step = statistics.median(seconds_to_first_step(mnist) for _ in range(args.times))
+    show_help = statistics.median(seconds(pairs.REPO / "train_cola.py", "--help") for _ in range(args.times))
+    reject_option = statistics.median(seconds(pairs.REPO / "train_cola.py", "--epoch", "3") for _ in range(args.times))
     megabytes = {
         "train_mnist.py": memory("train_mnist", [*mnist, "--epochs", "2"]),
         "train_cola.py": memory("train_cola", [*cola, "--epochs", "2"]),
     }
     rows = [
-        f"| train_mnist.py: start to first training step, over importing torch | {first - torch:.2f} s |",
-        f"| train_cola.py: --help; a misspelt option | {told:.2f} s; {wrong:.2f} s |",
+        f"| train_mnist.py: start to first training step, excluding torch import | {first_step - import_torch:.2f} s |",
+        f"| train_cola.py: --help; a misspelt option | {show_help:.2f} s; {reject_option:.2f} s |",
         *(
-            f"| {script}: peak memory while training, over the imports | {mb:.0f} MB |"
+            f"| {script}: peak resident memory while training, excluding imports | {mb:.0f} MB |"
             for script, mb in megabytes.items()
         ),
     ]
-    print(pairs.head("what a run takes", ("torch", "transformers", "wandb"), ("measured",)), *rows, sep="\n")
+    print(pairs.header("footprint of a run", ("torch", "transformers", "wandb"), ("measured",)), *rows, sep="\n")
 
 
 if __name__ == "__main__":

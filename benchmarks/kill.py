@@ -15,10 +15,10 @@ from tests.wandb_server import serving
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--runs", type=int, default=50, help="runs to kill, half of each script [50]")
-    parser.add_argument("--seed", type=int, default=0, help="of the random moments [0]")
-    arguments = parser.parse_args()
-    moments, same_files, same_curve, total = random.Random(arguments.seed), 0, 0, 0
+    parser.add_argument("--runs", type=int, default=50, help="runs to kill, half for each script [50]")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random moments [0]")
+    args = parser.parse_args()
+    rng, same_files, same_curve, total = random.Random(args.seed), 0, 0, 0
     with tempfile.TemporaryDirectory() as directory:
         for script in killing.ARGUMENTS:
             reference = Path(directory, script, "reference")
@@ -27,21 +27,21 @@ def main() -> None:
             duration = killing.timed(script, reference, environment)
             with serving() as server:
                 expected = killing.sync(reference, environment, server)
-            for number in range(arguments.runs // 2):
+            for number in range(args.runs // 2):
                 cwd = Path(directory, script, str(number))
                 cwd.mkdir()
-                killed = killing.killed_and_resumed(script, cwd, environment, duration, moments)
+                killed = killing.killed_and_resumed(script, cwd, environment, duration, rng)
                 differ = killing.differences(reference / "out", cwd / "out")
                 with serving() as server:
                     curve = killing.sync(cwd, environment, server)
                 total, same_files, same_curve = total + 1, same_files + (not differ), same_curve + (curve == expected)
                 print(
                     f"{script} {number + 1}: killed {', '.join(killed)} of {duration:.1f} s; files "
-                    f"{'differ: ' + ', '.join(differ) if differ else 'the same'}; W&B history of {len(curve)} rows "
-                    f"{'the same' if curve == expected else 'differs'}",
+                    f"{'differ: ' + ', '.join(differ) if differ else 'identical'}; W&B history of {len(curve)} rows "
+                    f"{'identical' if curve == expected else 'differs'}",
                     flush=True,
                 )
-    print(f"{same_files} of {total} with identical files, {same_curve} of {total} with the identical W&B history")
+    print(f"{same_files} of {total} with identical files, {same_curve} of {total} with an identical W&B history")
     if min(same_files, same_curve) < total:
         raise SystemExit(1)
 

@@ -1,4 +1,4 @@
-"""Metrics beside torchmetrics and scikit-learn, per batch of 64 answers of two classes. python -m benchmarks.metrics"""
+"""Compare the time per batch of our metrics with torchmetrics and scikit-learn: python -m benchmarks.metrics"""
 
 import time
 from collections.abc import Callable
@@ -12,12 +12,12 @@ from metrics import ConfusionMatrix
 
 KIND = {"task": "multiclass", "num_classes": 2}
 BATCHES = 1000
-ANSWERS = [(torch.randint(0, 2, (64,)), torch.randint(0, 2, (64,))) for _ in range(BATCHES)]  # predictions, labels
+DATA = [(torch.randint(0, 2, (64,)), torch.randint(0, 2, (64,))) for _ in range(BATCHES)]  # predictions, labels
 
 
 def ours() -> None:
     confusion = ConfusionMatrix(2)
-    for predictions, labels in ANSWERS:
+    for predictions, labels in DATA:
         confusion.update(predictions, labels)
     confusion.summary()
 
@@ -35,7 +35,7 @@ def six() -> dict[str, torchmetrics.Metric]:
 
 def one_by_one() -> None:
     metrics = six()
-    for predictions, labels in ANSWERS:
+    for predictions, labels in DATA:
         for metric in metrics.values():
             metric(predictions, labels)
     for metric in metrics.values():
@@ -44,38 +44,38 @@ def one_by_one() -> None:
 
 def collection() -> None:
     metrics = torchmetrics.MetricCollection(six(), compute_groups=True)
-    for predictions, labels in ANSWERS:
+    for predictions, labels in DATA:
         metrics.update(predictions, labels)
     metrics.compute()
 
 
 def scikit_learn() -> None:
-    for predictions, labels in ((p.numpy(), t.numpy()) for p, t in ANSWERS):
+    for predictions, labels in ((p.numpy(), t.numpy()) for p, t in DATA):
         sklearn.metrics.accuracy_score(labels, predictions)
         for average in ("macro", "micro"):
             sklearn.metrics.precision_recall_fscore_support(labels, predictions, average=average, zero_division=0)
 
 
-def timed(work: Callable[[], None]) -> pairs.Side:
-    def side() -> dict[str, float]:
+def timed(work: Callable[[], None]) -> pairs.Measure:
+    def measure() -> dict[str, float]:
         started = time.perf_counter()
         work()
-        return {"µs a batch": (time.perf_counter() - started) / BATCHES * 1e6}
+        return {"µs per batch": (time.perf_counter() - started) / BATCHES * 1e6}
 
-    return side
+    return measure
 
 
 def main() -> None:
     torch.set_num_threads(1)
     rows = []
     for name, peer in (
-        ("six torchmetrics objects called", one_by_one),
-        ("torchmetrics collection with compute groups, updated", collection),
+        ("six separate torchmetrics objects", one_by_one),
+        ("torchmetrics.MetricCollection with compute groups", collection),
         ("scikit-learn", scikit_learn),
     ):
         a, b = pairs.alternate(timed(ours), timed(peer), 5)
-        rows.append(pairs.row(f"metrics, beside {name}", a["µs a batch"], b["µs a batch"], "µs"))
-    print(pairs.head("a batch of 64", ("torch", "torchmetrics", "scikit-learn")), *rows, sep="\n")
+        rows.append(pairs.row(f"metrics vs. {name}", a["µs per batch"], b["µs per batch"], "µs"))
+    print(pairs.header("batch of 64", ("torch", "torchmetrics", "scikit-learn")), *rows, sep="\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What monitoring costs: W&B with all defaults beside `--wandb disabled`, and the whole beside a bare loop.
+"""Measure the cost of monitoring: W&B on vs. `--wandb disabled`, and our training loop vs. a bare one.
 
 python -m benchmarks.monitoring --data_dir DIR
 """
@@ -15,11 +15,11 @@ import train_mnist
 from benchmarks import pairs
 from harness.device import find_precision
 
-EPOCHS = 5  # train_mnist.py prints tenths of a second for each
+EPOCHS = 5  # several, because train_mnist.py prints their times in tenths of a second
 
 
 def bare(data_dir: str) -> dict[str, float]:
-    """The same batches, forward and backward passes and steps as train_mnist.py, and nothing else."""
+    """Train on the same batches with the same optimizer as train_mnist.py, and nothing else; return seconds."""
     settings = train_mnist.Settings(dataset="mnist", data_dir=data_dir, epochs=EPOCHS, valid_size=0)
     train_set = train_mnist.load(settings).train
     torch.manual_seed(settings.seed)
@@ -34,7 +34,7 @@ def bare(data_dir: str) -> dict[str, float]:
         optimizer, settings.learning_rate, EPOCHS * batches, pct_start=0.1, cycle_momentum=False
     )
     bf16 = find_precision("auto", torch.device("cpu")) == "bf16"
-    # Once so much has been freed, glibc keeps the memory of a batch for the next, as it does in train_mnist.py.
+    # Freeing a large block makes glibc reuse memory from batch to batch, as it does in train_mnist.py.
     torch.empty(31 << 20, dtype=torch.uint8)
     started = time.perf_counter()
     for epoch in range(1, EPOCHS + 1):
@@ -53,11 +53,11 @@ def bare(data_dir: str) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data_dir", type=Path, required=True)
-    parser.add_argument("--pairs", type=int, default=5, help="measurements of each side [5]")
-    parser.add_argument("--bare", action="store_true", help=argparse.SUPPRESS)  # one measurement, in its own process
-    asked = parser.parse_args()
-    data_dir = str(asked.data_dir.resolve())
-    if asked.bare:
+    parser.add_argument("--pairs", type=int, default=5, help="paired runs [5]")
+    parser.add_argument("--bare", action="store_true", help=argparse.SUPPRESS)  # one run, in a separate process
+    args = parser.parse_args()
+    data_dir = str(args.data_dir.resolve())
+    if args.bare:
         print(f"training {bare(data_dir)['training']:.3f} s")
         return
 
@@ -66,15 +66,15 @@ def main() -> None:
         return pairs.process(pairs.REPO / "train_mnist.py", *arguments.split(), *options)
 
     def bare_loop() -> dict[str, float]:
-        # Threads that wait as those of train_mnist.py do, which script.check_options sees to.
+        # harness/script.py sets the same for train_mnist.py.
         return pairs.process("-m", "benchmarks.monitoring", "--data_dir", data_dir, "--bare", GOMP_SPINCOUNT="1000")
 
-    on, off = pairs.alternate(ours, lambda: ours("--wandb", "disabled"), asked.pairs)
+    enabled, disabled = pairs.alternate(ours, lambda: ours("--wandb", "disabled"), args.pairs)
     quiet = "--wandb disabled --valid_size 0 --watch off --log_every 1000000".split()
-    loop, bare_one = pairs.alternate(lambda: ours(*quiet), bare_loop, asked.pairs)
-    print(pairs.head("train_mnist.py, five epochs", ("torch", "wandb")))
-    print(pairs.row("W&B on, beside --wandb disabled", on["training"], off["training"]))
-    print(pairs.row("our loop, beside a bare one", loop["training"], bare_one["training"]))
+    quiet_loop, plain_loop = pairs.alternate(lambda: ours(*quiet), bare_loop, args.pairs)
+    print(pairs.header("train_mnist.py, five epochs", ("torch", "wandb")))
+    print(pairs.row("W&B on vs. --wandb disabled", enabled["training"], disabled["training"]))
+    print(pairs.row("our loop vs. a bare loop", quiet_loop["training"], plain_loop["training"]))
 
 
 if __name__ == "__main__":

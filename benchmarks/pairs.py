@@ -1,4 +1,4 @@
-"""Two sides measured in turn, A B A B ..., and what a reader needs to judge the ratio of their medians."""
+"""Compare two programs by the medians of paired runs, measured alternately, as rows of a Markdown table."""
 
 import os
 import platform
@@ -15,21 +15,21 @@ from pathlib import Path
 
 REPO = Path(__file__).parent.parent
 OFFLINE = os.environ | {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "PYTHONPATH": str(REPO)}
-Side = Callable[[], dict[str, float]]  # one measurement: figures by name
+Measure = Callable[[], dict[str, float]]  # makes one run and returns its measurements by name
 
 
-def alternate(ours: Side, peer: Side, pairs: int) -> tuple[dict[str, float], dict[str, float]]:
-    """Medians of each side's figures."""
+def alternate(ours: Measure, peer: Measure, pairs: int) -> tuple[dict[str, float], dict[str, float]]:
+    """Medians of each side's measurements over the pairs."""
     measured: tuple[list, list] = ([], [])
     for number in range(pairs):
-        for side, results in zip((ours, peer), measured):
-            results.append(side())
+        for measure, results in zip((ours, peer), measured):
+            results.append(measure())
         print(f"pair {number + 1}: {measured[0][-1]} {measured[1][-1]}", file=sys.stderr, flush=True)
     return tuple({name: statistics.median(r[name] for r in results) for name in results[0]} for results in measured)
 
 
 def process(*command: str | Path, **environment: str) -> dict[str, float]:
-    """Run a command in an empty directory, offline; its wall time and the figures it prints as "name number"."""
+    """Run Python with these arguments in an empty directory, offline; return wall time (s) and what it reports."""
     with tempfile.TemporaryDirectory() as cwd:
         command = [sys.executable, *map(str, command)]
         started = time.perf_counter()
@@ -37,23 +37,23 @@ def process(*command: str | Path, **environment: str) -> dict[str, float]:
         seconds = time.perf_counter() - started
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
-    return {"whole process": seconds, **figures(done.stdout)}
+    return {"whole process": seconds, **reported(done.stdout)}
 
 
-def figures(printed: str) -> dict[str, float]:
-    """What a peer's last line says, or the epochs of train_mnist.py or train_cola.py add up to."""
-    if epochs := re.findall(r"^epoch \d+: .* ([\d.]+) s$", printed, re.MULTILINE):
-        accuracy = re.findall(r"test accuracy ([\d.]+)%", printed)
+def reported(output: str) -> dict[str, float]:
+    """Training time (s) and accuracy from the epoch lines of our scripts, or from the last line of a peer."""
+    if epochs := re.findall(r"^epoch \d+: .* ([\d.]+) s$", output, re.MULTILINE):
+        accuracy = re.findall(r"test accuracy ([\d.]+)%", output)
         return {"training": sum(map(float, epochs))} | ({"accuracy": float(accuracy[0]) / 100} if accuracy else {})
-    return {name: float(number) for name, number in re.findall(r"(training|accuracy|epochs) ([\d.]+)", printed)}
+    return {name: float(number) for name, number in re.findall(r"(training|accuracy|epochs) ([\d.]+)", output)}
 
 
 def row(work: str, ours: float, peer: float, unit: str = "s") -> str:
     return f"| {work} | {ours:.3g} {unit} | {peer:.3g} {unit} | {peer / ours:.2f} |"
 
 
-def head(title: str, libraries: tuple[str, ...], columns: tuple[str, ...] = ("ours", "peer", "times faster")) -> str:
-    """The heading of a Markdown table, with what the figures were measured on."""
+def header(title: str, libraries: tuple[str, ...], columns: tuple[str, ...] = ("ours", "peer", "speedup")) -> str:
+    """The machine and versions, then the heading of a Markdown table."""
     processor = platform.processor() or platform.machine()
     if shutil.which("lscpu"):
         listed = subprocess.run(["lscpu"], capture_output=True, text=True).stdout

@@ -1,6 +1,7 @@
-"""Two processes of torchrun beside one, a thread each. python -m benchmarks.scaling --data_dir DIR --model BERT_TINY
+"""Compare training time of several torchrun processes with that of one process.
 
-DIR holds MNIST/raw and cola_public_1.1.zip; BERT_TINY is a directory or a model of the hub.
+python -m benchmarks.scaling --data_dir DIR --model BERT_TINY
+DIR contains MNIST/raw and cola_public_1.1.zip; BERT_TINY is a directory or the name of a Hugging Face model.
 """
 
 import argparse
@@ -13,13 +14,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data_dir", type=Path, required=True)
     parser.add_argument("--model", required=True)
-    parser.add_argument("--processes", type=int, default=2, help="of the larger side [2]")
-    parser.add_argument("--pairs", type=int, default=3, help="measurements of each side [3]")
-    asked = parser.parse_args()
-    model = str(Path(asked.model).resolve()) if Path(asked.model).is_dir() else asked.model
-    data_dir = str(asked.data_dir.resolve())
+    parser.add_argument("--processes", type=int, default=2, help="processes, one thread each [2]")
+    parser.add_argument("--pairs", type=int, default=3, help="paired runs [3]")
+    args = parser.parse_args()
+    model = str(Path(args.model).resolve()) if Path(args.model).is_dir() else args.model
+    data_dir = str(args.data_dir.resolve())
     mnist, cola = f"--dataset mnist --data_dir {data_dir}", f"--dataset cola --data_dir {data_dir} --model {model}"
-    works = {
+    workloads = {
         "MNIST, 2 epochs": ("train_mnist.py", f"{mnist} --epochs 2"),
         "MNIST with `--kernels 64 128`, half an epoch": (
             "train_mnist.py",
@@ -32,17 +33,17 @@ def main() -> None:
         launcher = f"-m torch.distributed.run --nproc-per-node {processes}".split()
         return pairs.process(*launcher, pairs.REPO / script, *options.split(), OMP_NUM_THREADS=str(threads))
 
-    rows, several = [], asked.processes
-    for work, (script, options) in works.items():
+    rows, several = [], args.processes
+    for work, (script, options) in workloads.items():
         for threads in (1, several):
             a, b = pairs.alternate(
                 lambda script=script, options=options: run(script, options, several, 1),
                 lambda script=script, options=options, threads=threads: run(script, options, 1, threads),
-                asked.pairs,
+                args.pairs,
             )
-            rows.append(pairs.row(f"{work}, beside one process of {threads} thread(s)", a["training"], b["training"]))
-    columns = (f"{several} processes of a thread", "one process", "times faster")
-    print(pairs.head("work", ("torch", "transformers", "wandb"), columns), *rows, sep="\n")
+            rows.append(pairs.row(f"{work}, one process with {threads} thread(s)", a["training"], b["training"]))
+    columns = (f"{several} processes, one thread each", "one process", "speedup")
+    print(pairs.header("work", ("torch", "transformers", "wandb"), columns), *rows, sep="\n")
 
 
 if __name__ == "__main__":

@@ -99,9 +99,13 @@ class Progress:
         """Show values beside the progress bar."""
         self._bar.set_postfix(**shown)
 
+    def write(self, line: str) -> None:
+        """Print a line above the progress bar."""
+        self._bar.write(line)
+
     def end_epoch(self, line: str) -> None:
         """Print a line on the epoch, with the seconds that it took."""
-        self._bar.write(f"epoch {self.epoch}: {line}, {time.perf_counter() - self._epoch_started:.1f} s")
+        self.write(f"epoch {self.epoch}: {line}, {time.perf_counter() - self._epoch_started:.1f} s")
 
     def check_finite(self, name: str, loss: float) -> None:
         """Raise `UserError`, with all rows written, if a loss is NaN or infinite. `name` is the part of the data."""
@@ -174,18 +178,21 @@ class Best:
     def __init__(self, monitor: str, lower_is_better: bool):
         """`monitor` is the name of the metric, such as "valid/loss"."""
         self.monitor, self.lower_is_better = monitor, lower_is_better
-        self.epoch, self.value = 0, math.nan
+        self.epoch = 0
+        self.value: float | None = None
         self.weights: dict[str, Tensor] = {}  # a state dict
 
     def offer(self, epoch: int, metrics: Mapping[str, float], model: nn.Module) -> bool:
         """Keep a copy of the model's weights if it is better than the best so far; whether it is."""
-        value = distributed.broadcast(metrics.get(self.monitor, math.nan))  # all ranks must decide alike
-        better = value < self.value if self.lower_is_better else value > self.value
-        if better or math.isnan(self.value):
+        value = distributed.broadcast(metrics.get(self.monitor))  # all ranks must decide alike
+        better = self.value is None or math.isnan(self.value) or self._improves(value)
+        if better:
             self.epoch, self.value = epoch, value
             self.weights = {name: weight.clone() for name, weight in model.state_dict().items()}
-            return True
-        return False
+        return better
+
+    def _improves(self, value: float) -> bool:
+        return value < self.value if self.lower_is_better else value > self.value
 
     def state_dict(self) -> dict[str, Any]:
         return {"epoch": self.epoch, "value": self.value, "weights": self.weights}

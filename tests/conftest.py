@@ -1,4 +1,4 @@
-"""What the tests share: the scripts run as users run them, and what they logged, read by W&B's own reader."""
+"""Shared helpers: run the scripts as users do, and read what they logged with W&B's own reader."""
 
 import json
 import os
@@ -10,18 +10,18 @@ from types import SimpleNamespace
 import pytest
 
 REPO = Path(__file__).parent.parent
-NOWHERE = "http://127.0.0.1:9"  # a proxy that refuses every connection: no network, on any machine
+DEAD_PROXY = "http://127.0.0.1:9"  # a proxy that refuses every connection, to cut off the network
 
 
 def clean_environment(home: Path, **changes: str) -> dict[str, str]:
-    """An environment of a fresh machine: no account, no network, no W&B settings."""
+    """The environment of a fresh machine: no account, no network, no W&B settings."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_") and k not in ("NETRC", "CI")}
-    proxies = {"http_proxy": NOWHERE, "https_proxy": NOWHERE, "no_proxy": "127.0.0.1,localhost"}
+    proxies = {"http_proxy": DEAD_PROXY, "https_proxy": DEAD_PROXY, "no_proxy": "127.0.0.1,localhost"}
     return {**kept, **proxies, "HOME": str(home), "PYTHONDONTWRITEBYTECODE": "1", **changes}
 
 
 def call(script: str, *arguments: object, cwd: Path, **environment: str) -> SimpleNamespace:
-    """Run a script of the project in `cwd`; its `status`, `out` and `err`."""
+    """Run a project script in `cwd`; return its `status`, `out` and `err`."""
     done = subprocess.run(
         [sys.executable, REPO / script, *map(str, arguments)],
         cwd=cwd,
@@ -34,14 +34,14 @@ def call(script: str, *arguments: object, cwd: Path, **environment: str) -> Simp
 
 
 def wandb_records(cwd: Path) -> list[dict]:
-    """Every record of the latest W&B run in `cwd`, as `wandb leet inspect` prints them."""
+    """All records of the latest W&B run in `cwd`, as printed by `wandb leet inspect`."""
     command = [Path(sys.executable).with_name("wandb"), "leet", "inspect", "--json", cwd / "wandb/latest-run"]
     printed = subprocess.run(command, env=clean_environment(cwd), capture_output=True, text=True, check=True)
     return [json.loads(line) for line in printed.stdout.splitlines()]
 
 
 def merged(records: list[dict], kind: str) -> dict:
-    """What the updates of W&B's config or summary add up to."""
+    """Merge all updates of W&B's config or summary."""
     state = {}
     for record in records:
         if record["type"] == kind:
@@ -50,7 +50,7 @@ def merged(records: list[dict], kind: str) -> dict:
 
 
 def finished_run(script: str, cwd: Path, *arguments: object, **environment: str) -> SimpleNamespace:
-    """Run a script with `--output_dir out`, which must succeed, and read back all that it left."""
+    """Run a script with `--output_dir out`, check that it succeeds, and read back its files and W&B records."""
     done = call(script, "--output_dir", "out", *arguments, cwd=cwd, **environment)
     assert done.status == 0, done.err
     out = cwd / "out"
@@ -66,7 +66,7 @@ def finished_run(script: str, cwd: Path, *arguments: object, **environment: str)
 
 @pytest.fixture(scope="session")
 def small_mnist(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """One run of `train_mnist.py` with everything on, which many tests look at."""
+    """A `train_mnist.py` run with everything on, shared by many tests."""
     cwd = tmp_path_factory.mktemp("small_mnist")
     arguments = "--dataset synthetic --slice 5 --valid_size 4000 --epochs 3 --log_model all --save_code"
     return finished_run("train_mnist.py", cwd, *arguments.split(), "--tags", "one", "two words", "--notes", "a note")

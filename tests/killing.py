@@ -1,4 +1,4 @@
-"""Kill a run at a random moment, resume it, and compare all that is left with a run that was never interrupted."""
+"""Kill a run at random moments, resume it, and compare its results with those of an uninterrupted run."""
 
 import contextlib
 import json
@@ -17,8 +17,8 @@ import torch
 from tests.wandb_server import WandbServer
 
 REPO = Path(__file__).parent.parent
-SENTENCES = REPO / "tests/sentences.tsv"  # of the built-in grammar
-# Enough to cross epochs, checkpoints and rows; the second batch size does not divide the number of examples.
+SENTENCES = REPO / "tests/sentences.tsv"  # from the built-in grammar
+# Long enough to cross epochs, checkpoints and logged rows; batch size 7 does not divide the number of sentences.
 ARGUMENTS = {
     "train_mnist.py": "--dataset synthetic --slice 8 --valid_size 4000 --epochs 3 --batch_size 48 --checkpoint_every 7",
     "train_cola.py": f"--train_file {SENTENCES} --valid_file {SENTENCES} --model scratch --epochs 3 --batch_size 7 "
@@ -35,19 +35,19 @@ def start(script: str, cwd: Path, environment: dict[str, str], *more: str) -> su
 
 
 def finish(process: subprocess.Popen, timeout: float = 200) -> str:
-    """What the process prints; it must end well."""
+    """Wait for the process, check that it succeeds, and return its output."""
     out = process.communicate(timeout=timeout)[0].decode()
     assert process.returncode == 0, out
     return out
 
 
 def kill(process: subprocess.Popen, seconds: float, everything: bool) -> bool:
-    """SIGKILL after some time, also of W&B's service if `everything`; whether the process was still there."""
+    """SIGKILL the process after `seconds`, W&B's service too if `everything`; return whether it was still running."""
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(seconds)
         return False
     children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    for child in children if everything else []:  # in a session of its own, and so not in the process's group
+    for child in children if everything else []:  # the service is not in the process group: it has its own session
         os.kill(int(child), signal.SIGKILL)
     process.kill()
     process.communicate()
@@ -55,7 +55,7 @@ def kill(process: subprocess.Popen, seconds: float, everything: bool) -> bool:
 
 
 def outcome(out: Path) -> dict[str, Any]:
-    """All that a run left and that must be the same, by file; timings left out."""
+    """Everything a run left that must be reproducible, by file, without timings."""
     state = torch.load(out / "checkpoint.pt", weights_only=True)
     rows = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
     return {
@@ -73,7 +73,7 @@ def outcome(out: Path) -> dict[str, Any]:
 
 
 def same(a: Any, b: Any) -> bool:
-    """Equality to the last bit, also of tensors, in nested dictionaries and lists."""
+    """Exact equality of nested dictionaries and lists, including tensors."""
     if isinstance(a, torch.Tensor):
         return a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(a, dict):
@@ -84,7 +84,7 @@ def same(a: Any, b: Any) -> bool:
 
 
 def curve(rows: list[dict]) -> list[dict]:
-    """The rows of a W&B history without timings, watch's histograms and the names of media files."""
+    """The rows of a W&B history without timings, watch histograms or media file names."""
     kept = []
     for row in rows:
         kept.append({})
@@ -97,7 +97,7 @@ def curve(rows: list[dict]) -> list[dict]:
 
 
 def sync(cwd: Path, environment: dict[str, str], server: WandbServer, *options: str) -> list[dict]:
-    """`wandb sync` everything in `cwd/wandb`; the history that the server has then, and its summary as the last row."""
+    """`wandb sync` everything in `cwd/wandb`; return what the server then has."""
     wandb = Path(sys.executable).with_name("wandb")
     command = [wandb, "sync", "--yes", *options, cwd / "wandb"]
     done = subprocess.run(command, cwd=cwd, env={**environment, **server.environment()}, capture_output=True, text=True)
@@ -106,7 +106,7 @@ def sync(cwd: Path, environment: dict[str, str], server: WandbServer, *options: 
 
 
 def on_server(server: WandbServer) -> list[dict]:
-    """The curve of the run, and its summary as the last row."""
+    """The run's history on the server, with its summary as the last row."""
     summary = {key: value for key, value in server.runs["same"]["summary"].items() if key not in ("_wandb", "_step")}
     return curve([*server.rows("same"), summary])
 
@@ -117,21 +117,21 @@ def differences(reference: Path, other: Path) -> list[str]:
 
 
 def killed_and_resumed(
-    script: str, cwd: Path, environment: dict[str, str], duration: float, moments: random.Random
+    script: str, cwd: Path, environment: dict[str, str], duration: float, rng: random.Random
 ) -> list[str]:
-    """Run with `--resume` again and again, killed at random moments, once to three times; says when.
+    """Run with `--resume` until finished, killed one to three times at random moments; return when.
 
-    Every fifth is killed while it writes a checkpoint. A run that ends before its first moment begins anew.
+    One kill in five hits a checkpoint write. A run that ends before its first kill starts over.
     """
-    killed, times = [], moments.choice([1, 1, 1, 2, 3])
+    killed, times = [], rng.choice([1, 1, 1, 2, 3])
     while len(killed) < times:
         process = start(script, cwd, environment, "--resume")
-        if moments.random() < 0.2:
-            writes = moments.randint(1, 12)
+        if rng.random() < 0.2:
+            writes = rng.randint(1, 12)
             if wait_for_writes(process, cwd / "out", writes):
-                kill(process, 0, everything=moments.random() < 0.5)
+                kill(process, 0, everything=rng.random() < 0.5)
                 killed.append(f"in write {writes}")
-        elif kill(process, seconds := moments.uniform(0.1, 0.9 * duration), everything=moments.random() < 0.5):
+        elif kill(process, seconds := rng.uniform(0.1, 0.9 * duration), everything=rng.random() < 0.5):
             killed.append(f"after {seconds:.2f} s")
         if process.returncode == 0 and killed:
             break
@@ -143,7 +143,7 @@ def killed_and_resumed(
 
 
 def wait_for_writes(process: subprocess.Popen, out: Path, writes: int) -> bool:
-    """Wait until a checkpoint has been begun that many times; False if the process ends before."""
+    """Wait until that many checkpoint writes have started; False if the process ends first."""
     seen = set()
     while process.poll() is None:
         with contextlib.suppress(OSError):
@@ -157,7 +157,7 @@ def wait_for_writes(process: subprocess.Popen, out: Path, writes: int) -> bool:
 
 
 def timed(script: str, cwd: Path, environment: dict[str, str]) -> float:
-    """Run without interruption; the seconds it took."""
+    """Run without interruption; return the seconds it took."""
     started = time.perf_counter()
     finish(start(script, cwd, environment))
     return time.perf_counter() - started

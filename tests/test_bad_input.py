@@ -1,4 +1,4 @@
-"""What a user can get wrong ends in one clear line, exit status 2, and nothing half-written."""
+"""User errors end in one clear line and exit status 2, and leave no half-written files."""
 
 import json
 import os
@@ -41,7 +41,7 @@ OPTIONS = {
     "--name=": "--name: must not be empty",
 }
 
-DATA = {
+AFTER_PARSING = {
     "--dataset mnist": "mnist is not in downloads: train-images-idx3-ubyte, ",
     "--dataset kmnist": "can't be downloaded",
     "--dataset synthetic --valid_size 20000": "--valid_size 20000 leaves no training image of 20000",
@@ -56,7 +56,7 @@ DATA = {
     f"--dataset synthetic --tags {'x' * 65}": "W&B: ",
 }
 if not torch.cuda.is_available():
-    DATA["--dataset synthetic --device cuda"] = "--device cuda: not available on this machine"
+    AFTER_PARSING["--dataset synthetic --device cuda"] = "--device cuda: not available on this machine"
 
 
 def assert_one_line(done, message: str) -> None:
@@ -71,8 +71,8 @@ def test_bad_option(tmp_path, arguments, message):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("arguments, message", DATA.items())
-def test_what_shows_once_the_data_is_loaded(tmp_path, arguments, message):
+@pytest.mark.parametrize("arguments, message", AFTER_PARSING.items())
+def test_errors_found_after_parsing(tmp_path, arguments, message):
     done = call("train_mnist.py", *arguments.split(), cwd=tmp_path)
     assert_one_line(done, message)
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and "wandb" not in path.parts]
@@ -86,8 +86,8 @@ def test_output_directory_of_another_run(small_mnist):
     assert {path: path.read_bytes() for path in small_mnist.files.iterdir()} == before
 
 
-def test_no_space_to_write(tmp_path):
-    """A limit on the size of files stands in for a full disk: both make write() fail."""
+def test_full_disk_at_the_start(tmp_path):
+    """A file size limit stands in for a full disk: both make write() fail."""
     limited = subprocess.run(
         [sys.executable, REPO / "train_mnist.py", "--dataset", "synthetic", "--output_dir", "new/out"],
         cwd=tmp_path,
@@ -102,7 +102,7 @@ def test_no_space_to_write(tmp_path):
     ]
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+def test_nonfinite_training_loss_stops_the_run(tmp_path):
     arguments = "--dataset synthetic --slice 20 --valid_size 2000 --schedule constant --log_every 1 --output_dir out"
     done = call("train_mnist.py", *arguments.split(), "--learning_rate", "1e30", cwd=tmp_path)
     assert done.status == 1 and "Traceback" not in done.err
@@ -113,7 +113,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     assert torch.load(tmp_path / "out/checkpoint.pt", weights_only=True)["position"]["batch"] == 0
 
 
-def test_a_loss_that_is_not_finite_when_evaluated(tmp_path):
+def test_nonfinite_evaluation_loss_stops_the_run(tmp_path):
     arguments = "--dataset synthetic --slice 20 --schedule constant --max_steps 1 --learning_rate 1e38"
     for valid_size, name in ((0, "test"), (2000, "validation")):
         done = call(
@@ -124,8 +124,8 @@ def test_a_loss_that_is_not_finite_when_evaluated(tmp_path):
         assert len((tmp_path / name / "history.jsonl").read_text().splitlines()) == 1
 
 
-def test_a_disk_that_is_full_later(tmp_path):
-    """What can be written shrinks once the run has begun: one line, and status 1."""
+def test_full_disk_during_the_run(tmp_path):
+    """The file size limit drops after the run has started: one line and status 1."""
     (tmp_path / "sitecustomize.py").write_text(
         "import resource, sys\n"
         "def hook(event, arguments):\n"
@@ -140,7 +140,7 @@ def test_a_disk_that_is_full_later(tmp_path):
     assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
 
 
-def test_a_reader_that_leaves(tmp_path):
+def test_closed_output_pipe(tmp_path):
     reading, writing = os.pipe()
     os.close(reading)
     command = [
@@ -161,12 +161,12 @@ def test_a_reader_that_leaves(tmp_path):
 
 
 @pytest.mark.parametrize("name, value", [("WANDB_MODE", "bogus"), ("WANDB_TAGS", "x" * 65)])
-def test_bad_environment_of_wandb(tmp_path, name, value):
+def test_bad_wandb_environment(tmp_path, name, value):
     done = call("train_mnist.py", "--dataset", "synthetic", cwd=tmp_path, **{name: value})
     assert_one_line(done, "W&B: ")
 
 
-def test_wandb_switched_off_in_its_own_settings(tmp_path):
+def test_wandb_disabled_in_its_own_settings(tmp_path):
     command = [sys.executable, "-m", "wandb", "disabled"]
     subprocess.run(command, cwd=tmp_path, env=clean_environment(tmp_path), check=True, capture_output=True)
     done = call(
@@ -175,16 +175,16 @@ def test_wandb_switched_off_in_its_own_settings(tmp_path):
     assert done.status == 0 and done.out.splitlines()[-1].endswith("(W&B is disabled)")
 
 
-def test_an_unexpected_error_keeps_its_traceback(tmp_path):
+def test_unexpected_error_keeps_its_traceback(tmp_path):
     (tmp_path / "sitecustomize.py").write_text("import builtins\nbuiltins.zip = None\n")
     done = call("train_mnist.py", "--dataset", "synthetic", cwd=tmp_path, PYTHONPATH=str(tmp_path))
     assert done.status == 1 and "Traceback" in done.err
 
 
-# ------------------------------------------------------------------------- values as a sweep writes them
+# ---------------------------------------------------------------------------------------- parsing values
 
 
-def test_values_as_a_sweep_passes_them():
+def test_values_from_a_sweep_command():
     arguments = [
         "--kernels=[8, 24]",
         "--epochs=32.0",
@@ -203,7 +203,7 @@ def test_values_as_a_sweep_passes_them():
     assert isinstance(settings.epochs, int)
 
 
-def test_values_as_a_config_holds_them():
+def test_values_from_a_config():
     config = {"kernels": [8, 24], "epochs": 32.0, "learning_rate": "1e-4", "compile": True, "name": None, "theirs": {}}
     settings = options.from_config(train_mnist.Settings(), config)
     assert (settings.kernels, settings.epochs, settings.learning_rate) == ([8, 24], 32, 1e-4)

@@ -1,4 +1,4 @@
-"""metrics.py against values worked out by hand, against scikit-learn, and against what it must refuse."""
+"""metrics.py: known values, agreement with scikit-learn, and rejected arguments; also the progress meter."""
 
 import math
 import pickle
@@ -23,7 +23,7 @@ def close(actual, expected, case: object = "") -> None:
 
 
 def filled(counts: list[list[int]]) -> metrics.ConfusionMatrix:
-    """A matrix that has been given the examples that `counts` is the count of."""
+    """A matrix updated with examples that give these counts."""
     cells = torch.cartesian_prod(*[torch.arange(len(counts))] * 2)
     labels, predictions = cells.repeat_interleave(torch.tensor(counts).flatten(), dim=0).T
     matrix = metrics.ConfusionMatrix(len(counts))
@@ -37,7 +37,7 @@ def random_pairs(rng: np.random.Generator, classes: int = 5, examples: int = 100
 
 
 KNOWN = {
-    # Labelled 4, 6; predicted 5, 5; 7 of 10 right.
+    # Labels 4, 6; predictions 5, 5; 7 of 10 correct.
     "2 classes": (
         [[3, 1], [2, 4]],
         {
@@ -48,10 +48,10 @@ KNOWN = {
             "recall": (17 / 24, 7 / 10, 7 / 10, [3 / 4, 2 / 3]),
             "f1": (23 / 33, 7 / 10, 116 / 165, [2 / 3, 8 / 11]),  # 6/(4+5), 8/(6+5); (4 · 2/3 + 6 · 8/11) / 10
             "matthews_corrcoef": 1 / math.sqrt(6),  # (3·4 - 1·2) / √(4·6·5·5)
-            "cohen_kappa": 2 / 5,  # by chance (4·5 + 6·5) / 10 = 5; (7 - 5) / (10 - 5)
+            "cohen_kappa": 2 / 5,  # expected by chance (4·5 + 6·5) / 10 = 5; (7 - 5) / (10 - 5)
         },
     ),
-    # Class 2 is predicted but never occurs: labelled 8, 3, 0; predicted 6, 4, 1; 7 of 11 right.
+    # Class 2 is predicted but never occurs: labels 8, 3, 0; predictions 6, 4, 1; 7 of 11 correct.
     "3 classes": (
         [[5, 2, 1], [1, 2, 0], [0, 0, 0]],
         {
@@ -63,17 +63,17 @@ KNOWN = {
             "f1": (3 / 7, 7 / 11, 52 / 77, [5 / 7, 4 / 7, 0]),  # 10/(8+6), 4/(3+4); (8 · 5/7 + 3 · 4/7) / 11
             # (7·11 - (8·6 + 3·4)) / √((11² - 8² - 3²) · (11² - 6² - 4² - 1²))
             "matthews_corrcoef": 17 / math.sqrt(3264),
-            "cohen_kappa": 17 / 61,  # by chance (8·6 + 3·4) / 11 = 60/11; (77 - 60) / (121 - 60)
+            "cohen_kappa": 17 / 61,  # expected by chance (8·6 + 3·4) / 11 = 60/11; (77 - 60) / (121 - 60)
         },
     ),
 }
 
 
-@pytest.mark.parametrize(("counts", "figures"), KNOWN.values(), ids=KNOWN)
-def test_known_confusion_matrix(counts, figures):
+@pytest.mark.parametrize(("counts", "expected"), KNOWN.values(), ids=KNOWN)
+def test_known_confusion_matrix(counts, expected):
     matrix = filled(counts)
     assert matrix.counts.tolist() == counts
-    for name, value in figures.items():
+    for name, value in expected.items():
         if isinstance(value, tuple):
             for average, averaged in zip(AVERAGES, value):
                 close(getattr(matrix, name)(average), averaged, (name, average))
@@ -82,13 +82,13 @@ def test_known_confusion_matrix(counts, figures):
     averaged = {
         f"{name}_{average}": value
         for name in ("precision", "recall", "f1")
-        for average, value in zip(("macro", "micro"), figures[name])
+        for average, value in zip(("macro", "micro"), expected[name])
     }
-    summary = {"acc": figures["accuracy"], **averaged, "mcc": figures["matthews_corrcoef"]}
+    summary = {"acc": expected["accuracy"], **averaged, "mcc": expected["matthews_corrcoef"]}
     assert matrix.summary() == pytest.approx(summary, rel=0, abs=1e-12)
 
 
-# Scores .9 | .7 .7 | .4 | .2 of labels 1 | 1 0 | 1 | 0: true positives 1 2 3 3 of 3, false positives 0 1 1 2 of 2.
+# Sorted scores .9 | .7 .7 | .4 | .2, labels 1 | 1 0 | 1 | 0: true positives 1 2 3 3 of 3, false 0 1 1 2 of 2.
 SCORES, LABELS = torch.tensor([0.4, 0.7, 0.9, 0.2, 0.7]), torch.tensor([1, 0, 1, 0, 1])
 
 
@@ -97,11 +97,11 @@ def test_known_roc_curve():
     close(fpr, [0, 0, 1 / 2, 1 / 2, 1])
     close(tpr, [0, 1 / 3, 2 / 3, 1, 1])
     close(thresholds, [math.inf, *SCORES[[2, 1, 0, 3]]])
-    # Of the 3 · 2 pairs, .9 wins 2, .7 wins 1 and draws 1, .4 wins 1.
+    # Of the 3 · 2 pairs of a positive and a negative, .9 wins 2, .7 wins 1 and ties 1, .4 wins 1.
     close(metrics.roc_auc(SCORES, LABELS), (2 + 1.5 + 1) / 6)
 
 
-def test_roc_curve_leaves_out_points_on_a_straight_line():
+def test_roc_curve_drops_collinear_points():
     fpr, tpr, thresholds = metrics.roc_curve(torch.tensor([4, 3, 2, 1, 0]), torch.tensor([1, 0, 0, 0, 1]))
     close(thresholds, [math.inf, 4, 1, 0])
     close(fpr, [0, 0, 1, 1])
@@ -113,22 +113,22 @@ def test_known_precision_recall_curve():
     close(precision, [3 / 5, 3 / 4, 2 / 3, 1, 1])
     close(recall, [1, 1, 2 / 3, 1 / 3, 0])
     close(thresholds, SCORES[[3, 0, 1, 2]])
-    # Each of three steps in recall is 1/3, at precision 1, 2/3 and 3/4.
+    # Recall rises in three steps of 1/3, at precision 1, 2/3 and 3/4.
     close(metrics.average_precision(SCORES, LABELS), 29 / 36)
 
 
 def test_known_calibration_error():
     probabilities = torch.tensor([[0.5, 0.25, 0.25], [0.75, 0.25, 0], [0.375, 0.3125, 0.3125], [0, 0, 1]])
-    # Hit, miss, hit, hit. Lower bin, with the confidence of .5: .5 + .625; upper bin: -.75 + 0.
+    # Correct, wrong, correct, correct. Lower bin, which includes a confidence of .5: .5 + .625; upper bin: -.75 + 0.
     close(metrics.expected_calibration_error(probabilities, torch.tensor([0, 1, 0, 2]), bins=2), (1.125 + 0.75) / 4)
 
 
 def test_calibration_error_has_15_bins():
-    probabilities = torch.tensor([[0.53, 0.47], [0.54, 0.46]], dtype=torch.float64)  # 8/15 = .533… lies between
+    probabilities = torch.tensor([[0.53, 0.47], [0.54, 0.46]], dtype=torch.float64)  # 8/15 = .533… is between them
     close(metrics.expected_calibration_error(probabilities, torch.tensor([0, 1])), (0.47 + 0.54) / 2)
 
 
-PARTS = {  # which classes the labels and the predictions of a case are drawn from
+PARTS = {  # the classes from which labels and predictions are drawn
     "all classes": lambda rng, classes: (classes, classes),
     "some classes": lambda rng, classes: (
         rng.choice(classes, rng.integers(1, len(classes) + 1)),
@@ -148,7 +148,7 @@ def test_random_labels_against_scikit_learn(parts):
         classes = np.arange(rng.integers(2, 21))
         size = rng.integers(1, 200)
         labels, predictions = (rng.choice(part, size) for part in parts(rng, classes))
-        # Some agreement, of what both may hold.
+        # Make some of the predictions correct.
         agree = (rng.random(size) < rng.random()) & np.isin(labels, predictions)
         predictions = np.where(agree, labels, predictions)
         matrix = metrics.ConfusionMatrix(len(classes))
@@ -162,7 +162,7 @@ def test_random_labels_against_scikit_learn(parts):
         close(matrix.matthews_corrcoef(), reference.matthews_corrcoef(*both), seed)
         close(matrix.cohen_kappa(), reference.cohen_kappa_score(*both), seed)
         for average in AVERAGES:
-            # By default scikit-learn averages over the classes that occur, and leaves the others out.
+            # By default scikit-learn averages over the classes that occur only.
             which = classes if average is None else None
             expected = reference.precision_recall_fscore_support(*both, labels=which, average=average)
             actual = (matrix.precision(average), matrix.recall(average), matrix.f1(average))
@@ -197,12 +197,12 @@ def test_random_calibration_error_against_a_loop(bins):
         rng = np.random.default_rng(seed)
         size, classes = rng.integers(1, 100), rng.integers(2, 21)
         probabilities = rng.dirichlet(np.full(classes, rng.uniform(0.05, 1)), size)
-        # A third of the top probabilities lie on the border of two bins, and above all others of their row.
-        borders = np.arange(bins // 2 + 1, bins + 1) / bins
-        top = rng.choice(borders, size)
-        on_border = (1 - top[:, None]) / (classes - 1) * np.ones(classes)
-        on_border[np.arange(size), rng.integers(classes, size=size)] = top
-        probabilities = np.where(rng.random((size, 1)) < 1 / 3, on_border, probabilities)
+        # A third of the rows have a top probability that lies exactly on a bin edge.
+        edges = np.arange(bins // 2 + 1, bins + 1) / bins
+        top = rng.choice(edges, size)
+        on_edge = (1 - top[:, None]) / (classes - 1) * np.ones(classes)
+        on_edge[np.arange(size), rng.integers(classes, size=size)] = top
+        probabilities = np.where(rng.random((size, 1)) < 1 / 3, on_edge, probabilities)
         labels = np.where(rng.random(size) < 0.5, probabilities.argmax(1), rng.integers(classes, size=size))
 
         expected = 0.0
@@ -216,17 +216,17 @@ def test_random_calibration_error_against_a_loop(bins):
         close(metrics.expected_calibration_error(*ours, bins), expected, seed)
 
 
-def test_counts_do_not_depend_on_the_batches():
+def test_counts_do_not_depend_on_batching():
     predictions, labels = random_pairs(np.random.default_rng(0))
-    at_once, by_parts = metrics.ConfusionMatrix(5), metrics.ConfusionMatrix(5)
+    at_once, in_parts = metrics.ConfusionMatrix(5), metrics.ConfusionMatrix(5)
     at_once.update(predictions.view(10, 10), labels.view(10, 10))
     for part in zip(predictions.tensor_split((0, 1, 40)), labels.tensor_split((0, 1, 40))):
-        by_parts.update(*part)
+        in_parts.update(*part)
     assert at_once.counts.sum() == 100
-    assert torch.equal(at_once.counts, by_parts.counts)
+    assert torch.equal(at_once.counts, in_parts.counts)
 
 
-def test_sum_counts_both_parts():
+def test_sum_merges_counts():
     predictions, labels = random_pairs(np.random.default_rng(1))
     first, second, whole = (metrics.ConfusionMatrix(5) for _ in range(3))
     first.update(predictions[:30], labels[:30])
@@ -240,7 +240,7 @@ def test_sum_counts_both_parts():
     assert torch.equal(first.counts, before[0]) and torch.equal(second.counts, before[1])
 
 
-def test_counts_are_a_copy_of_fixed_size():
+def test_counts_are_a_copy_and_memory_is_constant():
     predictions, labels = random_pairs(np.random.default_rng(2), examples=10_000)
     matrix = metrics.ConfusionMatrix(5)
     size = len(pickle.dumps(matrix))
@@ -251,12 +251,12 @@ def test_counts_are_a_copy_of_fixed_size():
     assert matrix.counts.sum() == 10_000
 
 
-def test_matrices_of_different_sizes_are_not_added():
-    with pytest.raises(ValueError, match="can't add matrices of 2 and 3 classes"):
+def test_adding_matrices_of_different_sizes_raises():
+    with pytest.raises(ValueError, match="can't add matrices with 2 and 3 classes"):
         metrics.ConfusionMatrix(2) + metrics.ConfusionMatrix(3)
 
 
-def test_fewer_than_two_classes_are_refused():
+def test_fewer_than_two_classes_raise():
     with pytest.raises(ValueError, match="num_classes must be at least 2, got 1"):
         metrics.ConfusionMatrix(1)
 
@@ -268,13 +268,13 @@ def test_fewer_than_two_classes_are_refused():
         ([[0], [1]], [0, 1], r"predictions \(2, 1\) and labels \(2,\) differ in shape"),
         ([0.0, 1.0], [0, 1], "must be int64, got torch.float32 and torch.int64"),
         ([0, 1], [0.0, 1.0], "must be int64, got torch.int64 and torch.float32"),
-        ([0, -1], [0, 1], r"predictions hold a value outside 0\.\.2"),
-        ([0, 3], [0, 1], r"predictions hold a value outside 0\.\.2"),
-        ([0, 1], [0, -1], r"labels hold a value outside 0\.\.2"),
-        ([0, 1], [0, 3], r"labels hold a value outside 0\.\.2"),
+        ([0, -1], [0, 1], r"predictions contain a value outside 0\.\.2"),
+        ([0, 3], [0, 1], r"predictions contain a value outside 0\.\.2"),
+        ([0, 1], [0, -1], r"labels contain a value outside 0\.\.2"),
+        ([0, 1], [0, 3], r"labels contain a value outside 0\.\.2"),
     ],
 )
-def test_bad_update_is_refused_and_not_counted(predictions, labels, message):
+def test_invalid_update_raises_and_is_not_counted(predictions, labels, message):
     matrix = filled([[1, 0, 0], [0, 0, 2], [0, 0, 0]])
     with pytest.raises(ValueError, match=message):
         matrix.update(torch.tensor(predictions), torch.tensor(labels))
@@ -283,7 +283,7 @@ def test_bad_update_is_refused_and_not_counted(predictions, labels, message):
 
 @pytest.mark.parametrize("average", AVERAGES)
 @pytest.mark.parametrize("name", ["precision", "recall", "f1"])
-def test_averages_of_no_examples_are_refused(name, average):
+def test_averages_without_examples_raise(name, average):
     with pytest.raises(ValueError, match="no examples have been counted"):
         getattr(metrics.ConfusionMatrix(3), name)(average)
 
@@ -291,13 +291,13 @@ def test_averages_of_no_examples_are_refused(name, average):
 @pytest.mark.parametrize(
     "name", ["accuracy", "balanced_accuracy", "majority_share", "matthews_corrcoef", "cohen_kappa", "summary"]
 )
-def test_figures_of_no_examples_are_refused(name):
+def test_metrics_without_examples_raise(name):
     with pytest.raises(ValueError, match="no examples have been counted"):
         getattr(metrics.ConfusionMatrix(3), name)()
 
 
 @pytest.mark.parametrize("name", ["precision", "recall", "f1"])
-def test_unknown_average_is_refused(name):
+def test_unknown_average_raises(name):
     with pytest.raises(ValueError, match="weighted\" or None, got 'binary'"):
         getattr(filled([[1, 0], [0, 1]]), name)("binary")
 
@@ -309,13 +309,13 @@ def test_unknown_average_is_refused(name):
         ([0.1, 0.2], [0], r"got \(2,\) and \(1,\)"),
         ([[0.1, 0.2]], [[0, 1]], r"got \(1, 2\) and \(1, 2\)"),
         ([], [], r"n > 0, got \(0,\) and \(0,\)"),
-        ([0.1, math.nan], [0, 1], "scores hold NaN or infinity"),
-        ([0.1, math.inf], [0, 1], "scores hold NaN or infinity"),
+        ([0.1, math.nan], [0, 1], "scores contain NaN or infinity"),
+        ([0.1, math.inf], [0, 1], "scores contain NaN or infinity"),
         ([0.1, 0.2], [0, 2], "labels must be 0 or 1"),
         ([0.1, 0.2], [-1, 1], "labels must be 0 or 1"),
     ],
 )
-def test_bad_scores_are_refused(name, scores, labels, message):
+def test_invalid_scores_raise(name, scores, labels, message):
     with pytest.raises(ValueError, match=message):
         getattr(metrics, name)(torch.tensor(scores), torch.tensor(labels))
 
@@ -336,12 +336,12 @@ def test_bad_scores_are_refused(name, scores, labels, message):
         ([[0.5, 0.5]], [1.0], 15, r"labels must be integers in 0\.\.1"),
     ],
 )
-def test_bad_probabilities_are_refused(probabilities, labels, bins, message):
+def test_invalid_probabilities_raise(probabilities, labels, bins, message):
     with pytest.raises(ValueError, match=message):
         metrics.expected_calibration_error(torch.as_tensor(probabilities), torch.tensor(labels), bins)
 
 
-def test_meter_gives_means_over_examples():
+def test_meter_averages_over_examples():
     meter = Meter()
     meter.add(2, loss=torch.tensor(2.0, requires_grad=True), acc=torch.tensor(1))
     meter.add(4, loss=torch.tensor(1.0, requires_grad=True), acc=torch.tensor(3))
@@ -353,7 +353,7 @@ def test_meter_gives_means_over_examples():
     assert meter.row() == meter.epoch() == {"loss": 0.5, "acc": 1.0}
 
 
-def test_state_of_a_meter_is_a_snapshot():
+def test_meter_state_is_a_snapshot():
     meter, resumed = Meter(), Meter()
     meter.add(2, error=torch.tensor(2.0, requires_grad=True))
     meter.row()
@@ -363,7 +363,7 @@ def test_state_of_a_meter_is_a_snapshot():
     assert state == {"sums": {"error": 1.0, "examples": 4.0}, "epoch": {"error": 2.0, "examples": 2.0}}
     resumed.load_state_dict(state)
     assert (resumed.row(), resumed.epoch()) == ({"error": 0.25}, {"error": 0.5})
-    resumed.load_state_dict(state, state)  # of two ranks
+    resumed.load_state_dict(state, state)  # from two ranks
     assert (resumed.row(), resumed.epoch()) == ({"error": 0.25}, {"error": 4 / 10})
 
 
@@ -382,20 +382,20 @@ def test_evaluation():
     assert tuple(result.metrics) == metrics.EVALUATION_METRICS
 
 
-def test_evaluation_refuses_labels_out_of_range():
-    with pytest.raises(ValueError, match=r"labels hold a value outside 0\.\.2"):
+def test_evaluation_of_labels_out_of_range_raises():
+    with pytest.raises(ValueError, match=r"labels contain a value outside 0\.\.2"):
         metrics.evaluation(torch.zeros(2, 3), torch.tensor([0, 3]))
 
 
-def test_update_costs_a_hundredth_of_six_torchmetrics():
-    of_ten = {"task": "multiclass", "num_classes": 10}
+def test_update_is_100_times_faster_than_six_torchmetrics():
+    kind = {"task": "multiclass", "num_classes": 10}
     six = [
-        torchmetrics.Accuracy(**of_ten),
-        torchmetrics.Precision(average="macro", **of_ten),
-        torchmetrics.Precision(average="micro", **of_ten),
-        torchmetrics.Recall(average="macro", **of_ten),
-        torchmetrics.Recall(average="micro", **of_ten),
-        torchmetrics.F1Score(**of_ten),
+        torchmetrics.Accuracy(**kind),
+        torchmetrics.Precision(average="macro", **kind),
+        torchmetrics.Precision(average="micro", **kind),
+        torchmetrics.Recall(average="macro", **kind),
+        torchmetrics.Recall(average="micro", **kind),
+        torchmetrics.F1Score(**kind),
     ]
     matrix = metrics.ConfusionMatrix(10)
     predictions, labels = random_pairs(np.random.default_rng(3), classes=10, examples=64)
@@ -407,7 +407,7 @@ def test_update_costs_a_hundredth_of_six_torchmetrics():
                 call(predictions, labels)
         return (time.perf_counter() - started) / calls
 
-    # In turns, and the least of many short rounds of each: what else the computer does only adds to them.
+    # Alternating, and the minimum of many short rounds: other load on the machine can only add time.
     rounds = [(seconds([matrix.update], 50), seconds(six, 1)) for _ in range(400)]
     ours, theirs = map(min, zip(*rounds))
     assert ours <= theirs / 100, f"{ours * 1e6:.1f} µs against {theirs * 1e6:.0f} µs"

@@ -1,4 +1,4 @@
-"""Several processes of torchrun train as one does: the same batches and figures, one W&B run, the same exact resume."""
+"""Under torchrun, several processes train like one: same batches and metrics, one W&B run, exact resume."""
 
 import json
 import os
@@ -25,7 +25,7 @@ SCRIPTS = tuple(killing.ARGUMENTS)
 def start(
     script: str, cwd: Path, *more: str, processes: int = 2, restarts: int = 0, **environment: str
 ) -> subprocess.Popen:
-    """The run of `killing`, of so many processes with a thread each."""
+    """Start the run that `killing` defines in several processes, with one thread each."""
     launcher = f"-m torch.distributed.run --nproc-per-node {processes} --max-restarts {restarts}".split()
     arguments = [*killing.ARGUMENTS[script].split(), "--output_dir", "out", "--id", "same", *more]
     return subprocess.Popen(
@@ -45,13 +45,13 @@ def rows(out: Path) -> list[dict]:
 def wait_for_rows(cwd: Path, count: int) -> None:
     deadline = time.monotonic() + 60
     while not (cwd / "out/history.jsonl").exists() or len(rows(cwd / "out")) < count:
-        assert time.monotonic() < deadline, "the run does not get on"
+        assert time.monotonic() < deadline, "the run makes no progress"
         time.sleep(0.02)
 
 
 @pytest.fixture(scope="module")
 def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, SimpleNamespace]:
-    """For each script a run of two processes that was never interrupted."""
+    """For each script, an uninterrupted run with two processes."""
     finished = {}
     for script in SCRIPTS:
         cwd = tmp_path_factory.mktemp("two")
@@ -61,7 +61,7 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, SimpleName
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_one_wandb_run_and_one_voice(script, references):
+def test_only_rank_0_logs_and_prints(script, references):
     reference = references[script]
     assert len(list((reference.cwd / "wandb").glob("*run-*"))) == 1
     history = [record["history"]["item"] for record in wandb_records(reference.cwd) if record["type"] == "history"]
@@ -73,8 +73,8 @@ def test_one_wandb_run_and_one_voice(script, references):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_merged_validation_is_equal(script, references, tmp_path):
-    """One process evaluates the model that two have trained, and finds the same to the last bit."""
+def test_merged_validation_matches_one_process(script, references, tmp_path):
+    """One process evaluates the model that two have trained and gets exactly the same results."""
     shutil.copytree(references[script].cwd, tmp_path, symlinks=True, dirs_exist_ok=True)
     (tmp_path / "out/metrics.json").unlink()
     alone = start(script, tmp_path, "--resume", processes=1)
@@ -82,7 +82,7 @@ def test_merged_validation_is_equal(script, references, tmp_path):
     assert killing.differences(references[script].out, tmp_path / "out") == []
 
 
-def without_dropout(directory: Path) -> Path:
+def bert_without_dropout(directory: Path) -> Path:
     words = sorted({word for line in killing.SENTENCES.read_text().splitlines() for word in line.lower().split()})
     tokenizer = BertTokenizerFast(vocab={word: i for i, word in enumerate(encoders.learn_wordpieces(words))})
     torch.manual_seed(0)
@@ -102,10 +102,10 @@ def without_dropout(directory: Path) -> Path:
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_losses_agree_with_one_process(script, tmp_path):
-    """To rounding at first; Adam makes small differences grow, as another number of threads would."""
+    """Equal up to rounding at first; then Adam amplifies the differences, as it does with another number of threads."""
     more = ["--precision", "fp32", "--epochs", "1", "--log_every", "1", "--watch", "off"]
     if script == "train_cola.py":
-        more += ["--model", str(without_dropout(tmp_path / "bert")), "--batch_size", "16"]
+        more += ["--model", str(bert_without_dropout(tmp_path / "bert")), "--batch_size", "16"]
     histories = []
     for processes in (1, 3):
         (tmp_path / str(processes)).mkdir()
@@ -131,7 +131,7 @@ def test_killed_worker_is_restarted(script, victim, references, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_stopped_together(number, references, tmp_path):
+def test_signal_stops_all_processes(number, references, tmp_path):
     process = start("train_cola.py", tmp_path, "--checkpoint_every", "1000000")
     wait_for_rows(tmp_path, 5)
     asked = time.monotonic()
@@ -145,7 +145,7 @@ def test_stopped_together(number, references, tmp_path):
     assert killing.differences(references["train_cola.py"].out, tmp_path / "out") == []
 
 
-def test_goes_on_with_more_processes(references, tmp_path):
+def test_resume_with_more_processes(references, tmp_path):
     process = start("train_mnist.py", tmp_path, processes=1)
     wait_for_rows(tmp_path, 5)
     process.send_signal(signal.SIGTERM)
@@ -158,12 +158,12 @@ def test_goes_on_with_more_processes(references, tmp_path):
         assert row["train/loss_step"] == pytest.approx(other["train/loss_step"], rel=0.05) if "epoch" in row else True
 
 
-def test_a_finished_run_is_said_to_be_finished(references, tmp_path):
+def test_resuming_a_finished_run_says_so(references, tmp_path):
     shutil.copytree(references["train_mnist.py"].cwd, tmp_path, symlinks=True, dirs_exist_ok=True)
     assert killing.finish(start("train_mnist.py", tmp_path, "--resume")).count("out is finished: see") == 1
 
 
-def test_divergence_is_told_once(tmp_path):
+def test_divergence_is_reported_once(tmp_path):
     process = start("train_mnist.py", tmp_path, *"--learning_rate 1e30 --precision fp32 --log_every 1".split())
     printed = process.communicate(timeout=60)[0].decode()
     assert process.returncode != 0
@@ -171,12 +171,12 @@ def test_divergence_is_told_once(tmp_path):
     assert 'train_mnist.py", line' not in printed
 
 
-def test_a_mistake_is_told_once(tmp_path):
+def test_user_error_is_reported_once(tmp_path):
     process = start("train_mnist.py", tmp_path, "--batch_size", "1999", processes=3)
     printed = process.communicate(timeout=60)[0].decode()
     assert process.returncode != 0
     assert printed.count("3 processes can't share the last batch of an epoch, which has 1 of the") == 1, printed
-    assert 'train_mnist.py", line' not in printed  # a traceback of ours; torchrun prints one of its own
+    assert 'train_mnist.py", line' not in printed  # no traceback of ours; torchrun prints its own
     assert not (tmp_path / "out").exists()
 
 
@@ -188,14 +188,14 @@ def test_a_mistake_is_told_once(tmp_path):
         "other data": "train_cola.py: error: the processes do not have the same data and model",
     }.items(),
 )
-def test_what_another_process_lacks_is_told(tmp_path, case, message):
-    """As on a machine of a cluster where the files are not, or are others."""
+def test_missing_or_different_files_are_reported(tmp_path, case, message):
+    """As on a cluster node whose files are missing or different."""
     for rank in ("0", "1"):
         (tmp_path / rank / "bert").mkdir(parents=True)
         shutil.copy(killing.SENTENCES, tmp_path / rank / "sentences.tsv")
-    without_dropout(tmp_path / "0/bert")
+    bert_without_dropout(tmp_path / "0/bert")
     if case != "no model":
-        without_dropout(tmp_path / "1/bert")
+        bert_without_dropout(tmp_path / "1/bert")
     lines = killing.SENTENCES.read_text().splitlines(keepends=True)
     if case == "no data":
         (tmp_path / "1/sentences.tsv").unlink()
@@ -216,9 +216,9 @@ def test_what_another_process_lacks_is_told(tmp_path, case, message):
     assert done.stderr.count(message) == 1, done.stderr
 
 
-def test_a_stop_by_wandb_is_no_failure(tmp_path):
+def test_stop_from_wandb_is_not_a_failure(tmp_path):
     with serving() as server:
-        server.stopped.add("same")  # W&B asks every 15 seconds
+        server.stopped.add("same")  # W&B polls every 15 seconds
         more = "--wandb online --epochs 1000".split()
         process = start("train_mnist.py", tmp_path, *more, **server.environment())
         printed = killing.finish(process, timeout=60)

@@ -1,4 +1,4 @@
-"""A run that was killed or stopped goes on as if nothing had been: same weights, same files, one seamless W&B curve."""
+"""A killed or stopped run resumes exactly: same weights, same files, one continuous W&B history."""
 
 import json
 import os
@@ -29,7 +29,7 @@ SCRIPTS = tuple(killing.ARGUMENTS)
 
 @pytest.fixture(scope="module")
 def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, SimpleNamespace]:
-    """For each script a run that was never interrupted, and the history that the server has of it."""
+    """For each script, an uninterrupted run and its history on the server."""
     finished = {}
     for script in SCRIPTS:
         cwd = tmp_path_factory.mktemp("reference")
@@ -42,7 +42,7 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, SimpleName
 
 @pytest.fixture
 def copied(references, tmp_path: Path) -> Path:
-    """A copy of the finished run of train_mnist.py, to be damaged."""
+    """A copy of the finished train_mnist.py run, for tests to damage."""
     shutil.copytree(references["train_mnist.py"].cwd, tmp_path / "copy", symlinks=True)
     return tmp_path / "copy"
 
@@ -51,7 +51,7 @@ def wait_for_rows(cwd: Path, rows: int) -> None:
     journal = cwd / "out/history.jsonl"
     deadline = time.monotonic() + 60
     while not journal.exists() or journal.read_text().count("\n") < rows:
-        assert time.monotonic() < deadline, "the run does not get on"
+        assert time.monotonic() < deadline, "the run makes no progress"
         time.sleep(0.02)
 
 
@@ -65,27 +65,27 @@ def resume(cwd: Path, *more: str, **environment: str) -> SimpleNamespace:
 def test_killed_at_random_moments(script, references, tmp_path):
     reference = references[script]
 
-    def once(number: int) -> tuple[list[str], list[str], bool]:
+    def kill_and_resume(number: int) -> tuple[list[str], list[str], bool]:
         cwd = tmp_path / str(number)
         cwd.mkdir()
-        environment, moments = clean_environment(cwd), random.Random(f"{script} {number}")
-        killed = killing.killed_and_resumed(script, cwd, environment, reference.duration, moments)
+        environment, rng = clean_environment(cwd), random.Random(f"{script} {number}")
+        killed = killing.killed_and_resumed(script, cwd, environment, reference.duration, rng)
         with serving() as server:
             history = killing.sync(cwd, environment, server)
         return killed, killing.differences(reference.out, cwd / "out"), history == reference.history
 
     with ThreadPoolExecutor(2) as pool:
-        outcomes = list(pool.map(once, range(5)))
-    assert all(not differ and curve_is_the_same for _, differ, curve_is_the_same in outcomes), outcomes
+        outcomes = list(pool.map(kill_and_resume, range(5)))
+    assert all(not differences and same_history for _, differences, same_history in outcomes), outcomes
     assert all(killed for killed, _, _ in outcomes)
 
 
-def test_an_online_run_killed_and_resumed_leaves_no_seam_on_the_server(references, tmp_path):
+def test_killed_online_run_resumes_without_gaps_on_the_server(references, tmp_path):
     reference = references["train_mnist.py"]
     with serving() as server:
         environment = clean_environment(tmp_path, **server.environment())
         process = killing.start("train_mnist.py", tmp_path, environment)
-        wait_for_rows(tmp_path, 9)  # in the second epoch; the server has got nothing so far
+        wait_for_rows(tmp_path, 9)  # in the second epoch; the server has received nothing yet
         killing.kill(process, 0, everything=True)
         killing.finish(killing.start("train_mnist.py", tmp_path, environment, "--resume"))
         assert killing.on_server(server) == reference.history
@@ -94,7 +94,7 @@ def test_an_online_run_killed_and_resumed_leaves_no_seam_on_the_server(reference
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_signals_end_a_run_in_time_and_it_can_be_resumed(script, references, tmp_path):
+def test_signals_stop_a_run_promptly_and_it_resumes(script, references, tmp_path):
     environment = clean_environment(tmp_path)
     for rows, number in ((2, signal.SIGTERM), (6, signal.SIGINT)):
         process = killing.start(script, tmp_path, environment, "--resume")
@@ -110,7 +110,32 @@ def test_signals_end_a_run_in_time_and_it_can_be_resumed(script, references, tmp
     assert killing.differences(references[script].out, tmp_path / "out") == []
 
 
-def test_a_second_ctrl_c_stops_at_once(tmp_path):
+def test_stop_at_the_end_of_an_epoch_repeats_its_validation(tmp_path):
+    """Every batch is an epoch here. Neither the journal nor W&B may hold a row without its validation metrics."""
+    one_batch = "--slice 8 --batch_size 2000 --epochs 12".split()
+    outs, histories = [], []
+    for name, numbers in (("reference", ()), ("stopped", (signal.SIGTERM, signal.SIGINT))):
+        cwd = tmp_path / name
+        cwd.mkdir()
+        environment = clean_environment(cwd)
+        for count, number in enumerate(numbers, 1):
+            process = killing.start("train_mnist.py", cwd, environment, *one_batch, "--resume")
+            wait_for_rows(cwd, 3 * count)
+            process.send_signal(number)
+            out = process.communicate(timeout=20)[0].decode()
+            assert process.returncode == 128 + number, out
+            rows = [json.loads(line) for line in (cwd / "out/history.jsonl").read_text().splitlines()]
+            assert all("valid/loss" in row for row in rows) and len(rows) < 12
+        killing.finish(killing.start("train_mnist.py", cwd, environment, *one_batch, "--resume"))
+        outs.append(cwd / "out")
+        with serving() as server:
+            histories.append(killing.sync(cwd, environment, server))
+    assert killing.differences(*outs) == []
+    *rows, _ = histories[1]  # the last one is the summary
+    assert histories[0] == histories[1] and all("valid/loss" in row for row in rows)
+
+
+def test_second_ctrl_c_stops_immediately(tmp_path):
     process = killing.start("train_mnist.py", tmp_path, clean_environment(tmp_path), "--epochs", "100")
     wait_for_rows(tmp_path, 3)
     process.send_signal(signal.SIGINT)
@@ -122,7 +147,7 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path):
     assert time.monotonic() - asked < 1
 
 
-def test_a_finished_run_says_so(references):
+def test_resuming_a_finished_run_changes_nothing(references):
     cwd = references["train_mnist.py"].cwd
     before = {path: path.stat().st_mtime_ns for path in (cwd / "out").iterdir()}
     done = resume(cwd)
@@ -130,7 +155,7 @@ def test_a_finished_run_says_so(references):
     assert {path: path.stat().st_mtime_ns for path in (cwd / "out").iterdir()} == before
 
 
-def test_other_settings_are_refused_and_names_are_not(copied):
+def test_changed_settings_are_refused_but_not_names_and_tags(copied):
     (copied / "out/metrics.json").unlink()
     refused = resume(copied, "--learning_rate", "0.1", "--log_every", "5", "--tags", "new")
     assert refused.status == 2
@@ -141,7 +166,7 @@ def test_other_settings_are_refused_and_names_are_not(copied):
     assert resume(copied, "--tags", "new", "--notes", "new", "--name", "new").status == 0
 
 
-def test_other_data_is_refused(copied, references):
+def test_changed_data_is_refused(copied, references):
     state = torch.load(copied / "out/checkpoint.pt", weights_only=True)
     (copied / "out/metrics.json").unlink()
     torch.save(state | {"data": state["data"] ^ 1}, copied / "out/checkpoint.pt")
@@ -149,7 +174,7 @@ def test_other_data_is_refused(copied, references):
     assert refused.status == 2 and "the data are not those" in refused.out.splitlines()[-1]
 
 
-def test_other_sentences_are_refused(tmp_path):
+def test_changed_sentences_are_refused(tmp_path):
     sentences = killing.SENTENCES.read_text()
     for part in ("t.tsv", "v.tsv"):
         (tmp_path / part).write_text(sentences)
@@ -162,7 +187,7 @@ def test_other_sentences_are_refused(tmp_path):
     assert refused.status == 2 and "the data are not those" in refused.err.splitlines()[-1]
 
 
-def test_resume_needs_to_know_which_run(tmp_path):
+def test_resume_must_name_a_run(tmp_path):
     done = subprocess.run(
         [sys.executable, killing.REPO / "train_mnist.py", "--resume"],
         cwd=tmp_path,
@@ -173,7 +198,7 @@ def test_resume_needs_to_know_which_run(tmp_path):
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--output_dir" in done.stderr
 
 
-def test_two_processes_can_not_share_a_directory(tmp_path):
+def test_two_processes_cannot_share_a_directory(tmp_path):
     process = killing.start("train_mnist.py", tmp_path, clean_environment(tmp_path), "--epochs", "100")
     wait_for_rows(tmp_path, 1)
     second = resume(tmp_path, "--epochs", "100")
@@ -181,7 +206,7 @@ def test_two_processes_can_not_share_a_directory(tmp_path):
     assert second.status == 2 and "another process is at work there" in second.out.splitlines()[-1]
 
 
-def test_killed_while_it_exports_nothing_is_lost(references, tmp_path):
+def test_kill_during_export_loses_nothing(references, tmp_path):
     reference, environment = references["train_mnist.py"], clean_environment(tmp_path)
     process = killing.start("train_mnist.py", tmp_path, environment)
     while not (tmp_path / "out/predictions.csv").exists():
@@ -196,7 +221,7 @@ def test_killed_while_it_exports_nothing_is_lost(references, tmp_path):
     assert "is finished" in resume(tmp_path).out
 
 
-def test_an_online_run_that_goes_on_offline_leaves_no_hole(references, tmp_path):
+def test_online_run_resumed_offline_has_no_gaps(references, tmp_path):
     with serving() as server:
         process = killing.start("train_mnist.py", tmp_path, clean_environment(tmp_path, **server.environment()))
         wait_for_rows(tmp_path, 9)
@@ -207,7 +232,7 @@ def test_an_online_run_that_goes_on_offline_leaves_no_hole(references, tmp_path)
 
 
 @pytest.mark.parametrize("damage", ["", "cut", "garbled", "deleted"])
-def test_a_damaged_journal_is_refused(damage, copied):
+def test_damaged_journal_is_refused(damage, copied):
     (copied / "out/metrics.json").unlink()
     journal = copied / "out/history.jsonl"
     content = journal.read_bytes()
@@ -223,7 +248,7 @@ def test_a_damaged_journal_is_refused(damage, copied):
 
 
 @pytest.mark.parametrize("config", [None, '{"id": "oth'])
-def test_without_its_config_the_run_keeps_its_id(config, copied):
+def test_run_id_survives_a_damaged_config(config, copied):
     for name in ("metrics.json", "config.json"):
         (copied / "out" / name).unlink()
     if config:
@@ -242,12 +267,12 @@ def test_without_its_config_the_run_keeps_its_id(config, copied):
 # ------------------------------------------------------------------------------------------ checkpoints
 
 
-def test_a_checkpoint_cut_anywhere_is_recovered_or_refused(copied, capsys):
+def test_truncated_checkpoint_is_recovered_or_refused(copied, capsys):
     out, lengths = copied / "out", random.Random(0)
     whole, before = (out / "checkpoint.pt").read_bytes(), (out / "checkpoint.previous.pt").read_bytes()
     expected = torch.load(out / "checkpoint.previous.pt", weights_only=True)["position"]
     for _ in range(20):
-        settings = begun_with(out)
+        settings = settings_of(out)
         (out / "checkpoint.pt").write_bytes(whole[: lengths.randrange(len(whole))])
         (out / "checkpoint.previous.pt").write_bytes(before)
         assert checkpoints.load(out, settings)["position"] == expected
@@ -258,36 +283,36 @@ def test_a_checkpoint_cut_anywhere_is_recovered_or_refused(copied, capsys):
             checkpoints.load(out, settings)
 
 
-def test_a_changed_byte_never_goes_unnoticed(copied):
+def test_corrupt_byte_is_detected_or_harmless(copied):
     out, places = copied / "out", random.Random(1)
     whole = (out / "checkpoint.pt").read_bytes()
     state = torch.load(out / "checkpoint.pt", weights_only=True)
     (out / "checkpoint.previous.pt").unlink()
-    noticed = 0
+    detected = 0
     for _ in range(100):
         garbled = bytearray(whole)
         garbled[places.randrange(len(whole))] ^= 0xFF
         (out / "checkpoint.pt").write_bytes(garbled)
         try:
-            assert killing.same(checkpoints.load(out, begun_with(out)), state)  # it did not matter
+            assert killing.same(checkpoints.load(out, settings_of(out)), state)  # harmless
         except UserError:
-            noticed += 1
-    assert noticed > 80
+            detected += 1
+    assert detected > 80
 
 
-def begun_with(out: Path) -> SharedSettings:
+def settings_of(out: Path) -> SharedSettings:
     import train_mnist
 
     used = json.loads((out / "config.json").read_text())
     return train_mnist.Settings(**{name: value for name, value in used.items() if name != "versions"})
 
 
-def test_a_run_goes_on_from_the_previous_checkpoint(copied, references):
+def test_resume_falls_back_to_the_previous_checkpoint(copied, references):
     (copied / "out/metrics.json").unlink()
     os.truncate(copied / "out/checkpoint.pt", 1000)
     expected = torch.load(copied / "out/checkpoint.previous.pt", weights_only=True)["position"]
-    assert checkpoints.load(copied / "out", begun_with(copied / "out"))["position"] == expected
-    assert not (copied / "out/checkpoint.previous.pt").exists()  # it has taken the place of the damaged one
+    assert checkpoints.load(copied / "out", settings_of(copied / "out"))["position"] == expected
+    assert not (copied / "out/checkpoint.previous.pt").exists()  # it has replaced the damaged one
     os.replace(copied / "out/checkpoint.pt", copied / "out/checkpoint.previous.pt")
     (copied / "out/checkpoint.pt").write_bytes(b"")
     done = resume(copied)
@@ -295,7 +320,7 @@ def test_a_run_goes_on_from_the_previous_checkpoint(copied, references):
     assert killing.differences(references["train_mnist.py"].out, copied / "out") == []
 
 
-def test_two_bad_checkpoints_are_an_error_and_change_nothing(copied):
+def test_two_damaged_checkpoints_are_an_error_and_change_nothing(copied):
     out = copied / "out"
     for name in ("checkpoint.pt", "checkpoint.previous.pt"):
         os.truncate(out / name, 1000)
@@ -306,12 +331,12 @@ def test_two_bad_checkpoints_are_an_error_and_change_nothing(copied):
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
-def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
+def test_full_disk_keeps_the_last_checkpoint(tmp_path):
     def no_large_files() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (PROBE_BYTES, PROBE_BYTES))
 
     arguments = (
-        f"{killing.ARGUMENTS['train_mnist.py']} --kernels 64 300 --output_dir out"  # a first checkpoint of 2.4 MB
+        f"{killing.ARGUMENTS['train_mnist.py']} --kernels 64 300 --output_dir out"  # the first checkpoint takes 2.4 MB
     )
     done = subprocess.run(
         [sys.executable, killing.REPO / "train_mnist.py", *arguments.split()],

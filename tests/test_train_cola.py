@@ -1,4 +1,4 @@
-"""train_cola.py as its users meet it: the files, the W&B records, the saved model, the screen, bad input."""
+"""train_cola.py as users see it: files, W&B records, the saved model, printed output, bad input."""
 
 import copy
 import csv
@@ -27,7 +27,7 @@ from metrics import EVALUATION_METRICS
 from tasks import batching, encoders, sentences
 from tests import killing
 
-FIGURES = set(EVALUATION_METRICS)
+METRICS = set(EVALUATION_METRICS)
 SMALL = "--dataset synthetic --model scratch --batch_size 125 --epochs 2 --max_steps 144 --max_length 32".split()
 CSV = """label,sentence
 none,"Nobody slept, said the girl."
@@ -41,7 +41,7 @@ none,Not a doctor arrived.
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """Where several processes want the processor, small tensors are computed much faster by one thread."""
+    """When test processes compete for the CPU, one thread is much faster on small tensors."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -50,7 +50,7 @@ def one_thread():
 
 @pytest.fixture(scope="session")
 def small_cola(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """One run with everything on, which many tests look at: an epoch of 96 batches, and half of another."""
+    """A run with everything on, shared by many tests: one epoch of 96 batches and half of another."""
     cwd = tmp_path_factory.mktemp("small_cola")
     run = finished_run("train_cola.py", cwd, *SMALL, "--log_model", "all", PYTHONHASHSEED="1")
     run.ends = [row for row in run.history if "valid/loss" in row]
@@ -61,13 +61,13 @@ def small_cola(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 
 @pytest.fixture(scope="session")
 def own_files(small_cola, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """The saved model of the first run, on a user's file of three classes, with hardly any learning."""
+    """The model saved by `small_cola`, trained on a user's three-class file with a negligible learning rate."""
     cwd = tmp_path_factory.mktemp("own_files")
     (cwd / "t.csv").write_text(CSV)
     (cwd / "v.csv").write_text(CSV)
     arguments = "--train_file t.csv --valid_file v.csv --batch_size 2 --max_length 7 --epochs 3 --schedule constant"
-    still = "--learning_rate 1e-12 --precision fp32 --warmup_ratio 0 --log_every 1"
-    return finished_run("train_cola.py", cwd, *arguments.split(), *still.split(), "--model", small_cola.files / "model")
+    fixed = "--learning_rate 1e-12 --precision fp32 --warmup_ratio 0 --log_every 1"
+    return finished_run("train_cola.py", cwd, *arguments.split(), *fixed.split(), "--model", small_cola.files / "model")
 
 
 def predictions(run: SimpleNamespace) -> list[dict[str, str]]:
@@ -76,13 +76,13 @@ def predictions(run: SimpleNamespace) -> list[dict[str, str]]:
 
 
 def as_arrays(rows: list[dict[str, str]], classes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Labels, predictions and probabilities of predictions.csv."""
+    """Labels, predictions and probabilities from predictions.csv."""
     probabilities = np.array([[float(row[f"probability_{c}"]) for c in range(classes)] for row in rows])
     return *(np.array([int(row[name]) for row in rows]) for name in ("label", "prediction")), probabilities
 
 
 def media(run: SimpleNamespace, row: dict, key: str) -> str:
-    """The file of a table or a page that was logged in a row of history."""
+    """The table or HTML file that a history row logged under `key`."""
     return (run.cwd / "wandb/latest-run/files" / row[f"{key}.path"]).read_text()
 
 
@@ -92,7 +92,7 @@ def config_in_wandb(run: SimpleNamespace) -> dict:
 
 
 def written(directory: Path) -> list[Path]:
-    """All that is there, but for the logs that W&B itself keeps in the user's cache."""
+    """Everything below `directory` except W&B's own logs in the user's cache."""
     return sorted(path for path in directory.rglob("*") if ".cache" not in path.parts)
 
 
@@ -100,7 +100,7 @@ def weights(directory: Path) -> dict[str, torch.Tensor]:
     return safetensors.torch.load_file(directory / "model.safetensors")
 
 
-# --------------------------------------------------------------------------------------- what a run leaves
+# --------------------------------------------------------------------------------------- files and records
 
 
 def test_every_file_is_there(small_cola):
@@ -118,12 +118,12 @@ def test_every_file_is_there(small_cola):
     assert config.items() <= config_in_wandb(small_cola).items()
 
 
-def test_every_key_is_in_its_rows(small_cola):
+def test_every_key_is_in_the_right_rows(small_cola):
     train = ("loss_step", "acc_step", "learning_rate", "examples_per_second", "grad_norm")
     steps = {"epoch", *(f"train/{key}" for key in train)}
     charts = {"confusion_matrix_table", "confusion_matrix_image", "mistakes", "logits", "roc_table", "pr_table"}
     charts |= {"per_source", "per_source_chart_table", "majority_share", "attributions"}
-    epoch = {"train/loss_epoch", "train/acc_epoch", *(f"valid/{key}" for key in FIGURES | charts)}
+    epoch = {"train/loss_epoch", "train/acc_epoch", *(f"valid/{key}" for key in METRICS | charts)}
     assert [row["_step"] for row in small_cola.ends] == [12_000, 18_000]
     for row in small_cola.history:
         plain = {re.sub(r"\..*", "", key) for key in row if not key.startswith(("gradients/", "parameters/", "_"))}
@@ -133,7 +133,7 @@ def test_every_key_is_in_its_rows(small_cola):
 
 
 def test_steps_count_sentences(small_cola):
-    batches = [*range(10, 100, 10), 96, *range(100, 150, 10), 144]  # each tenth, and the last of each epoch
+    batches = [*range(10, 100, 10), 96, *range(100, 150, 10), 144]  # every tenth, and the last of each epoch
     assert [row["_step"] for row in small_cola.history] == [125 * batch for batch in batches]
     assert [row["epoch"] for row in small_cola.history] == [1] * 10 + [2] * 6
 
@@ -143,13 +143,13 @@ def test_journal_and_wandb_hold_the_same_numbers(small_cola):
     numbers = [{k: v for k, v in row.items() if k != "step"} for row in small_cola.journal]
     for row, logged in zip(small_cola.journal, numbers):
         assert {key: history[row["step"]][key] for key in logged} == logged
-    # and nothing that is a number in W&B is missing
+    # and the journal has every number that W&B has
     for step, row in history.items():
         scalars = {k for k, v in row.items() if type(v) in (int, float) and k[0] != "_" and "." not in k}
         assert scalars == {key for r, n in zip(small_cola.journal, numbers) if r["step"] == step for key in n}
 
 
-def test_watch_logs_every_weight_once_an_epoch(small_cola):
+def test_watch_logs_every_weight_once_per_epoch(small_cola):
     model = transformers.AutoModelForSequenceClassification.from_pretrained(small_cola.files / "model")
     names = {f"{what}/{name}" for what in ("gradients", "parameters") for name, _ in model.named_parameters()}
     for row in small_cola.history:
@@ -160,7 +160,7 @@ def test_watch_logs_every_weight_once_an_epoch(small_cola):
 def test_summary_and_metrics_hold_the_best_epoch(small_cola):
     mcc = [row["valid/mcc"] for row in small_cola.ends]
     assert small_cola.summary["best/epoch"] == small_cola.metrics["best/epoch"] == 1 + mcc.index(max(mcc))
-    for name in FIGURES | {"majority_share"}:
+    for name in METRICS | {"majority_share"}:
         logged = small_cola.best[f"valid/{name}"]
         assert small_cola.summary[f"best/{name}"] == small_cola.metrics[f"valid/{name}"] == logged
     assert (small_cola.metrics["dataset"], small_cola.metrics["model"]) == ("synthetic", "scratch")
@@ -183,10 +183,10 @@ def test_artifacts(small_cola, own_files):
     assert not [artifact for artifact in artifacts if artifact["type"] == "model"]
 
 
-# ------------------------------------------------------------------------------------------ what it computes
+# -------------------------------------------------------------------------------------- training and metrics
 
 
-def test_metrics_are_those_of_the_predictions(small_cola):
+def test_metrics_match_the_predictions(small_cola):
     labels, predicted, probabilities = as_arrays(small_cola.rows, 2)
     assert (probabilities.argmax(1) == predicted).all()
     metrics, sk = small_cola.metrics, sklearn.metrics
@@ -195,31 +195,31 @@ def test_metrics_are_those_of_the_predictions(small_cola):
         for average in ("macro", "micro"):
             expected[f"{name}_{average}"] = getattr(sk, f"{name}_score")(labels, predicted, average=average)
     expected["loss"] = sk.log_loss(labels, probabilities)
-    assert {key: metrics[f"valid/{key}"] for key in FIGURES} == pytest.approx(expected, abs=1e-12)
+    assert {key: metrics[f"valid/{key}"] for key in METRICS} == pytest.approx(expected, abs=1e-12)
     losses = [float(row["loss"]) for row in small_cola.rows]
     assert losses == pytest.approx(-np.log(probabilities[np.arange(len(labels)), labels]), abs=1e-12)
     assert metrics["valid/majority_share"] == max(np.bincount(labels)) / 1000
 
 
-def test_predictions_are_in_the_order_of_the_corpus(small_cola):
+def test_predictions_are_in_corpus_order(small_cola):
     valid = sentences.synthetic_sentences().valid
     assert [row["sentence"] for row in small_cola.rows] == valid.sentences
     assert [row["source"] for row in small_cola.rows] == valid.sources
     assert [int(row["label"]) for row in small_cola.rows] == valid.labels
 
 
-def test_bootstrap_interval_is_the_one_that_numpy_finds(small_cola):
+def test_bootstrap_interval_matches_numpy(small_cola):
     labels, predicted, _ = as_arrays(small_cola.rows, 2)
     random = np.random.default_rng(1)
     draws = (random.integers(0, len(labels), len(labels)) for _ in range(2000))
-    found = [np.corrcoef(labels[draw], predicted[draw])[0, 1] for draw in draws]  # what it is for two classes
+    found = [np.corrcoef(labels[draw], predicted[draw])[0, 1] for draw in draws]  # equals MCC for two classes
     low, high = small_cola.metrics["valid/mcc_low"], small_cola.metrics["valid/mcc_high"]
     assert (low, high) == pytest.approx(np.quantile(found, [0.025, 0.975]), abs=0.008)
     assert low < small_cola.metrics["valid/mcc"] < high
 
 
-def test_the_best_model_is_kept_and_its_domains_are_reported_apart(tmp_path, monkeypatch):
-    """A small archive stands in for CoLA, with a rate that makes the figures go up and down."""
+def test_best_model_is_kept_and_domains_are_reported_separately(tmp_path, monkeypatch):
+    """A small archive stands in for CoLA; the learning rate makes the metrics go up and down."""
     valid = sentences.synthetic_sentences(16, 60).valid
     domains = {"in_domain": slice(0, 25), "out_of_domain": slice(25, 60)}
     with zipfile.ZipFile(tmp_path / "cola_public_1.1.zip", "w") as archive:
@@ -242,9 +242,9 @@ def test_the_best_model_is_kept_and_its_domains_are_reported_apart(tmp_path, mon
     assert (metrics["best/epoch"], metrics["valid/mcc"]) == (1 + mcc.index(max(mcc)), max(mcc))
     labels, predicted, _ = as_arrays(predictions(SimpleNamespace(files=tmp_path / "out")), 2)
     assert sklearn.metrics.matthews_corrcoef(labels, predicted) == pytest.approx(max(mcc), abs=1e-12)
-    apart = {d: sklearn.metrics.matthews_corrcoef(labels[part], predicted[part]) for d, part in domains.items()}
-    assert apart["in_domain"] != apart["out_of_domain"]
-    for domain, expected in apart.items():
+    by_domain = {d: sklearn.metrics.matthews_corrcoef(labels[part], predicted[part]) for d, part in domains.items()}
+    assert by_domain["in_domain"] != by_domain["out_of_domain"]
+    for domain, expected in by_domain.items():
         assert metrics[f"valid_{domain}/mcc"] == last[f"valid_{domain}/mcc"] == pytest.approx(expected, abs=1e-12)
 
 
@@ -257,7 +257,7 @@ def test_same_command_same_weights_same_vocabulary(small_cola, tmp_path):
 
 
 def test_learning_rate_rises_and_falls(small_cola):
-    """Over a tenth of 144 batches, 14, it rises by equal steps; then it falls by equal steps to nearly nothing."""
+    """Linear warmup over a tenth of the 144 batches (14), then linear decay to almost zero."""
     for row in small_cola.history:
         before = row["_step"] // 125 - 1
         factor = (before + 1) / 15 if before < 14 else (144 - before) / 130
@@ -281,22 +281,22 @@ def test_batches_by_length():
 
     one, two = epoch(7, 1), epoch(7, 2)
     assert one == epoch(7, 1) != epoch(8, 1)
-    assert set(map(frozenset, one)).isdisjoint(map(frozenset, two)), "batches that come again"
+    assert set(map(frozenset, one)).isdisjoint(map(frozenset, two)), "repeated batches"
     for drawn in (one, two):
         assert sorted(index for batch in drawn for index in batch) == list(range(3210))
         assert len(drawn) == math.ceil(3210 / 32) and Counter(map(len, drawn)) == {32: 100, 10: 1}
         cells = sum(len(batch) * int(lengths[batch].max()) for batch in drawn)
         assert cells < 1.1 * int(lengths.sum())
         in_random_order = sum(len(part) * int(part.max()) for part in lengths.split(32))
-        assert in_random_order > 2 * cells, "choose other lengths: these show nothing"
+        assert in_random_order > 2 * cells, "choose other lengths: these prove nothing"
         longest = [int(lengths[batch].max()) for batch in drawn]
-        assert abs(np.corrcoef(longest, range(len(longest)))[0, 1]) < 0.3  # not from short to long
+        assert abs(np.corrcoef(longest, range(len(longest)))[0, 1]) < 0.3  # not ordered by length
 
 
-# ----------------------------------------------------------------------------------------- looking at it
+# ------------------------------------------------------------------------------------- tables and charts
 
 
-def test_mistakes_table_has_every_mistake_the_surest_first(small_cola):
+def test_mistakes_table_has_every_mistake_most_confident_first(small_cola):
     table = json.loads(media(small_cola, small_cola.best, "valid/mistakes"))
     assert table["columns"] == ["sentence", "source", "label", "prediction", "probability", "loss", "step"]
     names, step = ("unacceptable", "acceptable"), small_cola.best["_step"]
@@ -321,14 +321,14 @@ def test_per_source_table(small_cola):
         assert [row[2] for row in table["data"]] == sorted(row[2] for row in table["data"])
 
 
-def test_confusion_chart_counts_the_predictions(small_cola):
+def test_confusion_chart_matches_the_predictions(small_cola):
     table = json.loads(media(small_cola, small_cola.best, "valid/confusion_matrix_table"))
     names = ("unacceptable", "acceptable")
     counts = Counter((names[int(row["label"])], names[int(row["prediction"])]) for row in small_cola.rows)
     assert {(label, prediction): n for label, prediction, n in table["data"] if n} == counts
 
 
-def test_curves(small_cola):
+def test_roc_and_pr_curves(small_cola):
     labels, _, probabilities = as_arrays(small_cola.rows, 2)
     curves = {}
     for name in ("roc", "pr"):
@@ -344,7 +344,7 @@ def test_curves(small_cola):
     assert precision == pytest.approx(sklearn.metrics.average_precision_score(labels, probabilities[:, 1]), abs=1e-12)
 
 
-def test_attributions_show_the_twenty_surest_mistakes(small_cola):
+def test_attributions_show_the_20_most_confident_mistakes(small_cola):
     page = media(small_cola, small_cola.best, "valid/attributions")
     paragraphs = re.findall(r"<p .*?</p>", page)
     assert len(paragraphs) == page.count("<p") == 20
@@ -354,12 +354,12 @@ def test_attributions_show_the_twenty_surest_mistakes(small_cola):
         tokens = re.findall(r"<span [^>]*>([^<]*)</span>", paragraph)
         assert "".join(tokens[1:-1]).replace("##", "") == sentence.lower().replace(" ", "")
         shades = [float(s) for s in re.findall(r"rgba\(\d+, \d+, \d+, ([\d.]+)\)", paragraph)]
-        moved = [float(s) for s in re.findall(r'title="([-+.\d]+)"', paragraph)]
-        assert len(tokens) == len(shades) == len(moved) and max(shades) == 1
-        assert shades == pytest.approx([abs(m) / max(map(abs, moved)) for m in moved], abs=0.02)
+        scores = [float(s) for s in re.findall(r'title="([-+.\d]+)"', paragraph)]
+        assert len(tokens) == len(shades) == len(scores) and max(shades) == 1
+        assert shades == pytest.approx([abs(s) / max(map(abs, scores)) for s in scores], abs=0.02)
 
 
-def test_attributions_escape_what_is_in_a_sentence():
+def test_attributions_escape_html():
     page = train_cola.viz.shaded_tokens(["<script>", "&", '"'], torch.tensor([1.0, -2.0, 0.0]), "<b> taken for a")
     assert "<script>" not in page and "<b>" not in page
     assert html.unescape(re.sub(r"<[^>]*>", "|", page)).count("<script>") == 1
@@ -367,7 +367,7 @@ def test_attributions_escape_what_is_in_a_sentence():
 
 
 class Linear(torch.nn.Module):
-    """Logits linear in the embeddings, with weights of their own for each position; what the mask hides is left out."""
+    """Logits are linear in the embeddings, with separate weights per position; masked positions are ignored."""
 
     def __init__(self):
         super().__init__()
@@ -388,18 +388,18 @@ def test_attribution_is_gradient_times_input():
     tokens = torch.tensor([[1, 2, 3, 4, 5], [7, 8, 7, 0, 0]])
     part = batching.TokenSet(tokens, torch.tensor([5, 3]), torch.tensor([0, 1]), cut=0)
     for index, length in ((0, 5), (1, 3)):
-        moved = encoders.attribute(model, part, index, answer=2, label=1)
+        scores = encoders.attribute(model, part, index, answer=2, label=1)
         weight = model.by_position[:length, :, 2] - model.by_position[:length, :, 1]
-        assert moved.shape == (length,)
-        assert torch.allclose(moved, (model.embedding(tokens[index, :length]) * weight).sum(1), atol=1e-6)
+        assert scores.shape == (length,)
+        assert torch.allclose(scores, (model.embedding(tokens[index, :length]) * weight).sum(1), atol=1e-6)
 
 
-def test_attribution_of_bert_is_its_slope(small_cola):
-    """By finite differences: what scaling a token's embedding a little does to the difference of the logits."""
+def test_attribution_of_bert_matches_finite_differences(small_cola):
+    """Attribution is the derivative of the logit difference with respect to scaling a token's embedding."""
     model = transformers.AutoModelForSequenceClassification.from_pretrained(small_cola.files / "model").double()
     tokens = torch.tensor([[2, 40, 50, 60, 3, 0, 0]])
     part = batching.TokenSet(tokens, torch.tensor([5]), torch.tensor([0]), cut=0)
-    moved = encoders.attribute(model, part, 0, answer=1, label=0)
+    scores = encoders.attribute(model, part, 0, answer=1, label=0)
     embedded = model.get_input_embeddings()(tokens[:, :5]).detach()
     for i in range(5):
         ends = []
@@ -408,14 +408,14 @@ def test_attribution_of_bert_is_its_slope(small_cola):
             changed[0, i] *= scale
             logits = model(inputs_embeds=changed).logits[0].detach()
             ends.append(float(logits[1] - logits[0]))
-        assert float(moved[i]) == pytest.approx((ends[0] - ends[1]) / 2e-4, rel=1e-4, abs=1e-9)
-    assert moved.abs().max() > 1e-3
+        assert float(scores[i]) == pytest.approx((ends[0] - ends[1]) / 2e-4, rel=1e-4, abs=1e-9)
+    assert scores.abs().max() > 1e-3
 
 
-# ----------------------------------------------------------------------------------- the model that is saved
+# ------------------------------------------------------------------------------------------ the saved model
 
 
-def test_pipeline_gives_the_same_answers(small_cola):
+def test_pipeline_gives_the_same_predictions(small_cola):
     answer = transformers.pipeline("text-classification", str(small_cola.files / "model"), device="cpu")
     assert answer.tokenizer.model_max_length == 32
     rows = small_cola.rows[::5]
@@ -427,8 +427,8 @@ def test_pipeline_gives_the_same_answers(small_cola):
     assert top["label"] == ("unacceptable", "acceptable")[int(rows[0]["prediction"])]
 
 
-def test_a_saved_directory_is_the_model_that_is_used(small_cola, own_files):
-    """Nothing is learned here, so that the saved encoder is the one that was loaded; only the head is a new one."""
+def test_model_is_loaded_from_a_saved_directory(small_cola, own_files):
+    """Nothing is learned here, so the saved encoder equals the loaded one; only the head is new."""
     place = str(small_cola.files / "model")
     assert own_files.config["model"] == own_files.metrics["model"] == place and f"{place}: " in own_files.out
     assert own_files.err.count("!!") == 0
@@ -439,11 +439,11 @@ def test_a_saved_directory_is_the_model_that_is_used(small_cola, own_files):
     assert f"The head of {place} has 2 labels: a new one with 3 replaces it." in own_files.out
 
 
-def test_a_replaced_head_is_said_once(own_files):
+def test_replaced_head_is_reported_once(own_files):
     assert own_files.out.count("The head of") == 1
 
 
-def test_three_classes_of_a_users_file(own_files):
+def test_user_file_with_three_classes(own_files):
     config = json.loads((own_files.files / "model/config.json").read_text())
     assert config["id2label"] == {"0": "many", "1": "none", "2": "one"}
     assert config["label2id"] == {"many": 0, "none": 1, "one": 2}
@@ -454,29 +454,29 @@ def test_three_classes_of_a_users_file(own_files):
     assert own_files.metrics["valid/mcc"] == pytest.approx(sklearn.metrics.matthews_corrcoef(labels, predicted))
     assert own_files.metrics["valid/loss"] == pytest.approx(sklearn.metrics.log_loss(labels, probabilities), abs=1e-12)
     row = own_files.history[-1]
-    for chart in ("roc", "pr"):  # a line per class
+    for chart in ("roc", "pr"):  # one line per class
         lines = {line[1] for line in json.loads(media(own_files, row, f"valid/{chart}_table"))["data"]}
         assert lines == {"many", "none", "one"}
     assert own_files.config["dataset"] == own_files.metrics["dataset"] == "files"
 
 
-def test_training_mode_is_on_and_evaluation_mode_too(own_files):
-    """Nothing is learned here: what differs between epochs is dropout, of a model that is loaded in eval mode."""
+def test_training_uses_dropout_and_evaluation_does_not(own_files):
+    """Nothing is learned here, so only dropout can make epochs differ; the model is loaded in eval mode."""
     ends = [row for row in own_files.journal if "valid/loss" in row]
     assert len(ends) == 3
     assert len({round(row["train/loss_epoch"], 4) for row in ends}) > 1
     assert max(row["valid/loss"] for row in ends) - min(row["valid/loss"] for row in ends) < 1e-6
-    assert {row["train/learning_rate"] for row in own_files.journal if len(row) > 1} == {1e-12}  # constant
+    assert {row["train/learning_rate"] for row in own_files.journal if len(row) > 1} == {1e-12}  # constant schedule
 
 
-def test_truncation_is_said_with_its_count(small_cola, own_files):
-    """Of each file's six sentences two have 6 tokens, "[CLS] the boy sleeps . [SEP]"; the others have 9 or more."""
+def test_truncation_is_reported_with_a_count(small_cola, own_files):
+    """In each file two of six sentences have 6 tokens, "[CLS] the boy sleeps . [SEP]"; the others have 9 or more."""
     assert own_files.out.count("8 sentences are longer than --max_length 7 tokens") == 1
     assert "--max_length 32" not in small_cola.out
     assert json.loads((own_files.files / "model/tokenizer_config.json").read_text())["model_max_length"] == 7
 
 
-def test_only_what_is_longer_counts_as_cut(small_cola):
+def test_only_longer_sentences_count_as_truncated(small_cola):
     tokenizer = transformers.AutoTokenizer.from_pretrained(small_cola.files / "model")
     sentences = ["The boy sleeps.", "The old boy sleeps."]
     tokenised = batching.tokenise(sentences, [0, 1], tokenizer, 6, torch.device("cpu"))
@@ -484,7 +484,7 @@ def test_only_what_is_longer_counts_as_cut(small_cola):
 
 
 def test_clipping_and_weight_decay(small_cola, tmp_path):
-    """A gradient cut to nothing leaves only the decay: a hundredth a step, of linear layers and nothing else."""
+    """Clipping the gradient to almost zero leaves only weight decay: 1% per step, on linear layers only."""
     lines = ["sentence\tlabel\tsource", *(f'The "boy {i} sleeps.\t{i % 2}\tfrom {i % 2}' for i in range(8))]
     for part in ("t.tsv", "v.tsv"):
         (tmp_path / part).write_text("\n".join(lines))
@@ -492,11 +492,11 @@ def test_clipping_and_weight_decay(small_cola, tmp_path):
     decay = "--clip_norm 1e-13 --weight_decay 10 --learning_rate 1e-3 --log_every 1 --wandb disabled --max_length 32"
     place = small_cola.files / "model"
     run = finished_run("train_cola.py", tmp_path, *files.split(), *decay.split(), "--model", place)
-    assert all(row["train/grad_norm"] > 1e-3 for row in run.journal if "train/grad_norm" in row)  # before it is cut
+    assert all(row["train/grad_norm"] > 1e-3 for row in run.journal if "train/grad_norm" in row)  # before clipping
     checkpoint = torch.load(run.files / "checkpoint.pt", weights_only=True)
     last, vocabulary = checkpoint["model"], len(weights(place)["bert.embeddings.word_embeddings.weight"])
     rows = [moments["exp_avg"].shape[0] for moments in checkpoint["optimizer"]["state"].values()]
-    assert vocabulary not in rows  # the few words that occur are all that is trained
+    assert vocabulary not in rows  # only words that occur are trained
     for name, before in weights(place).items():
         if "LayerNorm" in name or "embeddings" in name or name.endswith("bias"):
             assert torch.allclose(last[name], before, atol=1e-6), name
@@ -509,7 +509,7 @@ def test_clipping_and_weight_decay(small_cola, tmp_path):
 
 
 def test_only_used_rows_of_an_embedding_are_trained(tmp_path):
-    """Losses are those of the whole embedding, the rows of no sentence keep every bit, and the files hold all rows."""
+    """Losses match those of the whole embedding, unused rows keep every bit, and the files hold all rows."""
     config = transformers.BertConfig(
         vocab_size=500,
         hidden_size=16,
@@ -522,7 +522,7 @@ def test_only_used_rows_of_an_embedding_are_trained(tmp_path):
     torch.manual_seed(0)
     whole = transformers.BertForSequenceClassification(config).train()
     used_only = copy.deepcopy(whole)
-    tokens = torch.randint(1, 500, (4, 6)) // 10 * 10  # with the padding that is added, fewer than half
+    tokens = torch.randint(1, 500, (4, 6)) // 10 * 10  # fewer than half of the rows, even with padding
     encoders.train_used_rows(used_only, [tokens[:2], tokens[2:]])
     before = whole.state_dict()["bert.embeddings.word_embeddings.weight"].clone()
     assert used_only.get_input_embeddings().weight.shape[0] == len(tokens.unique()) + (0 not in tokens)
@@ -547,10 +547,10 @@ def test_only_used_rows_of_an_embedding_are_trained(tmp_path):
     assert killing.same(dict(used_only.state_dict()), dict(whole.state_dict()))
 
 
-# ---------------------------------------------------------------------------------------- what is on the screen
+# ------------------------------------------------------------------------------------------------ printed output
 
 
-def test_lines_of_a_run(small_cola):
+def test_printed_lines(small_cola):
     lines = small_cola.out.splitlines()
     assert [line[:8] for line in lines if line.startswith("epoch")] == ["epoch 1:", "epoch 2:"]
     mcc = small_cola.ends[-1]["valid/mcc"]
@@ -563,9 +563,9 @@ def test_lines_of_a_run(small_cola):
     assert re.search(r"out \| look at it: wandb leet (\S+) \| upload it: wandb sync \1$", lines[-1])
 
 
-def test_loud_fallback_and_a_model_that_answers_always_the_same(tmp_path):
-    still = "--max_steps 2 --learning_rate 1e-12 --batch_size 8"
-    run = finished_run("train_cola.py", tmp_path, *still.split())
+def test_loud_fallback_and_warning_about_constant_predictions(tmp_path):
+    fixed = "--max_steps 2 --learning_rate 1e-12 --batch_size 8"
+    run = finished_run("train_cola.py", tmp_path, *fixed.split())
     assert "!!  This run uses the BUILT-IN synthetic sentences instead" in run.err
     assert "!!  This run trains the same architecture from RANDOM weights instead" in run.err
     times = [float(seconds) for seconds in re.findall(r"!!  Finding that out took ([\d.]+) s\.", run.err)]
@@ -581,7 +581,7 @@ def test_loud_fallback_and_a_model_that_answers_always_the_same(tmp_path):
 # ------------------------------------------------------------------------------------------------ bad input
 
 
-def test_a_model_that_was_named_is_not_replaced(tmp_path):
+def test_named_model_is_not_replaced(tmp_path):
     done = call("train_cola.py", *"--dataset synthetic --model foo/bar".split(), cwd=tmp_path)
     assert done.status == 2
     (line,) = done.err.splitlines()
@@ -609,7 +609,7 @@ BAD = {
 
 @pytest.mark.parametrize("arguments, message", BAD.items())
 def test_bad_input(tmp_path, small_cola, monkeypatch, capfd, arguments, message):
-    """In this process, since nothing of it needs another one; `train_cola.py` ends in the same lines."""
+    """In-process for speed; `train_cola.py` prints the same lines."""
     (tmp_path / "cola_public_1.1.zip").write_bytes(b"PK")
     (tmp_path / "t.csv").write_text(CSV)
     (tmp_path / "bad.csv").write_text("sentence,label\nfine,one\nA comma, bare,one\n")
@@ -620,7 +620,7 @@ def test_bad_input(tmp_path, small_cola, monkeypatch, capfd, arguments, message)
     before = written(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["train_cola.py"])
-    monkeypatch.setattr("urllib.request._opener", None)  # it would remember the proxies of before
+    monkeypatch.setattr("urllib.request._opener", None)  # a cached opener would keep the old proxies
     for name, value in clean_environment(tmp_path, WANDB_MODE="offline").items():
         monkeypatch.setenv(name, value)
     given = arguments.replace("MODEL", str(small_cola.files / "model")).split()

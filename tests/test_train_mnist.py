@@ -1,4 +1,4 @@
-"""train_mnist.py as its users meet it: the files, the W&B records, the screen, the weights."""
+"""train_mnist.py as users see it: files, W&B records, printed output, weights."""
 
 import csv
 import json
@@ -26,12 +26,12 @@ from tasks.digits import synthetic_digits
 
 QUICK = "--dataset synthetic --slice 20 --valid_size 2000 --epochs 1".split()
 
-FIGURES = set(EVALUATION_METRICS)
+METRICS = set(EVALUATION_METRICS)
 CHARTS = {"confusion_matrix_table", "confusion_matrix_image", "mistakes", "logits"}
 
 
 def keys(row: dict) -> set[str]:
-    """The keys that were logged in a row; W&B's reader writes the fields of an object as key.field."""
+    """The keys logged in a row; W&B's reader writes the fields of an object as key.field."""
     fields = r"\.(_type|bins|values|path|size|sha256|format|width|height|count|captions|filenames|ncols|nrows|.*)$"
     return {re.sub(fields, "", key) for key in row if not key.startswith(("gradients/", "parameters/", "_"))}
 
@@ -42,11 +42,11 @@ def predictions(run) -> list[dict[str, str]]:
 
 
 def media(run, key: str, row: dict) -> dict:
-    """The JSON file of a table that was logged in a row of history."""
+    """The table that a history row logged under `key`."""
     return json.loads((run.cwd / "wandb/latest-run/files" / row[f"{key}.path"]).read_text())
 
 
-# --------------------------------------------------------------------------------------- what a run leaves
+# --------------------------------------------------------------------------------------- files and records
 
 
 def test_every_file_is_there(small_mnist):
@@ -57,21 +57,21 @@ def test_every_file_is_there(small_mnist):
 
 def test_every_key_is_in_wandb(small_mnist):
     steps = {f"train/{key}" for key in ("loss_step", "acc_step", "learning_rate", "examples_per_second")} | {"epoch"}
-    epoch = {"train/loss_epoch", "train/acc_epoch", "train/inputs"} | {f"valid/{key}" for key in FIGURES | CHARTS}
-    test = {f"test/{key}" for key in FIGURES | CHARTS}
+    epoch = {"train/loss_epoch", "train/acc_epoch", "train/inputs"} | {f"valid/{key}" for key in METRICS | CHARTS}
+    test = {f"test/{key}" for key in METRICS | CHARTS}
     ends = [row for row in small_mnist.history if "train/loss_epoch" in row]
     assert len(ends) == 3
     for row in small_mnist.history:
         expected = steps | (epoch if row in ends else set()) | (test if row is ends[-1] else set())
         assert keys(row) == expected
-    assert {f"best/{key}" for key in FIGURES | {"epoch"}} <= set(small_mnist.summary)
+    assert {f"best/{key}" for key in METRICS | {"epoch"}} <= set(small_mnist.summary)
 
 
 def test_steps_count_training_examples(small_mnist):
-    # 16,000 images are left, every fifth makes 3,200: 25 batches of 128 an epoch, a row every 10 and at its end
+    # Every fifth of 16,000 images is 3,200: 25 batches of 128 per epoch, a row every 10 batches and per epoch
     rows = [1280, 2560, 3200, 3840, 5120, 6400, 7680, 8960, 9600]
     assert [row["_step"] for row in small_mnist.history] == rows
-    assert [row["step"] for row in small_mnist.journal] == rows  # the last one holds the test's metrics too
+    assert [row["step"] for row in small_mnist.journal] == rows  # the last row also holds the test metrics
 
 
 def test_journal_and_wandb_hold_the_same_numbers(small_mnist):
@@ -81,11 +81,11 @@ def test_journal_and_wandb_hold_the_same_numbers(small_mnist):
     history = {}
     for row in small_mnist.history:
         numbers = {k: v for k, v in row.items() if isinstance(v, (int, float)) and not k.startswith("_")}
-        history[row["_step"]] = {key: value for key, value in numbers.items() if "." not in key}  # not a field of media
+        history[row["_step"]] = {key: value for key, value in numbers.items() if "." not in key}  # no media fields
     assert journal == history
 
 
-def test_watch_logs_what_it_computes(small_mnist):
+def test_watch_logs_every_weight_once_per_epoch(small_mnist):
     weights = [f"{layer}.{kind}" for layer in ("conv1", "conv2", "fc") for kind in ("weight", "bias")]
     for row in small_mnist.history:
         expected = {f"{what}/{name}" for what in ("gradients", "parameters") for name in weights}
@@ -93,27 +93,27 @@ def test_watch_logs_what_it_computes(small_mnist):
         assert found == (expected if row["_step"] % 3200 == 0 else set())
 
 
-def test_watch_between_rows_lands_on_its_own_step(tmp_path):
+def test_watch_between_rows_keeps_its_own_step(tmp_path):
     run = finished_run("train_mnist.py", tmp_path, *QUICK, "--watch", "gradients", "--watch_every", 4, "--max_steps", 7)
     assert [row["_step"] for row in run.history if "gradients/fc.bias._type" in row] == [4 * 128]
     assert not any(key.startswith("parameters/") for row in run.history for key in row)
 
 
 def test_best_is_the_epoch_with_the_lowest_validation_loss(tmp_path):
-    # A learning rate so high that the loss goes up and down
+    # The learning rate is high enough to make the loss go up and down.
     noisy = "--dataset synthetic --slice 20 --valid_size 2000 --epochs 5 --schedule constant --learning_rate 0.03"
     run = finished_run("train_mnist.py", tmp_path, *noisy.split(), "--seed", 4, "--log_model", "best")
     epochs = [row for row in run.journal if "valid/loss" in row]
     best = min(epochs, key=lambda row: row["valid/loss"])
     assert best is not epochs[-1], "choose another seed: this one can't tell best from last"
     assert run.metrics["best/epoch"] == run.summary["best/epoch"] == best["epoch"]
-    for name in FIGURES:
+    for name in METRICS:
         assert run.metrics[f"valid/{name}"] == run.summary[f"best/{name}"] == best[f"valid/{name}"]
     weights = torch.load(run.files / "model.pt", weights_only=True)
     last = torch.load(run.files / "checkpoint.pt", weights_only=True)["model"]
     assert not torch.equal(weights["fc.weight"], last["fc.weight"])
 
-    # What is tested, exported and logged is that model too.
+    # The same model is tested, exported and logged.
     model = train_mnist.ConvNet([16, 32])
     model.load_state_dict(weights)
     digits = synthetic_digits()
@@ -132,7 +132,7 @@ def test_best_is_the_epoch_with_the_lowest_validation_loss(tmp_path):
     assert all(torch.equal(logged[name], weights[name]) for name in weights)
 
 
-def test_metrics_are_those_of_the_predictions(small_mnist):
+def test_metrics_match_the_predictions(small_mnist):
     rows = predictions(small_mnist)
     labels, predicted = ([int(row[name]) for row in rows] for name in ("label", "prediction"))
     probabilities = np.array([[float(row[f"probability_{c}"]) for c in range(10)] for row in rows])
@@ -151,32 +151,32 @@ def test_metrics_are_those_of_the_predictions(small_mnist):
     assert (metrics["dataset"], metrics["model"]) == ("synthetic", "ConvNet [16, 32]")
 
 
-def test_table_holds_the_surest_mistakes(small_mnist):
+def test_table_holds_the_most_confident_mistakes(small_mnist):
     last = small_mnist.history[-1]
     table = media(small_mnist, "valid/mistakes", last)
     assert table["columns"] == ["image", "label", "prediction", "probability", "step"]
-    assert small_mnist.metrics["best/epoch"] == 3, "the table of the last epoch is compared with the best model's rows"
+    assert small_mnist.metrics["best/epoch"] == 3, "compares the last epoch's table with the best model's predictions"
     rows = predictions(small_mnist)
 
-    def surety(row: dict[str, str]) -> float:
+    def confidence(row: dict[str, str]) -> float:
         return max(float(row[f"probability_{c}"]) for c in range(10))
 
-    wrong = [(r["label"], r["prediction"], surety(r), last["_step"]) for r in rows if r["label"] != r["prediction"]]
+    wrong = [(r["label"], r["prediction"], confidence(r), last["_step"]) for r in rows if r["label"] != r["prediction"]]
     assert len(wrong) > 20
     assert [tuple(row[1:]) for row in table["data"]] == sorted(wrong, key=lambda row: -row[2])[:100]
 
-    # The pictures are in the table's artifact: the first one is the image that the surest mistake was made on.
+    # The table's artifact holds the images; the first is that of the most confident mistake.
     tables = (record["artifact"] for record in small_mnist.records if record["type"] == "artifact")
     contents = [t["manifest"]["contents"] for t in tables if "validmistakes" in t["name"]][-1]
     local = {entry["path"]: Path(entry["local_path"]) for entry in contents}
     first = json.loads(local["valid/mistakes.table.json"].read_text())["data"][0]
     held_out = synthetic_digits().train.images[16_000::5, 0]
-    surest = max((row for row in rows if row["label"] != row["prediction"]), key=surety)
+    most_confident = max((row for row in rows if row["label"] != row["prediction"]), key=confidence)
     shown = np.array(Image.open(local[first[0]["path"]]))
-    assert np.array_equal(shown, held_out[rows.index(surest)].numpy())
+    assert np.array_equal(shown, held_out[rows.index(most_confident)].numpy())
 
 
-def test_confusion_chart_counts_the_predictions(small_mnist):
+def test_confusion_chart_matches_the_predictions(small_mnist):
     table = media(small_mnist, "valid/confusion_matrix_table", small_mnist.history[-1])
     counted = {(actual, predicted): n for actual, predicted, n in table["data"] if n}
     expected = {}
@@ -224,7 +224,7 @@ def test_tags_config_and_saved_files(small_mnist):
         assert (saved / name).read_bytes() == (small_mnist.files / name).read_bytes()
 
 
-def test_onnx_answers_as_pytorch(small_mnist):
+def test_onnx_matches_pytorch(small_mnist):
     model = train_mnist.ConvNet([16, 32])
     model.load_state_dict(torch.load(small_mnist.files / "model.pt", weights_only=True))
     session = onnxruntime.InferenceSession((small_mnist.files / "model.onnx").read_bytes())
@@ -243,7 +243,7 @@ def test_checkpoint_loads_safely(small_mnist):
     assert checkpoint["best"]["epoch"] == 1 + losses.index(min(losses))
 
 
-# ------------------------------------------------------------------------------------------ what it computes
+# -------------------------------------------------------------------------------------- training and metrics
 
 
 def test_same_command_same_weights(tmp_path):
@@ -258,8 +258,8 @@ def test_same_command_same_weights(tmp_path):
     assert not torch.equal(a["fc.weight"], c["fc.weight"])
 
 
-def test_convnet_is_the_tutorials(small_mnist):
-    """Pooling before ReLU, on two widths of no particular kind, gives what the tutorial's order gives."""
+def test_convnet_matches_the_tutorial(small_mnist):
+    """Pooling before ReLU gives the same result as the tutorial's order, here with two arbitrary widths."""
     model = train_mnist.ConvNet([3, 5])
     layers = [model.conv1, torch.nn.ReLU(), torch.nn.MaxPool2d(2), model.conv2, torch.nn.ReLU(), torch.nn.MaxPool2d(2)]
     images = torch.rand(4, 1, 28, 28)
@@ -267,9 +267,9 @@ def test_convnet_is_the_tutorials(small_mnist):
     assert sum(p.numel() for p in train_mnist.ConvNet([16, 32]).parameters()) == 416 + 12832 + 15690
 
 
-def test_patience_stops_and_keeps_the_first_best(tmp_path):
-    still = "--learning_rate 1e-12 --schedule constant --patience 2 --monitor valid/acc --wandb disabled"
-    run = finished_run("train_mnist.py", tmp_path, *QUICK, *still.split(), "--epochs", 9)
+def test_patience_stops_and_keeps_the_first_best_epoch(tmp_path):
+    fixed = "--learning_rate 1e-12 --schedule constant --patience 2 --monitor valid/acc --wandb disabled"
+    run = finished_run("train_mnist.py", tmp_path, *QUICK, *fixed.split(), "--epochs", 9)
     assert [row["epoch"] for row in run.journal if "valid/acc" in row] == [1, 2, 3]
     assert run.metrics["best/epoch"] == 1
 
@@ -278,7 +278,7 @@ def test_without_validation_the_last_model_is_tested(tmp_path):
     arguments = "--valid_size 0 --epochs 2 --schedule constant --log_model best --kernels 4 8"
     run = finished_run("train_mnist.py", tmp_path, *QUICK, *arguments.split())
     assert run.metrics["best/epoch"] == 2 and not any(key.startswith("valid/") for key in run.metrics)
-    assert len(predictions(run)) == 200  # of the test images
+    assert len(predictions(run)) == 200  # the test images
     rates = {row["train/learning_rate"] for row in run.journal if "train/learning_rate" in row}
     assert rates == {0.005}
     last = torch.load(run.files / "checkpoint.pt", weights_only=True)["model"]
@@ -287,7 +287,7 @@ def test_without_validation_the_last_model_is_tested(tmp_path):
     assert set(model["aliases"]) == {"latest", "best"}
 
 
-def test_one_cycle_is_torchs(small_mnist):
+def test_one_cycle_matches_torch(small_mnist):
     optimizer = torch.optim.Adam([torch.zeros(1, requires_grad=True)])
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.005, 75, pct_start=0.1, cycle_momentum=False)
     rates = [schedule.get_last_lr()[0]]
@@ -299,13 +299,13 @@ def test_one_cycle_is_torchs(small_mnist):
     assert logged == pytest.approx([rates[batch - 1] for batch in (10, 20, 25, 30, 40, 50, 60, 70, 75)])
 
 
-def test_one_seed_for_every_generator():
-    def drawn(seed: int) -> tuple[float, float, float]:
+def test_seed_covers_every_generator():
+    def draw(seed: int) -> tuple[float, float, float]:
         seed_everything(seed, deterministic=False)
         return random.random(), float(np.random.rand()), float(torch.rand(1))
 
-    first = drawn(1)
-    assert drawn(1) == first and not set(drawn(2)) & set(first)
+    first = draw(1)
+    assert draw(1) == first and not set(draw(2)) & set(first)
 
 
 def test_logits_are_logged_not_probabilities(small_mnist):
@@ -313,7 +313,7 @@ def test_logits_are_logged_not_probabilities(small_mnist):
     assert min(bins) < -1 and max(bins) > 1
 
 
-def test_settings_that_a_sweep_sets_only_in_the_config_are_obeyed(tmp_path):
+def test_settings_that_a_sweep_puts_only_in_the_config_are_used(tmp_path):
     (tmp_path / "sweep.yaml").write_text(
         "wandb_version: 1\nkernels:\n  value: [4, 8]\nlearning_rate:\n  value: '2e-3'\n"
     )
@@ -336,7 +336,7 @@ def test_main_can_be_imported_and_returns_the_metrics(tmp_path):
     assert not (tmp_path / "wandb").exists()
 
 
-# ---------------------------------------------------------------------------------------- what is on the screen
+# ------------------------------------------------------------------------------------------------ printed output
 
 
 def test_output_without_a_terminal_has_a_line_per_epoch(small_mnist):
@@ -358,20 +358,20 @@ def test_progress_bar_in_a_terminal(tmp_path):
     try:
         while piece := os.read(screen, 4096):
             shown += piece
-    except OSError:  # Linux's way of saying that the other end is closed
+    except OSError:  # how Linux reports that the other end is closed
         pass
     assert process.wait() == 0
     assert re.search(rb"100%\|.*\| 8/8 \[.*acc=\d+\.\d+%, loss=\d\.\d+\]", shown)
 
 
-def test_loud_fallback_where_mnist_cannot_be_had(tmp_path):
+def test_loud_fallback_if_mnist_is_unavailable(tmp_path):
     run = finished_run("train_mnist.py", tmp_path, "--slice", 20, "--epochs", 1, "--max_steps", 2)
     assert "!!  This run uses the BUILT-IN synthetic digits instead" in run.err
     assert run.config["dataset"] == run.metrics["dataset"] == "synthetic"
     assert merged(run.records, "config")["dataset"] == "synthetic"
 
 
-def test_environment_decides_what_options_leave_open(tmp_path):
+def test_environment_variables_apply_if_options_are_not_given(tmp_path):
     environment = {"WANDB_PROJECT": "theirs", "WANDB_NAME": "from-environment", "WANDB_TAGS": "x,y"}
     run = finished_run("train_mnist.py", tmp_path, *QUICK, "--max_steps", 1, "--name", "given", **environment)
     fields = {}

@@ -1,4 +1,4 @@
-"""W&B can fail, training can't be hurt by it: a server that refuses, errs, hangs or dies, a service that is killed."""
+"""W&B failures never harm training: the server refuses, errors, hangs or dies, or W&B's service is killed."""
 
 import os
 import signal
@@ -15,12 +15,12 @@ from tests.conftest import clean_environment
 from tests.wandb_server import serving
 
 SCRIPT = "train_mnist.py"
-AT_THE_START = ("refuse", "error", "hang", "forbidden")
-HALF_WAY = ("die", "error", "hang")
+AT_START = ("refuse", "error", "hang", "forbidden")
+MID_RUN = ("die", "error", "hang")
 
 
 def fail(when: str, how: str, cwd: Path) -> SimpleNamespace:
-    """A run whose server fails at the start or half-way; then what the server has once it works again."""
+    """A run whose server fails at the start or mid-run, and its history once the server works again."""
     cwd.mkdir()
     with serving() as server:
         environment = clean_environment(cwd, **server.environment())
@@ -30,7 +30,7 @@ def fail(when: str, how: str, cwd: Path) -> SimpleNamespace:
                 environment["WANDB_BASE_URL"] = "http://127.0.0.1:9"
         started = time.monotonic()
         process = killing.start(SCRIPT, cwd, environment)
-        if when == "half-way":
+        if when == "mid-run":
             while not (cwd / "out/history.jsonl").exists() or (cwd / "out/history.jsonl").read_text().count("\n") < 6:
                 assert process.poll() is None and time.monotonic() < started + 100
                 time.sleep(0.02)
@@ -51,21 +51,21 @@ def fail(when: str, how: str, cwd: Path) -> SimpleNamespace:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """A run that nothing hurt, and one for each way to fail; side by side, since they mostly wait."""
+    """A reference run and one run per failure, in parallel because they mostly wait."""
     directory = tmp_path_factory.mktemp("fails")
     reference = directory / "reference"
     reference.mkdir()
     killing.timed(SCRIPT, reference, clean_environment(reference))
     with serving() as server:
         history = killing.sync(reference, clean_environment(reference), server)
-    ways = [("start", how) for how in AT_THE_START] + [("half-way", how) for how in HALF_WAY]
-    with ThreadPoolExecutor(len(ways)) as pool:
-        failed = pool.map(lambda way: fail(*way, directory / "-".join(way)), ways)
-        return {"reference": SimpleNamespace(cwd=reference, history=history), **dict(zip(ways, failed))}
+    failures = [("start", how) for how in AT_START] + [("mid-run", how) for how in MID_RUN]
+    with ThreadPoolExecutor(len(failures)) as pool:
+        failed = pool.map(lambda way: fail(*way, directory / "-".join(way)), failures)
+        return {"reference": SimpleNamespace(cwd=reference, history=history), **dict(zip(failures, failed))}
 
 
-@pytest.mark.parametrize("how", AT_THE_START)
-def test_without_a_server_the_run_goes_on_offline(how, runs):
+@pytest.mark.parametrize("how", AT_START)
+def test_run_continues_offline_without_a_server(how, runs):
     run = runs["start", how]
     assert killing.differences(runs["reference"].cwd / "out", run.cwd / "out") == []
     assert run.out.count("!!  W&B can't be used:") == 1 and "Traceback" not in run.out
@@ -73,16 +73,16 @@ def test_without_a_server_the_run_goes_on_offline(how, runs):
     assert run.seconds < 60
 
 
-@pytest.mark.parametrize("how", HALF_WAY)
-def test_a_server_that_fails_half_way_gets_the_rest_later(how, runs):
-    run = runs["half-way", how]
+@pytest.mark.parametrize("how", MID_RUN)
+def test_server_that_fails_mid_run_gets_the_rest_later(how, runs):
+    run = runs["mid-run", how]
     assert killing.differences(runs["reference"].cwd / "out", run.cwd / "out") == []
     assert run.out.count("!!  W&B does not answer.") == 1 and "Traceback" not in run.out
     assert run.history == runs["reference"].history
     assert run.seconds < 100
 
 
-def test_training_outlives_the_service_of_wandb(runs, tmp_path):
+def test_training_survives_a_killed_wandb_service(runs, tmp_path):
     process = killing.start(SCRIPT, tmp_path, clean_environment(tmp_path))
     while not (tmp_path / "out/history.jsonl").exists():
         assert process.poll() is None
@@ -100,7 +100,7 @@ def test_training_outlives_the_service_of_wandb(runs, tmp_path):
     assert steps == [row.get("_step") for row in runs["reference"].history]
 
 
-def test_a_signal_while_the_run_is_being_closed(runs, tmp_path):
+def test_signal_while_the_wandb_run_is_closing(runs, tmp_path):
     with serving() as server:
         process = killing.start(SCRIPT, tmp_path, clean_environment(tmp_path, **server.environment()))
         while not (tmp_path / "out/predictions.csv").exists():
@@ -110,7 +110,7 @@ def test_a_signal_while_the_run_is_being_closed(runs, tmp_path):
         while not (tmp_path / "out/model.onnx").exists():
             assert process.poll() is None
             time.sleep(0.02)
-        time.sleep(1)  # W&B waits for the server
+        time.sleep(1)  # by now W&B is waiting for the server
         process.terminate()
         asked = time.monotonic()
         out = process.communicate(timeout=20)[0].decode()
@@ -123,9 +123,9 @@ def test_a_signal_while_the_run_is_being_closed(runs, tmp_path):
     assert killing.differences(runs["reference"].cwd / "out", tmp_path / "out") == []
 
 
-def test_the_stop_button_ends_a_run_well(tmp_path):
+def test_stop_button_ends_the_run_cleanly(tmp_path):
     with serving() as server:
-        server.stopped.add("same")  # W&B asks every 15 seconds
+        server.stopped.add("same")  # W&B polls every 15 seconds
         process = killing.start(
             SCRIPT, tmp_path, clean_environment(tmp_path, **server.environment()), "--epochs", "9999"
         )

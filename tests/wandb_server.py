@@ -1,4 +1,4 @@
-"""A W&B server for tests, on this machine: it answers the SDK and the CLI, keeps what they send, fails on demand."""
+"""A local W&B server for tests: it answers the SDK and the CLI, records what they send, and fails on demand."""
 
 import contextlib
 import json
@@ -13,7 +13,7 @@ API_KEY = "f" * 40
 
 
 class WandbServer(ThreadingHTTPServer):
-    """`history[run]` maps line number to row; `mode` is "ok", "error" (500), "forbidden" (401) or "hang"."""
+    """`history[run]` maps line numbers to rows; `mode` is "ok", "error" (500), "forbidden" (401) or "hang"."""
 
     daemon_threads = True
 
@@ -21,29 +21,29 @@ class WandbServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.mode = "ok"
         self.url = f"http://127.0.0.1:{self.server_port}"
-        self.operations: list[str] = []  # what was asked, in order
+        self.operations: list[str] = []  # GraphQL operation names, in order
         self.history: dict[str, dict[int, dict]] = {}
-        self.runs: dict[str, dict[str, Any]] = {}  # config, exit code and states, by run id
+        self.runs: dict[str, dict[str, Any]] = {}  # config, summary, states and exit code, by run id
         self.files: dict[str, int] = {}  # bytes received, by path
         self.artifacts: list[str] = []  # names, in order
-        self.stopped: set[str] = set()  # runs that are told to stop
-        self.sweep_file = ""  # what `wandb sweep` has sent
-        self.trials: list[dict[str, Any]] = []  # parameters that agents are handed, in order
-        self.to_stop: dict[str, int] = {}  # runs that the sweep stops once they have this many rows
-        self.released = threading.Event()  # ends every hanging answer
+        self.stopped: set[str] = set()  # runs to stop
+        self.sweep_file = ""  # as sent by `wandb sweep`
+        self.trials: list[dict[str, Any]] = []  # parameters to hand to agents, in order
+        self.to_stop: dict[str, int] = {}  # number of rows at which the sweep stops a run, by run id
+        self.released = threading.Event()  # set to release hanging requests
         self.connections: list[socket.socket] = []
         self.lock = threading.Lock()
 
     def rows(self, run_id: str) -> list[dict]:
-        """The history of a run in the order of its lines."""
+        """The history of a run, in line order."""
         return [row for _, row in sorted(self.history.get(run_id, {}).items())]
 
     def environment(self) -> dict[str, str]:
-        """What makes W&B use this server."""
+        """Variables that point W&B to this server."""
         return {"WANDB_BASE_URL": self.url, "WANDB_API_KEY": API_KEY, "WANDB_MODE": "online"}
 
     def die(self) -> None:
-        """Close the door, and every connection that is open."""
+        """Stop listening and drop every open connection."""
         self.shutdown()
         self.socket.close()
         for connection in self.connections:
@@ -51,7 +51,7 @@ class WandbServer(ThreadingHTTPServer):
                 connection.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        pass  # clients that were killed
+        pass  # killed clients are expected
 
     def run(self, run_id: str) -> dict[str, Any]:
         return self.runs.setdefault(run_id, {"config": {}, "summary": {}, "states": [], "exit": None, "tags": []})
@@ -80,7 +80,7 @@ class Handler(BaseHTTPRequestHandler):
         return self.rfile.read(int(self.headers.get("Content-Length") or 0))
 
     def fails(self) -> bool:
-        """Whether the request has been answered, or left, as a failing server does."""
+        """Fail the request as `mode` says; return whether it failed."""
         mode = self.server.mode
         if mode == "hang":
             self.server.released.wait()
@@ -119,7 +119,7 @@ class Handler(BaseHTTPRequestHandler):
             self.answer({"data": self.graphql(name, variables)})
 
     def file_stream(self, run_id: str, request: dict[str, Any]) -> dict[str, Any]:
-        """Lines arrive with the number of the first; a line that arrives again replaces itself."""
+        """Chunks carry the number of their first line; a line sent again overwrites the old one."""
         with self.server.lock:
             run = self.server.run(run_id)
             for name, chunk in request.get("files", {}).items():
@@ -173,7 +173,7 @@ class Handler(BaseHTTPRequestHandler):
         if name == "Heartbeat":
             commands = self.commands(list(json.loads(variables["runState"])))
             return {"agentHeartbeat": {"agent": {"id": "agent1"}, "commands": json.dumps(commands)}}
-        if name == "CreateArtifact":  # all that is ever logged is there already
+        if name == "CreateArtifact":  # claims that it exists already, so nothing is uploaded
             collection = variables["input"]["artifactCollectionName"]
             server.artifacts.append(collection)
             sequence = {"id": collection, "latestArtifact": {"id": collection, "versionIndex": 0}}
@@ -182,13 +182,13 @@ class Handler(BaseHTTPRequestHandler):
             }
         return {"project": None}
 
-    def commands(self, at_work: list[str]) -> list[dict[str, Any]]:
-        """What the sweep has for an agent: a run to stop, the next one, or nothing more."""
+    def commands(self, running: list[str]) -> list[dict[str, Any]]:
+        """The sweep's commands for an agent: stop a run, start the next one, or exit."""
         server = self.server
-        for run_id in at_work:
+        for run_id in running:
             if len(server.rows(run_id)) >= server.to_stop.get(run_id, 10**9):
                 return [{"type": "stop", "run_id": run_id}]
-        if at_work:
+        if running:
             return []
         if not server.trials:
             return [{"type": "exit"}]
@@ -211,7 +211,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def serving() -> Iterator[WandbServer]:
-    """A server that runs until the block ends."""
+    """Run a server until the block ends."""
     server = WandbServer()
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
     thread.start()

@@ -1,4 +1,4 @@
-"""CoLA as the Lightning tutorial trains it: sentences padded to 128, torchmetrics objects called each batch.
+"""Train CoLA as the Lightning tutorial does: sentences padded to 128 tokens, torchmetrics called on every batch.
 
 python -m benchmarks.peers.cola_lightning DATA_DIR MODEL EPOCHS
 """
@@ -35,7 +35,7 @@ class Model(lightning.LightningModule):
                 "f1": torchmetrics.F1Score(**KIND),
             }
         )
-        self.answers: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.outputs: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def training_step(self, batch: list[torch.Tensor], _: int) -> torch.Tensor:
         tokens, mask, labels = batch
@@ -52,11 +52,11 @@ class Model(lightning.LightningModule):
         self.log("valid/loss", out.loss, prog_bar=True, on_step=True)
         for name, metric in self.valid_metrics.items():
             self.log(f"valid/{name}", metric(predictions, labels), on_step=True, on_epoch=True)
-        self.answers.append((labels, out.logits))
+        self.outputs.append((labels, out.logits))
 
     def on_validation_epoch_end(self) -> None:
-        labels, logits = (torch.cat(parts) for parts in zip(*self.answers))
-        self.answers.clear()
+        labels, logits = (torch.cat(parts) for parts in zip(*self.outputs))
+        self.outputs.clear()
         chart = wandb.plot.confusion_matrix(y_true=labels.tolist(), preds=logits.argmax(1).tolist(), class_names=NAMES)
         self.logger.experiment.log({"confusion_matrix": chart})
 

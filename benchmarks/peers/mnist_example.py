@@ -1,4 +1,4 @@
-"""MNIST as the usual PyTorch example trains it: two 3×3 convolutions, dropout, Adadelta, batches of 64.
+"""Train MNIST as the official PyTorch example does: two 3×3 convolutions, dropout, Adadelta, batches of 64.
 
 python -m benchmarks.peers.mnist_example DATA_DIR
 """
@@ -46,8 +46,8 @@ def main(data_dir: str) -> None:
         seconds, epoch = seconds + time.perf_counter() - started, epoch + 1
         model.eval()
         with torch.no_grad():
-            answers = [model(images).argmax(1) == labels for images, labels in DataLoader(test, batch_size=1000)]
-        accuracy = torch.cat(answers).float().mean().item()
+            correct = [model(images).argmax(1) == labels for images, labels in DataLoader(test, batch_size=1000)]
+        accuracy = torch.cat(correct).float().mean().item()
     print(f"training {seconds:.3f} s, accuracy {accuracy:.4f}, epochs {epoch}")
 
 

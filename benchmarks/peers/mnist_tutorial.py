@@ -1,4 +1,4 @@
-"""MNIST as W&B's PyTorch tutorial trains it: DataLoader, ToTensor per image, wandb.watch every ten batches, ONNX.
+"""Train MNIST as W&B's PyTorch tutorial does: DataLoader, ToTensor per image, wandb.watch every ten batches, ONNX.
 
 python -m benchmarks.peers.mnist_tutorial DATA_DIR
 """

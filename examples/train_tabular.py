@@ -1,0 +1,320 @@
+"""Train an MLP on tabular data, logged with Weights & Biases: a copy of train_mnist.py with its own data and model.
+
+Which of three spirals is a point on? Settings, data, model and evaluation are new; the rest is train_mnist.py's.
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # a copy beside train_mnist.py does not need this
+
+from harness import options, script
+from harness.options import option
+
+# ---------------------------------------------------------------------------------------------- settings
+
+
+def monitored() -> tuple[str, ...]:
+    from metrics import EVALUATION_METRICS  # only if --monitor is given: torch takes a second
+
+    return tuple(f"valid/{name}" for name in EVALUATION_METRICS)
+
+
+@dataclasses.dataclass(kw_only=True)
+class Settings(options.SharedSettings):
+    dataset: str = option("spirals", "the only one there is", choices=("spirals",))
+    examples: int = option(6000, "points on the spirals; a sixth of them each for validation and test", at_least=600)
+    noise: float = option(0.1, "standard deviation of the points around their spiral", at_least=0)
+    hidden: list[int] = option([64, 64], "units of the two hidden layers", length=2, at_least=1)
+    epochs: int = option(10, "passes over the training data", at_least=1)
+    schedule: str = option("onecycle", "learning rate schedule", choices=("onecycle", "constant"))
+    monitor: str = option("valid/loss", "metric that selects the best model", choices=monitored)
+
+
+if __name__ == "__main__":
+    script.check_options(Settings)  # before the imports that take seconds
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import wandb
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ConstantLR, LRScheduler, OneCycleLR
+
+import viz
+from harness import distributed, files, session
+from harness.checkpoints import Checkpoints
+from harness.device import find_device, seed_everything, seed_rank
+from harness.progress import Best, Meter, Progress, check_batches
+from harness.session import Session
+from harness.wandb_run import tolerate_wandb_errors
+from metrics import Evaluation, evaluation, lower_is_better
+
+# -------------------------------------------------------------------------------------------------- data
+
+
+class Points(NamedTuple):
+    """Points in the plane."""
+
+    features: Tensor  # float32 (examples, 2)
+    labels: Tensor  # int64 (examples,), 0 to 2
+
+
+class Spirals(NamedTuple):
+    """Points on three spirals."""
+
+    name: str
+    train: Points
+    valid: Points
+    test: Points
+    class_names: list[str]
+
+
+def load(settings: Settings) -> Spirals:
+    """The data on the device, in three parts. Fills in the settings that depend on it; raises `UserError`."""
+    device, generator = find_device(settings.device), torch.Generator().manual_seed(0)
+    labels = torch.randint(3, (settings.examples,), generator=generator)
+    radius = torch.rand(settings.examples, generator=generator).sqrt()
+    angle = 2 * math.pi * (radius + labels / 3)
+    features = 2 * radius[:, None] * torch.stack([angle.cos(), angle.sin()], dim=1)
+    features += settings.noise * torch.randn(features.shape, generator=generator)
+    held_out = settings.examples // 6
+    sizes = [settings.examples - 2 * held_out, held_out, held_out]
+    parts = (Points(*part) for part in zip(features.to(device).split(sizes), labels.to(device).split(sizes)))
+    check_batches(settings, examples=sizes[0])
+    return Spirals("spirals", *parts, class_names=["red", "green", "blue"])
+
+
+def shuffled(examples: int, seed: int, epoch: int) -> Tensor:
+    """Indices in random order, int64 (examples,), from seed and epoch alone: a resumed run draws the same."""
+    return torch.from_numpy(np.random.default_rng((seed, epoch)).permutation(examples))
+
+
+def log_dataset(run: wandb.Run, data: Spirals) -> None:
+    if run.disabled:
+        return
+    artifact = wandb.Artifact(data.name, type="dataset")
+    for name, part in (("train", data.train), ("valid", data.valid), ("test", data.test)):
+        columns = [*part.features.T.tolist(), part.labels.tolist()]
+        artifact.add(wandb.Table(columns=["x", "y", "label"], data=list(zip(*columns))), name)
+    run.log_artifact(artifact)
+
+
+# ------------------------------------------------------------------------------------------------- model
+
+
+class MLP(nn.Module):
+    """Two hidden layers. Takes float (batch, 2) and returns logits, float (batch, 3)."""
+
+    def __init__(self, hidden: list[int]):
+        super().__init__()
+        hidden_layers = (nn.Linear(2, hidden[0]), nn.ReLU(), nn.Linear(hidden[0], hidden[1]), nn.ReLU())
+        self.layers = nn.Sequential(*hidden_layers, nn.Linear(hidden[1], 3))
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.layers(features)
+
+
+def make_model(settings: Settings, device: torch.device) -> MLP:
+    return MLP(settings.hidden).to(device)
+
+
+def make_optimizer(model: MLP, settings: Settings, batches: int) -> tuple[Optimizer, LRScheduler]:
+    """Adam and its learning rate schedule over all `batches`."""
+    optimizer = torch.optim.Adam(model.parameters(), settings.learning_rate)
+    if settings.schedule == "constant":
+        return optimizer, ConstantLR(optimizer, factor=1)
+    return optimizer, OneCycleLR(optimizer, settings.learning_rate, batches, cycle_momentum=False)
+
+
+def export_onnx(path: Path, model: MLP) -> None:
+    """One file that includes the weights: from `features`, float (batch, 2), to `logits`."""
+    program = torch.onnx.export(
+        model.cpu(),
+        (torch.zeros(2, 2),),
+        input_names=["features"],
+        output_names=["logits"],
+        dynamic_shapes=({0: torch.export.Dim("batch")},),
+        verbose=False,
+    )
+    with files.replacing(path) as temporary:
+        program.save(temporary, external_data=False)
+
+
+# -------------------------------------------------------------------------------------------- evaluation
+
+
+@torch.inference_mode()
+def evaluate(model: MLP, part: Points) -> Evaluation:
+    """Predict every point; small enough for each rank to predict all of them."""
+    model.eval()
+    return evaluation(MLP.forward(model, part.features), part.labels)  # wandb.watch counts calls of model(...)
+
+
+def log_charts(run: wandb.Run, name: str, part: Points, result: Evaluation, classes: list[str], step: int) -> None:
+    """Log the charts and tables of `name`, "valid" or "test"."""
+    labels, predictions = result.labels.tolist(), result.predictions.tolist()
+    mistakes = wandb.Table(columns=["x", "y", "label", "prediction", "probability", "step"])
+    for i in viz.most_confident_mistakes(result).tolist():
+        outcome = classes[labels[i]], classes[predictions[i]], float(result.probabilities[i].max())
+        mistakes.add_data(*part.features[i].tolist(), *outcome, step)
+    picture = viz.confusion_matrix_picture(result.confusion.counts, classes, name)
+    charts = {
+        f"{name}/confusion_matrix": wandb.plot.confusion_matrix(y_true=labels, preds=predictions, class_names=classes),
+        f"{name}/confusion_matrix_image": wandb.Image(picture),
+        f"{name}/mistakes": mistakes,
+        f"{name}/logits": wandb.Histogram(result.logits.numpy()),
+    }
+    run.log(charts, step=step)
+
+
+def write_pictures(output_dir: Path, name: str, part: Points, result: Evaluation, class_names: list[str]) -> None:
+    """Write the confusion matrix as PNG."""
+    picture = viz.confusion_matrix_picture(result.confusion.counts, class_names, name)
+    files.write_png(output_dir / "confusion_matrix.png", picture)
+
+
+# ---------------------------------------------------------------------------------------------- training
+
+
+def train(session: Session, model: MLP, data: Spirals) -> tuple[Best, Progress]:
+    """Train `model`, from the checkpoint if the run is resumed; returns the model to keep."""
+    settings, run, device = session.settings, session.run, session.device
+    train_set = data.train
+    progress = Progress(session, examples=len(train_set.labels))
+    loss_function = nn.CrossEntropyLoss(reduction="sum")
+    optimizer, schedule = make_optimizer(model, settings, progress.total_batches)
+    if settings.compile:
+        model.forward = torch.compile(model.forward)  # not model.compile(), which includes the hooks of run.watch
+    meter, best = Meter(device), Best(settings.monitor, lower_is_better(settings.monitor))
+    checkpoints = Checkpoints(
+        session, progress, data=data, model=model, optimizer=optimizer, schedule=schedule, meter=meter, best=best
+    )
+    checkpoints.restore_or_begin()
+
+    for epoch in progress.epochs():
+        model.train()
+        batches = shuffled(len(train_set.labels), settings.seed, epoch).to(device).split(settings.batch_size)
+        for indices in progress.remaining(batches):  # after a resume, those that are left
+            if progress.watch_starts:
+                run.watch(model, loss_function, log=settings.watch, log_freq=settings.watch_every)
+            share = distributed.share_of(indices)  # all of them, unless torchrun started several processes
+            features, labels = train_set.features[share], train_set.labels[share]
+
+            with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+                logits = model(features)
+                loss = loss_function(logits, labels)
+            (loss / len(indices)).backward()
+            distributed.sum_gradients(model)
+            optimizer.step()
+            optimizer.zero_grad()
+            meter.add(len(share), loss=loss, acc=(logits.argmax(1) == labels).sum())
+
+            if progress.row_is_due:
+                row = meter.row()  # means over the batches since the last row
+                progress.check_finite("training", row["loss"])
+                run.log(
+                    {
+                        "epoch": epoch,
+                        "train/loss_step": row["loss"],
+                        "train/acc_step": row["acc"],
+                        "train/learning_rate": schedule.get_last_lr()[0],
+                        "train/examples_per_second": progress.examples_per_second(),
+                    },
+                    step=progress.step,
+                )
+                progress.show(loss=f"{row['loss']:.4f}", acc=f"{row['acc']:.2%}")
+            schedule.step()
+            checkpoints.save_if_due()  # raises Stopped if a signal or W&B has asked for it
+
+        mean = meter.epoch()
+        results = {"epoch": epoch, "train/loss_epoch": mean["loss"], "train/acc_epoch": mean["acc"]}
+        run.log(results, step=progress.step)
+        line = f"train loss {mean['loss']:.4f} acc {mean['acc']:.2%}"
+        if len(data.valid.labels):
+            valid = evaluate(model, data.valid)
+            progress.check_finite("validation", valid.metrics["loss"])
+            log_charts(run, "valid", data.valid, valid, data.class_names, progress.step)
+            results |= valid.named("valid")
+            run.log(results, step=progress.step)
+            line += f", valid loss {valid.metrics['loss']:.4f} acc {valid.metrics['acc']:.2%}"
+        improved = best.offer(epoch, results, model)
+        if settings.log_model == "all":
+            log_model(run, model.state_dict(), results, ["latest", "best"] if improved else ["latest"])
+        progress.end_epoch(line)
+        if 0 < settings.patience <= epoch - best.epoch:
+            break
+    return best, progress
+
+
+# --------------------------------------------------------------------------------------- from start to end
+
+
+def log_model(run: wandb.Run, weights: dict[str, Tensor], metadata: dict[str, float], aliases: list[str]) -> None:
+    if run.disabled:
+        return
+    artifact = wandb.Artifact(f"model-{run.id}", type="model", metadata=metadata)
+    with artifact.new_file("model.pt", mode="wb") as file:
+        torch.save(weights, file)
+    run.log_artifact(artifact, aliases=aliases)
+
+
+def conclude(session: Session, best: Best, progress: Progress) -> dict[str, Any]:
+    """Test the best model, write what it predicts, export it; returns the content of metrics.json."""
+    settings, run, data, output_dir = session.settings, session.run, session.data, session.output_dir
+    model = make_model(settings, session.device)
+    model.load_state_dict(best.weights)
+    name, part, result = "test", data.test, evaluate(model, data.test)
+    progress.check_finite(name, result.metrics["loss"])
+    results, summary = result.named(name), {"best/epoch": best.epoch}
+    log_charts(run, name, part, result, data.class_names, progress.step)
+    run.log(results, step=progress.step, commit=True)  # a row that is open would overwrite the summary
+    if len(data.valid.labels):
+        name, part, result = "valid", data.valid, evaluate(model, data.valid)
+        results |= result.named(name)
+        summary |= result.named("best")
+
+    if distributed.rank() == 0:
+        files.write_csv(output_dir / "predictions.csv", result.columns())
+        write_pictures(output_dir, name, part, result, data.class_names)
+        files.write_tensors(output_dir / "model.pt", best.weights)
+        export_onnx(output_dir / "model.onnx", model)
+        with tolerate_wandb_errors(run):
+            run.summary.update(summary)
+            run.save(output_dir / "model.*", base_path=output_dir, policy="now")
+        if settings.log_model == "best":
+            log_model(run, best.weights, results, ["latest", "best"])
+    print(f"test accuracy {results['test/acc']:.2%} of {len(data.test.labels):,} points, best epoch {best.epoch}")
+    identity = {"dataset": data.name, "model": f"MLP {settings.hidden}", "best/epoch": best.epoch}
+    return {**identity, **results, f"{name}/majority_share": result.confusion.majority_share()}
+
+
+def init(settings: Settings, /, **more: Any) -> wandb.Run:
+    config = dataclasses.asdict(settings)
+    return wandb.init(project=settings.project, name=settings.name, tags=settings.tags or None, config=config, **more)
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Train, test and export as the command-line arguments say; returns the content of metrics.json."""
+    with session.opened(options.parse(Settings, argv), "spirals", load, init) as s:
+        if not s.finished:
+            settings, data = s.settings, s.data
+            log_dataset(s.run, data)
+            seed_everything(settings.seed, settings.deterministic)
+            model = make_model(settings, s.device)
+            seed_rank(settings.seed)
+            sizes = " + ".join(f"{len(part.labels):,}" for part in (data.train, data.valid, data.test))
+            print(f"{data.name}: {sizes} points for training, validation and test\n{model}")
+            parameters = sum(parameter.numel() for parameter in model.parameters())
+            print(f"{parameters:,} parameters on {s.device.type} in {settings.precision}, seed {settings.seed}")
+            best, progress = train(s, model, data)
+            s.finish(conclude(s, best, progress))
+    return s.metrics
+
+
+if __name__ == "__main__":
+    script.run_script(main)
