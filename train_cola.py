@@ -1,6 +1,6 @@
 """Fine-tune BERT on CoLA, logged with Weights & Biases: settings, data, model, evaluation, training, saved model.
 
-Is a sentence acceptable English? The task is that of the PyTorch Lightning tutorial. Read it from top to bottom.
+Is a sentence acceptable English? The task is that of the PyTorch Lightning tutorial. Read train_mnist.py first.
 """
 
 import dataclasses
@@ -26,9 +26,7 @@ class Settings(options.SharedSettings):
     )
     train_file: str | None = option(None, "your own training data: TSV or CSV with columns sentence and label")
     valid_file: str | None = option(None, "your own validation data")
-    model: str | None = option(
-        None, "an encoder of the hub, a directory, wandb:ENTITY/PROJECT/NAME:ALIAS, or scratch [BERT-tiny]"
-    )
+    model: str | None = option(None, "hub name, directory, wandb:ENTITY/PROJECT/NAME:ALIAS, or scratch [BERT-tiny]")
     epochs: int = option(10, "passes over the training data", at_least=1)
     batch_size: int = option(64, "sentences in a batch", at_least=1)
     learning_rate: float | None = option(None, "the highest learning rate [1e-4; 1e-3 for scratch]", above=0)
@@ -57,12 +55,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import metrics
 import viz
-from harness import distributed, files, session
+from harness import distributed, files
 from harness.checkpoints import Checkpoints
 from harness.device import seed_everything, seed_rank
 from harness.errors import UserError
 from harness.progress import Best, Meter, Progress, check_batches
-from harness.session import Session
+from harness.session import Session, open_session
 from harness.wandb_run import tolerate_wandb_errors
 from tasks import batching, encoders
 from tasks.sentences import Corpus, load_corpus
@@ -81,7 +79,7 @@ class Task(NamedTuple):
 
 
 def load(settings: Settings) -> tuple[Corpus, tuple[PreTrainedModel, PreTrainedTokenizerBase] | None]:
-    """The corpus and, unless W&B has it, the model. Fills in the settings that depend on them; raises `UserError`."""
+    """The corpus and, unless W&B has it, the model. Resolves the settings left open; raises `UserError`."""
     corpus = load_corpus(settings.dataset, settings.data_dir, settings.train_file, settings.valid_file)
     check_batches(settings, examples=len(corpus.train.labels))
     settings.dataset, settings.model = corpus.name, encoders.find_model(settings.model)
@@ -169,7 +167,7 @@ def evaluate(model: PreTrainedModel, part: batching.TokenSet) -> metrics.Evaluat
     logits = torch.zeros(len(part.labels), model.config.num_labels, device=part.labels.device)
     batches = part.lengths.argsort(stable=True).split(64)
     for indices in distributed.share_of(batches):
-        output = type(model).forward(model, **batching.inputs_of(part, indices))  # wandb.watch counts model(...)
+        output = type(model).forward(model, **batching.inputs_of(part, indices))  # spares the hooks of run.watch
         logits[indices.to(logits.device)] = output.logits
     distributed.sum_over_ranks(logits)  # the other ranks' logits are zero here
     return metrics.evaluation(logits, part.labels)
@@ -224,7 +222,7 @@ def warn_of_one_class(run: wandb.Run, progress: Progress, result: metrics.Evalua
 
 
 def train(session: Session, task: Task) -> tuple[Best, Progress]:
-    """Train the model, from the checkpoint if the run is resumed; returns the model to keep."""
+    """Train the model, from the checkpoint if the run is resumed; returns the best model and the progress."""
     settings, run, device = session.settings, session.run, session.device
     model, train_set = task.model, task.train
     progress = Progress(session, examples=len(train_set.labels))
@@ -235,22 +233,22 @@ def train(session: Session, task: Task) -> tuple[Best, Progress]:
     meter, best = Meter(device), Best(settings.monitor, metrics.lower_is_better(settings.monitor))
     stateful = {"model": model, "optimizer": optimizer, "schedule": schedule, "meter": meter, "best": best}
     checkpoints = Checkpoints(session, progress, data=[train_set, task.valid], **stateful)
-    checkpoints.restore_or_begin()
+    checkpoints.restore_or_begin()  # a new run saves its first one here
 
     for epoch in progress.epochs():
         model.train()  # from_pretrained returns it in eval mode, without dropout
-        random = np.random.default_rng((settings.seed, epoch))  # a resumed run draws the same batches
+        random = np.random.default_rng((settings.seed, epoch))  # a resumed run repeats the batches
         batches = batching.by_length(train_set.lengths, settings.batch_size, random)
         for indices in progress.remaining(batches):  # after a resume, those that are left
             if progress.watch_starts:
-                run.watch(model, loss_function, log=settings.watch, log_freq=settings.watch_every)
+                run.watch(model, log=settings.watch, log_freq=settings.watch_every)
             share = distributed.share_of(indices)  # all of them, unless torchrun started several processes
             labels = train_set.labels[share.to(device, non_blocking=True)]
 
             with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
                 logits = model(**batching.inputs_of(train_set, share)).logits
                 loss = loss_function(logits, labels)
-            (loss / len(indices)).backward()
+            (loss / len(indices)).backward()  # the size of the whole batch: gradients are summed over ranks
             distributed.sum_gradients(model)
             grad_norm = nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm or math.inf)
             optimizer.step()
@@ -258,7 +256,7 @@ def train(session: Session, task: Task) -> tuple[Best, Progress]:
             meter.add(len(share), loss=loss, acc=(logits.argmax(1) == labels).sum())
 
             if progress.row_is_due:
-                row = meter.row()  # means over the batches since the last row
+                row = meter.take_row()  # means over the batches since the last row
                 progress.check_finite("training", row["loss"])
                 run.log(
                     {
@@ -273,9 +271,9 @@ def train(session: Session, task: Task) -> tuple[Best, Progress]:
                 )
                 progress.show(loss=f"{row['loss']:.4f}", acc=f"{row['acc']:.2%}")
             schedule.step()
-            checkpoints.save_if_due()  # raises Stopped if a signal or W&B has asked for it
+            checkpoints.save_if_due()  # and at an epoch's end; on a request to stop it saves, then raises Stopped
 
-        mean, valid = meter.epoch(), evaluate(model, task.valid)
+        mean, valid = meter.take_epoch(), evaluate(model, task.valid)
         results = {"epoch": epoch, "train/loss_epoch": mean["loss"], "train/acc_epoch": mean["acc"]}
         run.log(results, step=progress.step)
         progress.check_finite("validation", valid.metrics["loss"])
@@ -293,7 +291,7 @@ def train(session: Session, task: Task) -> tuple[Best, Progress]:
     return best, progress
 
 
-# --------------------------------------------------------------------------------------- from start to end
+# ------------------------------------------------------------------------------------- from start to finish
 
 
 def log_model(run: wandb.Run, task: Task, metadata: dict[str, float], aliases: list[str]) -> None:
@@ -306,7 +304,7 @@ def log_model(run: wandb.Run, task: Task, metadata: dict[str, float], aliases: l
 
 
 def conclude(session: Session, task: Task, best: Best, progress: Progress) -> dict[str, Any]:
-    """Evaluate the best model, write what it predicts, save it; returns the content of metrics.json."""
+    """Evaluate the best model, write its predictions and save it; returns the content of metrics.json."""
     run, corpus, output_dir = session.run, task.corpus, session.output_dir
     task.model.load_state_dict(best.weights)
     valid = evaluate(task.model, task.valid)
@@ -315,7 +313,7 @@ def conclude(session: Session, task: Task, best: Best, progress: Progress) -> di
     share, domains = valid.confusion.majority_share(), {}
     for domain, rows in corpus.domains.items():
         domains |= metrics.evaluation(valid.logits[rows], valid.labels[rows]).named(f"valid_{domain}")
-    run.log(domains, step=progress.step, commit=True)  # a row that is open would overwrite the summary
+    run.log(domains, step=progress.step, commit=True)  # W&B: an open row would overwrite the summary
     with tolerate_wandb_errors(run):
         run.summary.update({"best/epoch": best.epoch, **valid.named("best"), "best/majority_share": share})
 
@@ -339,21 +337,22 @@ def conclude(session: Session, task: Task, best: Best, progress: Progress) -> di
 
 
 def init(settings: Settings, /, **more: Any) -> wandb.Run:
+    """Start the W&B run; `more` is what the session adds: id, mode, resume ..."""
     config = dataclasses.asdict(settings)
     return wandb.init(project=settings.project, name=settings.name, tags=settings.tags or None, config=config, **more)
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Fine-tune, evaluate and save as the command-line arguments say; returns the content of metrics.json."""
-    with session.opened(options.parse(Settings, argv), "cola", load, init) as s:
-        if not s.finished:
-            task = prepare(s)
-            log_dataset(s.run, task.corpus)
-            seed_everything(s.settings.seed, s.settings.deterministic)
-            seed_rank(s.settings.seed)
-            best, progress = train(s, task)
-            s.finish(conclude(s, task, best, progress))
-    return s.metrics
+    """Fine-tune, evaluate and save as configured on the command line; returns the content of metrics.json."""
+    with open_session(options.parse(Settings, argv), "cola", load, init) as session:
+        if not session.finished:
+            task = prepare(session)
+            log_dataset(session.run, task.corpus)
+            seed_everything(session.settings.seed, session.settings.deterministic)
+            seed_rank(session.settings.seed)
+            best, progress = train(session, task)
+            session.finish(conclude(session, task, best, progress))
+    return session.metrics
 
 
 if __name__ == "__main__":

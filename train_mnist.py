@@ -1,6 +1,7 @@
 """Train a ConvNet on MNIST, logged with Weights & Biases: settings, data, model, evaluation, training, export.
 
-The model and the task are those of the W&B PyTorch tutorial. Read it from top to bottom.
+The model and the task are those of the W&B PyTorch tutorial. `run.log` collects the row of a step, which is written
+when the next batch begins. Under torchrun all ranks run this, and rank 0 alone logs, writes files and prints.
 """
 
 import dataclasses
@@ -27,7 +28,7 @@ class Settings(options.SharedSettings):
     schedule: str = option("onecycle", "learning rate schedule", choices=("onecycle", "constant"))
     kernels: list[int] = option([16, 32], "channels of the two convolutions", length=2, at_least=1)
     slice: int = option(1, "use every n-th image of each part", at_least=1)
-    valid_size: int = option(5000, "training images held out for validation, the last ones", at_least=0)
+    valid_size: int = option(5000, "number of training images held out for validation, from the end", at_least=0)
     monitor: str = option("valid/loss", "metric that selects the best model", choices=monitored)
 
 
@@ -46,12 +47,12 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ConstantLR, LRScheduler, OneCycleLR
 
 import viz
-from harness import distributed, files, session
+from harness import distributed, files
 from harness.checkpoints import Checkpoints
 from harness.device import find_device, seed_everything, seed_rank
 from harness.errors import UserError
 from harness.progress import Best, Meter, Progress, check_batches
-from harness.session import Session
+from harness.session import Session, open_session
 from harness.wandb_run import tolerate_wandb_errors
 from metrics import Evaluation, evaluation, lower_is_better
 from tasks.digits import Digits, ImageSet, load_digits, split_digits
@@ -60,7 +61,7 @@ from tasks.digits import Digits, ImageSet, load_digits, split_digits
 
 
 def load(settings: Settings) -> Digits:
-    """The data on the device, in three parts. Fills in the settings that depend on it; raises `UserError`."""
+    """The data on the device, in three parts. Resolves `dataset` and `watch_every`; raises `UserError`."""
     device = find_device(settings.device)
     digits = split_digits(load_digits(settings.dataset, settings.data_dir), settings.valid_size, settings.slice)
     check_batches(settings, examples=len(digits.train.images))
@@ -71,7 +72,7 @@ def load(settings: Settings) -> Digits:
 
 
 def shuffled(examples: int, seed: int, epoch: int) -> Tensor:
-    """Indices in random order, int64 (examples,), from seed and epoch alone: a resumed run draws the same."""
+    """Indices in random order, int64 (examples,), from seed and epoch alone, so that a resumed run repeats it."""
     return torch.from_numpy(np.random.default_rng((seed, epoch)).permutation(examples))
 
 
@@ -81,8 +82,6 @@ def pixels(images: Tensor) -> Tensor:
 
 
 def log_dataset(run: wandb.Run, digits: Digits) -> None:
-    if run.disabled:  # with --wandb disabled, and on ranks other than 0
-        return
     artifact = wandb.Artifact(digits.name, type="dataset")
     for file in digits.files:
         artifact.add_reference(file.resolve().as_uri(), name=file.name)  # a checksum, not a copy
@@ -105,7 +104,7 @@ class ConvNet(nn.Module):
         self.fc = nn.Linear(7 * 7 * kernels[1], 10)
 
     def forward(self, images: Tensor) -> Tensor:
-        # Both are monotone, so pooling may come before ReLU, which then has a quarter of the values to process.
+        # Pooling before ReLU gives the same result, with a quarter of the values left for ReLU.
         x = F.max_pool2d(self.conv1(images), 2).relu()
         x = F.max_pool2d(self.conv2(x), 2).relu()
         return self.fc(x.flatten(1))
@@ -117,7 +116,9 @@ def make_model(settings: Settings, device: torch.device) -> ConvNet:
 
 def make_optimizer(model: ConvNet, settings: Settings, batches: int) -> tuple[Optimizer, LRScheduler]:
     """Adam and its learning rate schedule over all `batches`."""
-    betas = (0.7, 0.9) if settings.schedule == "onecycle" else (0.9, 0.999)  # a short schedule needs short memory
+    betas = (
+        (0.7, 0.9) if settings.schedule == "onecycle" else (0.9, 0.999)
+    )  # shorter than Adam's default, for a short schedule
     fused = next(model.parameters()).device.type != "mps"
     optimizer = torch.optim.Adam(model.parameters(), settings.learning_rate, betas, fused=fused)
     if settings.schedule == "constant":
@@ -151,7 +152,7 @@ def evaluate(model: ConvNet, part: ImageSet) -> Evaluation:
     logits = torch.zeros(len(part.images), model.fc.out_features, device=part.images.device)
     batches = list(zip(part.images.split(200), logits.split(200)))
     for images, slots in distributed.share_of(batches):
-        slots.copy_(ConvNet.forward(model, pixels(images)))  # not model(...): wandb.watch counts those calls
+        slots.copy_(type(model).forward(model, pixels(images)))  # model(...) would run the hooks of run.watch
     distributed.sum_over_ranks(logits)  # the other ranks' logits are zero here
     return evaluation(logits, part.labels)
 
@@ -180,7 +181,7 @@ def write_pictures(output_dir: Path, name: str, part: ImageSet, result: Evaluati
 
 
 def log_inputs(run: wandb.Run, model: ConvNet, digits: Digits, indices: Tensor, step: int) -> None:
-    """Log some training images with what the model takes them for."""
+    """Log some training images with the model's predictions. On every rank, since `evaluate` needs all of them."""
     inputs = ImageSet(digits.train.images[indices], digits.train.labels[indices])
     predictions = evaluate(model, inputs).predictions
     images = viz.captioned_digits(inputs.images.cpu(), predictions, inputs.labels, digits.class_names)
@@ -191,9 +192,8 @@ def log_inputs(run: wandb.Run, model: ConvNet, digits: Digits, indices: Tensor, 
 
 
 def train(session: Session, model: ConvNet, data: Digits) -> tuple[Best, Progress]:
-    """Train `model`, from the checkpoint if the run is resumed; returns the model to keep."""
-    settings, run, device = session.settings, session.run, session.device
-    train_set = data.train
+    """Train `model`, from the checkpoint if the run is resumed; returns the best model and the progress."""
+    settings, run, device, train_set = session.settings, session.run, session.device, data.train
     progress = Progress(session, examples=len(train_set.labels))
     loss_function = nn.CrossEntropyLoss(reduction="sum")
     optimizer, schedule = make_optimizer(model, settings, progress.total_batches)
@@ -203,28 +203,28 @@ def train(session: Session, model: ConvNet, data: Digits) -> tuple[Best, Progres
     checkpoints = Checkpoints(
         session, progress, data=data, model=model, optimizer=optimizer, schedule=schedule, meter=meter, best=best
     )
-    checkpoints.restore_or_begin()
+    checkpoints.restore_or_begin()  # a new run saves its first one here
 
     for epoch in progress.epochs():
         model.train()
         batches = shuffled(len(train_set.labels), settings.seed, epoch).to(device).split(settings.batch_size)
         for indices in progress.remaining(batches):  # after a resume, those that are left
             if progress.watch_starts:
-                run.watch(model, loss_function, log=settings.watch, log_freq=settings.watch_every)
+                run.watch(model, log=settings.watch, log_freq=settings.watch_every)
             share = distributed.share_of(indices)  # all of them, unless torchrun started several processes
             images, labels = train_set.images[share], train_set.labels[share]
 
             with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
                 logits = model(pixels(images))
                 loss = loss_function(logits, labels)
-            (loss / len(indices)).backward()
+            (loss / len(indices)).backward()  # the size of the whole batch: gradients are summed over ranks
             distributed.sum_gradients(model)
             optimizer.step()
             optimizer.zero_grad()
             meter.add(len(share), loss=loss, acc=(logits.argmax(1) == labels).sum())
 
             if progress.row_is_due:
-                row = meter.row()  # means over the batches since the last row
+                row = meter.take_row()  # means over the batches since the last row
                 progress.check_finite("training", row["loss"])
                 run.log(
                     {
@@ -238,9 +238,9 @@ def train(session: Session, model: ConvNet, data: Digits) -> tuple[Best, Progres
                 )
                 progress.show(loss=f"{row['loss']:.4f}", acc=f"{row['acc']:.2%}")
             schedule.step()
-            checkpoints.save_if_due()  # raises Stopped if a signal or W&B has asked for it
+            checkpoints.save_if_due()  # and at an epoch's end; on a request to stop it saves, then raises Stopped
 
-        mean = meter.epoch()
+        mean = meter.take_epoch()
         results = {"epoch": epoch, "train/loss_epoch": mean["loss"], "train/acc_epoch": mean["acc"]}
         run.log(results, step=progress.step)
         log_inputs(run, model, data, batches[-1][:16], progress.step)
@@ -261,12 +261,10 @@ def train(session: Session, model: ConvNet, data: Digits) -> tuple[Best, Progres
     return best, progress
 
 
-# --------------------------------------------------------------------------------------- from start to end
+# ------------------------------------------------------------------------------------- from start to finish
 
 
 def log_model(run: wandb.Run, weights: dict[str, Tensor], metadata: dict[str, float], aliases: list[str]) -> None:
-    if run.disabled:
-        return
     artifact = wandb.Artifact(f"model-{run.id}", type="model", metadata=metadata)
     with artifact.new_file("model.pt", mode="wb") as file:
         torch.save(weights, file)
@@ -274,23 +272,24 @@ def log_model(run: wandb.Run, weights: dict[str, Tensor], metadata: dict[str, fl
 
 
 def conclude(session: Session, best: Best, progress: Progress) -> dict[str, Any]:
-    """Test the best model, write what it predicts, export it; returns the content of metrics.json."""
+    """Test and export the best model, write its predictions on the images held out; returns metrics.json's content."""
     settings, run, data, output_dir = session.settings, session.run, session.data, session.output_dir
     model = make_model(settings, session.device)
     model.load_state_dict(best.weights)
-    name, part, result = "test", data.test, evaluate(model, data.test)
-    progress.check_finite(name, result.metrics["loss"])
-    results, summary = result.named(name), {"best/epoch": best.epoch}
-    log_charts(run, name, part, result, data.class_names, progress.step)
-    run.log(results, step=progress.step, commit=True)  # a row that is open would overwrite the summary
+    test = evaluate(model, data.test)
+    progress.check_finite("test", test.metrics["loss"])
+    log_charts(run, "test", data.test, test, data.class_names, progress.step)
+    results, summary = test.named("test"), {"best/epoch": best.epoch}
+    run.log(results, step=progress.step, commit=True)  # W&B: an open row would overwrite the summary
+    name, part, shown = "test", data.test, test  # what the files show if no image is held out
     if len(data.valid.labels):
-        name, part, result = "valid", data.valid, evaluate(model, data.valid)
-        results |= result.named(name)
-        summary |= result.named("best")
+        name, part, shown = "valid", data.valid, evaluate(model, data.valid)
+        results |= shown.named("valid")
+        summary |= shown.named("best")
 
     if distributed.rank() == 0:
-        files.write_csv(output_dir / "predictions.csv", result.columns())
-        write_pictures(output_dir, name, part, result, data.class_names)
+        files.write_csv(output_dir / "predictions.csv", shown.columns())
+        write_pictures(output_dir, name, part, shown, data.class_names)
         files.write_tensors(output_dir / "model.pt", best.weights)
         export_onnx(output_dir / "model.onnx", model)
         with tolerate_wandb_errors(run):
@@ -300,30 +299,31 @@ def conclude(session: Session, best: Best, progress: Progress) -> dict[str, Any]
             log_model(run, best.weights, results, ["latest", "best"])
     print(f"test accuracy {results['test/acc']:.2%} of {len(data.test.labels):,} images, best epoch {best.epoch}")
     identity = {"dataset": data.name, "model": f"ConvNet {settings.kernels}", "best/epoch": best.epoch}
-    return {**identity, **results, f"{name}/majority_share": result.confusion.majority_share()}
+    return {**identity, **results, f"{name}/majority_share": shown.confusion.majority_share()}
 
 
 def init(settings: Settings, /, **more: Any) -> wandb.Run:
+    """Start the W&B run; `more` is what the session adds: id, mode, resume ..."""
     config = dataclasses.asdict(settings)
     return wandb.init(project=settings.project, name=settings.name, tags=settings.tags or None, config=config, **more)
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Train, test and export as the command-line arguments say; returns the content of metrics.json."""
-    with session.opened(options.parse(Settings, argv), "mnist", load, init) as s:
-        if not s.finished:
-            settings, data = s.settings, s.data
-            log_dataset(s.run, data)
+    """Train, test and export as configured on the command line; returns the content of metrics.json."""
+    with open_session(options.parse(Settings, argv), "mnist", load, init) as session:
+        if not session.finished:
+            settings, data, device = session.settings, session.data, session.device
+            log_dataset(session.run, data)
             seed_everything(settings.seed, settings.deterministic)
-            model = make_model(settings, s.device)
+            model = make_model(settings, device)
             seed_rank(settings.seed)
             sizes = " + ".join(f"{len(part.labels):,}" for part in (data.train, data.valid, data.test))
             print(f"{data.name}: {sizes} images for training, validation and test\n{model}")
             parameters = sum(parameter.numel() for parameter in model.parameters())
-            print(f"{parameters:,} parameters on {s.device.type} in {settings.precision}, seed {settings.seed}")
-            best, progress = train(s, model, data)
-            s.finish(conclude(s, best, progress))
-    return s.metrics
+            print(f"{parameters:,} parameters on {device.type} in {settings.precision}, seed {settings.seed}")
+            best, progress = train(session, model, data)
+            session.finish(conclude(session, best, progress))
+    return session.metrics
 
 
 if __name__ == "__main__":

@@ -46,11 +46,11 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ConstantLR, LRScheduler, OneCycleLR
 
 import viz
-from harness import distributed, files, session
+from harness import distributed, files
 from harness.checkpoints import Checkpoints
 from harness.device import find_device, seed_everything, seed_rank
 from harness.progress import Best, Meter, Progress, check_batches
-from harness.session import Session
+from harness.session import Session, open_session
 from harness.wandb_run import tolerate_wandb_errors
 from metrics import Evaluation, evaluation, lower_is_better
 
@@ -75,7 +75,7 @@ class Spirals(NamedTuple):
 
 
 def load(settings: Settings) -> Spirals:
-    """The data on the device, in three parts. Fills in the settings that depend on it; raises `UserError`."""
+    """The data on the device, in three parts. Resolves `watch_every`; raises `UserError`."""
     device, generator = find_device(settings.device), torch.Generator().manual_seed(0)
     labels = torch.randint(3, (settings.examples,), generator=generator)
     radius = torch.rand(settings.examples, generator=generator).sqrt()
@@ -90,13 +90,11 @@ def load(settings: Settings) -> Spirals:
 
 
 def shuffled(examples: int, seed: int, epoch: int) -> Tensor:
-    """Indices in random order, int64 (examples,), from seed and epoch alone: a resumed run draws the same."""
+    """Indices in random order, int64 (examples,), from seed and epoch alone, so that a resumed run repeats it."""
     return torch.from_numpy(np.random.default_rng((seed, epoch)).permutation(examples))
 
 
 def log_dataset(run: wandb.Run, data: Spirals) -> None:
-    if run.disabled:
-        return
     artifact = wandb.Artifact(data.name, type="dataset")
     for name, part in (("train", data.train), ("valid", data.valid), ("test", data.test)):
         columns = [*part.features.T.tolist(), part.labels.tolist()]
@@ -152,7 +150,7 @@ def export_onnx(path: Path, model: MLP) -> None:
 def evaluate(model: MLP, part: Points) -> Evaluation:
     """Predict every point; small enough for each rank to predict all of them."""
     model.eval()
-    return evaluation(MLP.forward(model, part.features), part.labels)  # wandb.watch counts calls of model(...)
+    return evaluation(type(model).forward(model, part.features), part.labels)  # spares the hooks of run.watch
 
 
 def log_charts(run: wandb.Run, name: str, part: Points, result: Evaluation, classes: list[str], step: int) -> None:
@@ -182,9 +180,8 @@ def write_pictures(output_dir: Path, name: str, part: Points, result: Evaluation
 
 
 def train(session: Session, model: MLP, data: Spirals) -> tuple[Best, Progress]:
-    """Train `model`, from the checkpoint if the run is resumed; returns the model to keep."""
-    settings, run, device = session.settings, session.run, session.device
-    train_set = data.train
+    """Train `model`, from the checkpoint if the run is resumed; returns the best model and the progress."""
+    settings, run, device, train_set = session.settings, session.run, session.device, data.train
     progress = Progress(session, examples=len(train_set.labels))
     loss_function = nn.CrossEntropyLoss(reduction="sum")
     optimizer, schedule = make_optimizer(model, settings, progress.total_batches)
@@ -194,28 +191,28 @@ def train(session: Session, model: MLP, data: Spirals) -> tuple[Best, Progress]:
     checkpoints = Checkpoints(
         session, progress, data=data, model=model, optimizer=optimizer, schedule=schedule, meter=meter, best=best
     )
-    checkpoints.restore_or_begin()
+    checkpoints.restore_or_begin()  # a new run saves its first one here
 
     for epoch in progress.epochs():
         model.train()
         batches = shuffled(len(train_set.labels), settings.seed, epoch).to(device).split(settings.batch_size)
         for indices in progress.remaining(batches):  # after a resume, those that are left
             if progress.watch_starts:
-                run.watch(model, loss_function, log=settings.watch, log_freq=settings.watch_every)
+                run.watch(model, log=settings.watch, log_freq=settings.watch_every)
             share = distributed.share_of(indices)  # all of them, unless torchrun started several processes
             features, labels = train_set.features[share], train_set.labels[share]
 
             with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
                 logits = model(features)
                 loss = loss_function(logits, labels)
-            (loss / len(indices)).backward()
+            (loss / len(indices)).backward()  # the size of the whole batch: gradients are summed over ranks
             distributed.sum_gradients(model)
             optimizer.step()
             optimizer.zero_grad()
             meter.add(len(share), loss=loss, acc=(logits.argmax(1) == labels).sum())
 
             if progress.row_is_due:
-                row = meter.row()  # means over the batches since the last row
+                row = meter.take_row()  # means over the batches since the last row
                 progress.check_finite("training", row["loss"])
                 run.log(
                     {
@@ -229,9 +226,9 @@ def train(session: Session, model: MLP, data: Spirals) -> tuple[Best, Progress]:
                 )
                 progress.show(loss=f"{row['loss']:.4f}", acc=f"{row['acc']:.2%}")
             schedule.step()
-            checkpoints.save_if_due()  # raises Stopped if a signal or W&B has asked for it
+            checkpoints.save_if_due()  # and at an epoch's end; on a request to stop it saves, then raises Stopped
 
-        mean = meter.epoch()
+        mean = meter.take_epoch()
         results = {"epoch": epoch, "train/loss_epoch": mean["loss"], "train/acc_epoch": mean["acc"]}
         run.log(results, step=progress.step)
         line = f"train loss {mean['loss']:.4f} acc {mean['acc']:.2%}"
@@ -251,12 +248,10 @@ def train(session: Session, model: MLP, data: Spirals) -> tuple[Best, Progress]:
     return best, progress
 
 
-# --------------------------------------------------------------------------------------- from start to end
+# ------------------------------------------------------------------------------------- from start to finish
 
 
 def log_model(run: wandb.Run, weights: dict[str, Tensor], metadata: dict[str, float], aliases: list[str]) -> None:
-    if run.disabled:
-        return
     artifact = wandb.Artifact(f"model-{run.id}", type="model", metadata=metadata)
     with artifact.new_file("model.pt", mode="wb") as file:
         torch.save(weights, file)
@@ -264,23 +259,24 @@ def log_model(run: wandb.Run, weights: dict[str, Tensor], metadata: dict[str, fl
 
 
 def conclude(session: Session, best: Best, progress: Progress) -> dict[str, Any]:
-    """Test the best model, write what it predicts, export it; returns the content of metrics.json."""
+    """Test and export the best model, write its predictions on the images held out; returns metrics.json's content."""
     settings, run, data, output_dir = session.settings, session.run, session.data, session.output_dir
     model = make_model(settings, session.device)
     model.load_state_dict(best.weights)
-    name, part, result = "test", data.test, evaluate(model, data.test)
-    progress.check_finite(name, result.metrics["loss"])
-    results, summary = result.named(name), {"best/epoch": best.epoch}
-    log_charts(run, name, part, result, data.class_names, progress.step)
-    run.log(results, step=progress.step, commit=True)  # a row that is open would overwrite the summary
+    test = evaluate(model, data.test)
+    progress.check_finite("test", test.metrics["loss"])
+    log_charts(run, "test", data.test, test, data.class_names, progress.step)
+    results, summary = test.named("test"), {"best/epoch": best.epoch}
+    run.log(results, step=progress.step, commit=True)  # W&B: an open row would overwrite the summary
+    name, part, shown = "test", data.test, test  # what the files show if no image is held out
     if len(data.valid.labels):
-        name, part, result = "valid", data.valid, evaluate(model, data.valid)
-        results |= result.named(name)
-        summary |= result.named("best")
+        name, part, shown = "valid", data.valid, evaluate(model, data.valid)
+        results |= shown.named("valid")
+        summary |= shown.named("best")
 
     if distributed.rank() == 0:
-        files.write_csv(output_dir / "predictions.csv", result.columns())
-        write_pictures(output_dir, name, part, result, data.class_names)
+        files.write_csv(output_dir / "predictions.csv", shown.columns())
+        write_pictures(output_dir, name, part, shown, data.class_names)
         files.write_tensors(output_dir / "model.pt", best.weights)
         export_onnx(output_dir / "model.onnx", model)
         with tolerate_wandb_errors(run):
@@ -290,30 +286,31 @@ def conclude(session: Session, best: Best, progress: Progress) -> dict[str, Any]
             log_model(run, best.weights, results, ["latest", "best"])
     print(f"test accuracy {results['test/acc']:.2%} of {len(data.test.labels):,} points, best epoch {best.epoch}")
     identity = {"dataset": data.name, "model": f"MLP {settings.hidden}", "best/epoch": best.epoch}
-    return {**identity, **results, f"{name}/majority_share": result.confusion.majority_share()}
+    return {**identity, **results, f"{name}/majority_share": shown.confusion.majority_share()}
 
 
 def init(settings: Settings, /, **more: Any) -> wandb.Run:
+    """Start the W&B run; `more` is what the session adds: id, mode, resume ..."""
     config = dataclasses.asdict(settings)
     return wandb.init(project=settings.project, name=settings.name, tags=settings.tags or None, config=config, **more)
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Train, test and export as the command-line arguments say; returns the content of metrics.json."""
-    with session.opened(options.parse(Settings, argv), "spirals", load, init) as s:
-        if not s.finished:
-            settings, data = s.settings, s.data
-            log_dataset(s.run, data)
+    """Train, test and export as configured on the command line; returns the content of metrics.json."""
+    with open_session(options.parse(Settings, argv), "spirals", load, init) as session:
+        if not session.finished:
+            settings, data, device = session.settings, session.data, session.device
+            log_dataset(session.run, data)
             seed_everything(settings.seed, settings.deterministic)
-            model = make_model(settings, s.device)
+            model = make_model(settings, device)
             seed_rank(settings.seed)
             sizes = " + ".join(f"{len(part.labels):,}" for part in (data.train, data.valid, data.test))
             print(f"{data.name}: {sizes} points for training, validation and test\n{model}")
             parameters = sum(parameter.numel() for parameter in model.parameters())
-            print(f"{parameters:,} parameters on {s.device.type} in {settings.precision}, seed {settings.seed}")
-            best, progress = train(s, model, data)
-            s.finish(conclude(s, best, progress))
-    return s.metrics
+            print(f"{parameters:,} parameters on {device.type} in {settings.precision}, seed {settings.seed}")
+            best, progress = train(session, model, data)
+            session.finish(conclude(session, best, progress))
+    return session.metrics
 
 
 if __name__ == "__main__":

@@ -155,11 +155,14 @@ def fingerprint(data: Any) -> int:
 
 
 def _tensors(data: Any) -> Iterator[Tensor]:
+    """Raises `TypeError` for a type whose content would go unchecked, such as a Dataset."""
     if isinstance(data, Tensor):
         yield data
     elif isinstance(data, (list, tuple)):
         for part in data:
             yield from _tensors(part)
+    elif not isinstance(data, (str, int, float, Path, type(None))):
+        raise TypeError(f"Checkpoints(data=...) must be tensors in lists and tuples, not {type(data).__name__}")
 
 
 def _random_state() -> dict[str, Any]:

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 
 def check_batches(settings: SharedSettings, examples: int) -> None:
-    """Check that so many training examples make batches that the ranks can share; by default, watch once an epoch.
+    """Check that so many training examples make batches that the ranks can share, and resolve `watch_every`.
 
-    Raises `UserError`.
+    Raises `UserError`. A script's `load` must call it.
     """
     if settings.batch_size > examples:
         raise UserError(f"--batch_size {settings.batch_size} is more than the {examples} training examples")
@@ -144,7 +144,7 @@ class Meter:
                 self._sums[name] = torch.zeros((), device=self._device)
             self._sums[name] += value.detach() if isinstance(value, Tensor) else value
 
-    def row(self) -> dict[str, float]:
+    def take_row(self) -> dict[str, float]:
         """Means over the examples of all ranks since the last call."""
         distributed.sum_over_ranks(*self._sums.values())
         row = dict(zip(self._sums, torch.stack([*self._sums.values()]).tolist()))
@@ -152,7 +152,7 @@ class Meter:
         self._epoch = {name: self._epoch.get(name, 0.0) + row[name] for name in row}
         return _means(row)
 
-    def epoch(self) -> dict[str, float]:
+    def take_epoch(self) -> dict[str, float]:
         """Means over the rows since the last call."""
         epoch, self._epoch = self._epoch, {}
         return _means(epoch)

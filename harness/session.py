@@ -14,12 +14,12 @@ from typing import Any
 import torch
 import wandb
 
-from harness import checkpoints, distributed, history, wandb_run
+from harness import checkpoints, distributed, wandb_run
 from harness.device import find_device, find_precision
 from harness.directory import CONFIG, JOURNAL, METRICS, output_directory
 from harness.errors import Stopped, UserError
 from harness.files import read_json, write_json
-from harness.history import History
+from harness.history import History, rewind
 from harness.options import SharedSettings, from_config
 from harness.signals import in_main_thread, stop_requests
 
@@ -59,7 +59,7 @@ class Session:
 
 
 @contextlib.contextmanager
-def opened(settings: SharedSettings, task: str, load: Load, init: Init) -> Iterator[Session]:
+def open_session(settings: SharedSettings, task: str, load: Load, init: Init) -> Iterator[Session]:
     """Begin a run, or resume it, and end it with the block; files are written and W&B is told, however it ends.
 
     Raises `UserError` for what the user can fix, and `Stopped` if the run was asked to stop; in a thread of
@@ -68,7 +68,7 @@ def opened(settings: SharedSettings, task: str, load: Load, init: Init) -> Itera
     try:
         with distributed.joined(), stop_requests() as requests:
             rank_0 = distributed.rank() == 0
-            with _opened_on_rank_0(settings, task, load, init, requests) if rank_0 else _opened(load, requests) as s:
+            with _open_on_rank_0(settings, task, load, init, requests) if rank_0 else _open(load, requests) as s:
                 yield s
     except Stopped as stopped:
         if in_main_thread():
@@ -77,7 +77,7 @@ def opened(settings: SharedSettings, task: str, load: Load, init: Init) -> Itera
 
 
 @contextlib.contextmanager
-def _opened_on_rank_0(
+def _open_on_rank_0(
     settings: SharedSettings, task: str, load: Load, init: Init, requests: list[Stopped]
 ) -> Iterator[Session]:
     started = time.perf_counter()
@@ -88,7 +88,7 @@ def _opened_on_rank_0(
             distributed.broadcast(None)
             yield Session(settings, metrics=metrics)
             return
-        rows = history.rewind(output_dir / JOURNAL, checkpoint["history"]) if checkpoint else []
+        rows = rewind(output_dir / JOURNAL, checkpoint["history"]) if checkpoint else []
         requested, data = dataclasses.replace(settings), None
         if "WANDB_SWEEP_ID" not in os.environ:
             find_device(settings.device)  # before W&B starts, so that a mistake leaves nothing behind
@@ -106,16 +106,16 @@ def _opened_on_rank_0(
             settings.device, settings.precision = device.type, find_precision(settings.precision, device)
             settings.id = run.id
             _record(run, settings, output_dir)
-            rows_logged = History(run, output_dir / JOURNAL, wandb_step)
-            rows_logged.log_again(rows)
+            history = History(run, output_dir / JOURNAL, wandb_step)
+            history.log_again(rows)
             distributed.broadcast((settings, checkpoint))
-            session = Session(settings, data, run, rows_logged, checkpoint, requests)
+            session = Session(settings, data, run, history, checkpoint, requests)
             try:
                 yield session
             except BaseException:
-                rows_logged.discard()
+                history.discard()
                 raise
-            rows_logged.commit()
+            history.commit()
             last_line = wandb_run.where_to_look(run, output_dir)
         session.metrics["seconds"] = time.perf_counter() - started
         write_json(output_dir / METRICS, session.metrics)
@@ -123,7 +123,7 @@ def _opened_on_rank_0(
 
 
 @contextlib.contextmanager
-def _opened(load: Load, requests: list[Stopped]) -> Iterator[Session]:
+def _open(load: Load, requests: list[Stopped]) -> Iterator[Session]:
     """On the other ranks: the settings and the checkpoint of rank 0; nothing is printed, logged or written."""
     begun = distributed.broadcast()
     if not begun:  # it was finished before

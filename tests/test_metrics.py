@@ -345,26 +345,26 @@ def test_meter_averages_over_examples():
     meter = Meter()
     meter.add(2, loss=torch.tensor(2.0, requires_grad=True), acc=torch.tensor(1))
     meter.add(4, loss=torch.tensor(1.0, requires_grad=True), acc=torch.tensor(3))
-    assert meter.row() == {"loss": 3 / 6, "acc": 4 / 6}
+    assert meter.take_row() == {"loss": 3 / 6, "acc": 4 / 6}
     meter.add(2, loss=torch.tensor(4.0), acc=0)
-    assert meter.row() == {"loss": 2.0, "acc": 0.0}
-    assert meter.epoch() == {"loss": 7 / 8, "acc": 4 / 8}
+    assert meter.take_row() == {"loss": 2.0, "acc": 0.0}
+    assert meter.take_epoch() == {"loss": 7 / 8, "acc": 4 / 8}
     meter.add(3, loss=1.5, acc=3)
-    assert meter.row() == meter.epoch() == {"loss": 0.5, "acc": 1.0}
+    assert meter.take_row() == meter.take_epoch() == {"loss": 0.5, "acc": 1.0}
 
 
 def test_meter_state_is_a_snapshot():
     meter, resumed = Meter(), Meter()
     meter.add(2, error=torch.tensor(2.0, requires_grad=True))
-    meter.row()
+    meter.take_row()
     meter.add(4, error=torch.tensor(1.0, requires_grad=True))
     state = meter.state_dict()
-    meter.row()
+    meter.take_row()
     assert state == {"sums": {"error": 1.0, "examples": 4.0}, "epoch": {"error": 2.0, "examples": 2.0}}
     resumed.load_state_dict(state)
-    assert (resumed.row(), resumed.epoch()) == ({"error": 0.25}, {"error": 0.5})
+    assert (resumed.take_row(), resumed.take_epoch()) == ({"error": 0.25}, {"error": 0.5})
     resumed.load_state_dict(state, state)  # from two ranks
-    assert (resumed.row(), resumed.epoch()) == ({"error": 0.25}, {"error": 4 / 10})
+    assert (resumed.take_row(), resumed.take_epoch()) == ({"error": 0.25}, {"error": 4 / 10})
 
 
 def test_evaluation():
