@@ -267,7 +267,7 @@ def train(session: Session, model: ConvNet, data: Digits) -> tuple[Best, Progres
 def log_model(run: wandb.Run, weights: dict[str, Tensor], metadata: dict[str, float], aliases: list[str]) -> None:
     artifact = wandb.Artifact(f"model-{run.id}", type="model", metadata=metadata)
     with artifact.new_file("model.pt", mode="wb") as file:
-        torch.save(weights, file)
+        torch.save({name: weight.cpu() for name, weight in weights.items()}, file)
     run.log_artifact(artifact, aliases=aliases)
 
 

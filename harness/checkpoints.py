@@ -2,8 +2,8 @@
 
 import dataclasses
 import os
-import pickle
 import random
+import struct
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -24,6 +24,17 @@ from harness.progress import Meter, Progress
 if TYPE_CHECKING:
     from harness.session import Session
 
+BLOCK = 1 << 20  # bytes
+SEAL, SEAL_MAGIC = struct.Struct("<4sI"), b"seal"  # ends a checkpoint: magic bytes, and the CRC-32 of all before
+# What a checkpoint holds beside the state of what a script adds, and the type of each.
+CONTENT = {
+    "model": dict,
+    "position": dict,
+    "history": dict,
+    "processes": list,
+    "settings": dict,
+    "data": int,
+}
 # Settings that do not affect the numbers of a run, and placeholders that are resolved at start-up.
 MAY_CHANGE = (*RUN_OPTIONS, "data_dir", "checkpoint_every", "watch", "watch_every", "log_model")
 PLACEHOLDERS = {"dataset": "auto", "device": "auto", "precision": "auto", "model": None, "learning_rate": None}
@@ -53,6 +64,15 @@ class Checkpoints:
             return
         if checkpoint["data"] != self._fingerprint:
             raise UserError("--resume: the data are not those that the run was begun with")
+        try:
+            self._restore(checkpoint)
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            problem = f"its checkpoint is not of this model or version ({' '.join(str(error).split())[:200]})"
+            raise UserError(f"--resume: {self._session.output_dir} can't be resumed: {problem}") from None
+        self._session.stop_requests.saved_step = self._progress.step
+
+    def _restore(self, checkpoint: Mapping[str, Any]) -> None:
+        """Raises one of several exceptions if the state does not fit."""
         for name, thing in self._stateful.items():
             thing.load_state_dict(checkpoint[name])
         processes, rank = checkpoint["processes"], distributed.rank()
@@ -70,11 +90,11 @@ class Checkpoints:
         progress, settings, requests = self._progress, self._session.settings, self._session.stop_requests
         # Ranks agree on stopping, but not after every batch: communication takes time.
         agree = distributed.world_size() == 1 or progress.row_is_due
-        stopping = agree and distributed.any_rank(bool(requests))
+        stopping = agree and distributed.any_rank(requests.first is not None)
         if stopping or progress.epoch_ends or progress.batch % settings.checkpoint_every == 0:
             self._save()
         if stopping:
-            raise requests[0] if requests else Stopped("another process", 0)
+            raise requests.first or Stopped("another process", 0)
 
     def _save(self) -> None:
         """Write `checkpoint.pt` and keep the one before; rank 0 writes, the others contribute their state."""
@@ -87,8 +107,9 @@ class Checkpoints:
         settings = dataclasses.asdict(self._session.settings)
         state |= {"processes": processes, "settings": settings, "data": self._fingerprint}
         path = self._session.output_dir / CHECKPOINT
-        with temporary_beside(path) as temporary:
+        with self._session.stop_requests.writing(self._progress.step), temporary_beside(path) as temporary:
             save_tensors(temporary, state)
+            _seal(temporary)
             if path.exists():
                 os.replace(path, path.with_name(PREVIOUS_CHECKPOINT))
             os.replace(temporary, path)
@@ -106,8 +127,8 @@ def load(output_dir: Path, settings: SharedSettings) -> dict[str, Any] | None:
         try:
             state = _read(path)
             break
-        except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
-            problems.append(f"{path} can't be read: {str(error).splitlines()[0]}")
+        except Exception as error:  # zlib, lzma, pickle and others all have their own for damaged files
+            problems.append(f"{path} can't be read: {' '.join(str(error).split())[:200] or type(error).__name__}")
     if paths and state is None:
         raise UserError(f"{'; '.join(problems)}; to start over, give another --output_dir", status=1)
     if problems:
@@ -122,17 +143,56 @@ def load(output_dir: Path, settings: SharedSettings) -> dict[str, Any] | None:
     return state
 
 
+def _seal(path: Path) -> None:
+    """Append a checksum of the whole file as the comment of its zip archive, which torch.load ignores."""
+    with path.open("rb+") as file:
+        file.seek(-2, os.SEEK_END)  # the length of the comment, zero so far
+        file.write(struct.pack("<H", SEAL.size))
+        file.flush()
+        file.write(SEAL.pack(SEAL_MAGIC, _checksum(path, file.tell())))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _checksum(path: Path, length: int) -> int:
+    """CRC-32 of the first `length` bytes of a file."""
+    checksum = 0
+    with path.open("rb") as file:
+        for start in range(0, length, BLOCK):
+            checksum = zlib.crc32(file.read(min(BLOCK, length - start)), checksum)
+    return checksum
+
+
 def _read(path: Path) -> dict[str, Any]:
-    """Raises one of many exceptions if the file is damaged."""
-    with zipfile.ZipFile(path) as archive:
-        if damaged := archive.testzip():  # torch.load ignores the checksums
-            raise ValueError(f"{damaged} is damaged")
-    return torch.load(path, map_location="cpu", weights_only=True)
+    """The content of a checkpoint. Raises one of many exceptions if the file is damaged, or is something else."""
+    length = max(0, path.stat().st_size - SEAL.size)
+    with path.open("rb") as file:
+        file.seek(length)
+        magic, checksum = SEAL.unpack(file.read().ljust(SEAL.size))
+    if magic == SEAL_MAGIC:
+        if _checksum(path, length) != checksum:
+            raise ValueError("it is damaged")
+    else:  # not sealed, or damaged just there
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():
+                raise ValueError(f"{damaged} is damaged")
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(state, dict):
+        raise ValueError("it is not a checkpoint of this script")
+    for name, kind in CONTENT.items():
+        if not isinstance(state.get(name), kind):
+            raise ValueError(f"it is not a checkpoint of this script: it has no {name!r}")
+    return state
 
 
 def _adopt_settings(settings: SharedSettings, used: Mapping[str, Any], output_dir: Path) -> None:
     """Set `settings` to those that a run used, but for those that may change. Raises `UserError` if others differ."""
     requested = dataclasses.asdict(settings)
+    if others := sorted(used.keys() ^ requested.keys()):
+        names = ", ".join(f"--{name}" for name in others)
+        raise UserError(
+            f"--resume: the run in {output_dir} is of another script or version: its options differ ({names})"
+        )
     differ = [
         f"--{name} was {used[name]!r}, is {requested[name]!r}"
         for name in used.keys() - set(MAY_CHANGE)
@@ -172,7 +232,7 @@ def _random_state() -> dict[str, Any]:
         "python": random.getstate(),
         "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached),
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,  # of this rank's device
     }
 
 
@@ -181,5 +241,5 @@ def _set_random_state(state: Mapping[str, Any]) -> None:
     kind, keys, *rest = state["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state["torch"])
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

@@ -1,4 +1,4 @@
-"""Where a run computes and how it repeats itself: device, precision, seeds."""
+"""Where a run computes and how it repeats itself: device, precision, seeds, deterministic algorithms."""
 
 import os
 import random
@@ -19,8 +19,8 @@ def seed_everything(seed: int, deterministic: bool) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs it to be deterministic
         torch.backends.cudnn.benchmark = False
     torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs a tenth of the time
-    # On CUDA only a warning: the histograms of wandb.watch have no deterministic algorithm there.
-    torch.use_deterministic_algorithms(deterministic, warn_only=torch.cuda.is_available())
+    torch.backends.cudnn.allow_tf32 = False  # convolutions in float32 are TF32 by default, unlike the exported model
+    torch.use_deterministic_algorithms(deterministic)
 
 
 def seed_rank(seed: int) -> None:

@@ -14,9 +14,9 @@ class UserError(Exception):
 class Stopped(BaseException):
     """The run was asked to stop, by a signal or by W&B, and can be resumed; `status` is its exit status."""
 
-    def __init__(self, reason: str, status: int):
-        super().__init__(f"stopped by {reason}; the same command with --resume goes on where it was")
-        self.status = status
+    def __init__(self, reason: str, status: int, resume: str = "goes on where it was"):
+        super().__init__(f"stopped by {reason}; the same command with --resume {resume}")
+        self.reason, self.status = reason, status
 
 
 def warn_loudly(*lines: str) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import zlib
 from collections.abc import Mapping
 from numbers import Real
 from pathlib import Path
@@ -25,6 +26,7 @@ class History:
         self.step = 0
         self._row: dict[str, Any] = {}
         self._run, self._journal, self._wandb_step = run, journal, wandb_step
+        self._checksum = zlib.crc32(journal.read_bytes()) if journal and journal.exists() else 0
         if not run.disabled:
             self._log_to_wandb, self._log_from_hook, self._handing_over = run.log, run._log, False
             run._log = self._log  # the hooks of run.watch call it, and so does W&B's own run.log
@@ -47,7 +49,9 @@ class History:
         """Write the current row. Raises `OSError` if the journal can't be written; W&B never raises."""
         row, self._row = self._row, {}
         if self._journal and (numbers := _numbers(row)):
-            _append(self._journal, json.dumps({"step": self.step, **numbers}) + "\n")
+            line = json.dumps({"step": self.step, **numbers}) + "\n"
+            _append(self._journal, line)
+            self._checksum = zlib.crc32(line.encode(), self._checksum)
         self._send(row, self.step)
 
     def discard(self) -> None:
@@ -60,10 +64,11 @@ class History:
             self._send(values, step)
 
     def state_dict(self) -> dict[str, Any]:
-        """The length of the journal in bytes, flushed to disk, and the numbers of the current row."""
+        """The length of the journal in bytes, flushed to disk, its CRC-32, and the numbers of the current row."""
         with self._journal.open("ab") as journal:
             os.fsync(journal.fileno())
-            return {"journal": journal.tell(), "step": self.step, "row": _numbers(self._row)}
+            length = journal.tell()
+        return {"journal": length, "checksum": self._checksum, "step": self.step, "row": _numbers(self._row)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue the row that `state_dict` found incomplete."""
@@ -94,8 +99,10 @@ def rewind(journal: Path, state: Mapping[str, Any]) -> list[dict[str, float]]:
         content = journal.read_bytes()[: state["journal"]]
         if len(content) < state["journal"]:
             raise ValueError("rows are missing")
+        if zlib.crc32(content) != state["checksum"]:
+            raise ValueError("rows are damaged")
         rows = [json.loads(line) for line in content.splitlines()]
-    except (FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         problem = f"{journal} does not go with the checkpoint ({error})"
         raise UserError(f"{problem}: the run can't be resumed; choose another --output_dir", status=1) from None
     with replacing(journal) as temporary:

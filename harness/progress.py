@@ -49,6 +49,7 @@ class Progress:
             session.settings.epochs * self.batches_per_epoch, session.settings.max_steps or math.inf
         )
         self._settings, self._run, self._history = session.settings, session.run, session.history
+        self._stop_requests = session.stop_requests
 
     def epochs(self) -> Iterator[int]:
         """The epochs that are left, the one that was interrupted first, with a progress bar on a terminal."""
@@ -56,7 +57,7 @@ class Progress:
         # A resumed run logs its histograms in the same batches as one that was never interrupted.
         self._first_watched = math.ceil(self.batch / settings.watch_every) * settings.watch_every + 1
         bar = {"total": self.total_batches, "initial": self.batch, "unit": "batch", "disable": None, "file": sys.stdout}
-        with tqdm(**bar) as self._bar:
+        with self._stop_requests.training(), tqdm(**bar) as self._bar:
             for self.epoch in range(first, settings.epochs + 1):
                 self._epoch_started = self._row_started = time.perf_counter()
                 self._row_step = self.step
@@ -188,7 +189,8 @@ class Best:
         better = self.value is None or math.isnan(self.value) or self._improves(value)
         if better:
             self.epoch, self.value = epoch, value
-            self.weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+            # On the CPU, so that machines without an accelerator can load what is saved.
+            self.weights = {name: weight.to("cpu", copy=True) for name, weight in model.state_dict().items()}
         return better
 
     def _improves(self, value: float) -> bool:

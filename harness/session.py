@@ -21,7 +21,7 @@ from harness.errors import Stopped, UserError
 from harness.files import read_json, write_json
 from harness.history import History, rewind
 from harness.options import SharedSettings, from_config
-from harness.signals import in_main_thread, stop_requests
+from harness.signals import StopRequests, handling_signals, in_main_thread
 
 LIBRARIES = ("torch", "torchvision", "transformers", "wandb", "numpy")
 Load = Callable[[Any], Any]  # (settings) -> data; fills in the settings that depend on the data
@@ -37,7 +37,7 @@ class Session:
     run: wandb.Run | None = None  # None if the run was finished before
     history: History | None = None  # replaces `run.log`
     checkpoint: Mapping[str, Any] | None = None  # to resume from; None for a new run
-    stop_requests: list[Stopped] = dataclasses.field(default_factory=list)
+    stop_requests: StopRequests | None = None
     metrics: dict[str, Any] = dataclasses.field(default_factory=dict)  # content of metrics.json
 
     @property
@@ -66,7 +66,7 @@ def open_session(settings: SharedSettings, task: str, load: Load, init: Init) ->
     `wandb.agent`, which goes on with other runs, that is only printed.
     """
     try:
-        with distributed.joined(), stop_requests() as requests:
+        with distributed.joined(), handling_signals(settings.stop_timeout) as requests:
             rank_0 = distributed.rank() == 0
             with _open_on_rank_0(settings, task, load, init, requests) if rank_0 else _open(load, requests) as s:
                 yield s
@@ -78,7 +78,7 @@ def open_session(settings: SharedSettings, task: str, load: Load, init: Init) ->
 
 @contextlib.contextmanager
 def _open_on_rank_0(
-    settings: SharedSettings, task: str, load: Load, init: Init, requests: list[Stopped]
+    settings: SharedSettings, task: str, load: Load, init: Init, requests: StopRequests
 ) -> Iterator[Session]:
     started = time.perf_counter()
     _identify(settings, task)
@@ -123,7 +123,7 @@ def _open_on_rank_0(
 
 
 @contextlib.contextmanager
-def _open(load: Load, requests: list[Stopped]) -> Iterator[Session]:
+def _open(load: Load, requests: StopRequests) -> Iterator[Session]:
     """On the other ranks: the settings and the checkpoint of rank 0; nothing is printed, logged or written."""
     begun = distributed.broadcast()
     if not begun:  # it was finished before
@@ -164,7 +164,7 @@ def _finished_before(
     metrics = read_json(output_dir / METRICS)
     if metrics is None:
         return None
-    last_step = checkpoint["position"]["step"] if checkpoint else -1
+    last_step = checkpoint["position"].get("step", -1) if checkpoint else -1
     if checkpoint and not wandb_run.is_complete(settings.id, settings.wandb, last_step):
         print(f"{output_dir} is finished, but W&B does not have all of it: the end is repeated.")
         return None

@@ -1,4 +1,4 @@
-"""Requests to stop: SIGTERM, Ctrl-C and W&B's stop button end a run after the current batch, with a checkpoint."""
+"""Requests to stop: SIGTERM, Ctrl-C and W&B's stop button end training after the current batch, with a checkpoint."""
 
 import contextlib
 import os
@@ -9,39 +9,87 @@ from typing import Any
 
 from harness.errors import Stopped
 
-STOP_TIMEOUT = 2  # seconds from a signal to the end of training; as long again to close the W&B run
+GRACE = 2  # seconds from a signal to the exit if there is nothing to save
+
+
+class StopRequests:
+    """The first request to stop, which training raises after the batch, and what it may still finish.
+
+    If that takes longer than `timeout` seconds after a signal, the request is raised wherever the program is, but never
+    in the middle of a write. A second signal kills the process.
+    """
+
+    def __init__(self, timeout: float):
+        self.first: Stopped | None = None
+        self.saved_step: int | None = None  # of the latest checkpoint
+        self._timeout, self._training, self._writing, self._late = timeout, False, False, False
+
+    def add(self, reason: str, status: int) -> None:
+        """Request to stop with this exit status."""
+        self.first = self.first or Stopped(reason, status)
+
+    def on_signal(self, number: int, _: Any) -> None:
+        if number == signal.SIGTERM and "WANDB_SWEEP_ID" in os.environ:
+            self.add("the sweep", 0)  # its agent takes any other status for a failure
+        else:
+            self.add(signal.Signals(number).name, 128 + number)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_REAL, self._timeout if self._training else GRACE)
+
+    def on_timeout(self, *_: Any) -> None:
+        self._late = True
+        if not self._writing:
+            self._raise_late()
+
+    @contextlib.contextmanager
+    def training(self) -> Iterator[None]:
+        """While there is progress to save: allow the whole timeout."""
+        self._training = True
+        try:
+            yield
+        finally:
+            self._training = False
+
+    @contextlib.contextmanager
+    def writing(self, step: int) -> Iterator[None]:
+        """Finish the write of the checkpoint of this step, however long it takes."""
+        self._writing = True
+        try:
+            yield
+        finally:
+            self._writing = False
+        self.saved_step = step
+        if self._late:
+            self._raise_late()
+
+    def _raise_late(self) -> None:
+        if not self._training:
+            raise self.first
+        place = "starts over" if self.saved_step is None else f"goes on from the checkpoint of step {self.saved_step}"
+        reason = f"{self.first.reason}, and --stop_timeout {self._timeout:g} seconds have passed"
+        raise Stopped(reason, self.first.status, place)
 
 
 @contextlib.contextmanager
-def stop_requests() -> Iterator[list[Stopped]]:
-    """A list of the requests to stop so far. Training checks it after each batch and raises the first one.
-
-    If that takes longer than `STOP_TIMEOUT`, it is raised wherever the program is. A second Ctrl-C kills the process.
-    """
-    requests: list[Stopped] = []
-    if not in_main_thread():  # of wandb.agent; only the main thread receives signals
+def handling_signals(timeout: float) -> Iterator[StopRequests]:
+    """Turn signals into requests to stop, in the main thread; others, such as wandb.agent's, receive none."""
+    requests = StopRequests(timeout)
+    if not in_main_thread():
         yield requests
         return
-
-    def on_signal(number: int, _: Any) -> None:
-        if number == signal.SIGTERM and "WANDB_SWEEP_ID" in os.environ:
-            requests.append(Stopped("the sweep", 0))  # its agent takes any other status for a failure
-        else:
-            requests.append(Stopped(signal.Signals(number).name, 128 + number))
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        signal.setitimer(signal.ITIMER_REAL, STOP_TIMEOUT)
-
-    def on_timeout(*_: Any) -> None:
-        raise requests[0]
-
-    handlers = {signal.SIGTERM: on_signal, signal.SIGINT: on_signal, signal.SIGALRM: on_timeout}
+    handlers = {
+        signal.SIGTERM: requests.on_signal,
+        signal.SIGINT: requests.on_signal,
+        signal.SIGALRM: requests.on_timeout,
+    }
     previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield requests
     finally:
         cancel_timeout()
         for number, handler in previous.items():
-            signal.signal(number, signal.SIG_IGN if requests and number == signal.SIGTERM else handler)
+            signal.signal(number, signal.SIG_IGN if requests.first and number == signal.SIGTERM else handler)
 
 
 def cancel_timeout() -> None:

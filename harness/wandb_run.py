@@ -12,15 +12,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 import wandb
 
 from harness import wandb_log
 from harness.errors import Stopped, UserError, warn_loudly
 from harness.options import SharedSettings
-from harness.signals import STOP_TIMEOUT, cancel_timeout, in_main_thread
+from harness.signals import StopRequests, cancel_timeout, in_main_thread
 
 INIT_TIMEOUT = 8  # seconds; W&B waits up to ten more before that to confirm the API key
 FINISH_TIMEOUT = {"none": 20, "best": 1800, "all": 1800}  # seconds, by --log_model
+CLOSE_TIMEOUT = 2  # seconds to close the run after a signal
 ARTIFACT_TIMEOUT = 5  # seconds to hand over artifacts at the end of a run; uploading them comes after that
 
 
@@ -47,7 +49,7 @@ def wandb_mode(choice: str) -> str:
     return "offline"
 
 
-def init_options(settings: SharedSettings, mode: str, requests: list[Stopped]) -> dict[str, Any]:
+def init_options(settings: SharedSettings, mode: str, requests: StopRequests) -> dict[str, Any]:
     """Arguments for `wandb.init` beside project, name, tags and config; W&B's stop button adds to `requests`."""
     return {
         "entity": settings.entity,
@@ -63,7 +65,7 @@ def init_options(settings: SharedSettings, mode: str, requests: list[Stopped]) -
             init_timeout=INIT_TIMEOUT,
             finish_timeout=FINISH_TIMEOUT[settings.log_model],
             finish_timeout_raises=True,
-            stop_fn=lambda: requests.append(Stopped("W&B", 0)),
+            stop_fn=lambda: requests.add("W&B", 0),
         ),
     }
 
@@ -92,6 +94,7 @@ def start(init: Callable[[str], wandb.Run], settings: SharedSettings) -> tuple[w
         run = init("offline")
     if run.disabled:
         return run, -1
+    _allow_histograms(run)
     logging.raiseExceptions = False  # a full disk under wandb/ would flood the terminal
     if run.offline:
         # Rows of an online process may not have reached the server: they are logged again unless it confirmed them.
@@ -99,6 +102,21 @@ def start(init: Callable[[str], wandb.Run], settings: SharedSettings) -> tuple[w
         return run, max(wandb_log.history(certain), default=-1)
     _log_artifacts_in_background(run)
     return run, run.starting_step - 1 if run.resumed else -1
+
+
+def _allow_histograms(run: wandb.Run) -> None:
+    """Exempt the histograms of `run.watch` from deterministic algorithms: there is none on CUDA."""
+    log_tensor_stats = run._torch.log_tensor_stats
+
+    def log_histogram(*arguments: Any) -> None:
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        torch.use_deterministic_algorithms(False)
+        try:
+            log_tensor_stats(*arguments)
+        finally:
+            torch.use_deterministic_algorithms(deterministic)
+
+    run._torch.log_tensor_stats = log_histogram
 
 
 def lost_rows(run: wandb.Run, rows: list[dict[str, float]], last_step: int) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -207,7 +225,7 @@ def finishing(run: wandb.Run) -> Iterator[None]:
         finish = threading.Thread(target=_finish, args=(run, status), daemon=True)
         finish.start()
         hurry = isinstance(error, Stopped) and status != 0  # a run stopped by W&B has half a minute
-        finish.join(STOP_TIMEOUT if hurry else None)
+        finish.join(CLOSE_TIMEOUT if hurry else None)
         if hurry and (closing or finish.is_alive()):
             print(f"{error} (W&B does not answer; it gets the rest then)", flush=True)
             os._exit(status)  # every file is written, and W&B would go on waiting

@@ -141,7 +141,7 @@ def _load_pretrained(name: str, labels: dict) -> tuple[PreTrainedModel, PreTrain
         config = AutoConfig.from_pretrained(name, local_files_only=local)
         tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local)
         model = AutoModelForSequenceClassification.from_pretrained(
-            name, local_files_only=local, ignore_mismatched_sizes=True, **labels
+            name, local_files_only=local, ignore_mismatched_sizes=True, dtype=torch.float32, **labels
         )
     except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
         raise UserError(f"--model {name} can't be loaded: {' '.join(str(error).split())[:300]}") from None

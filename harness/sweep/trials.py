@@ -26,7 +26,7 @@ from harness.errors import UserError
 from harness.sweep.file import DEFAULT_COMMAND, Sweep
 from harness.sweep.study import suggest
 
-STOP_TIMEOUT = 15  # seconds; a run needs less than five
+STOP_TIMEOUT = 30  # seconds; a run takes at most its --stop_timeout, and a little to close W&B
 CLAIM_TIMEOUT = 60  # seconds; a trial that nobody has claimed by then may be taken over
 MAX_ATTEMPTS = 3  # per epoch, for a run that something else keeps stopping
 STOP_STATUSES = (130, 143, -signal.SIGINT, -signal.SIGTERM)  # exit statuses after which a run can be resumed
