@@ -24,9 +24,9 @@ class Settings(options.SharedSettings):
         "auto: CoLA, or built-in sentences if it is not available",
         choices=("auto", "cola", "synthetic", "files"),
     )
-    train_file: str | None = option(None, "your own training data: TSV or CSV with columns sentence and label")
-    valid_file: str | None = option(None, "your own validation data")
-    model: str | None = option(None, "hub name, directory, wandb:ENTITY/PROJECT/NAME:ALIAS, or scratch [BERT-tiny]")
+    train_file: str | None = option(None, "your training data: TSV or CSV with columns sentence and label", path=True)
+    valid_file: str | None = option(None, "your validation data", path=True)
+    model: str | None = option(None, "hub name, path, wandb:ENTITY/PROJECT/NAME:ALIAS, scratch [BERT-tiny]", path=True)
     epochs: int = option(10, "passes over the training data", at_least=1)
     batch_size: int = option(64, "sentences in a batch", at_least=1)
     learning_rate: float | None = option(None, "the highest learning rate [1e-4; 1e-3 for scratch]", above=0)

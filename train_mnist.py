@@ -119,11 +119,11 @@ def make_optimizer(model: ConvNet, settings: Settings, batches: int) -> tuple[Op
     betas = (
         (0.7, 0.9) if settings.schedule == "onecycle" else (0.9, 0.999)
     )  # shorter than Adam's default, for a short schedule
-    fused = next(model.parameters()).device.type != "mps"
-    optimizer = torch.optim.Adam(model.parameters(), settings.learning_rate, betas, fused=fused)
+    optimizer = torch.optim.Adam(model.parameters(), settings.learning_rate, betas, fused=not model.fc.weight.is_mps)
     if settings.schedule == "constant":
         return optimizer, ConstantLR(optimizer, factor=1)
-    return optimizer, OneCycleLR(optimizer, settings.learning_rate, batches, pct_start=0.1, cycle_momentum=False)
+    rise = 0.11 if batches == 10 else 0.1  # OneCycleLR divides by rise * batches - 1
+    return optimizer, OneCycleLR(optimizer, settings.learning_rate, batches, pct_start=rise, cycle_momentum=False)
 
 
 def export_onnx(path: Path, model: ConvNet) -> None:
@@ -200,9 +200,8 @@ def train(session: Session, model: ConvNet, data: Digits) -> tuple[Best, Progres
     if settings.compile:
         model.forward = torch.compile(model.forward)  # not model.compile(), which includes the hooks of run.watch
     meter, best = Meter(device), Best(settings.monitor, lower_is_better(settings.monitor))
-    checkpoints = Checkpoints(
-        session, progress, data=data, model=model, optimizer=optimizer, schedule=schedule, meter=meter, best=best
-    )
+    stateful = {"model": model, "optimizer": optimizer, "schedule": schedule, "meter": meter, "best": best}
+    checkpoints = Checkpoints(session, progress, data=data, **stateful)
     checkpoints.restore_or_begin()  # a new run saves its first one here
 
     for epoch in progress.epochs():
@@ -294,7 +293,8 @@ def conclude(session: Session, best: Best, progress: Progress) -> dict[str, Any]
         export_onnx(output_dir / "model.onnx", model)
         with tolerate_wandb_errors(run):
             run.summary.update(summary)
-            run.save(output_dir / "model.*", base_path=output_dir, policy="now")
+            for file in ("model.pt", "model.onnx"):
+                run.save(output_dir / file, base_path=output_dir, policy="now", glob=False)
         if settings.log_model == "best":
             log_model(run, best.weights, results, ["latest", "best"])
     print(f"test accuracy {results['test/acc']:.2%} of {len(data.test.labels):,} images, best epoch {best.epoch}")

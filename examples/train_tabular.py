@@ -188,9 +188,8 @@ def train(session: Session, model: MLP, data: Spirals) -> tuple[Best, Progress]:
     if settings.compile:
         model.forward = torch.compile(model.forward)  # not model.compile(), which includes the hooks of run.watch
     meter, best = Meter(device), Best(settings.monitor, lower_is_better(settings.monitor))
-    checkpoints = Checkpoints(
-        session, progress, data=data, model=model, optimizer=optimizer, schedule=schedule, meter=meter, best=best
-    )
+    stateful = {"model": model, "optimizer": optimizer, "schedule": schedule, "meter": meter, "best": best}
+    checkpoints = Checkpoints(session, progress, data=data, **stateful)
     checkpoints.restore_or_begin()  # a new run saves its first one here
 
     for epoch in progress.epochs():
@@ -254,7 +253,7 @@ def train(session: Session, model: MLP, data: Spirals) -> tuple[Best, Progress]:
 def log_model(run: wandb.Run, weights: dict[str, Tensor], metadata: dict[str, float], aliases: list[str]) -> None:
     artifact = wandb.Artifact(f"model-{run.id}", type="model", metadata=metadata)
     with artifact.new_file("model.pt", mode="wb") as file:
-        torch.save(weights, file)
+        torch.save({name: weight.cpu() for name, weight in weights.items()}, file)
     run.log_artifact(artifact, aliases=aliases)
 
 
@@ -281,7 +280,8 @@ def conclude(session: Session, best: Best, progress: Progress) -> dict[str, Any]
         export_onnx(output_dir / "model.onnx", model)
         with tolerate_wandb_errors(run):
             run.summary.update(summary)
-            run.save(output_dir / "model.*", base_path=output_dir, policy="now")
+            for file in ("model.pt", "model.onnx"):
+                run.save(output_dir / file, base_path=output_dir, policy="now", glob=False)
         if settings.log_model == "best":
             log_model(run, best.weights, results, ["latest", "best"])
     print(f"test accuracy {results['test/acc']:.2%} of {len(data.test.labels):,} points, best epoch {best.epoch}")

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from harness.errors import UserError
-from harness.files import temporary_beside, write_json
+from harness.files import TEMPORARY, list_names, read_json, temporary_beside, write_json
 from harness.options import SharedSettings
 
 CONFIG, JOURNAL, METRICS = "config.json", "history.jsonl", "metrics.json"
@@ -22,16 +22,13 @@ PROBE_BYTES = 8 << 20  # a disk that can't take this much at the start counts as
 def output_directory(settings: SharedSettings) -> Iterator[Path]:
     """The directory for the files of a run, created if it is missing, and locked while the block runs.
 
-    Raises `UserError` if files can't be written there, if another process holds the lock or, without `--resume`, if
-    another run is there. If the block raises before there are results, nothing is left.
+    Raises `UserError` if files can't be written there, if it holds anything but a run to resume, or if another process
+    has locked it. If the block raises before there are results, nothing is left.
     """
     path, created, new_run = Path(settings.output_dir), [], False
     try:
         created += [p for p in (path, *path.parents) if not p.exists()]
-        for name in (CONFIG, *RESULTS):
-            if (path / name).exists() and not settings.resume:
-                problem = f"--output_dir {path} already holds another run ({name})"
-                raise UserError(f"{problem}; choose another directory, or continue that run: --resume")
+        _check_content(path, settings.resume)
         try:
             path.mkdir(parents=True, exist_ok=True)
             with temporary_beside(path / "probe") as probe:
@@ -40,8 +37,8 @@ def output_directory(settings: SharedSettings) -> Iterator[Path]:
             status = 1 if settings.resume else 2
             raise UserError(f"--output_dir {path}: can't write there ({error.strerror})", status) from None
         with _locked(path):
-            for leftover in path.glob(".*.tmp"):  # of a process that was killed while writing
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            for leftover in path.glob(f".*{TEMPORARY}"):  # of a process that was killed while writing
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
             if not (path / CONFIG).exists():  # keeps the run id if the run is killed early
                 write_json(path / CONFIG, dataclasses.asdict(settings))
                 new_run = True
@@ -53,6 +50,20 @@ def output_directory(settings: SharedSettings) -> Iterator[Path]:
             for directory in created:
                 directory.rmdir()
         raise
+
+
+def _check_content(path: Path, resume: bool) -> None:
+    """Raise `UserError` if there is anything in the directory that no run has written, or a run and not `resume`."""
+    names = [file.name for file in path.iterdir() if not file.name.endswith(TEMPORARY)] if path.is_dir() else []
+    run = any((path / name).is_file() for name in (CHECKPOINT, PREVIOUS_CHECKPOINT))
+    run = run or {"id", "output_dir", "resume"} <= (read_json(path / CONFIG) or {}).keys()
+    if names and not run:
+        raise UserError(
+            f"--output_dir {path} holds what is not of a run ({list_names(names)}); choose another directory"
+        )
+    if names and not resume:
+        problem = f"--output_dir {path} already holds another run ({CONFIG})"
+        raise UserError(f"{problem}; choose another directory, or continue that run: --resume")
 
 
 @contextlib.contextmanager

@@ -5,18 +5,22 @@ import csv
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 
+from harness.errors import UserError
+
+TEMPORARY = ".unfinished"  # ends the names of temporary files: nobody else's are taken for ours
+
 
 @contextlib.contextmanager
 def temporary_beside(path: Path) -> Iterator[Path]:
     """A temporary name in the directory of `path`, removed at the end of the block."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
     try:
         yield temporary
     finally:
@@ -35,22 +39,38 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replacing_directory(path: Path) -> Iterator[Path]:
-    """A temporary directory to write to; at the end of the block it replaces `path`."""
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp") as parent:
+    """A temporary directory to write to; at the end of the block it replaces `path`.
+
+    Raises `UserError` if `path` holds anything that the new directory does not.
+    """
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.", suffix=TEMPORARY) as parent:
         temporary = Path(parent) / path.name
         temporary.mkdir()
         yield temporary
         if path.exists():
+            written = {file.name for file in temporary.iterdir()}
+            foreign = (
+                [file.name for file in path.iterdir() if file.name not in written] if path.is_dir() else [path.name]
+            )
+            if foreign:
+                raise UserError(f"{path} is not of this run: move {list_names(foreign)} away", status=1)
             os.replace(path, Path(parent) / "before")
         os.replace(temporary, path)
 
 
+def list_names(names: Iterable[str]) -> str:
+    """Up to three names, and how many there are beside them."""
+    names = sorted(names)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The object in a file; None if there is no file, or not a whole one."""
+    """The object in a file; None if there is no such file, or no object in it."""
     try:
-        return json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):
+        content = json.loads(path.read_text())
+    except (FileNotFoundError, IsADirectoryError, ValueError):
         return None
+    return content if isinstance(content, dict) else None
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

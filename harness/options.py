@@ -3,10 +3,12 @@
 Imports the standard library only, so that `--help` and a misspelled option are answered at once.
 """
 
+import ast
+import contextlib
 import dataclasses
 import difflib
 import math
-import re
+import os
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Mapping, Sequence
@@ -35,8 +37,8 @@ RUN_OPTIONS = (
 def option(default: Any, help: str, **limits: Any) -> Any:
     """A dataclass field that is also a command-line option.
 
-    `limits` may hold `at_least`, `above` and `below` (numbers), `length` (of a list) and `choices`: a tuple, or a
-    function that returns one, called only if the option is given.
+    `limits` may hold `at_least`, `above` and `below` (numbers), `length` (of a list), `path` (~ is expanded) and
+    `choices`: a tuple, or a function that returns one, called only if the option is given.
     """
     metadata = {"help": help, **limits}
     if isinstance(default, list):
@@ -49,8 +51,8 @@ class SharedSettings:
     """The options that every script has, with a line of help each."""
 
     dataset: str = option("auto", "which data to train on")
-    data_dir: str = option("downloads", "directory to read the data from, or to download it to")
-    output_dir: str | None = option(None, "directory for this run's files [runs/<task>-<run id>]")
+    data_dir: str = option("downloads", "directory to read the data from, or to download it to", path=True)
+    output_dir: str | None = option(None, "directory for this run's files [runs/<task>-<run id>]", path=True)
     resume: bool = option(False, "continue the run in --output_dir, if there is one")
 
     epochs: int = option(5, "passes over the training data", at_least=1)
@@ -128,8 +130,9 @@ def _read(settings_class: type, argv: Sequence[str] | None) -> Namespace:
             f"--{field.name}",
             # A flag may stand alone (--compile) or carry a value, as sweeps write it (--compile=True).
             nargs="?" if kind is bool else "*" if kind in (list[int], list[str]) else None,
+            action="extend" if kind == list[str] else "store",  # --tags a --tags b
             const="true" if kind is bool else None,
-            default=dataclasses.MISSING,
+            default=None,
             metavar="{" + ",".join(choices) + "}" if listed else field.name.upper(),
             help=field.metadata["help"].replace("%", "%%")
             + (f" [{_as_typed(default)}]" if default not in (None, []) else ""),
@@ -140,7 +143,7 @@ def _read(settings_class: type, argv: Sequence[str] | None) -> Namespace:
             unknown[0].split("=")[0], [f"--{f.name}" for f in dataclasses.fields(settings_class)], 1, 0.7
         )
         parser.error(f"unknown option {unknown[0]}" + (f"; did you mean {near[0]}?" if near else ""))
-    return Namespace(**{k: v for k, v in vars(given).items() if v is not dataclasses.MISSING})
+    return Namespace(**{k: v for k, v in vars(given).items() if v is not None})
 
 
 def _build(settings_class: type[Settings], values: Mapping[str, Any], prefix: str) -> Settings:
@@ -177,6 +180,7 @@ def _convert(
     optional: bool = False,
     choices: tuple[str, ...] | Callable[[], tuple[str, ...]] | None = None,
     length: int | None = None,
+    path: bool = False,
     **limits: float,
 ) -> Any:
     """`value`, a string or a value of a sweep's config, as `kind`. Raises `ValueError` if it is invalid."""
@@ -184,8 +188,10 @@ def _convert(
         return None
     if kind in (list[int], list[str]):
         parts = list(value) if isinstance(value, (list, tuple)) else [value]
-        if len(parts) == 1 and re.fullmatch(r"\[.*\]|\(.*\)", str(parts[0])):  # sweeps write lists as "[16, 32]"
-            parts = [part.strip(" '\"") for part in str(parts[0])[1:-1].split(",") if part.strip()]
+        if len(parts) == 1:  # sweeps write lists as "[16, 32]"
+            with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+                written = ast.literal_eval(str(parts[0]))
+                parts = list(written) if isinstance(written, (list, tuple)) else parts
         if length is not None and len(parts) != length:
             raise ValueError(f"needs {length} values, got {len(parts)}: {_as_typed(parts)!r}")
         (item,) = get_args(kind)
@@ -203,7 +209,7 @@ def _convert(
             near = difflib.get_close_matches(str(value), choices, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise ValueError(f"must be one of {', '.join(choices)}; got {value!r}{hint}")
-        return str(value)
+        return os.path.expanduser(str(value)) if path else str(value)
     return _number(kind, value, **limits)
 
 

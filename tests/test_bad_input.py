@@ -213,6 +213,12 @@ def test_values_from_a_config():
             options.from_config(train_mnist.Settings(), bad)
 
 
+def test_tags_add_up_and_keep_their_brackets():
+    settings = options.parse(train_mnist.Settings, ["--tags", "a", "--tags", "b", "c"])
+    assert settings.tags == ["a", "b", "c"]
+    assert options.parse(train_mnist.Settings, ["--tags", "[wip]"]).tags == ["[wip]"]
+
+
 def test_options_on_the_command_line():
     settings = options.parse(train_mnist.Settings, ["--kernels", "8", "24", "--compile", "--tags", "a", "b"])
     assert (settings.kernels, settings.compile, settings.tags) == ([8, 24], True, ["a", "b"])

@@ -11,13 +11,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import safetensors.torch
 import torch
+import transformers
 
 import train_mnist
-from harness import checkpoints, history
+from harness import checkpoints, files, history, script
 from harness.errors import UserError
+from tasks import encoders
 from tests import killing
-from tests.conftest import REPO, clean_environment
+from tests.conftest import REPO, call, clean_environment, finished_run
 
 # Runs train_mnist.py with parts of it replaced.
 CHANGED = """
@@ -230,3 +233,125 @@ def test_damage_to_the_journal_is_detected(unfinished):
             continue
         with pytest.raises(UserError, match="does not go with the checkpoint"):
             history.rewind(path, state)
+
+
+# ------------------------------------------------------------------------------------------ the user's files
+
+FOREIGN = (
+    "thesis.txt",
+    ".keep.tmp/thesis.txt",
+    "model.pt",
+    "predictions.csv",
+    "mistakes.png",
+    "model",
+    "model/my_weights.bin",
+    "config.json",
+    "metrics.json",
+)
+
+
+def contents(directory: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("more", ["", "--resume"])
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_directory_with_files_of_the_user_is_refused(name, more, tmp_path, monkeypatch, capsys):
+    """In this process; the script's last line is the same."""
+    (tmp_path / "exp" / name).parent.mkdir(parents=True)
+    (tmp_path / "exp" / name).write_text('{"lr": 1}')
+    before = contents(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["train_mnist.py"])
+    arguments = f"--dataset synthetic --wandb disabled --output_dir exp {more}".split()
+    assert script.status_of(lambda: train_mnist.main(arguments)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("train_mnist.py: error: --output_dir exp holds what is not of a run")
+    assert name.split("/")[0] in line and contents(tmp_path) == before
+
+
+def test_only_temporary_files_of_runs_are_cleared_away(unfinished):
+    (unfinished / ".keep.tmp").mkdir()
+    (unfinished / ".keep.tmp/thesis.txt").write_text("mine")
+    (unfinished / "slurm.out").write_text("mine")
+    (unfinished / ".model.pt.4711.unfinished").write_text("")
+    assert resume(unfinished.parent).status == 0
+    assert (unfinished / ".keep.tmp/thesis.txt").read_text() == (unfinished / "slurm.out").read_text() == "mine"
+    assert not list(unfinished.glob("*.unfinished"))
+
+
+def test_a_model_directory_of_somebody_else_is_not_replaced(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/my_weights.bin").write_text("mine")
+    with (
+        pytest.raises(UserError, match=r"model is not of this run: move my_weights.bin away"),
+        files.replacing_directory(tmp_path / "model") as directory,
+    ):
+        (directory / "config.json").write_text("{}")
+    assert contents(tmp_path) == {tmp_path / "model/my_weights.bin": b"mine"}
+
+
+def test_a_home_directory_and_brackets_in_names(tmp_path):
+    """As from a YAML file, where no shell expands a tilde; W&B would take brackets for a pattern."""
+    (tmp_path / "settings").mkdir()
+    arguments = "--dataset synthetic --slice 50 --valid_size 1000 --max_steps 2 --batch_size 16 --output_dir=~/[a]"
+    done = call("train_mnist.py", *arguments.split(), cwd=tmp_path / "settings", HOME=str(tmp_path))
+    assert done.status == 0, done.err
+    saved = next((tmp_path / "settings/wandb").glob("offline-run-*")) / "files"
+    for name in ("model.pt", "model.onnx"):
+        assert (saved / name).read_bytes() == (tmp_path / "[a]" / name).read_bytes()
+
+
+# ------------------------------------------------------------------------------------------ odd numbers and models
+
+
+def test_one_cycle_works_for_every_number_of_batches():
+    for batches in range(1, 200):
+        settings = train_mnist.Settings()
+        model = train_mnist.make_model(settings, torch.device("cpu"))
+        optimizer, schedule = train_mnist.make_optimizer(model, settings, batches)
+        for _ in range(batches):
+            assert 0 <= schedule.get_last_lr()[0] <= settings.learning_rate
+            optimizer.step()
+            schedule.step()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_model_stored_in_half_precision_is_trained_in_float32(dtype, tmp_path):
+    config = transformers.BertConfig(
+        vocab_size=200, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+    )
+    pieces = encoders.learn_wordpieces(killing.SENTENCES.read_text().splitlines())[:200]
+    tokenizer = transformers.BertTokenizerFast(vocab={piece: i for i, piece in enumerate(pieces)})
+    transformers.BertForSequenceClassification(config).to(dtype).save_pretrained(tmp_path / "half")
+    tokenizer.save_pretrained(tmp_path / "half")
+    assert json.loads((tmp_path / "half/config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
+    data = f"--train_file {killing.SENTENCES} --valid_file {killing.SENTENCES} --epochs 2 --wandb disabled"
+    run = finished_run("train_cola.py", tmp_path, *data.split(), "--model", "half")
+    weights = safetensors.torch.load_file(run.files / "model/model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
+    assert json.loads((run.files / "model/config.json").read_text())["dtype"] == "float32"
+
+
+def test_watch_may_compute_histograms_without_a_deterministic_algorithm(tmp_path, monkeypatch):
+    """On CUDA there is none for them; everything else stays strict."""
+    seen = {"histc": set(), "matmul": set()}
+    histc, addmm = torch.Tensor.histc, torch.nn.functional.linear
+
+    def recording(name, function):
+        def call_it(*arguments, **options):
+            seen[name].add(torch.are_deterministic_algorithms_enabled())
+            return function(*arguments, **options)
+
+        return call_it
+
+    monkeypatch.setattr(torch.Tensor, "histc", recording("histc", histc))
+    monkeypatch.setattr(torch.nn.functional, "linear", recording("matmul", addmm))
+    monkeypatch.chdir(tmp_path)
+    for name, value in clean_environment(tmp_path, WANDB_MODE="offline").items():
+        monkeypatch.setenv(name, value)
+    try:
+        train_mnist.main("--dataset synthetic --slice 50 --valid_size 1000 --epochs 1 --output_dir out".split())
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert seen == {"histc": {False}, "matmul": {True}}
