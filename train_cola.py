@@ -45,7 +45,6 @@ import math
 import tempfile
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import wandb
 from torch import nn
@@ -61,7 +60,7 @@ from harness.device import seed_everything, seed_rank
 from harness.errors import UserError
 from harness.progress import Best, Meter, Progress, check_batches
 from harness.session import Session, open_session
-from harness.wandb_run import tolerate_wandb_errors
+from harness.wandb_errors import logs_to_wandb, tolerate_wandb_errors
 from tasks import batching, encoders
 from tasks.sentences import Corpus, load_corpus
 
@@ -81,7 +80,7 @@ class Task(NamedTuple):
 def load(settings: Settings) -> tuple[Corpus, tuple[PreTrainedModel, PreTrainedTokenizerBase] | None]:
     """The corpus and, unless W&B has it, the model. Resolves the settings left open; raises `UserError`."""
     corpus = load_corpus(settings.dataset, settings.data_dir, settings.train_file, settings.valid_file)
-    check_batches(settings, examples=len(corpus.train.labels))
+    check_batches(settings, examples=len(corpus.train.labels), held_out=len(corpus.valid.labels))
     settings.dataset, settings.model = corpus.name, encoders.find_model(settings.model)
     settings.learning_rate = settings.learning_rate or (1e-3 if settings.model == "scratch" else 1e-4)
     if not settings.model.startswith("wandb:"):
@@ -129,6 +128,7 @@ def prepare(session: Session) -> Task:
     return Task(corpus, model, tokenizer, train_set, valid_set)
 
 
+@logs_to_wandb
 def log_dataset(run: wandb.Run, corpus: Corpus) -> None:
     artifact = wandb.Artifact(corpus.name, type="dataset")
     for file in corpus.files:
@@ -185,10 +185,9 @@ def attributions(task: Task, result: metrics.Evaluation) -> str:
     return "".join(pages) or "<p>No mistakes.</p>"
 
 
+@logs_to_wandb
 def log_charts(run: wandb.Run, task: Task, result: metrics.Evaluation, step: int) -> None:
-    """Log the charts and tables of the validation sentences, on rank 0."""
-    if distributed.rank() > 0:
-        return
+    """Log the charts and tables of the validation sentences."""
     names, valid = task.corpus.class_names, task.corpus.valid
     labels, predictions = result.labels.tolist(), result.predictions.tolist()
     picture = viz.confusion_matrix_picture(result.confusion.counts, names, "valid")
@@ -207,6 +206,7 @@ def log_charts(run: wandb.Run, task: Task, result: metrics.Evaluation, step: int
     run.log(charts, step=step)
 
 
+@logs_to_wandb
 def warn_of_one_class(run: wandb.Run, progress: Progress, result: metrics.Evaluation, class_names: list[str]) -> None:
     """Warn if the model predicts the same class for every sentence, which accuracy does not show."""
     predicted = result.predictions.unique()
@@ -237,8 +237,8 @@ def train(session: Session, task: Task) -> tuple[Best, Progress]:
 
     for epoch in progress.epochs():
         model.train()  # from_pretrained returns it in eval mode, without dropout
-        random = np.random.default_rng((settings.seed, epoch))  # a resumed run repeats the batches
-        batches = batching.by_length(train_set.lengths, settings.batch_size, random)
+        # From seed and epoch alone, so that a resumed run repeats them.
+        batches = batching.by_length(train_set.lengths, settings.batch_size, seed=(settings.seed, epoch))
         for indices in progress.remaining(batches):  # after a resume, those that are left
             if progress.watch_starts:
                 run.watch(model, log=settings.watch, log_freq=settings.watch_every)
@@ -294,6 +294,7 @@ def train(session: Session, task: Task) -> tuple[Best, Progress]:
 # ------------------------------------------------------------------------------------- from start to finish
 
 
+@logs_to_wandb
 def log_model(run: wandb.Run, task: Task, metadata: dict[str, float], aliases: list[str]) -> None:
     artifact = wandb.Artifact(f"model-{run.id}", type="model", metadata=metadata)
     with tempfile.TemporaryDirectory() as directory:

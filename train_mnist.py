@@ -50,10 +50,9 @@ import viz
 from harness import distributed, files
 from harness.checkpoints import Checkpoints
 from harness.device import find_device, seed_everything, seed_rank
-from harness.errors import UserError
 from harness.progress import Best, Meter, Progress, check_batches
 from harness.session import Session, open_session
-from harness.wandb_run import tolerate_wandb_errors
+from harness.wandb_errors import logs_to_wandb, tolerate_wandb_errors
 from metrics import Evaluation, evaluation, lower_is_better
 from tasks.digits import Digits, ImageSet, load_digits, split_digits
 
@@ -64,9 +63,7 @@ def load(settings: Settings) -> Digits:
     """The data on the device, in three parts. Resolves `dataset` and `watch_every`; raises `UserError`."""
     device = find_device(settings.device)
     digits = split_digits(load_digits(settings.dataset, settings.data_dir), settings.valid_size, settings.slice)
-    check_batches(settings, examples=len(digits.train.images))
-    if settings.patience and not settings.valid_size:
-        raise UserError("--patience needs images to judge by: --valid_size is 0")
+    check_batches(settings, examples=len(digits.train.labels), held_out=len(digits.valid.labels))
     settings.dataset = digits.name
     return digits.to(device)
 
@@ -81,6 +78,7 @@ def pixels(images: Tensor) -> Tensor:
     return images.float().div_(255)
 
 
+@logs_to_wandb
 def log_dataset(run: wandb.Run, digits: Digits) -> None:
     artifact = wandb.Artifact(digits.name, type="dataset")
     for file in digits.files:
@@ -157,10 +155,9 @@ def evaluate(model: ConvNet, part: ImageSet) -> Evaluation:
     return evaluation(logits, part.labels)
 
 
+@logs_to_wandb
 def log_charts(run: wandb.Run, name: str, part: ImageSet, result: Evaluation, classes: list[str], step: int) -> None:
-    """Log the charts and tables of `name`, "valid" or "test", on rank 0."""
-    if distributed.rank() > 0:
-        return
+    """Log the charts and tables of `name`, "valid" or "test"."""
     labels, predictions = result.labels.tolist(), result.predictions.tolist()
     picture = viz.confusion_matrix_picture(result.confusion.counts, classes, name)
     charts = {
@@ -180,12 +177,13 @@ def write_pictures(output_dir: Path, name: str, part: ImageSet, result: Evaluati
     files.write_png(output_dir / "mistakes.png", picture)
 
 
-def log_inputs(run: wandb.Run, model: ConvNet, digits: Digits, indices: Tensor, step: int) -> None:
-    """Log some training images with the model's predictions. On every rank, since `evaluate` needs all of them."""
-    inputs = ImageSet(digits.train.images[indices], digits.train.labels[indices])
-    predictions = evaluate(model, inputs).predictions
-    images = viz.captioned_digits(inputs.images.cpu(), predictions, inputs.labels, digits.class_names)
-    run.log({"train/inputs": images}, step=step)
+@logs_to_wandb
+@torch.inference_mode()
+def log_inputs(run: wandb.Run, model: ConvNet, data: Digits, indices: Tensor, step: int) -> None:
+    """Log some training images with the model's predictions."""
+    images, labels = data.train.images[indices], data.train.labels[indices]
+    predictions = type(model).forward(model.eval(), pixels(images)).argmax(1)
+    run.log({"train/inputs": viz.captioned_digits(images.cpu(), predictions, labels, data.class_names)}, step=step)
 
 
 # ---------------------------------------------------------------------------------------------- training
@@ -263,6 +261,7 @@ def train(session: Session, model: ConvNet, data: Digits) -> tuple[Best, Progres
 # ------------------------------------------------------------------------------------- from start to finish
 
 
+@logs_to_wandb
 def log_model(run: wandb.Run, weights: dict[str, Tensor], metadata: dict[str, float], aliases: list[str]) -> None:
     artifact = wandb.Artifact(f"model-{run.id}", type="model", metadata=metadata)
     with artifact.new_file("model.pt", mode="wb") as file:

@@ -51,7 +51,7 @@ from harness.checkpoints import Checkpoints
 from harness.device import find_device, seed_everything, seed_rank
 from harness.progress import Best, Meter, Progress, check_batches
 from harness.session import Session, open_session
-from harness.wandb_run import tolerate_wandb_errors
+from harness.wandb_errors import logs_to_wandb, tolerate_wandb_errors
 from metrics import Evaluation, evaluation, lower_is_better
 
 # -------------------------------------------------------------------------------------------------- data
@@ -85,7 +85,7 @@ def load(settings: Settings) -> Spirals:
     held_out = settings.examples // 6
     sizes = [settings.examples - 2 * held_out, held_out, held_out]
     parts = (Points(*part) for part in zip(features.to(device).split(sizes), labels.to(device).split(sizes)))
-    check_batches(settings, examples=sizes[0])
+    check_batches(settings, examples=sizes[0], held_out=held_out)
     return Spirals("spirals", *parts, class_names=["red", "green", "blue"])
 
 
@@ -94,6 +94,7 @@ def shuffled(examples: int, seed: int, epoch: int) -> Tensor:
     return torch.from_numpy(np.random.default_rng((seed, epoch)).permutation(examples))
 
 
+@logs_to_wandb
 def log_dataset(run: wandb.Run, data: Spirals) -> None:
     artifact = wandb.Artifact(data.name, type="dataset")
     for name, part in (("train", data.train), ("valid", data.valid), ("test", data.test)):
@@ -153,6 +154,7 @@ def evaluate(model: MLP, part: Points) -> Evaluation:
     return evaluation(type(model).forward(model, part.features), part.labels)  # spares the hooks of run.watch
 
 
+@logs_to_wandb
 def log_charts(run: wandb.Run, name: str, part: Points, result: Evaluation, classes: list[str], step: int) -> None:
     """Log the charts and tables of `name`, "valid" or "test"."""
     labels, predictions = result.labels.tolist(), result.predictions.tolist()
@@ -250,6 +252,7 @@ def train(session: Session, model: MLP, data: Spirals) -> tuple[Best, Progress]:
 # ------------------------------------------------------------------------------------- from start to finish
 
 
+@logs_to_wandb
 def log_model(run: wandb.Run, weights: dict[str, Tensor], metadata: dict[str, float], aliases: list[str]) -> None:
     artifact = wandb.Artifact(f"model-{run.id}", type="model", metadata=metadata)
     with artifact.new_file("model.pt", mode="wb") as file:

@@ -13,6 +13,7 @@ import wandb
 from harness import wandb_run
 from harness.errors import UserError
 from harness.files import replacing
+from harness.wandb_errors import is_lost, tolerate_wandb_errors
 
 
 class History:
@@ -81,12 +82,16 @@ class History:
             self._row.update(data)
 
     def _send(self, row: Mapping[str, Any], step: int) -> None:
-        if not row or self._run.disabled or step <= self._wandb_step or wandb_run.is_lost(self._run):
+        if not row or self._run.disabled or step <= self._wandb_step or is_lost(self._run):
             return
-        self._handing_over = True
-        with wandb_run.tolerate_wandb_errors(self._run):
+        self._handing_over, sent = True, False
+        with tolerate_wandb_errors(self._run):
             self._log_to_wandb({}, step=step)  # W&B names media files after the row that is open
             self._log_to_wandb(row, step=step, commit=True)
+            sent = True
+        if not sent and not is_lost(self._run):  # the media can't be stored: at least the numbers
+            with tolerate_wandb_errors(self._run):
+                self._log_to_wandb(_numbers(row), step=step, commit=True)
         self._handing_over = False
 
 

@@ -18,11 +18,13 @@ if TYPE_CHECKING:
     from harness.session import Session
 
 
-def check_batches(settings: SharedSettings, examples: int) -> None:
+def check_batches(settings: SharedSettings, examples: int, held_out: int) -> None:
     """Check that so many training examples make batches that the ranks can share, and resolve `watch_every`.
 
-    Raises `UserError`. A script's `load` must call it.
+    `held_out` is the number of validation examples. Raises `UserError`. A script's `load` must call it.
     """
+    if settings.patience and not held_out:
+        raise UserError("--patience needs examples to judge by, but none are held out")
     if settings.batch_size > examples:
         raise UserError(f"--batch_size {settings.batch_size} is more than the {examples} training examples")
     smallest, ranks = examples % settings.batch_size or settings.batch_size, distributed.world_size()

@@ -22,6 +22,7 @@ from harness.files import read_json, write_json
 from harness.history import History, rewind
 from harness.options import SharedSettings, from_config
 from harness.signals import StopRequests, handling_signals, in_main_thread
+from harness.wandb_errors import tolerate_wandb_errors
 
 LIBRARIES = ("torch", "torchvision", "transformers", "wandb", "numpy")
 Load = Callable[[Any], Any]  # (settings) -> data; fills in the settings that depend on the data
@@ -178,14 +179,17 @@ def _record(run: wandb.Run, settings: SharedSettings, output_dir: Path) -> None:
     With `--save_code` the code is logged too: what is beside the script, and the packages there.
     """
     used = dataclasses.asdict(settings)
-    with wandb_run.tolerate_wandb_errors(run):
+    with tolerate_wandb_errors(run):
         run.config.update({k: v for k, v in used.items() if run.config.get(k) != v}, allow_val_change=True)
         run.tags = tuple(dict.fromkeys((*(run.tags or ()), settings.dataset)))
     write_json(output_dir / CONFIG, used | {"versions": _versions()})
     if settings.save_code:
         root = Path(__file__).parent.parent
         packages = {root, *(init.parent for init in root.glob("*/__init__.py"))}
-        run.log_code(root, include_fn=lambda path: Path(path).parent in packages and path.endswith((".py", ".yaml")))
+        with tolerate_wandb_errors(run):
+            run.log_code(
+                root, include_fn=lambda path: Path(path).parent in packages and path.endswith((".py", ".yaml"))
+            )
 
 
 def _versions() -> dict[str, str]:

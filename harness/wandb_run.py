@@ -6,8 +6,8 @@ import os
 import queue
 import shutil
 import signal
+import tempfile
 import threading
-import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,13 @@ import wandb
 from harness import wandb_log
 from harness.errors import Stopped, UserError, warn_loudly
 from harness.options import SharedSettings
-from harness.signals import StopRequests, cancel_timeout, in_main_thread
+from harness.signals import StopRequests, cancel_timeout
+from harness.wandb_errors import is_from_agent, is_lost, is_reported, mark_reported, tolerate_wandb_errors
 
 INIT_TIMEOUT = 8  # seconds; W&B waits up to ten more before that to confirm the API key
 FINISH_TIMEOUT = {"none": 20, "best": 1800, "all": 1800}  # seconds, by --log_model
 CLOSE_TIMEOUT = 2  # seconds to close the run after a signal
+CACHE_BYTES = 1 << 20  # a cache that can't take this much counts as full
 ARTIFACT_TIMEOUT = 5  # seconds to hand over artifacts at the end of a run; uploading them comes after that
 
 
@@ -76,6 +78,7 @@ def start(init: Callable[[str], wandb.Run], settings: SharedSettings) -> tuple[w
     If the server can't be reached or refuses, the run is offline, after at most 25 seconds. Artifacts are logged in
     the background, so that training doesn't wait for a server.
     """
+    _find_caches()
     logs = wandb_log.log_files(settings.id) if settings.resume and settings.wandb != "disabled" else []
     for log in logs:
         if not wandb_log.is_synced(log):
@@ -102,6 +105,21 @@ def start(init: Callable[[str], wandb.Run], settings: SharedSettings) -> tuple[w
         return run, max(wandb_log.history(certain), default=-1)
     _log_artifacts_in_background(run)
     return run, run.starting_step - 1 if run.resumed else -1
+
+
+def _find_caches() -> None:
+    """If W&B can't write its caches, as in a container with another user's home, let it use a temporary directory."""
+    for name, directory in (
+        ("WANDB_CACHE_DIR", wandb.env.get_cache_dir()),
+        ("WANDB_DATA_DIR", wandb.env.get_data_dir()),
+    ):
+        try:
+            Path(directory).mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=directory) as probe:
+                probe.write(bytes(CACHE_BYTES))
+        except OSError as error:
+            os.environ[name] = tempfile.mkdtemp(prefix="wandb-")
+            print(f"W&B can't write to {directory} ({error.strerror}): it uses {os.environ[name]} (see {name}).")
 
 
 def _allow_histograms(run: wandb.Run) -> None:
@@ -152,36 +170,6 @@ def _copy_into_run(run: wandb.Run, files: Path, name: str) -> None:
             run.save(copy, base_path=run.dir, policy="now")
 
 
-@contextlib.contextmanager
-def tolerate_wandb_errors(run: wandb.Run) -> Iterator[None]:
-    """Report an error of W&B in the block once per run, then swallow it and all that follow."""
-    try:
-        yield
-    except Exception as error:
-        if _is_from_agent(error):
-            raise
-        modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
-        if not any(module.startswith("wandb.") for module in modules):
-            raise
-        if isinstance(error, ConnectionError):
-            _lost.add(run.id)
-        if run.id not in _reported:
-            _reported.add(run.id)
-            warn_loudly(
-                f"W&B has failed: {error or type(error).__name__}",
-                "Training continues. The journal has every number; the same command with --resume logs them again.",
-            )
-
-
-_reported: set[str] = set()  # ids of runs
-_lost: set[str] = set()  # ids of runs whose W&B service is gone
-
-
-def is_lost(run: wandb.Run) -> bool:
-    """Whether the W&B service of this run is gone."""
-    return run.id in _lost
-
-
 def _log_artifacts_in_background(run: wandb.Run) -> None:
     """Replace `run.log_artifact`: online, W&B waits for the server before it logs an artifact or a table."""
     waiting, log_artifact = queue.SimpleQueue(), run.log_artifact
@@ -211,7 +199,7 @@ def finishing(run: wandb.Run) -> Iterator[None]:
         try:
             yield
         except Exception as error:
-            if not _is_from_agent(error):
+            if not is_from_agent(error):
                 raise
             raise Stopped("the sweep", 0) from None
         closing = True
@@ -232,18 +220,13 @@ def finishing(run: wandb.Run) -> Iterator[None]:
         raise
 
 
-def _is_from_agent(error: Exception) -> bool:
-    """Whether `wandb.agent` raised this, a bare `Exception`, in its thread to stop the run there."""
-    return type(error) is Exception and not error.args and not in_main_thread()
-
-
 def _finish(run: wandb.Run, status: int) -> None:
     if run.id in _workers:
         waiting, thread = _workers.pop(run.id)
         waiting.put(None)
         thread.join(ARTIFACT_TIMEOUT if status == 0 else 0)
         if thread.is_alive():
-            _reported.add(run.id)  # W&B's later errors are consequences of this one
+            mark_reported(run)  # W&B's later errors are consequences of this one
     online = not (run.offline or run.disabled)
     with tolerate_wandb_errors(run):
         try:
@@ -251,7 +234,7 @@ def _finish(run: wandb.Run, status: int) -> None:
         except TimeoutError:
             warn_loudly("W&B does not answer.", "The same command with --resume uploads the rest once it does.")
             return
-        if online and run.id not in _reported:
+        if online and not is_reported(run):
             for log in wandb_log.log_files(run.id):
                 wandb_log.mark_synced(log)
     if is_lost(run):

@@ -37,12 +37,13 @@ def tokenise(
     return TokenSet(padded.to(device), lengths, torch.tensor(labels).to(device), cut)
 
 
-def by_length(lengths: Tensor, batch_size: int, random: np.random.Generator) -> list[Tensor]:
+def by_length(lengths: Tensor, batch_size: int, seed: tuple[int, int]) -> list[Tensor]:
     """One epoch of batches: int64 index tensors that cover every sentence once, in random order.
 
     Sentences are shuffled, then sorted by length within chunks of fifty batches: there is little padding, and the
     batches still differ between epochs. `lengths` is int64 (sentences,) on the CPU.
     """
+    random = np.random.default_rng(seed)
     order = torch.from_numpy(random.permutation(len(lengths)))
     batches = [
         batch

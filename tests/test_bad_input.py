@@ -46,7 +46,7 @@ AFTER_PARSING = {
     "--dataset kmnist": "can't be downloaded",
     "--dataset synthetic --valid_size 20000": "--valid_size 20000 leaves no training image of 20000",
     "--dataset synthetic --slice 1000 --batch_size 16": "--batch_size 16 is more than the 15 training examples",
-    "--dataset synthetic --valid_size 0 --patience 3": "--patience needs images to judge by",
+    "--dataset synthetic --valid_size 0 --patience 3": "--patience needs examples to judge by",
     "--dataset synthetic --output_dir /proc/version/x": "--output_dir /proc/version/x: can't write there",
     "--dataset synthetic --wandb online": "--wandb online: no API key is configured",
     "--dataset synthetic --project a/b": "W&B: Invalid project name 'a/b'",

@@ -20,7 +20,7 @@ from harness import checkpoints, files, history, script
 from harness.errors import UserError
 from tasks import encoders
 from tests import killing
-from tests.conftest import REPO, call, clean_environment, finished_run
+from tests.conftest import REPO, call, clean_environment, finished_run, wandb_records
 
 # Runs train_mnist.py with parts of it replaced.
 CHANGED = """
@@ -66,12 +66,12 @@ def unfinished(reference, tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
-def start_changed(cwd: Path, change: str, *more: str) -> subprocess.Popen:
+def start_changed(cwd: Path, change: str, *more: str, environment: dict[str, str] | None = None) -> subprocess.Popen:
     arguments = [*killing.ARGUMENTS["train_mnist.py"].split(), "--output_dir", "out", "--id", "same", *more]
     return subprocess.Popen(
         [sys.executable, "-c", CHANGED.format(change=change), *arguments],
         cwd=cwd,
-        env=clean_environment(cwd, PYTHONPATH=str(REPO)),
+        env=clean_environment(cwd, PYTHONPATH=str(REPO), **(environment or {})),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -355,3 +355,40 @@ def test_watch_may_compute_histograms_without_a_deterministic_algorithm(tmp_path
     finally:
         torch.use_deterministic_algorithms(False)
     assert seen == {"histc": {False}, "matmul": {True}}
+
+
+# ------------------------------------------------------------------------------------------ W&B
+
+
+CLEANED = """
+import glob, shutil, tempfile
+save = checkpoints.save_tensors
+def cleaning(path, content):
+    save(path, content)
+    for directory in glob.glob(tempfile.gettempdir() + "/*wandb*"):
+        shutil.rmtree(directory)
+checkpoints.save_tensors = cleaning
+"""
+
+
+@pytest.mark.parametrize("name", ["WANDB_CACHE_DIR", "WANDB_DATA_DIR", "HOME"])
+def test_caches_that_cannot_be_written(name, reference, tmp_path):
+    environment = clean_environment(tmp_path) | {name: "/proc/nowhere"}
+    out = killing.finish(killing.start("train_mnist.py", tmp_path, environment, "--log_model", "best"))
+    assert "W&B can't write to /proc/nowhere" in out and "Traceback" not in out and "!!" not in out
+    assert killing.differences(reference.out, tmp_path / "out") == []
+    logged = [record["artifact"]["type"] for record in wandb_records(tmp_path) if record["type"] == "artifact"]
+    assert {"dataset", "model", "run_table"} <= set(logged)
+
+
+def test_temporary_files_of_wandb_that_vanish(reference, tmp_path):
+    """Cleaned from /tmp at each checkpoint: one warning, the same weights, and every number in W&B."""
+    (tmp_path / "tmp").mkdir()
+    process = start_changed(tmp_path, CLEANED, environment={"TMPDIR": str(tmp_path / "tmp")})
+    out = process.communicate(timeout=100)[0]
+    assert process.returncode == 0 and out.count("!!  W&B has failed: ") == 1 and "Traceback" not in out, out
+    assert killing.differences(reference.out, tmp_path / "out") == []
+    logged = [record["history"]["item"] for record in wandb_records(tmp_path) if record["type"] == "history"]
+    rows = [json.loads(line) for line in (tmp_path / "out/history.jsonl").read_text().splitlines()]
+    assert [row["_step"] for row in logged] == [row["step"] for row in rows]
+    assert all(row.items() <= (entry | {"step": entry["_step"]}).items() for row, entry in zip(rows, logged))
