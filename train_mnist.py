@@ -27,7 +27,7 @@ class Settings(options.SharedSettings):
     )
     schedule: str = option("onecycle", "learning rate schedule", choices=("onecycle", "constant"))
     kernels: list[int] = option([16, 32], "channels of the two convolutions", length=2, at_least=1)
-    slice: int = option(1, "use every n-th image of each part", at_least=1)
+    slice: int = option(1, "use every n-th image of each part", at_least=1, below=10**6)
     valid_size: int = option(5000, "number of training images held out for validation, from the end", at_least=0)
     monitor: str = option("valid/loss", "metric that selects the best model", choices=monitored)
 

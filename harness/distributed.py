@@ -6,6 +6,7 @@ models identical. Rank 0 alone writes files, logs to W&B and prints.
 
 import contextlib
 import os
+import socket
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -35,6 +36,7 @@ def joined() -> Iterator[None]:
     if not launched or os.environ.get("WORLD_SIZE", "1") == "1":
         yield
         return
+    _check_environment()
     store, number, count = next(dist.rendezvous("env://"))
     # A prefix per restart (torchrun --max-restarts): the store still holds the addresses of dead processes.
     store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
@@ -44,6 +46,21 @@ def joined() -> Iterator[None]:
         print(f"{world_size()} processes train together.")
     yield
     dist.destroy_process_group()  # not after an error: the other ranks may still have to report theirs
+
+
+def _check_environment() -> None:
+    """Raise `UserError` for variables with which the processes would wait for each other forever."""
+    for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"):
+        if not os.environ.get(name, "").isdecimal():
+            raise UserError(
+                f"{name} must be a whole number, got {os.environ.get(name)!r}: start with torchrun, or unset it"
+            )
+    if int(os.environ["RANK"]) >= int(os.environ["WORLD_SIZE"]):
+        raise UserError(f"RANK is {os.environ['RANK']}, but WORLD_SIZE {os.environ['WORLD_SIZE']}: ranks count from 0")
+    try:
+        socket.getaddrinfo(os.environ["MASTER_ADDR"], None)
+    except OSError as error:
+        raise UserError(f"MASTER_ADDR {os.environ['MASTER_ADDR']} can't be resolved: {error.strerror}") from None
 
 
 @contextlib.contextmanager

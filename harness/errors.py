@@ -1,5 +1,7 @@
 """Errors that end a run in one line instead of a traceback, and the warning that nobody misses."""
 
+import os
+import re
 import sys
 
 
@@ -17,6 +19,15 @@ class Stopped(BaseException):
     def __init__(self, reason: str, status: int, resume: str = "goes on where it was"):
         super().__init__(f"stopped by {reason}; the same command with --resume {resume}")
         self.reason, self.status = reason, status
+
+
+def disk_error(error: Exception) -> OSError | None:
+    """The `OSError` that an exception is, or that torch or safetensors hide behind one of their own."""
+    if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
+        return error.__context__
+    if match := re.search(r"\(os error (\d+)\)", str(error)):
+        return OSError(int(match[1]), os.strerror(int(match[1])))
+    return error if isinstance(error, OSError) else None
 
 
 def warn_loudly(*lines: str) -> None:

@@ -65,10 +65,10 @@ def list_names(names: Iterable[str]) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The object in a file; None if there is no such file, or no object in it."""
+    """The object in a file; None if it can't be read, or holds no object."""
     try:
         content = json.loads(path.read_text())
-    except (FileNotFoundError, IsADirectoryError, ValueError):
+    except (OSError, ValueError):
         return None
     return content if isinstance(content, dict) else None
 
@@ -100,11 +100,8 @@ def write_tensors(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def save_tensors(path: Path, content: Mapping[str, Any]) -> None:
-    """`torch.save` and flush to disk, in place. Raises the `OSError` that torch hides behind a `RuntimeError`."""
+    """`torch.save` and flush to disk, in place."""
     with path.open("wb") as file:
-        try:
-            torch.save(content, file)
-            file.flush()
-        except RuntimeError as error:
-            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+        torch.save(content, file)
+        file.flush()
         os.fsync(file.fileno())

@@ -113,13 +113,16 @@ def from_config(requested: Settings, config: Mapping[str, Any]) -> Settings:
 
 class _Parser(ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (--help lists the options)")
+        hint = (
+            "; a value that begins with a dash is written --option=-value" if "expected one argument" in message else ""
+        )
+        raise UserError(f"{message}{hint} (--help lists the options)")
 
 
 def _read(settings_class: type, argv: Sequence[str] | None) -> Namespace:
     """The options that were given, still as strings."""
     module = sys.modules[settings_class.__module__]
-    description = (module.__doc__ or "").strip().splitlines()[0]
+    description = (module.__doc__ or "").strip().partition("\n")[0]
     parser = _Parser(description=description, usage="%(prog)s [--OPTION VALUE ...]", allow_abbrev=False)
     for field in dataclasses.fields(settings_class):
         kind = _kind(settings_class, field.name)
@@ -138,6 +141,9 @@ def _read(settings_class: type, argv: Sequence[str] | None) -> Namespace:
             + (f" [{_as_typed(default)}]" if default not in (None, []) else ""),
         )
     given, unknown = parser.parse_known_args(argv)
+    for name, value in vars(given).items():
+        if value == [] and _kind(settings_class, name) not in (list[int], list[str]):  # --batch_size=--
+            parser.error(f"argument --{name}: expected one argument")
     if unknown:
         near = difflib.get_close_matches(
             unknown[0].split("=")[0], [f"--{f.name}" for f in dataclasses.fields(settings_class)], 1, 0.7
@@ -204,6 +210,8 @@ def _convert(
     if kind is str:
         if value is None or str(value) == "":
             raise ValueError("must not be empty")
+        if "\0" in str(value) or any("\ud800" <= character <= "\udfff" for character in str(value)):
+            raise ValueError(f"must be UTF-8 text, got {value!r}")
         choices = choices() if callable(choices) else choices
         if choices and value not in choices:
             near = difflib.get_close_matches(str(value), choices, n=1)

@@ -5,13 +5,14 @@ import contextlib
 import errno
 import gc
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from harness.errors import Stopped, UserError
+from harness.errors import Stopped, UserError, disk_error
 from harness.options import SharedSettings, parse
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
@@ -23,6 +24,7 @@ def check_options(settings_class: type[SharedSettings]) -> None:
 
     Also prepares the process for those imports: OpenMP, the garbage collector, Ctrl-C, W&B's telemetry.
     """
+    _open_streams()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until training starts, Ctrl-C just ends the process
     # Let idle OpenMP threads sleep instead of spinning: on a busy machine spinning slows training down tenfold.
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(os.environ):
@@ -33,8 +35,18 @@ def check_options(settings_class: type[SharedSettings]) -> None:
     gc.disable()  # imports create many objects and no garbage
 
 
+def _open_streams() -> None:
+    """Let standard output and error take any character, whatever the locale, and lead nowhere if they are closed."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+        setattr(sys, name, stream)
+
+
 def run_script(main: Callable[[], Any]) -> None:
     """Call `main` and exit; errors that the user can fix end in one line on stderr and their exit status."""
+    _open_streams()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     gc.freeze()  # exempt what was imported from collection
     gc.enable()
@@ -68,20 +80,15 @@ def status_of(action: Callable[[], Any]) -> int:
         message, status = "error: output pipe closed", 1
     except UserError as error:
         message, status = f"error: {error}", error.status
-    except OSError as error:
-        if error.errno not in DISK_ERRORS + PATH_ERRORS:
-            raise
-        message = f"error: {error.filename or 'writing'}: {error.strerror}"
-        status = 1 if error.errno in DISK_ERRORS else 2
     except Exception as error:
-        message, status = _wandb_error(error), 2
+        message, status = _disk_error(error) or _memory_error(error) or _wandb_error(error) or (None, 1)
         if message is None:
             raise
     if not _is_rank_0():
         message = f"process {os.environ['RANK']}: {message}"
     with contextlib.suppress(OSError):
         sys.stdout.flush()  # keeps this line last if both streams go to one file
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
     return status
 
 
@@ -90,12 +97,31 @@ def _is_rank_0() -> bool:
     return "MASTER_ADDR" not in os.environ or os.environ.get("RANK", "0") == "0"
 
 
-def _wandb_error(error: Exception) -> str | None:
-    """What W&B rejects in its settings, from the command line or the environment; None for other errors."""
+def _disk_error(error: Exception) -> tuple[str, int] | None:
+    """Message and exit status if a file can't be written or read: 1 if the disk is the reason, 2 if the path is."""
+    found = disk_error(error)
+    if found is None or found.errno not in DISK_ERRORS + PATH_ERRORS:
+        return None
+    return f"error: {found.filename or 'writing'}: {found.strerror}", 1 if found.errno in DISK_ERRORS else 2
+
+
+def _memory_error(error: Exception) -> tuple[str, int] | None:
+    """Message and exit status if `error` is a failed allocation, on the CPU or an accelerator."""
+    if isinstance(error, MemoryError) or re.search(
+        "out of memory|can't allocate memory|storage size calculation", str(error)
+    ):
+        return "error: out of memory: a smaller --batch_size, or a smaller model, needs less", 1
+    return None
+
+
+def _wandb_error(error: Exception) -> tuple[str, int] | None:
+    """Message and exit status if W&B rejects its settings, from the command line or the environment."""
     wandb, pydantic = sys.modules.get("wandb"), sys.modules.get("pydantic_core")  # importing them takes long
-    if wandb and isinstance(error, wandb.errors.UsageError):
-        return f"error: W&B: {error}"
+    if wandb and (isinstance(error, wandb.errors.UsageError) or re.search("WANDB_[A-Z]+=", str(error))):
+        return f"error: W&B: {error}", 2
     if pydantic and isinstance(error, pydantic.ValidationError):
         problem = error.errors()[0]
-        return f"error: W&B: {'.'.join(map(str, problem['loc']))}: {problem['msg']}"
+        setting = ".".join(map(str, problem["loc"]))
+        variable = f"WANDB_{setting.upper()}"
+        return f"error: W&B: {variable if variable in os.environ else setting}: {problem['msg']}", 2
     return None

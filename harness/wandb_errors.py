@@ -9,7 +9,7 @@ from typing import Any
 import wandb
 
 from harness import distributed
-from harness.errors import warn_loudly
+from harness.errors import disk_error, warn_loudly
 from harness.signals import in_main_thread
 
 _reported: set[str] = set()  # ids of runs
@@ -25,7 +25,7 @@ def tolerate_wandb_errors(run: wandb.Run) -> Iterator[None]:
         if is_from_agent(error):
             raise
         modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
-        if not any(module.startswith("wandb.") for module in modules):
+        if not any(module.startswith("wandb.") for module in modules) and not disk_error(error):
             raise
         if isinstance(error, ConnectionError):
             _lost.add(run.id)

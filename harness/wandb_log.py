@@ -5,6 +5,7 @@ crash truncated. A file is a header and blocks of 32 KB in the record format of 
 (https://github.com/google/leveldb/blob/main/doc/log_format.md), each record a protobuf.
 """
 
+import glob
 import json
 import struct
 import zlib
@@ -29,7 +30,8 @@ class Row(NamedTuple):
 
 def log_files(run_id: str) -> list[Path]:
     """The log files of a run, oldest first."""
-    files = Path(wandb.setup().settings.wandb_dir).glob(f"*run-*-{run_id}/run-{run_id}.wandb")
+    name = glob.escape(run_id)
+    files = Path(wandb.setup().settings.wandb_dir).glob(f"*run-*-{name}/run-{name}.wandb")
     # A directory is named offline-run-<time>-<id>, or run-<time>-<id> where the run was online.
     return sorted(files, key=lambda file: file.parent.name.removeprefix("offline-"))
 

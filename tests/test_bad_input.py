@@ -19,6 +19,8 @@ OPTIONS = {
     "--lr 0.1": "unknown option --lr",
     "stray": "unknown option stray",
     "--epochs": "--epochs: expected one argument",
+    "--name -x": "--name: expected one argument; a value that begins with a dash is written --option=-value",
+    "--batch_size=--": "--batch_size: expected one argument",
     "--epochs 0": "--epochs: must be at least 1, got '0'",
     "--epochs -3": "--epochs: must be at least 1, got '-3'",
     "--epochs 1.5": "--epochs: must be a whole number, got '1.5'",

@@ -392,3 +392,87 @@ def test_temporary_files_of_wandb_that_vanish(reference, tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "out/history.jsonl").read_text().splitlines()]
     assert [row["_step"] for row in logged] == [row["step"] for row in rows]
     assert all(row.items() <= (entry | {"step": entry["_step"]}).items() for row, entry in zip(rows, logged))
+
+
+# ------------------------------------------------------------------------------------------ environment
+
+TORCHRUN = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+QUICK = "--dataset synthetic --slice 50 --valid_size 1000 --max_steps 2 --batch_size 16 --output_dir out".split()
+ODD_ENVIRONMENT = {
+    "rank": (TORCHRUN | {"RANK": "x"}, "RANK must be a whole number, got 'x'"),
+    "rank out of range": (TORCHRUN | {"RANK": "5"}, "RANK is 5, but WORLD_SIZE 2"),
+    "world size": (TORCHRUN | {"WORLD_SIZE": "two"}, "WORLD_SIZE must be a whole number, got 'two'"),
+    "port": (TORCHRUN | {"MASTER_PORT": "x"}, "MASTER_PORT must be a whole number, got 'x'"),
+    "address": (
+        TORCHRUN | {"MASTER_ADDR": "no.such.host.invalid"},
+        "MASTER_ADDR no.such.host.invalid can't be resolved",
+    ),
+    "service": ({"WANDB_SERVICE": "garbage"}, "W&B: Failed to parse WANDB_SERVICE='garbage'"),
+    "mode": ({"WANDB_MODE": "bogus"}, "W&B: WANDB_MODE: Input should be"),
+}
+
+
+@pytest.mark.parametrize("case", ODD_ENVIRONMENT)
+def test_odd_environment_variables_are_one_line(case, tmp_path):
+    environment, message = ODD_ENVIRONMENT[case]
+    done = call("train_mnist.py", *QUICK, cwd=tmp_path, **environment)
+    (line,) = done.err.splitlines()
+    assert done.status == 2 and message in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C"}, {"PYTHONOPTIMIZE": "2"}],
+    ids=lambda environment: next(iter(environment)),
+)
+def test_names_need_not_be_ascii(environment, tmp_path):
+    done = call("train_mnist.py", *QUICK, "--name", "é", "--output_dir", "ü", cwd=tmp_path, **environment)
+    assert done.status == 0 and "Traceback" not in done.err
+    assert json.loads((tmp_path / "ü/config.json").read_text())["name"] == "é"
+
+
+@pytest.mark.parametrize("option", ["--name", "--output_dir", "--tags"])
+def test_bytes_that_are_not_utf8_are_one_line(option, tmp_path):
+    done = call("train_mnist.py", *QUICK, option, "a\udcffb", cwd=tmp_path)
+    (line,) = done.err.splitlines()
+    assert done.status == 2 and f"{option}: must be UTF-8 text, got 'a\\udcffb'" in line
+
+
+@pytest.mark.parametrize("closed", [">&-", ">&- 2>&-"])
+def test_closed_streams(closed, tmp_path):
+    command = f'exec "{sys.executable}" "{REPO}/train_mnist.py" {" ".join(QUICK)} {closed}'
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=clean_environment(tmp_path))
+    assert done.returncode == 0 and (tmp_path / "out/metrics.json").exists()
+
+
+def test_out_of_memory_is_one_line(tmp_path):
+    done = call("train_mnist.py", *QUICK, "--kernels", "100000", "100000", cwd=tmp_path)
+    assert done.status == 1 and "Traceback" not in done.err
+    assert done.err.splitlines()[-1] == (
+        "train_mnist.py: error: out of memory: a smaller --batch_size, or a smaller model, needs less"
+    )
+
+
+def test_an_id_with_wildcards_finds_its_own_files(tmp_path):
+    for more in ([], ["--resume"]):
+        done = call("train_mnist.py", *QUICK, "--id", "**", *more, cwd=tmp_path)
+        assert done.status == 0 and "Traceback" not in done.err
+    assert "out is finished" in done.out
+
+
+@pytest.mark.parametrize(
+    "write",
+    ['safetensors.torch.save_file({"w": torch.zeros(9999)}, "w")', 'files.write_tensors(Path("w"), torch.zeros(9999))'],
+)
+def test_a_full_disk_hidden_by_a_library_is_one_line(write, tmp_path):
+    """A limit on the size of files stands in for a full disk."""
+    program = (
+        "import resource, safetensors.torch, torch\nfrom pathlib import Path\nfrom harness import files, script\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\nscript.run_script(lambda: {write})"
+    )
+    environment = clean_environment(tmp_path, PYTHONPATH=str(REPO))
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (1, "-c: error: writing: File too large\n")
