@@ -10,7 +10,7 @@ from typing import Any
 
 import wandb
 
-from harness import wandb_run
+from harness import wandb_internals, wandb_run
 from harness.errors import UserError
 from harness.files import replacing
 from harness.wandb_errors import is_lost, tolerate_wandb_errors
@@ -29,8 +29,8 @@ class History:
         self._run, self._journal, self._wandb_step = run, journal, wandb_step
         self._checksum = zlib.crc32(journal.read_bytes()) if journal and journal.exists() else 0
         if not run.disabled:
-            self._log_to_wandb, self._log_from_hook, self._handing_over = run.log, run._log, False
-            run._log = self._log  # the hooks of run.watch call it, and so does W&B's own run.log
+            self._log_to_wandb, self._handing_over = run.log, False
+            self._log_from_hook = wandb_internals.intercept_hooks(run, self._log)
         run.log = self.log
 
     def log(self, data: Mapping[str, Any], step: int | None = None, commit: bool | None = None) -> None:

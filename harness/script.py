@@ -57,7 +57,7 @@ def run_script(main: Callable[[], Any]) -> None:
         gc.unfreeze()  # or triton complains after a traceback
     if sys.modules["__main__"].__spec__ or sys.flags.interactive:
         sys.exit(status)  # `python -m cProfile train_mnist.py` and the like still have to report
-    atexit._run_exitfuncs()
+    getattr(atexit, "_run_exitfuncs", lambda: sys.exit(status))()  # undocumented: without it, the slow way
     for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.flush()
     os._exit(status)  # skips tearing down every module, which takes nearly a second

@@ -12,10 +12,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 import wandb
 
-from harness import wandb_log
+from harness import wandb_internals
 from harness.errors import Stopped, UserError, warn_loudly
 from harness.options import SharedSettings
 from harness.signals import StopRequests, cancel_timeout
@@ -63,7 +62,7 @@ def init_options(settings: SharedSettings, mode: str, requests: StopRequests) ->
         "save_code": settings.save_code or None,
         "resume": "allow" if settings.resume and mode == "online" else None,
         "settings": wandb.Settings(
-            x_transaction_log_flush_interval=0.05,  # seconds; by default a crash loses the last 15
+            **wandb_internals.settings(),
             init_timeout=INIT_TIMEOUT,
             finish_timeout=FINISH_TIMEOUT[settings.log_model],
             finish_timeout_raises=True,
@@ -79,10 +78,10 @@ def start(init: Callable[[str], wandb.Run], settings: SharedSettings) -> tuple[w
     the background, so that training doesn't wait for a server.
     """
     _find_caches()
-    logs = wandb_log.log_files(settings.id) if settings.resume and settings.wandb != "disabled" else []
+    logs = wandb_internals.log_files(settings.id) if settings.resume and settings.wandb != "disabled" else []
     for log in logs:
-        if not wandb_log.is_synced(log):
-            wandb_log.repair(log)
+        if not wandb_internals.is_synced(log):
+            wandb_internals.repair(log)
     try:
         run = init(settings.wandb)
     except wandb.errors.CommError as error:
@@ -97,12 +96,12 @@ def start(init: Callable[[str], wandb.Run], settings: SharedSettings) -> tuple[w
         run = init("offline")
     if run.disabled:
         return run, -1
-    _allow_histograms(run)
+    wandb_internals.allow_histograms(run)
     logging.raiseExceptions = False  # a full disk under wandb/ would flood the terminal
     if run.offline:
         # Rows of an online process may not have reached the server: they are logged again unless it confirmed them.
-        certain = [log for log in logs if wandb_log.is_offline(log) or wandb_log.is_synced(log)]
-        return run, max(wandb_log.history(certain), default=-1)
+        certain = [log for log in logs if wandb_internals.is_offline(log) or wandb_internals.is_synced(log)]
+        return run, max(wandb_internals.history(certain), default=-1)
     _log_artifacts_in_background(run)
     return run, run.starting_step - 1 if run.resumed else -1
 
@@ -122,21 +121,6 @@ def _find_caches() -> None:
             print(f"W&B can't write to {directory} ({error.strerror}): it uses {os.environ[name]} (see {name}).")
 
 
-def _allow_histograms(run: wandb.Run) -> None:
-    """Exempt the histograms of `run.watch` from deterministic algorithms: there is none on CUDA."""
-    log_tensor_stats = run._torch.log_tensor_stats
-
-    def log_histogram(*arguments: Any) -> None:
-        deterministic = torch.are_deterministic_algorithms_enabled()
-        torch.use_deterministic_algorithms(False)
-        try:
-            log_tensor_stats(*arguments)
-        finally:
-            torch.use_deterministic_algorithms(deterministic)
-
-    run._torch.log_tensor_stats = log_histogram
-
-
 def lost_rows(run: wandb.Run, rows: list[dict[str, float]], last_step: int) -> Iterator[tuple[int, dict[str, Any]]]:
     """Step and values of the journal's rows after `last_step`, the last one that W&B has.
 
@@ -144,7 +128,9 @@ def lost_rows(run: wandb.Run, rows: list[dict[str, float]], last_step: int) -> I
     """
     if run.disabled or not (rows or last_step >= 0):
         return
-    local = wandb_log.history([log for log in wandb_log.log_files(run.id) if log != Path(run.settings.sync_file)])
+    local = wandb_internals.history(
+        [log for log in wandb_internals.log_files(run.id) if log != Path(run.settings.sync_file)]
+    )
     if run.offline and last_step >= 0:  # or the summary would lack what earlier processes logged
         with tolerate_wandb_errors(run):
             for step in sorted(step for step in local if step <= last_step):
@@ -153,7 +139,7 @@ def lost_rows(run: wandb.Run, rows: list[dict[str, float]], last_step: int) -> I
     if lost and run.offline and not local:
         print("W&B's own log of this run is not in wandb/: its numbers are logged again.")
     for row in lost:
-        values, files = local.get(row["step"], wandb_log.Row(row, Path()))
+        values, files = local.get(row["step"], wandb_internals.Row(row, Path()))
         for value in values.values():
             if isinstance(value, dict):
                 for name in [*value.get("filenames", []), *([value["path"]] if "path" in value else [])]:
@@ -235,8 +221,8 @@ def _finish(run: wandb.Run, status: int) -> None:
             warn_loudly("W&B does not answer.", "The same command with --resume uploads the rest once it does.")
             return
         if online and not is_reported(run):
-            for log in wandb_log.log_files(run.id):
-                wandb_log.mark_synced(log)
+            for log in wandb_internals.log_files(run.id):
+                wandb_internals.mark_synced(log)
     if is_lost(run):
         with tolerate_wandb_errors(run):
             wandb.teardown()  # or it complains at exit
@@ -244,10 +230,10 @@ def _finish(run: wandb.Run, status: int) -> None:
 
 def is_complete(run_id: str, mode: str, last_step: int) -> bool:
     """Whether W&B has all of a finished run: on its server, or in its log files if the run is offline."""
-    logs = wandb_log.log_files(run_id)
+    logs = wandb_internals.log_files(run_id)
     if mode == "online":
-        return all(map(wandb_log.is_synced, logs))
-    return mode == "disabled" or not logs or last_step in wandb_log.history(logs)
+        return all(map(wandb_internals.is_synced, logs))
+    return mode == "disabled" or not logs or last_step in wandb_internals.history(logs)
 
 
 def where_to_look(run: wandb.Run, output_dir: Path) -> str:

@@ -476,3 +476,23 @@ def test_a_full_disk_hidden_by_a_library_is_one_line(write, tmp_path):
         [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert (done.returncode, done.stderr) == (1, "-c: error: writing: File too large\n")
+
+
+INTERNALS = {
+    'FLUSH_SETTING = "x_gone"': "a crash may lose the last seconds of W&B's log",
+    'LOG_METHOD = "_gone"': "the histograms of run.watch may be logged with another step",
+    'TORCH_HISTORY = "_gone"': "on CUDA, run.watch needs --deterministic false",
+    "Record = None": "its log files can't be read, so that a resumed run may log rows twice",
+}
+
+
+@pytest.mark.parametrize("change", INTERNALS)
+def test_what_wandb_does_not_document_may_change(change, reference, tmp_path):
+    """Each in turn is taken away: training is the same, and one line says what is lost."""
+    change_it = f"from harness import wandb_internals; wandb_internals.{change}"
+    out = start_changed(tmp_path, change_it).communicate(timeout=100)[0]
+    if "Record" in change:  # is read when a run is resumed
+        (tmp_path / "out/metrics.json").unlink()
+        out = start_changed(tmp_path, change_it, "--resume").communicate(timeout=100)[0]
+    assert "Traceback" not in out and out.count(INTERNALS[change]) == 1, out
+    assert killing.differences(reference.out, tmp_path / "out") == []

@@ -1,7 +1,7 @@
-"""W&B's own log files of a run, `wandb/*run-*-<id>/run-<id>.wandb`: finds, reads and repairs them.
+"""What W&B does not document and a run relies on, each with a fallback: its log files, its hooks, one of its settings.
 
-Each process of a run that was resumed offline leaves one. `wandb sync` uploads them in order, but stops at one that a
-crash truncated. A file is a header and blocks of 32 KB in the record format of LevelDB
+Each process of a run leaves a log file, `wandb/*run-*-<id>/run-<id>.wandb`. `wandb sync` uploads them in order, but
+stops at one that a crash truncated. A file is a header and blocks of 32 KB in the record format of LevelDB
 (https://github.com/google/leveldb/blob/main/doc/log_format.md), each record a protobuf.
 """
 
@@ -9,16 +9,69 @@ import glob
 import json
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import wandb
-from wandb.proto.wandb_internal_pb2 import Record
 
+try:
+    from wandb.proto.wandb_internal_pb2 import Record
+except ImportError:
+    Record = None
+
+FLUSH_SETTING, LOG_METHOD, TORCH_HISTORY = "x_transaction_log_flush_interval", "_log", "_torch"
 BLOCK = 32768
 HEADER = b":W&B"
 WHOLE, FIRST, MIDDLE, LAST = 1, 2, 3, 4
+
+
+def settings() -> dict[str, Any]:
+    """Settings that let a crash lose next to nothing of W&B's log, by default its last 15 seconds."""
+    if FLUSH_SETTING in wandb.Settings.model_fields:
+        return {FLUSH_SETTING: 0.05}
+    _report("a crash may lose the last seconds of W&B's log")
+    return {}
+
+
+def intercept_hooks(run: wandb.Run, log: Callable[..., None]) -> Callable[..., None]:
+    """Let the hooks of `run.watch`, and W&B's own `run.log`, call `log`; returns what they called before."""
+    if not hasattr(run, LOG_METHOD):
+        _report("the histograms of run.watch may be logged with another step")
+        return log
+    before = getattr(run, LOG_METHOD)
+    setattr(run, LOG_METHOD, log)
+    return before
+
+
+def allow_histograms(run: wandb.Run) -> None:
+    """Exempt the histograms of `run.watch` from deterministic algorithms: there is none on CUDA."""
+    history = getattr(run, TORCH_HISTORY, None)
+    if not hasattr(history, "log_tensor_stats"):
+        _report("on CUDA, run.watch needs --deterministic false")
+        return
+    log_tensor_stats = history.log_tensor_stats
+
+    def log_histogram(*arguments: Any) -> None:
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        torch.use_deterministic_algorithms(False)
+        try:
+            log_tensor_stats(*arguments)
+        finally:
+            torch.use_deterministic_algorithms(deterministic)
+
+    history.log_tensor_stats = log_histogram
+
+
+def _report(loss: str) -> None:
+    """Say once what is lost because W&B has changed."""
+    if loss not in _reported:
+        _reported.add(loss)
+        print(f"wandb {wandb.__version__} differs from the versions that this was tested with: {loss}.")
+
+
+_reported: set[str] = set()
 
 
 class Row(NamedTuple):
@@ -32,12 +85,15 @@ def log_files(run_id: str) -> list[Path]:
     """The log files of a run, oldest first."""
     name = glob.escape(run_id)
     files = Path(wandb.setup().settings.wandb_dir).glob(f"*run-*-{name}/run-{name}.wandb")
-    # A directory is named offline-run-<time>-<id>, or run-<time>-<id> where the run was online.
+    # A directory is named offline-run-<time>-<id>, or run-<time>-<id> if the run was online.
     return sorted(files, key=lambda file: file.parent.name.removeprefix("offline-"))
 
 
-def read(file: Path) -> Iterator[tuple[int, Record]]:
+def read(file: Path) -> Iterator[tuple[int, Any]]:
     """Each record with the offset of its end, up to the first that is truncated or damaged."""
+    if Record is None:
+        _report("its log files can't be read, so that a resumed run may log rows twice")
+        return
     content = file.read_bytes()
     at, parts = 7, []
     while content.startswith(HEADER):
@@ -61,6 +117,8 @@ def repair(file: Path) -> None:
     A file without history may stop `wandb sync`, and the resumed run logs all of it again: it is marked as synced.
     """
     records = list(read(file))
+    if Record is None:
+        return
     if not any(record.HasField("history") for _, record in records):
         mark_synced(file)
     elif (end := records[-1][0]) < file.stat().st_size:
