@@ -34,6 +34,22 @@ def start(script: str, cwd: Path, environment: dict[str, str], *more: str) -> su
     )
 
 
+def start_changed(script: str, cwd: Path, environment: dict[str, str], change: str, *more: str) -> subprocess.Popen:
+    """The same run after executing `change`, Python code that may replace parts of `checkpoints` or `distributed`."""
+    name = script.removesuffix(".py")
+    program = f"import {name}, time\nfrom harness import checkpoints, distributed, script\n{change}\n"
+    program += f"script.run_script({name}.main)"
+    command = [sys.executable, "-c", program, *ARGUMENTS[script].split(), "--output_dir", "out", "--id", "same", *more]
+    return subprocess.Popen(
+        command,
+        cwd=cwd,
+        env={**environment, "PYTHONPATH": str(REPO)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+
+
 def finish(process: subprocess.Popen, timeout: float = 200) -> str:
     """Wait for the process, check that it succeeds, and return its output."""
     out = process.communicate(timeout=timeout)[0].decode()
@@ -140,6 +156,52 @@ def killed_and_resumed(
             shutil.rmtree(cwd / "wandb")
     finish(start(script, cwd, environment, "--resume"))
     return killed
+
+
+SLOW_WRITES = """
+save = checkpoints.save_tensors
+def slow(path, content):
+    save(path, content)
+    time.sleep(0.7)
+checkpoints.save_tensors = slow
+"""
+HOSTILE = ("SIGKILL", "SIGTERM", "slow disk", "damaged checkpoint", "unwritable caches", "service killed")
+
+
+def hostile(script: str, cwd: Path, environment: dict[str, str], duration: float, rng: random.Random) -> list[str]:
+    """Run with `--resume` under one to three hostile conditions, then to the end; return them.
+
+    Raises `AssertionError` if a run ends in a traceback, or in a status that is none of its own.
+    """
+    conditions = [rng.choice(HOSTILE) for _ in range(rng.randint(1, 3))]
+    for condition in conditions:
+        caches = {"WANDB_CACHE_DIR": "/proc/nowhere", "WANDB_DATA_DIR": "/proc/nowhere"}
+        more = {**environment, **(caches if condition == "unwritable caches" else {})}
+        if condition == "slow disk":
+            process = start_changed(script, cwd, more, SLOW_WRITES, "--resume", "--stop_timeout", "0.3")
+        else:
+            process = start(script, cwd, more, "--resume")
+        time.sleep(rng.uniform(0.3, 0.9) * duration)
+        if condition == "service killed":
+            subprocess.run(["pkill", "-KILL", "-P", str(process.pid), "wandb-core"])
+            time.sleep(0.2 * duration)
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM if condition in ("SIGTERM", "slow disk") else signal.SIGKILL)
+        out = process.communicate(timeout=200)[0].decode()
+        assert process.returncode in (0, 143, -signal.SIGKILL, -signal.SIGTERM) and "Traceback" not in out, out
+        path = cwd / "out/checkpoint.pt"
+        if condition == "damaged checkpoint" and path.exists():
+            content = bytearray(path.read_bytes())
+            content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+            path.write_bytes(content)
+    process = start(script, cwd, environment, "--resume")
+    out = process.communicate(timeout=200)[0].decode()
+    if process.returncode:  # refused, as both checkpoints are damaged, or the first one is before there is another
+        assert "Traceback" not in out and "can't be read: it is damaged; to start over" in out.splitlines()[-1], out
+        shutil.rmtree(cwd / "out")
+        finish(start(script, cwd, environment, "--resume"))
+        conditions.append("refused")
+    return conditions
 
 
 def wait_for_writes(process: subprocess.Popen, out: Path, writes: int) -> bool:

@@ -22,14 +22,6 @@ from tasks import encoders
 from tests import killing
 from tests.conftest import REPO, call, clean_environment, finished_run, wandb_records
 
-# Runs train_mnist.py with parts of it replaced.
-CHANGED = """
-import sys, time
-import train_mnist
-from harness import checkpoints, distributed, script
-{change}
-script.run_script(train_mnist.main)
-"""
 SLOW_WRITES = """
 save = checkpoints.save_tensors
 def slow(path, content):
@@ -67,20 +59,12 @@ def unfinished(reference, tmp_path: Path) -> Path:
 
 
 def start_changed(cwd: Path, change: str, *more: str, environment: dict[str, str] | None = None) -> subprocess.Popen:
-    arguments = [*killing.ARGUMENTS["train_mnist.py"].split(), "--output_dir", "out", "--id", "same", *more]
-    return subprocess.Popen(
-        [sys.executable, "-c", CHANGED.format(change=change), *arguments],
-        cwd=cwd,
-        env=clean_environment(cwd, PYTHONPATH=str(REPO), **(environment or {})),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    return killing.start_changed("train_mnist.py", cwd, clean_environment(cwd, **(environment or {})), change, *more)
 
 
 def wait_for(process: subprocess.Popen, word: str) -> None:
     for line in process.stdout:
-        if line.strip() == word:
+        if line.decode().strip() == word:
             return
     raise AssertionError(f"the run never printed {word!r}")
 
@@ -104,7 +88,7 @@ def test_a_write_that_has_begun_is_finished(reference, tmp_path):
     process = start_changed(tmp_path, SLOW_WRITES, "--stop_timeout", "1")
     wait_for(process, "writing")
     process.terminate()
-    out = process.communicate(timeout=20)[0]
+    out = process.communicate(timeout=20)[0].decode()
     assert process.returncode == 128 + signal.SIGTERM, out
     position = torch.load(tmp_path / "out/checkpoint.pt", weights_only=True)["position"]
     assert position["batch"] == 7
@@ -119,7 +103,7 @@ def test_a_batch_that_outlasts_the_timeout_is_repeated(reference, tmp_path):
     wait_for(process, "computing")
     asked = time.monotonic()
     process.terminate()
-    out = process.communicate(timeout=20)[0]
+    out = process.communicate(timeout=20)[0].decode()
     assert process.returncode == 128 + signal.SIGTERM and time.monotonic() - asked < 10, out
     assert f"goes on from the checkpoint of step {7 * 48}" in out
     assert resume(tmp_path).status == 0
@@ -385,7 +369,7 @@ def test_temporary_files_of_wandb_that_vanish(reference, tmp_path):
     """Cleaned from /tmp at each checkpoint: one warning, the same weights, and every number in W&B."""
     (tmp_path / "tmp").mkdir()
     process = start_changed(tmp_path, CLEANED, environment={"TMPDIR": str(tmp_path / "tmp")})
-    out = process.communicate(timeout=100)[0]
+    out = process.communicate(timeout=100)[0].decode()
     assert process.returncode == 0 and out.count("!!  W&B has failed: ") == 1 and "Traceback" not in out, out
     assert killing.differences(reference.out, tmp_path / "out") == []
     logged = [record["history"]["item"] for record in wandb_records(tmp_path) if record["type"] == "history"]
@@ -490,9 +474,9 @@ INTERNALS = {
 def test_what_wandb_does_not_document_may_change(change, reference, tmp_path):
     """Each in turn is taken away: training is the same, and one line says what is lost."""
     change_it = f"from harness import wandb_internals; wandb_internals.{change}"
-    out = start_changed(tmp_path, change_it).communicate(timeout=100)[0]
+    out = start_changed(tmp_path, change_it).communicate(timeout=100)[0].decode()
     if "Record" in change:  # is read when a run is resumed
         (tmp_path / "out/metrics.json").unlink()
-        out = start_changed(tmp_path, change_it, "--resume").communicate(timeout=100)[0]
+        out = start_changed(tmp_path, change_it, "--resume").communicate(timeout=100)[0].decode()
     assert "Traceback" not in out and out.count(INTERNALS[change]) == 1, out
     assert killing.differences(reference.out, tmp_path / "out") == []
