@@ -33,71 +33,62 @@ except ImportError:
 from optuna.trial import FrozenTrial, TrialState
 from tqdm import tqdm
 
+from harness.sweep import trials
 from harness.sweep.file import Sweep, read_sweep
-from harness.sweep.study import count_trials, open_study, ranked_trials, sampler
-from harness.sweep.trials import (
-    Run,
-    next_run,
-    record_outcome,
-    report_progress,
-    stop_runs,
-    sweep_directory,
-    trial_command,
-)
+from harness.sweep.study import count_trials, open_study, ranked_trials
+from harness.sweep.trials import Search, sweep_directory
 
 POLL_INTERVAL = 0.3  # seconds
 MAX_INITIAL_FAILURES = 3
 
 
-def search(sweep: Sweep, study: optuna.Study, trial_count: int, jobs: int, location: str, seed: int | None) -> None:
-    """Run trials until the study has `trial_count`. Raises `UserError` if the first ones all fail."""
-    running: dict[int, Run] = {}
+def run_trials(search: Search) -> None:
+    """Run trials until the study has `trial_count`. Raises `UserError` if the first ones or all of them fail."""
+    study, running = search.study, search.running
     finished: list[FrozenTrial] = []
-    attempts: Counter[tuple[int, int]] = Counter()
-    done = sum(trial.state.is_finished() for trial in study.get_trials(deepcopy=False)[:trial_count])
+    done = sum(trial.state.is_finished() for trial in study.get_trials(deepcopy=False)[: search.trial_count])
     waiting_announced = False
-    with tqdm(total=trial_count, initial=done, unit="trial", disable=None, file=sys.stdout) as bar:
+    with tqdm(total=search.trial_count, initial=done, unit="trial", disable=None, file=sys.stdout) as bar:
         try:
             while True:
                 for number, run in list(running.items()):
                     if run.process.poll() is None:
-                        report_progress(sweep, run)
+                        trials.report_progress(search.sweep, run)
                         continue
-                    outcome = record_outcome(sweep, study, run, attempts)
+                    outcome = trials.record_outcome(search, run)
                     del running[number]
                     os.close(run.lock)
                     if outcome:
                         finished.append(outcome)
-                        show_outcome(sweep, study, outcome, bar)
-                check_first_trials(sweep, study, finished[:MAX_INITIAL_FAILURES])
-                while len(running) < jobs:
-                    trials = len(study.get_trials(deepcopy=False))
-                    # With one seed for all trials, a resumed search would draw the same parameters again.
-                    study.sampler = sampler(sweep, None if seed is None else (seed * 1_000_003 + trials) % 2**32)
-                    started = next_run(sweep, study, trial_count, jobs, location, running)
-                    if isinstance(started, str):
-                        break
-                    running[started.trial.number] = started
-                if not running and started == "done":
-                    return
-                if not running and not waiting_announced:
+                        show_outcome(search.sweep, study, outcome, bar)
+                if len(finished) >= MAX_INITIAL_FAILURES:
+                    first = finished[:MAX_INITIAL_FAILURES]
+                    check_failures(search, first, f"the first {len(first)} trials failed")
+                state = "started"
+                while len(running) < search.jobs and state == "started":
+                    state = trials.next_run(search)
+                if running:
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        next(iter(running.values())).process.wait(POLL_INTERVAL)
+                    continue
+                if state == "done":
+                    break
+                if not waiting_announced:
                     waiting_announced = True
                     bar.write("Waiting for a run that another process has started.")
-                if not running:
-                    time.sleep(POLL_INTERVAL)
-                for run in list(running.values())[:1]:
-                    with contextlib.suppress(subprocess.TimeoutExpired):
-                        run.process.wait(POLL_INTERVAL)
+                time.sleep(POLL_INTERVAL)
         finally:
-            stop_runs(running)
+            trials.stop_runs(running)
+    check_failures(search, study.get_trials(deepcopy=False)[: search.trial_count], "no trial completed")
 
 
-def check_first_trials(sweep: Sweep, study: optuna.Study, first: list[FrozenTrial]) -> None:
-    """Raise `UserError` if the first trials of this search all failed and the study has no complete trial."""
-    failed = [trial.user_attrs for trial in first if trial.state == TrialState.FAIL]
-    if len(failed) == MAX_INITIAL_FAILURES and not ranked_trials(study):
-        log = sweep_directory(sweep) / f"{failed[-1]['run']}.log"
-        raise UserError(f"the first {len(failed)} trials failed; last error: {failed[-1]['error']} ({log})", 1)
+def check_failures(search: Search, checked: list[FrozenTrial], message: str) -> None:
+    """Raise `UserError` with the last error if all of these trials failed and the study has no complete trial."""
+    if all(trial.state == TrialState.FAIL for trial in checked) and not ranked_trials(search.study):
+        last = checked[-1].user_attrs
+        raise UserError(
+            f"{message}; last error: {last['error']} ({sweep_directory(search.sweep) / last['run']}.log)", 1
+        )
 
 
 def show_outcome(sweep: Sweep, study: optuna.Study, trial: FrozenTrial, bar: tqdm) -> None:
@@ -119,13 +110,22 @@ def rounded(value: Any) -> str:
 
 def report(sweep: Sweep, study: optuna.Study, location: str) -> None:
     """Print the best trials and the parameter importances, and write both as CSV."""
-    trials = [trial for trial in study.get_trials(deepcopy=False) if "parameters" in trial.user_attrs]
+    started = [trial for trial in study.get_trials(deepcopy=False) if "parameters" in trial.user_attrs]
     ranked = ranked_trials(study)
-    table = write_trials(sweep, [*ranked, *(trial for trial in trials if trial.state != TrialState.COMPLETE)])
-    counts = Counter(trial.state for trial in trials)
+    directory = sweep_directory(sweep)
+    with (directory / "trials.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["trial", "state", sweep.metric, *sweep.searched, "epochs", "seconds", "error", "output_dir"])
+        for trial in [*ranked, *(trial for trial in started if trial.state != TrialState.COMPLETE)]:
+            attrs = trial.user_attrs
+            parameters = [attrs["parameters"].get(name) for name in sweep.searched]
+            outcome = [len(trial.intermediate_values), attrs.get("seconds"), attrs.get("error")]
+            row = [trial.number, trial.state.name.lower(), trial.value, *parameters, *outcome, directory / attrs["run"]]
+            rows.writerow(row)
+    counts = Counter(trial.state for trial in started)
     summary = ", ".join(f"{counts[state]} {state.name.lower()}" for state in TrialState if counts[state])
-    print(f"{summary}; all trials: {table}")
-    for trial in trials:
+    print(f"{summary}; all trials: {directory}/trials.csv")
+    for trial in started:
         owner = trial.user_attrs["place"]
         if trial.state == TrialState.RUNNING and owner != location:
             print(f"trial {trial.number} belongs to {owner}; run the same command there to resume it")
@@ -141,27 +141,12 @@ def report(sweep: Sweep, study: optuna.Study, location: str) -> None:
         evaluator = optuna.importance.PedAnovaImportanceEvaluator()
         importances = optuna.importance.get_param_importances(study, evaluator=evaluator)
         print("importance: " + ", ".join(f"{name} {share:.0%}" for name, share in importances.items()))
-        with (sweep_directory(sweep) / "importances.csv").open("w", newline="") as file:
+        with (directory / "importances.csv").open("w", newline="") as file:
             csv.writer(file).writerows([("parameter", "importance"), *importances.items()])
-    command = trial_command(sweep, ranked[0].user_attrs["parameters"], "python")
+    command = trials.trial_command(sweep, ranked[0].user_attrs["parameters"], "python")
     print(f"to repeat the best run: {shlex.join(command[1:] if command[0] == '/usr/bin/env' else command)}")
-    files = sweep_directory(sweep) / ranked[0].user_attrs["run"]
+    files = directory / ranked[0].user_attrs["run"]
     print(f"its files: {files} | to upload all runs to W&B: wandb sync wandb/offline-run-*")
-
-
-def write_trials(sweep: Sweep, trials: list[FrozenTrial]) -> Path:
-    """Write one row per trial to trials.csv, and return its path."""
-    table = sweep_directory(sweep) / "trials.csv"
-    with table.open("w", newline="") as file:
-        rows = csv.writer(file)
-        rows.writerow(["trial", "state", sweep.metric, *sweep.searched, "epochs", "seconds", "error", "output_dir"])
-        for trial in trials:
-            attrs = trial.user_attrs
-            parameters = [attrs["parameters"].get(name) for name in sweep.searched]
-            outcome = [len(trial.intermediate_values), attrs.get("seconds"), attrs.get("error")]
-            output_dir = sweep_directory(sweep) / attrs["run"]
-            rows.writerow([trial.number, trial.state.name.lower(), trial.value, *parameters, *outcome, output_dir])
-    return table
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -187,20 +172,38 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     """Run or resume a search. Raises `UserError` if the arguments, the sweep file or the storage are unusable."""
-    arguments = parse_arguments(argv)
+    try:
+        run_search(parse_arguments(argv))
+    except UserError as error:  # may quote a path or a value with line breaks
+        message = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(error))
+        raise UserError(message, error.status) from None
+
+
+def run_search(arguments: argparse.Namespace) -> None:
+    """Run or resume a search with checked arguments."""
     sweep = read_sweep(arguments.sweep_file)
     trial_count = count_trials(sweep, arguments.count)
-    try:
-        sweep_directory(sweep).mkdir(parents=True, exist_ok=True)
-    except FileExistsError:
-        raise UserError(f"{sweep_directory(sweep)} is a file, not a directory") from None
+    trials.check_command(sweep)
+    directory = sweep_directory(sweep)
+    created = [path for path in (directory, directory.parent) if not path.exists()]
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    study = open_study(sweep, arguments.storage or f"sqlite:///{sweep_directory(sweep)}/study.db")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        study = open_study(sweep, arguments.storage or f"sqlite:///{directory}/study.db")
+    except FileExistsError:
+        raise UserError(f"{directory} is a file, not a directory") from None
+    except UserError:
+        with contextlib.suppress(OSError):  # keeps a directory with files
+            for path in created:
+                path.rmdir()
+        raise
     # A run can only be resumed where its files are. The default storage lies beside them, so it has one location.
     location = f"{socket.gethostname()}:{Path.cwd()}" if arguments.storage else "this directory"
+    gpus = trials.visible_gpus() if arguments.jobs > 1 else []  # a single run may use all of them
+    search = Search(sweep, study, trial_count, arguments.jobs, arguments.seed, location, gpus)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
-        search(sweep, study, trial_count, arguments.jobs, location, arguments.seed)
+        run_trials(search)
     except (KeyboardInterrupt, SystemExit):
         print("The runs were stopped; the same command resumes them.")
         raise

@@ -102,17 +102,21 @@ def precision_recall_chart(result: Evaluation, class_names: list[str]) -> wandb.
 
 
 def _one_vs_rest(result: Evaluation, class_names: list[str]) -> list[tuple[str, Tensor, Tensor]]:
-    """Name, probabilities (examples,) and 0/1 labels (examples,) of each class that has positives and negatives."""
+    """Name, probabilities (examples,) and 0/1 labels (examples,) of the classes that have positives and negatives.
+
+    At most 20, the most frequent ones: a thousand curves take W&B a minute, and nobody can tell them apart.
+    """
     classes = range(1 if len(class_names) == 2 else 0, len(class_names))
     cases = [(class_names[c], result.probabilities[:, c], (result.labels == c).long()) for c in classes]
-    return [case for case in cases if 0 < case[2].sum() < len(case[2])]
+    drawn = [case for case in cases if 0 < case[2].sum() < len(case[2])]
+    return sorted(drawn, key=lambda case: int(case[2].sum()), reverse=True)[:20]
 
 
 def _line_chart(curves: list[tuple[str, Tensor, Tensor]], title: str, x_name: str) -> wandb.plot.CustomChart:
     return wandb.plot.line_series(
-        xs=[x.tolist() for _, x, _ in curves],
-        ys=[y.tolist() for _, _, y in curves],
-        keys=[name for name, _, _ in curves],
+        xs=[x.tolist() for _, x, _ in curves] or [[]],  # it wants one, even if no class has a curve
+        ys=[y.tolist() for _, _, y in curves] or [[]],
+        keys=[name for name, _, _ in curves] or [""],
         title=title,
         xname=x_name,
     )

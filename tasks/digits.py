@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from harness.errors import UserError, warn_loudly
-from tasks.downloads import why_unreachable
+from tasks.downloads import DOWNLOAD_ERRORS, reason, why_unreachable
 
 
 class ImageSet(NamedTuple):
@@ -62,6 +62,8 @@ def load_digits(name: str, data_dir: str) -> Digits:
     """
     if name == "synthetic":
         return synthetic_digits()
+    if Path(data_dir).is_file():
+        raise UserError(f"--data_dir {data_dir} is a file: pass a directory")
     dataset = "mnist" if name == "auto" else name
     missing = [file.name for file in _idx_files(dataset, data_dir) if not file.is_file()]
     problem = _download_digits(dataset, data_dir) if missing else None
@@ -119,8 +121,8 @@ def _download_digits(name: str, data_dir: str) -> str | None:
             for source, target in zip(_idx_files(name, scratch), _idx_files(name, data_dir)):
                 target.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(source, target)
-    except (OSError, RuntimeError) as error:
-        return " ".join(str(error).split())
+    except (*DOWNLOAD_ERRORS, RuntimeError) as error:
+        return reason(error)
     finally:
         socket.setdefaulttimeout(default_timeout)
     return None
@@ -153,18 +155,19 @@ def _read_idx(file: Path, shape: tuple[int, ...], published: bool) -> Tensor:
 
     The format: big-endian 32-bit magic number (0x803 for images, 0x801 for labels), sizes, data.
     """
-    try:
-        content = np.fromfile(file, np.uint8)
-    except OSError as error:
-        raise UserError(f"can't read {file}: {error.strerror}") from None
     magic, size = (0x803, (28, 28)) if shape else (0x801, ())
     header = 4 * (2 + len(size))
-    found_magic, count, *found_size = struct.unpack(f">{header // 4}i", content[:header].tobytes().ljust(header, b"\0"))
-    expected_bytes = header + count * math.prod(size)
+    try:
+        start, bytes_found = np.fromfile(file, np.uint8, header).tobytes(), file.stat().st_size
+        found_magic, count, *found_size = struct.unpack(f">{header // 4}i", start.ljust(header, b"\0"))
+        expected_bytes = header + count * math.prod(size)
+        content = np.fromfile(file, np.uint8, expected_bytes if bytes_found == expected_bytes else 0)
+    except OSError as error:
+        raise UserError(f"can't read {file}: {error.strerror}") from None
     if found_magic != magic or tuple(found_size) != size or count < 1:
         problem = f"does not have the header of an IDX file of {'28×28 images' if shape else 'labels'}"
     elif len(content) != expected_bytes:
-        problem = f"has {len(content):,} bytes instead of {expected_bytes:,}"
+        problem = f"has {bytes_found:,} bytes instead of {expected_bytes:,}"
     elif not shape and content[header:].max() > 9:
         problem = f"contains the label {content[header:].max()}, above 9"
     elif published and count in (60_000, 10_000) and hashlib.sha256(content).hexdigest() != MNIST_SHA256[file.name]:

@@ -3,8 +3,9 @@
 import os
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -25,10 +26,11 @@ from transformers import (
 )
 
 from harness.errors import UserError, warn_loudly
-from tasks.batching import TokenSet, inputs_of
+from tasks.batching import TokenSet, inputs_of, tokenise
 from tasks.downloads import why_unreachable
 
 BERT_TINY = "google/bert_uncased_L-2_H-128_A-2"
+NO_ATTRIBUTIONS = "<p>No attributions: this model does not accept embeddings.</p>"
 
 transformers.logging.set_verbosity_error()  # `_load_pretrained` itself reports a replaced head
 transformers.logging.disable_progress_bar()
@@ -51,8 +53,8 @@ def find_model(name: str | None) -> str:
         return wanted
     if name:
         raise UserError(
-            f"--model {name} is not a directory, not in the hub's cache, and can't be downloaded: {problem}; "
-            "pass a directory that contains a model, or use --model scratch"
+            f"--model {_one_line(name)} is not a directory, not in the hub's cache, and can't be downloaded: "
+            f"{problem}; pass a directory that contains a model, or use --model scratch"
         )
     warn_loudly(
         f"{wanted} is not in the hub's cache, and can't be downloaded: {problem}.",
@@ -67,9 +69,36 @@ def _is_cached(name: str) -> bool:
     try:
         AutoConfig.from_pretrained(name, local_files_only=True)
         AutoTokenizer.from_pretrained(name, local_files_only=True)
-    except (OSError, ValueError):
+    except Exception:
         return False
     return True
+
+
+def _one_line(text: object) -> str:
+    return " ".join(str(text).split())
+
+
+@contextmanager
+def _blaming(name: str, failure: str) -> Iterator[None]:
+    """Turn any error into a `UserError`: there is no end to what the libraries raise when they read a broken model."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(_one_line(error)) from None
+    except Exception as error:
+        reason = _one_line(error)
+        if " " not in reason:  # KeyError: 'vocab'
+            reason = f"{type(error).__name__}: {reason}"
+        files = [file for file in Path(name).glob("*") if file.is_file() and os.access(file, os.R_OK)]
+        small = [file for file in files if file.stat().st_size < 1000]
+        pointers = [file.name for file in small if file.read_bytes().startswith(b"version https://git-lfs")]
+        if pointers:
+            reason = f"{min(pointers)} is a git LFS pointer, not the file itself: run `git lfs pull`"
+        elif "Weights only load failed" in reason:  # the advice that follows is unsafe
+            reason = "the file of its weights is damaged"
+        elif isinstance(error, SafetensorError):
+            reason = f"the file of its weights is damaged: {reason}"
+        raise UserError(f"--model {_one_line(name)} {failure}: {reason[:200]}") from None
 
 
 def load_model(
@@ -78,27 +107,47 @@ def load_model(
     """Load a classifier with a head for `class_names`, and its tokenizer, which truncates at `max_length` tokens.
 
     With "scratch", the tokenizer learns its vocabulary from `sentences`. Raises `UserError` if the model can't be
-    loaded, has no usable tokenizer, or has fewer than `max_length` positions.
+    loaded, has no usable tokenizer, has fewer than `max_length` positions, or fails a trial.
     """
     labels = {"id2label": dict(enumerate(class_names)), "label2id": {c: i for i, c in enumerate(class_names)}}
-    if name == "scratch":
-        model, tokenizer = _from_scratch(sentences, labels)
-    else:
-        model, tokenizer = _load_pretrained(name, labels)
-    if tokenizer.pad_token_id is None:
-        raise UserError(f"--model {name} has a tokenizer without a padding token: pass an encoder such as BERT")
-    limit = _max_positions(model)
-    if max_length > limit:
-        raise UserError(f"--max_length {max_length} is more than the model's limit, {limit}")
-    tokenizer.model_max_length = max_length
+    with _blaming(name, "can't be loaded"):
+        model, tokenizer = _from_scratch(sentences, labels) if name == "scratch" else _load_pretrained(name, labels)
+    with _blaming(name, "can't classify sentences"):
+        if tokenizer.pad_token_id is None and tokenizer.eos_token is not None:  # GPT-2
+            tokenizer.pad_token = tokenizer.eos_token
+        if tokenizer.pad_token_id is None:
+            raise UserError(f"--model {name} has a tokenizer without a padding token: pass an encoder such as BERT")
+        if getattr(model.config, "pad_token_id", None) is None:
+            model.config.pad_token_id = tokenizer.pad_token_id
+        limit = _max_positions(model)
+        if max_length > limit:
+            raise UserError(f"--max_length {max_length} is more than the model's limit, {limit}")
+        tokenizer.model_max_length = max_length
+        tokenizer.padding_side = "right"  # as in training: some models give other answers if padded on the left
+        _try_out(name, model, tokenizer, max_length)
     return model, tokenizer
 
 
 def _max_positions(model: PreTrainedModel) -> int:
     """The model's maximum sequence length; RoBERTa-like models reserve the first position embeddings."""
-    config = model.config
-    positions = getattr(config, "max_position_embeddings", None) or 10**9
-    return positions - (config.pad_token_id + 1 if config.model_type in ("roberta", "xlm-roberta", "camembert") else 0)
+    positions = getattr(model.config, "max_position_embeddings", None) or -1
+    tables = (module for name, module in model.named_modules() if name.endswith("position_embeddings"))
+    reserved = [table.padding_idx + 1 for table in tables if getattr(table, "padding_idx", None) is not None]
+    return positions - max(reserved, default=0) if positions > 0 else 10**9
+
+
+def _try_out(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+    """Classify two sentences of different length; raises whatever a model raises that can't."""
+    largest, rows = max(tokenizer.get_vocab().values()), model.get_input_embeddings().num_embeddings
+    if largest >= rows:
+        raise ValueError(f"its tokenizer has ids up to {largest}, but the model has {rows} embeddings")
+    sentences = ["The cat sleeps.", "The cat that the boys saw in the garden sleeps."]
+    token_set = tokenise(sentences, [0, 1], tokenizer, max_length, model.device)
+    model.eval()
+    with torch.no_grad():
+        type(model).forward(model, **inputs_of(token_set, torch.arange(2)))
+    if attribute(model, token_set, 0, answer=1, label=0) is None:
+        print(f"{_one_line(name)} does not accept embeddings: valid/attributions will show no tokens.")
 
 
 def _from_scratch(sentences: list[str], labels: dict) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -137,37 +186,47 @@ def learn_wordpieces(sentences: list[str]) -> list[str]:
 
 def _load_pretrained(name: str, labels: dict) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     local = Path(name).is_dir() or _is_cached(name)
-    try:
-        config = AutoConfig.from_pretrained(name, local_files_only=local)
-        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local)
-        model = AutoModelForSequenceClassification.from_pretrained(
-            name, local_files_only=local, ignore_mismatched_sizes=True, dtype=torch.float32, **labels
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
-        raise UserError(f"--model {name} can't be loaded: {' '.join(str(error).split())[:300]}") from None
+    config = AutoConfig.from_pretrained(name, local_files_only=local)
+    tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local)
+    changes = {**labels, "problem_type": "single_label_classification", "dtype": torch.float32}
+    if getattr(config, "summary_type", None) == "last":  # XLNet: in a batch, the last token may be padding
+        changes["summary_type"] = "first"
+    model, info = AutoModelForSequenceClassification.from_pretrained(
+        name, local_files_only=local, ignore_mismatched_sizes=True, output_loading_info=True, **changes
+    )
+    # Outside the base model is the head. Encoders saved from a masked-LM have no pooler either.
+    new = info["missing_keys"] | {key for key, *_ in info["mismatched_keys"]}
+    wrong = sorted(key for key in new if key.startswith(f"{model.base_model_prefix}.") and "pooler" not in key)
+    if wrong:
+        raise ValueError(f"weights missing or not of the size in config.json: {len(wrong)}, first {wrong[0]}")
+    if wrong := [key for key, weight in model.named_parameters() if not weight.isfinite().all()]:
+        raise ValueError(f"weights with NaN or infinity: {len(wrong)}, first {wrong[0]}")
     # If a directory has no tokenizer, AutoTokenizer creates one with nothing but special tokens.
     if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):
         raise UserError(f"--model {name} has no tokenizer: save it there too (tokenizer.save_pretrained)")
     has_head = any("ForSequenceClassification" in kind for kind in config.architectures or ())
     if has_head and config.num_labels != len(labels["id2label"]):
-        print(
-            f"The head of {name} has {config.num_labels} labels: a new one with {len(labels['id2label'])} replaces it."
-        )
+        replaced = f"has {config.num_labels} labels: a new one with {len(labels['id2label'])} replaces it."
+        print(f"The head of {_one_line(name)} {replaced}")
     return model, tokenizer
 
 
-def attribute(model: PreTrainedModel, token_set: TokenSet, index: int, answer: int, label: int) -> Tensor:
+def attribute(model: PreTrainedModel, token_set: TokenSet, index: int, answer: int, label: int) -> Tensor | None:
     """How much each token of a sentence moved the decision towards `answer`, away from `label`: float (tokens,).
 
     Gradient × input (Shrikumar et al., 2016): the derivative of the difference of the two logits by a token's
-    embedding, times that embedding, summed over its dimensions.
+    embedding, times that embedding, summed over its dimensions. None if the model doesn't accept embeddings.
     """
-    inputs = inputs_of(token_set, torch.tensor([index]))
+    # Without padding: given embeddings, models that classify by the last token can't tell which it is.
+    inputs = {k: v[:, : token_set.lengths[index]] for k, v in inputs_of(token_set, torch.tensor([index])).items()}
     embedded = model.get_input_embeddings()(inputs.pop("input_ids")).detach().requires_grad_()
-    with torch.enable_grad():
-        logits = type(model).forward(model, inputs_embeds=embedded, **inputs).logits[0]
-        (gradient,) = torch.autograd.grad(logits[answer] - logits[label], embedded)
-    return (gradient * embedded).sum(-1)[0, : token_set.lengths[index]].detach().cpu()
+    try:
+        with torch.enable_grad():
+            logits = type(model).forward(model, inputs_embeds=embedded, **inputs).logits[0]
+            (gradient,) = torch.autograd.grad(logits[answer] - logits[label], embedded)
+    except (NotImplementedError, TypeError, ValueError):  # T5 and BART, Longformer, others
+        return None
+    return (gradient * embedded).sum(-1)[0].detach().cpu()
 
 
 class UsedRowsEmbedding(nn.Embedding):

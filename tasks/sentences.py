@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from harness.errors import UserError, warn_loudly
 from harness.files import replacing
-from tasks.downloads import why_unreachable
+from tasks.downloads import DOWNLOAD_ERRORS, reason, why_unreachable
 from tasks.grammar import minimal_pairs
 
 
@@ -56,22 +56,22 @@ def load_corpus(name: str, data_dir: str, train_file: str | None = None, valid_f
         raise UserError("--dataset files needs --train_file and --valid_file")
     if name == "synthetic":
         return synthetic_sentences()
+    if Path(data_dir).is_file():
+        raise UserError(f"--data_dir {data_dir} is a file: pass a directory")
     path, started = Path(data_dir) / "cola_public_1.1.zip", time.perf_counter()
     problem = None if path.exists() else _download_cola(path)
     if problem is None:
         return _read_cola(path)
+    problem = f"{path} is missing, and can't be downloaded: {problem}"
     if name == "auto":
         warn_loudly(
-            f"{path} is missing, and can't be downloaded: {problem}.",
+            f"{problem}.",
             "This run uses the BUILT-IN synthetic sentences instead: its metrics are not comparable to CoLA's.",
             f"Finding that out took {time.perf_counter() - started:.1f} s.",
             f"To use CoLA, save {COLA_URL} into a directory and pass that: --data_dir DIR.",
         )
         return synthetic_sentences()
-    raise UserError(
-        f"{path} is missing, and can't be downloaded: {problem}. Save {COLA_URL} there, "
-        "pass another --data_dir, or use --dataset synthetic"
-    )
+    raise UserError(f"{problem}. Save {COLA_URL} there, pass another --data_dir, or use --dataset synthetic")
 
 
 def _download_cola(path: Path) -> str | None:
@@ -87,8 +87,8 @@ def _download_cola(path: Path) -> str | None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
             temporary.write_bytes(content)
-    except OSError as error:
-        return str(error)
+    except DOWNLOAD_ERRORS as error:
+        return reason(error)
     return None
 
 
@@ -117,11 +117,13 @@ def _read_bytes(path: Path) -> bytes:
 
 
 def _lines(content: bytes, name: str) -> list[str]:
-    """The lines of a UTF-8 file; the final newline is optional. Raises `UserError` naming file and line."""
+    """The lines of a UTF-8 file, which end in CR, LF or CRLF. Raises `UserError` naming file and line."""
+    if not content:
+        raise UserError(f"{name} is empty")
     lines = []
-    for number, line in enumerate(content.removesuffix(b"\n").split(b"\n"), start=1):
+    for number, line in enumerate(content.splitlines(), start=1):
         try:
-            lines.append(line.decode().removesuffix("\r"))
+            lines.append(line.decode())
         except UnicodeDecodeError:
             raise UserError(f"{name}, line {number}: invalid UTF-8") from None
     return lines
@@ -155,9 +157,13 @@ def _read_user_files(train_file: Path, valid_file: Path) -> Corpus:
     """A corpus of the user's files; its classes are the labels of the training file."""
     train, valid = _read_table(train_file), _read_table(valid_file)
     labels = {label for _, label, _ in train}
-    class_names = sorted(labels, key=lambda label: (0, int(label), "") if label.isdecimal() else (1, 0, label))
+    # Numbers come first, in numeric order. The label itself orders 1 and 01.
+    class_names = sorted(labels, key=lambda label: (0, int(label), label) if label.isdecimal() else (1, 0, label))
     if len(class_names) < 2:
         raise UserError(f"{train_file}: every label is {class_names[0]!r}; training needs two or more classes")
+    if len(class_names) > 1000 or (len(train) >= 20 and 2 * len(class_names) > len(train)):
+        counts = f"{len(class_names):,} distinct labels in {len(train):,} rows"
+        raise UserError(f"{train_file}: column 'label' has {counts}; does another column hold the labels?")
     index = {label: i for i, label in enumerate(class_names)}
     for number, (_, label, _) in enumerate(valid, start=2):
         if label not in index:
@@ -173,19 +179,17 @@ def _read_table(path: Path) -> list[tuple[str, str, str]]:
 
     A .csv file is comma-separated with quoting, any other file is tab-separated without.
     """
-    lines = _lines(_read_bytes(path).removeprefix(b"\xef\xbb\xbf"), str(path))
-    if path.suffix.lower() == ".csv":
-        reader = csv.reader((f"{line}\n" for line in lines), strict=True)
-        try:
-            table = list(reader)
-        except csv.Error as error:
-            raise UserError(f"{path}, line {reader.line_num}: {error}") from None
-    else:
-        table = [line.split("\t") for line in lines]
-    header, rows = table[0], table[1:]
+    lines = _lines(_read_bytes(path).removeprefix(b"\xef\xbb\xbf").rstrip(b"\r\n"), str(path))
+    table = _parse_csv(lines, path) if path.suffix.lower() == ".csv" else [line.split("\t") for line in lines]
+    if blank := [number for number, row in enumerate(table, start=1) if not "".join(row).strip()]:
+        raise UserError(f"{path}, row {blank[0]}: the line is blank")
+    header, *rows = table
     for column in ("sentence", "label"):
         if column not in header:
-            raise UserError(f"{path}, row 1: the header has no column {column!r}, only {', '.join(header)}")
+            hint = "; the file is comma-separated: name it .csv" if len(header) == 1 and "," in header[0] else ""
+            raise UserError(f"{path}, row 1: the header has no column {column!r}, only {str(header)[1:-1][:300]}{hint}")
+        if header.count(column) > 1:
+            raise UserError(f"{path}, row 1: the header has more than one column {column!r}")
     if not rows:
         raise UserError(f"{path} contains no sentences")
     parsed = []
@@ -198,6 +202,20 @@ def _read_table(path: Path) -> list[tuple[str, str, str]]:
                 raise UserError(f"{path}, row {number}: the {column} is empty")
         parsed.append((fields["sentence"], fields["label"].strip(), fields.get("source", path.name)))
     return parsed
+
+
+def _parse_csv(lines: list[str], path: Path) -> list[list[str]]:
+    """Rows of columns; raises `UserError` naming the line where a malformed row begins."""
+    rows, begin = [], 1
+    reader = csv.reader((f"{line}\n" for line in lines), strict=True)
+    try:
+        for row in reader:
+            rows.append(row)
+            begin = reader.line_num + 1
+    except csv.Error as error:
+        problem = "a quote is never closed, or not doubled within quotes"
+        raise UserError(f"{path}, line {begin}: {problem} ({error})") from None
+    return rows
 
 
 def synthetic_sentences(train: int = 12_000, valid: int = 1_000, seed: int = 0) -> Corpus:

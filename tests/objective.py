@@ -1,7 +1,7 @@
 """A fast stand-in for a training script: a known function of x and y, with one value per epoch.
 
 It does what sweep_offline.py requires of a program: --output_dir, --resume, history.jsonl, metrics.json, SIGTERM. Each
-start appends a line to starts.txt, each completed run a line to visits.txt.
+start appends a line to starts.txt and gpus.txt, each completed run a line to visits.txt.
 """
 
 import argparse
@@ -26,6 +26,8 @@ if options.fail == "True" or (options.fail == "odd" and options.x % 2):
     sys.exit(f"objective.py: error: x is {options.x:g}")
 with Path("starts.txt").open("a") as file:
     file.write(f"{options.x:g} {options.y:g} {os.environ['OMP_NUM_THREADS']} {os.environ['WANDB_RUN_GROUP']}\n")
+with Path("gpus.txt").open("a") as file:
+    file.write(os.environ.get("CUDA_VISIBLE_DEVICES", "all") + "\n")
 time.sleep(0.2)  # stands for slow imports
 if options.fail == "stop":
     sys.exit(143)

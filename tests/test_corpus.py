@@ -160,9 +160,9 @@ GOOD = "sentence\tlabel\na\t0\nb\t1\n"
 @pytest.mark.parametrize(
     "train, valid, problem",
     [
-        ("sentence\tlabels\na\t0\n", GOOD, "train.tsv, row 1: the header has no column 'label', only sentence, labels"),
+        ("sentence\tlabels\na\t0\n", GOOD, "train.tsv, row 1: the header has no column 'label', only 'sentence', "),
         ("text\tlabel\na\t0\n", GOOD, "train.tsv, row 1: the header has no column 'sentence'"),
-        ("", GOOD, "train.tsv, row 1: the header has no column 'sentence'"),
+        ("", GOOD, "train.tsv is empty"),
         ("sentence\tlabel\n", GOOD, "train.tsv contains no sentences"),
         (GOOD + "c\t1\tmore\n", GOOD, "train.tsv, row 4: expected 2 columns as in the header, got 3"),
         (GOOD, GOOD + "c\n", "valid.tsv, row 4: expected 2 columns as in the header, got 1"),

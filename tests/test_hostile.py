@@ -88,7 +88,7 @@ def test_a_write_that_has_begun_is_finished(reference, tmp_path):
     process = start_changed(tmp_path, SLOW_WRITES, "--stop_timeout", "1")
     wait_for(process, "writing")
     process.terminate()
-    out = process.communicate(timeout=20)[0].decode()
+    out = process.communicate(timeout=60)[0].decode()
     assert process.returncode == 128 + signal.SIGTERM, out
     position = torch.load(tmp_path / "out/checkpoint.pt", weights_only=True)["position"]
     assert position["batch"] == 7
@@ -103,8 +103,8 @@ def test_a_batch_that_outlasts_the_timeout_is_repeated(reference, tmp_path):
     wait_for(process, "computing")
     asked = time.monotonic()
     process.terminate()
-    out = process.communicate(timeout=20)[0].decode()
-    assert process.returncode == 128 + signal.SIGTERM and time.monotonic() - asked < 10, out
+    out = process.communicate(timeout=60)[0].decode()
+    assert process.returncode == 128 + signal.SIGTERM and time.monotonic() - asked < 20, out
     assert f"goes on from the checkpoint of step {7 * 48}" in out
     assert resume(tmp_path).status == 0
     assert killing.differences(reference.out, tmp_path / "out") == []

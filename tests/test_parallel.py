@@ -137,7 +137,7 @@ def test_signal_stops_all_processes(number, references, tmp_path):
     asked = time.monotonic()
     process.send_signal(number)
     printed = process.communicate(timeout=30)[0].decode()
-    assert time.monotonic() - asked < 10
+    assert time.monotonic() - asked < 20
     assert printed.count("stopped by SIG") == 1, printed
     position = torch.load(tmp_path / "out/checkpoint.pt", weights_only=True)["position"]
     assert position["step"] >= rows(tmp_path / "out")[-1]["step"] and not position["epoch_ends"]

@@ -256,7 +256,8 @@ def test_three_failures_at_the_start_end_the_search(workdir):
 def test_a_run_without_a_valid_metric_fails(failure, error, workdir):
     sweep = GRID.replace("seconds: {value: 0.5}", f"fail: {{value: {failure}}}").replace("[1, 2, 3, 4]", "[1]")
     hyperband = "early_terminate: {type: hyperband, min_iter: 1, max_iter: 3}\nparameters:"
-    out = run_search(workdir, sweep.replace("parameters:", hyperband), "--count", "2")
+    out = run_search(workdir, sweep.replace("parameters:", hyperband), "--count", "2", status=1)
+    assert f"sweep_offline.py: error: no trial completed; last error: {error} (runs/sweep-s/" in out.splitlines()[-1]
     assert [row["error"] for row in trial_rows(workdir)] == [error] * 2 and "2 fail" in out
     assert len(read_lines(workdir / "starts.txt")) == (6 if failure == "stop" else 2)
 
@@ -416,14 +417,14 @@ def test_nested_parameters_are_passed_as_wandb_passes_them(workdir, monkeypatch)
 
 
 MISTAKES = {
-    "program": ("program: objective.py", "", "program: must name the script"),
+    "program": ("program: objective.py", "", "program: must be the name of the script"),
     "program file": ("objective.py", "missing.py", "program: no such file: missing.py"),
     "method": ("method: grid", "", "method: must be one of grid, random, bayes"),
     "unknown method": ("grid", "gird", "method: must be one of"),
     "unknown key": ("method:", "metod: grid\nmethod:", "metod: unknown key"),
-    "metric": ("metric: {name: score, goal: maximize}", "", "metric: is missing"),
+    "metric": ("metric: {name: score, goal: maximize}", "", "metric: must be a mapping with name, goal"),
     "metric is a string": ("{name: score, goal: maximize}", "score", "metric: must be a mapping"),
-    "metric without a name": ("name: score, ", "", "metric: needs the name"),
+    "metric without a name": ("name: score, ", "", "metric.name: must be the name of a logged metric"),
     "goal": ("maximize", "maximise", "metric.goal: must be minimize or maximize"),
     "no parameters": (GRID[GRID.index("parameters:") :], "parameters: {}", "parameters: must be a mapping"),
     "parameters are a list": (GRID[GRID.index("parameters:") :], "parameters: [x]", "parameters: must be a mapping"),
@@ -451,15 +452,29 @@ MISTAKES = {
     "command": ("parameters:", "command: python\nparameters:", "command: must be a non-empty list"),
     "macro": ("parameters:", "command: ['${prog}']\nparameters:", "command: unknown macro ${prog}"),
     "run_cap": ("parameters:", "run_cap: many\nparameters:", "run_cap: must be a whole number"),
-    "name": ("parameters:", "name: ''\nparameters:", "name: must have 1 to 99"),
+    "name": ("parameters:", "name: ''\nparameters:", "name: must be 1 to 99 characters long"),
     "exponents": ("{min: -2, max: 0}", "{distribution: log_uniform, min: 0, max: 1000}", "are exponents"),
     "distribution is a list": ("{min: -2, max: 0}", "{distribution: [uniform], min: 0, max: 1}", "must be a string"),
     "a date": ("{values: [1, 2, 3, 4]}", "{value: 2021-01-01}", "parameters.x: "),
     "an invalid date": ("{values: [1, 2, 3, 4]}", "{value: 2021-13-45}", "is not valid YAML"),
     "recursive": ("{values: [1, 2, 3, 4]}", "&p {parameters: {a: *p}}", "nested too deeply"),
-    "huge": ("{min: -2, max: 0}", f"{{distribution: uniform, min: 0, max: {'9' * 400}}}", "parameters.y: "),
-    "envvar": ("parameters:", "command: ['${envvar:home}']\nparameters:", "command: ${envvar:home} is not a valid"),
+    "huge": ("{min: -2, max: 0}", f"{{distribution: uniform, min: 0, max: {'9' * 400}}}", "parameters.y.max: "),
+    "envvar": ("parameters:", "command: ['${envvar:home}']\nparameters:", "command: unknown macro ${envvar:home}"),
     "min_iter": ("parameters:", "early_terminate: {type: hyperband, min_iter: 9, max_iter: 3}\nparameters:", "iter: 9"),
+    "a large s": ("parameters:", "early_terminate: {type: hyperband, max_iter: 27, s: 100000000}\nparameters:",
+                  "early_terminate.s: must be a whole number from 1 to 100"),
+    "a NUL in a value": ("[1, 2, 3, 4]", '["a\\0"]', "parameters.x.values: 'a\\x00' has a control character"),
+    "a newline in a value": ("{values: [1, 2, 3, 4]}", '{value: {k: "a\\nb"}}', "parameters.x.value.k: 'a\\nb' has a"),
+    "a NUL in the metric": ("name: score", 'name: "a\\0"', "metric.name: 'a\\x00' has a control character"),
+    "a NUL in the program": ("objective.py", '"a\\0"', "program: 'a\\x00' has a control character"),
+    "a NUL in the command": ("parameters:", 'command: ["a\\0"]\nparameters:', "command: 'a\\x00' has a control"),
+    "a newline in a name": ("  x:", '  "x\\ny":', "parameters.x\\ny: 'x\\ny' has a control character"),
+    "overflow": ("{min: -2, max: 0}", "{distribution: uniform, min: -1.7e+308, max: 1.7e+308}", "y.max: must be betw"),
+    "a tiny q": ("{min: -2, max: 0}", "{distribution: q_uniform, min: 0, max: 1.0e+99, q: 0.1}", "parameters.y.q: 0.1"),
+    "a huge grid": ("min: -2", "min: -1000000000000", "the grid has 4,000,000,000,004 cells; give --count"),
+    "no such program": ("parameters:", "command: [pyhton, '${program}']\nparameters:", "command: pyhton not found"),
+    "no program behind env": ("parameters:", "command: ['${env}', pyhton]\nparameters:", "command: pyhton not found"),
+    "not executable": ("parameters:", "command: ['${program}']\nparameters:", "objective.py is not executable"),
     "not YAML": ("parameters:", "parameters: {", "is not valid YAML"),
     "empty": (GRID, "", "the file: must be a mapping"),
     "a list": (GRID, "- a\n", "the file: must be a mapping"),
@@ -506,3 +521,57 @@ def test_another_file_of_the_same_name_is_refused(workdir):
     out = run_search(workdir, GRID.replace("[1, 2, 3, 4]", "[1, 2]"), "--count", "2", status=2)
     assert "the sweep 's' was started with different searched" in out.splitlines()[-1]
     assert Counter(row["state"] for row in trial_rows(workdir)) == {"complete": 1}
+
+
+def test_a_line_break_in_a_path_does_not_split_the_error(workdir, monkeypatch):
+    monkeypatch.chdir(workdir)
+    (workdir / "s.yaml").write_text(GRID)
+    for arguments in (["a\nb.yaml"], ["s.yaml", "--storage", "a\nb"], ["s.yaml", "--a\nb"]):
+        with pytest.raises(UserError, match=r"a\\nb") as error:
+            sweep_offline.main(arguments)
+        assert "\n" not in str(error.value) and error.value.status == 2
+
+
+def test_a_bad_storage_leaves_no_directory(workdir):
+    (workdir / "runs").mkdir()
+    run_search(workdir, GRID, "--storage", "sqlite:////missing/study.db", status=2)
+    assert list((workdir / "runs").iterdir()) == []
+    (workdir / "runs").rmdir()
+    run_search(workdir, GRID, "--storage", "nonsense", status=2)
+    assert not (workdir / "runs").exists()
+
+
+def test_a_sweep_can_be_resumed_when_its_command_is_mended(workdir):
+    """Neither a missing program nor one that can't be started makes the name unusable."""
+    quick = GRID.replace("0.5", "0").replace("[1, 2, 3, 4]", "[1]")
+    command = "command: [{}, '${{program}}', '${{args}}']\nparameters:"
+    broken = workdir / "broken"
+    broken.write_text("neither a binary nor a script with #!")
+    broken.chmod(0o755)
+    for program, error in (("pyhton", "pyhton not found"), ("./broken", "./broken: Exec format error")):
+        sweep = quick.replace("parameters:", command.format(program))
+        assert run_search(workdir, sweep, status=2).splitlines()[-1].endswith(f"error: command: {error}")
+    assert "3 complete" in run_search(workdir, quick.replace("parameters:", command.format(sys.executable)))
+    assert sorted(read_lines(workdir / "visits.txt")) == sorted(CELLS[:3])
+
+
+def test_a_huge_grid_with_a_count(workdir):
+    sweep = GRID.replace("0.5", "0").replace("[1, 2, 3, 4]", "[1]").replace("min: -2", "min: -1000000000000")
+    assert "2 complete" in run_search(workdir, sweep, "--count", "2")
+    assert [line.split()[1] for line in read_lines(workdir / "visits.txt")] == ["-1e+12"] * 2
+
+
+@pytest.mark.parametrize(("visible", "expected"), [(None, {"0", "1"}), ("3, GPU-5", {"3", "GPU-5"}), ("", {""})])
+def test_parallel_runs_are_dealt_out_to_the_gpus(visible, expected, workdir, monkeypatch):
+    """Each of the two runs at work has its own GPU."""
+    fake = workdir / "bin/nvidia-smi"
+    fake.parent.mkdir()
+    fake.write_text("#!/bin/sh\necho 'GPU 0: NVIDIA H200 (UUID: GPU-a)'\necho 'GPU 1: NVIDIA H200 (UUID: GPU-b)'\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{fake.parent}:{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    run_search(workdir, GRID, "--jobs", "2", "--count", "2")
+    gpus = read_lines(workdir / "gpus.txt")
+    assert len(gpus) == 2 and set(gpus) == expected

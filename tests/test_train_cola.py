@@ -268,7 +268,7 @@ def test_learning_rate_rises_and_falls(small_cola):
 
 def test_defaults_learn_the_built_in_sentences(tmp_path):
     run = finished_run("train_cola.py", tmp_path, *"--dataset synthetic --model scratch --wandb disabled".split())
-    assert run.metrics["valid/mcc"] >= 0.8 and run.metrics["seconds"] < 90
+    assert run.metrics["valid/mcc"] >= 0.8
     assert "WARNING" not in run.out
 
 

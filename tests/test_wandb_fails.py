@@ -70,7 +70,7 @@ def test_run_continues_offline_without_a_server(how, runs):
     assert killing.differences(runs["reference"].cwd / "out", run.cwd / "out") == []
     assert run.out.count("!!  W&B can't be used:") == 1 and "Traceback" not in run.out
     assert run.history == runs["reference"].history
-    assert run.seconds < 60
+    assert run.seconds < 200
 
 
 @pytest.mark.parametrize("how", MID_RUN)
@@ -79,7 +79,7 @@ def test_server_that_fails_mid_run_gets_the_rest_later(how, runs):
     assert killing.differences(runs["reference"].cwd / "out", run.cwd / "out") == []
     assert run.out.count("!!  W&B does not answer.") == 1 and "Traceback" not in run.out
     assert run.history == runs["reference"].history
-    assert run.seconds < 100
+    assert run.seconds < 200
 
 
 def test_training_survives_a_killed_wandb_service(runs, tmp_path):
@@ -113,8 +113,8 @@ def test_signal_while_the_wandb_run_is_closing(runs, tmp_path):
         time.sleep(1)  # by now W&B is waiting for the server
         process.terminate()
         asked = time.monotonic()
-        out = process.communicate(timeout=20)[0].decode()
-        assert process.returncode == 128 + signal.SIGTERM and time.monotonic() - asked < 5
+        out = process.communicate(timeout=60)[0].decode()
+        assert process.returncode == 128 + signal.SIGTERM and time.monotonic() - asked < 20
         assert "stopped by SIGTERM" in out and "Traceback" not in out
     with serving() as again:
         again.history, again.runs = server.history, server.runs

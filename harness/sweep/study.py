@@ -14,36 +14,34 @@ from optuna.trial import FrozenTrial, TrialState
 from harness.errors import UserError
 from harness.sweep.file import Sweep
 
+MAX_CELLS = 100_000  # of a grid without --count
 
-class GridSampler(optuna.samplers.BaseSampler):
+
+class GridSampler(optuna.samplers.RandomSampler):
     """Assigns cell n to trial n. Trial numbers are unique in a storage, so no cell is visited twice."""
 
     def __init__(self, searched: dict[str, BaseDistribution]):
-        self.axes = {name: grid_values(searched[name]) for name in sorted(searched)}
-
-    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        return {}
-
-    def sample_relative(self, study: optuna.Study, trial: FrozenTrial, search_space: dict) -> dict[str, Any]:
-        return {}
+        super().__init__()
+        self.searched = searched
 
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
         cell = trial.number
-        for name, values in self.axes.items():
-            cell, index = divmod(cell, len(values))
+        for name in sorted(self.searched):
+            cell, index = divmod(cell, value_count(self.searched[name]))
             if name == param_name:
-                return values[index]
-        raise KeyError(param_name)
+                break
+        if isinstance(param_distribution, CategoricalDistribution):
+            return param_distribution.choices[index]
+        return param_distribution.low + index * param_distribution.step
 
 
-def grid_values(distribution: BaseDistribution) -> list[Any]:
-    """All values of a finite distribution."""
+def value_count(distribution: BaseDistribution) -> int:
+    """The number of values of a finite distribution."""
     if isinstance(distribution, CategoricalDistribution):
-        return list(distribution.choices)
-    steps = round((distribution.high - distribution.low) / distribution.step)
-    return [distribution.low + i * distribution.step for i in range(steps + 1)]
+        return len(distribution.choices)
+    return round((distribution.high - distribution.low) / distribution.step) + 1
 
 
 def sampler(sweep: Sweep, seed: int | None) -> optuna.samplers.BaseSampler:
@@ -66,11 +64,7 @@ def pruner(sweep: Sweep) -> optuna.pruners.BasePruner:
 
 
 def open_storage(url: str, attempts: int = 5) -> optuna.storages.RDBStorage:
-    """Open a storage, creating its tables if necessary.
-
-    Retries, since one of two processes that create the tables at the same time fails. Raises what the last attempt
-    raised.
-    """
+    """Open a storage; retries, since one of two processes that create its tables at the same time fails."""
     options = {"connect_args": {"timeout": 100}} if url.startswith("sqlite") else {}
     try:
         return optuna.storages.RDBStorage(url, engine_kwargs=options)
@@ -86,11 +80,11 @@ def open_study(sweep: Sweep, storage: str) -> optuna.Study:
     definition = dataclasses.asdict(sweep) | {
         "searched": {name: distribution_to_json(distribution) for name, distribution in sweep.searched.items()}
     }
+    del definition["command"]  # it may be mended or changed; the search stays the same
     definition = json.loads(json.dumps(definition))
     try:
-        database = open_storage(storage)
         study = optuna.create_study(
-            storage=database, study_name=sweep.name, direction=sweep.direction, load_if_exists=True
+            storage=open_storage(storage), study_name=sweep.name, direction=sweep.direction, load_if_exists=True
         )
     except (sqlalchemy.exc.SQLAlchemyError, ImportError, ValueError) as error:
         raise UserError(f"--storage {storage}: {str(error).splitlines()[0]}") from None
@@ -98,9 +92,9 @@ def open_study(sweep: Sweep, storage: str) -> optuna.Study:
         if study.get_trials(deepcopy=False):
             raise UserError(f"{storage} has a study {sweep.name!r} that sweep_offline.py did not create")
         study.set_user_attr("sweep", definition)
-    stored = study.user_attrs.get("sweep", {})
-    changed = [key for key, value in definition.items() if stored.get(key) != value]
-    if changed and changed != ["run_cap"]:
+    stored = study.user_attrs["sweep"]
+    changed = [key for key, value in definition.items() if key != "run_cap" and stored.get(key) != value]
+    if changed:
         raise UserError(
             f"the sweep {sweep.name!r} was started with different {' and '.join(changed)}; "
             "to start a new search, change name: in the file; to resume the old one, undo the change"
@@ -113,22 +107,23 @@ def count_trials(sweep: Sweep, count: int | None) -> int:
     """The total number of trials of the search. Raises `UserError` if nothing limits it."""
     limits = [limit for limit in (count, sweep.run_cap) if limit is not None]
     if sweep.method == "grid":
-        limits.append(math.prod(len(grid_values(distribution)) for distribution in sweep.searched.values()))
+        cells = math.prod(map(value_count, sweep.searched.values()))
+        if not limits and cells > MAX_CELLS:
+            raise UserError(f"the grid has {cells:,} cells; give --count")
+        limits.append(cells)
     if not limits:
         raise UserError(f"method {sweep.method} never ends by itself; give --count")
     return min(limits)
 
 
-def suggest(trial: optuna.Trial, name: str, distribution: BaseDistribution) -> Any:
+def suggest(trial: optuna.Trial, name: str, space: BaseDistribution) -> Any:
     """The trial's value of a parameter; the first call draws it."""
-    if isinstance(distribution, CategoricalDistribution):
-        return trial.suggest_categorical(name, distribution.choices)
-    if isinstance(distribution, FloatDistribution):
-        value = trial.suggest_float(
-            name, distribution.low, distribution.high, step=distribution.step, log=distribution.log
-        )
-        return round(value, 12) if distribution.step else value
-    return trial.suggest_int(name, distribution.low, distribution.high, step=distribution.step)
+    if isinstance(space, CategoricalDistribution):
+        return trial.suggest_categorical(name, space.choices)
+    if isinstance(space, FloatDistribution):
+        value = trial.suggest_float(name, space.low, space.high, step=space.step, log=space.log)
+        return round(value, 12) if space.step else value
+    return trial.suggest_int(name, space.low, space.high, step=space.step)
 
 
 def ranked_trials(study: optuna.Study) -> list[FrozenTrial]:

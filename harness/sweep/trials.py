@@ -24,7 +24,7 @@ from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_com
 
 from harness.errors import UserError
 from harness.sweep.file import DEFAULT_COMMAND, Sweep
-from harness.sweep.study import suggest
+from harness.sweep.study import sampler, suggest
 
 STOP_TIMEOUT = 30  # seconds; a run takes at most its --stop_timeout, and a little to close W&B
 CLAIM_TIMEOUT = 60  # seconds; a trial that nobody has claimed by then may be taken over
@@ -42,8 +42,24 @@ class Run:
     lock: int  # file descriptor
     reported: set[int]  # epochs
     started: float
+    gpu: str | None
     pruned: bool = False
     journal_size: int = 0
+
+
+@dataclasses.dataclass
+class Search:
+    """A search, and the runs that are at work for it."""
+
+    sweep: Sweep
+    study: optuna.Study
+    trial_count: int
+    jobs: int
+    seed: int | None
+    location: str  # where the files of this search's runs are
+    gpus: list[str]  # to be shared by the runs
+    running: dict[int, Run] = dataclasses.field(default_factory=dict)
+    attempts: Counter[tuple[int, int]] = dataclasses.field(default_factory=Counter)
 
 
 def sweep_directory(sweep: Sweep) -> Path:
@@ -52,7 +68,7 @@ def sweep_directory(sweep: Sweep) -> Path:
 
 
 def trial_command(sweep: Sweep, searched: dict[str, Any], interpreter: str) -> list[str]:
-    """The command that W&B's agent would run with these values of the searched parameters."""
+    """The command that W&B's agent would run with these values. Raises `UserError` if it has an unknown macro."""
     arguments: dict[str, Any] = {}
     for name, value in {**sweep.constants, **searched}.items():
         value = sweep.lists.get(name, {}).get(value, value) if isinstance(value, str) else value
@@ -63,56 +79,121 @@ def trial_command(sweep: Sweep, searched: dict[str, Any], interpreter: str) -> l
         mapping[inner] = value
     macros = create_sweep_command_args({"args": {name: {"value": value} for name, value in arguments.items()}})
     macros |= {"env": ["/usr/bin/env"], "interpreter": [interpreter], "program": [sweep.program]}
+    macros = {f"${{{name}}}": words for name, words in macros.items() if name != "args_dict"}
     command = []
     for word in map(str, create_sweep_command(list(sweep.command or DEFAULT_COMMAND))):
-        command += macros[word[2:-1]] if word.startswith("${") else [word]
+        if word.startswith("${") and word not in macros:
+            raise UserError(f"command: unknown macro {word}; must be one of {', '.join(macros)}")
+        command += macros.get(word, [word])
     return command
 
 
-def try_lock(path: Path) -> int | None:
-    """Lock a file and return the descriptor that holds the lock, or None if another process holds it."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
+def check_command(sweep: Sweep) -> None:
+    """Raise `UserError` if the command has an unknown macro, or its program does not exist or can't be executed."""
+    words = [*trial_command(sweep, {}, sys.executable), "-"]
+    # The word after /usr/bin/env is the program, too, unless it is an option or sets a variable.
+    behind_env = words[0] == "/usr/bin/env" and not re.match("-|.*=", words[1])
+    program = words[1 if behind_env else 0]
+    if shutil.which(program):
+        return
+    reason = "not found"
+    if os.path.isfile(program):
+        reason = f"is not on PATH; write ./{program}" if os.access(program, os.X_OK) else "is not executable"
+    raise UserError(f"command: {program} {reason}")
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs in CUDA_VISIBLE_DEVICES, or those of the machine if it is not set."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [gpu.strip() for gpu in visible.split(",") if gpu.strip()]
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        return None
-    return descriptor
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return re.findall(r"^GPU (\d+):", listed, re.MULTILINE)
 
 
-def start_run(
-    sweep: Sweep, study: optuna.Study, trial: optuna.Trial, run_id: str, lock: int, location: str, jobs: int
-) -> Run:
-    """Start or resume the run of a trial. Raises `UserError` if the command does not exist."""
-    trial.set_user_attr("place", location)
+def next_run(search: Search) -> Literal["started", "wait", "done"]:
+    """Resume a trial that was left unfinished at this location, or start a new one.
+
+    Returns "wait" if only trials of other processes remain, "done" if none do.
+    Raises `UserError` if the command can't be started.
+    """
+    study, others_running = search.study, False
+    trials = study.get_trials(deepcopy=False)
+    # With one seed for all trials, a resumed search would draw the same parameters again.
+    seed = None if search.seed is None else (search.seed * 1_000_003 + len(trials)) % 2**32
+    study.sampler = sampler(search.sweep, seed)
+    for trial in trials[: search.trial_count]:
+        elsewhere = trial.user_attrs.get("place", search.location) != search.location
+        if trial.state != TrialState.RUNNING or trial.number in search.running or elsewhere:
+            continue
+        others_running = True
+        age = (datetime.now() - trial.datetime_start).total_seconds()
+        if ("run" in trial.user_attrs or age >= CLAIM_TIMEOUT) and start_run(search, trial):
+            return "started"
+    if len(study.get_trials(deepcopy=False)) >= search.trial_count:
+        return "wait" if others_running else "done"
+    trial = study.ask()
+    # If another process has created the last trial, only a larger --count will run this one.
+    return "started" if trial.number < search.trial_count and start_run(search, trial) else "wait"
+
+
+def start_run(search: Search, trial: optuna.Trial | FrozenTrial) -> bool:
+    """Start or resume the run of a trial, unless another process has it or has finished it.
+
+    Raises `UserError` if the command can't be started.
+    """
+    sweep, study = search.sweep, search.study
+    # A W&B run id, also used as the name of the output directory.
+    run_id = trial.user_attrs.get("run") or f"{secrets.token_hex(3)}-{trial.number}"
+    output_dir = sweep_directory(sweep) / run_id
+    lock = os.open(output_dir.with_suffix(".lock"), os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:  # still running, possibly started by a search that has been killed
+        os.close(lock)
+        return False
+    stored = study.get_trials(deepcopy=False)[trial.number]
+    if stored.state != TrialState.RUNNING:  # another process has finished the trial in the meantime
+        os.close(lock)
+        return False
+    if isinstance(trial, FrozenTrial):
+        trial = optuna.Trial(study, trial._trial_id)
+    trial.set_user_attr("place", search.location)
     trial.set_user_attr("run", run_id)  # claims the trial: from now on the lock tells whether it is running
     searched = {name: suggest(trial, name, distribution) for name, distribution in sweep.searched.items()}
     trial.set_user_attr("parameters", searched)
-    output_dir = sweep_directory(sweep) / run_id
     command = [*trial_command(sweep, searched, sys.executable), "--output_dir", str(output_dir), "--resume"]
-    if not shutil.which(command[0]):
-        raise UserError(f"command: {command[0]} not found")
-    reported = set(study.trials[trial.number].intermediate_values)
+    runs_on = Counter(run.gpu for run in search.running.values())
+    gpu = min(search.gpus, key=lambda gpu: runs_on[gpu], default=None)
     with output_dir.with_suffix(".log").open("ab") as log:
-        process = subprocess.Popen(
-            command,
-            env=run_environment(sweep, trial.number, run_id, jobs),
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # so that Ctrl-C reaches only this process, which stops its runs
-            pass_fds=(lock,),  # so that a run that outlives this process keeps the lock
-        )
-    return Run(trial, process, output_dir, lock, reported, time.monotonic())
+        try:
+            process = subprocess.Popen(
+                command,
+                env=run_environment(search, trial.number, run_id, gpu),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # so that Ctrl-C reaches only this process, which stops its runs
+                pass_fds=(lock,),  # so that a run that outlives this process keeps the lock
+            )
+        except OSError as error:  # for example, a script without #!
+            raise UserError(f"command: {command[0]}: {error.strerror}") from None
+    reported = set(stored.intermediate_values)
+    search.running[trial.number] = Run(trial, process, output_dir, lock, reported, time.monotonic(), gpu)
+    return True
 
 
-def run_environment(sweep: Sweep, trial_number: int, run_id: str, jobs: int) -> dict[str, str]:
-    """The environment of a run: W&B offline, and a share of the processor's threads."""
+def run_environment(search: Search, trial_number: int, run_id: str, gpu: str | None) -> dict[str, str]:
+    """The environment of a run: W&B offline, a GPU, and a share of the processor's threads."""
+    sweep = search.sweep
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = str(max(1, cores // jobs))
+    threads = str(max(1, cores // search.jobs))
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_SWEEP")}
-    account = {"WANDB_PROJECT": sweep.project, "WANDB_ENTITY": sweep.entity}
-    environment |= {name: value for name, value in account.items() if value}
+    chosen = {"WANDB_PROJECT": sweep.project, "WANDB_ENTITY": sweep.entity, "CUDA_VISIBLE_DEVICES": gpu}
+    environment |= {name: value for name, value in chosen.items() if value}
     return environment | {
         "WANDB_MODE": "offline",
         "WANDB_RUN_GROUP": sweep.name,
@@ -121,46 +202,6 @@ def run_environment(sweep: Sweep, trial_number: int, run_id: str, jobs: int) -> 
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads),
         "RAYON_NUM_THREADS": os.environ.get("RAYON_NUM_THREADS", threads),  # used by the tokenizers
     }
-
-
-def next_run(
-    sweep: Sweep, study: optuna.Study, trial_count: int, jobs: int, location: str, running: dict[int, Run]
-) -> Run | Literal["wait", "done"]:
-    """Resume a trial that was left unfinished at `location`, or start a new one.
-
-    Returns "wait" if only trials of other processes remain, "done" if none do.
-    Raises `UserError` if the command does not exist.
-    """
-    others_running = False
-    for unfinished in study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
-        owner, run_id = unfinished.user_attrs.get("place", location), unfinished.user_attrs.get("run")
-        if unfinished.number in running or unfinished.number >= trial_count or owner != location:
-            continue
-        others_running = True
-        age = (datetime.now() - unfinished.datetime_start).total_seconds()
-        if run_id is None and age < CLAIM_TIMEOUT:
-            continue
-        run_id = run_id or new_run_id(unfinished.number)
-        lock = try_lock(sweep_directory(sweep) / f"{run_id}.lock")
-        if lock is None:
-            continue  # still running, possibly started by a search that has been killed
-        if study.get_trials(deepcopy=False)[unfinished.number].state == TrialState.RUNNING:
-            trial = optuna.Trial(study, unfinished._trial_id)
-            return start_run(sweep, study, trial, run_id, lock, location, jobs)
-        os.close(lock)  # another process has finished the trial in the meantime
-    if len(study.get_trials(deepcopy=False)) >= trial_count:
-        return "wait" if others_running else "done"
-    trial = study.ask()
-    if trial.number >= trial_count:  # another process created the last one; a larger --count will run this one
-        return "wait"
-    run_id = new_run_id(trial.number)
-    lock = try_lock(sweep_directory(sweep) / f"{run_id}.lock")
-    return start_run(sweep, study, trial, run_id, lock, location, jobs)
-
-
-def new_run_id(trial_number: int) -> str:
-    """A W&B run id for a trial, also used as the name of its output directory."""
-    return f"{secrets.token_hex(3)}-{trial_number}"
 
 
 def report_progress(sweep: Sweep, run: Run) -> float | None:
@@ -172,7 +213,7 @@ def report_progress(sweep: Sweep, run: Run) -> float | None:
     lines = [line for line in journal.read_text().splitlines(keepends=True) if json.dumps(sweep.metric) in line]
     values = [json.loads(line).get(sweep.metric) for line in lines if line.endswith("\n")]
     for epoch, value in enumerate(values, 1):
-        if is_finite_number(value) and epoch not in run.reported:
+        if isinstance(value, (int, float)) and math.isfinite(value) and epoch not in run.reported:
             run.reported.add(epoch)
             run.trial.report(value, epoch)
             if not run.pruned and run.trial.should_prune():
@@ -181,26 +222,20 @@ def report_progress(sweep: Sweep, run: Run) -> float | None:
     return values[-1] if values else None
 
 
-def is_finite_number(value: Any) -> bool:
-    """Whether a value read from JSON is a number other than NaN and infinity."""
-    return isinstance(value, (int, float)) and math.isfinite(value)
-
-
 def send_signal(run: Run, number: signal.Signals) -> None:
     """Send a signal to the run's process group."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(run.process.pid, number)
 
 
-def record_outcome(
-    sweep: Sweep, study: optuna.Study, run: Run, attempts: Counter[tuple[int, int]]
-) -> FrozenTrial | None:
+def record_outcome(search: Search, run: Run) -> FrozenTrial | None:
     """Record the outcome of a run whose process has ended; None if the run is to be resumed."""
+    study, metric = search.study, search.sweep.metric
     run.journal_size = -1  # reads the journal even if it has not grown
-    last, status = report_progress(sweep, run), run.process.returncode
+    last, status = report_progress(search.sweep, run), run.process.returncode
     if status in STOP_STATUSES and not run.pruned:
-        attempts[run.trial.number, len(run.reported)] += 1
-        if attempts[run.trial.number, len(run.reported)] < MAX_ATTEMPTS:
+        search.attempts[run.trial.number, len(run.reported)] += 1
+        if search.attempts[run.trial.number, len(run.reported)] < MAX_ATTEMPTS:
             return None
     run.trial.set_user_attr("seconds", round(time.monotonic() - run.started, 1))
     if status in STOP_STATUSES and run.pruned:
@@ -208,19 +243,19 @@ def record_outcome(
     value = None
     if status == 0:
         try:
-            value = json.loads((run.output_dir / "metrics.json").read_text()).get(sweep.metric)
+            value = json.loads((run.output_dir / "metrics.json").read_text()).get(metric)
         except (FileNotFoundError, ValueError, AttributeError):
             error = "the run left no readable metrics.json"
         else:
             value = last if value is None else value  # metrics.json holds the best epoch's value, if there is one
-            error = f"the run has no metric {sweep.metric}" if value is None else f"{sweep.metric} is {value!r}"
+            error = f"the run has no metric {metric}" if value is None else f"{metric} is {value!r}"
     elif status < 0:
         error = f"killed by {signal.Signals(-status).name}"
     else:
         log = run.output_dir.with_suffix(".log").read_text(errors="replace")
         messages = [line for line in log.splitlines() if line.strip() and not line.startswith("wandb:")]
         error = messages[-1] if messages else f"exit status {status}"
-    if is_finite_number(value):
+    if isinstance(value, (int, float)) and math.isfinite(value):
         return study.tell(run.trial, value)
     run.trial.set_user_attr("error", error)
     return study.tell(run.trial, state=TrialState.FAIL)
