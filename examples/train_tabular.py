@@ -7,7 +7,7 @@ import dataclasses
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # a copy beside train_mnist.py does not need this
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a copy beside train_mnist.py does not need this
 
 from harness import options, script
 from harness.options import option

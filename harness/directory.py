@@ -4,12 +4,11 @@ import contextlib
 import dataclasses
 import fcntl
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from harness.errors import UserError
-from harness.files import TEMPORARY, list_names, read_json, temporary_beside, write_json
+from harness.files import TEMPORARY, list_names, read_json, remove, temporary_beside, write_json
 from harness.options import SharedSettings
 
 CONFIG, JOURNAL, METRICS = "config.json", "history.jsonl", "metrics.json"
@@ -25,10 +24,10 @@ def output_directory(settings: SharedSettings) -> Iterator[Path]:
     Raises `UserError` if files can't be written there, if it holds anything but a run to resume, or if another process
     has locked it. If the block raises before there are results, nothing is left.
     """
-    path, created, new_run = Path(settings.output_dir), [], False
+    path, created, new_run, before = Path(settings.output_dir), [], False, set()
     try:
         created += [p for p in (path, *path.parents) if not p.exists()]
-        _check_content(path, settings.resume)
+        before |= _check_content(path, settings.resume)
         try:
             path.mkdir(parents=True, exist_ok=True)
             with temporary_beside(path / "probe") as probe:
@@ -37,14 +36,15 @@ def output_directory(settings: SharedSettings) -> Iterator[Path]:
             status = 1 if settings.resume else 2
             raise UserError(f"--output_dir {path}: can't write there ({error.strerror})", status) from None
         with _locked(path):
-            for leftover in path.glob(f".*{TEMPORARY}"):  # of a process that was killed while writing
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+            for leftover in path.iterdir() if before else ():  # of a process that was killed while writing
+                if TEMPORARY.fullmatch(leftover.name):
+                    remove(leftover)
             if not (path / CONFIG).exists():  # keeps the run id if the run is killed early
                 write_json(path / CONFIG, dataclasses.asdict(settings))
                 new_run = True
             yield path
     except BaseException:
-        if new_run and not any((path / name).exists() for name in RESULTS):
+        if new_run and not any((path / name).exists() for name in RESULTS if name not in before):
             (path / CONFIG).unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # a directory that is not empty stays
             for directory in created:
@@ -52,9 +52,12 @@ def output_directory(settings: SharedSettings) -> Iterator[Path]:
         raise
 
 
-def _check_content(path: Path, resume: bool) -> None:
-    """Raise `UserError` if there is anything in the directory that no run has written, or a run and not `resume`."""
-    names = [file.name for file in path.iterdir() if not file.name.endswith(TEMPORARY)] if path.is_dir() else []
+def _check_content(path: Path, resume: bool) -> set[str]:
+    """The names of the files of a run in the directory.
+
+    Raises `UserError` if there is anything else, or a run and not `resume`.
+    """
+    names = {file.name for file in path.iterdir() if not TEMPORARY.fullmatch(file.name)} if path.is_dir() else set()
     run = any((path / name).is_file() for name in (CHECKPOINT, PREVIOUS_CHECKPOINT))
     run = run or {"id", "output_dir", "resume"} <= (read_json(path / CONFIG) or {}).keys()
     if names and not run:
@@ -64,6 +67,7 @@ def _check_content(path: Path, resume: bool) -> None:
     if names and not resume:
         problem = f"--output_dir {path} already holds another run ({CONFIG})"
         raise UserError(f"{problem}; choose another directory, or continue that run: --resume")
+    return names
 
 
 @contextlib.contextmanager

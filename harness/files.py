@@ -4,7 +4,8 @@ import contextlib
 import csv
 import json
 import os
-import tempfile
+import re
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,17 +15,25 @@ from PIL import Image
 
 from harness.errors import UserError
 
-TEMPORARY = ".unfinished"  # ends the names of temporary files: nobody else's are taken for ours
+TEMPORARY = re.compile(r"\..+\.\d+\.unfinished")  # names of temporary files: .<name>.<process id>.unfinished
 
 
 @contextlib.contextmanager
 def temporary_beside(path: Path) -> Iterator[Path]:
     """A temporary name in the directory of `path`, removed at the end of the block."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     try:
         yield temporary
     finally:
-        temporary.unlink(missing_ok=True)
+        remove(temporary)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a directory with all that it holds, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -43,9 +52,9 @@ def replacing_directory(path: Path) -> Iterator[Path]:
 
     Raises `UserError` if `path` holds anything that the new directory does not.
     """
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.", suffix=TEMPORARY) as parent:
-        temporary = Path(parent) / path.name
-        temporary.mkdir()
+    with temporary_beside(path) as parent:
+        temporary = parent / path.name
+        temporary.mkdir(parents=True)
         yield temporary
         if path.exists():
             written = {file.name for file in temporary.iterdir()}
@@ -54,7 +63,7 @@ def replacing_directory(path: Path) -> Iterator[Path]:
             )
             if foreign:
                 raise UserError(f"{path} is not of this run: move {list_names(foreign)} away", status=1)
-            os.replace(path, Path(parent) / "before")
+            os.replace(path, parent / "before")
         os.replace(temporary, path)
 
 

@@ -235,6 +235,8 @@ def _number(
     whole = kind is int
     if isinstance(value, bool) or not math.isfinite(number) or (whole and number != int(number)):
         raise ValueError(f"must be a {'whole' if whole else 'finite'} number, got {value!r}")
+    if whole and abs(number) >= 2**63:
+        raise ValueError(f"is too large, got {value!r}")
     if at_least is not None and number < at_least:
         raise ValueError(f"must be at least {at_least}, got {value!r}")
     if above is not None and number <= above:

@@ -15,8 +15,8 @@ from typing import Any
 from harness.errors import Stopped, UserError, disk_error
 from harness.options import SharedSettings, parse
 
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-PATH_ERRORS = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR)
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EMFILE)
+PATH_ERRORS = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
 
 
 def check_options(settings_class: type[SharedSettings]) -> None:
@@ -102,7 +102,7 @@ def _disk_error(error: Exception) -> tuple[str, int] | None:
     found = disk_error(error)
     if found is None or found.errno not in DISK_ERRORS + PATH_ERRORS:
         return None
-    return f"error: {found.filename or 'writing'}: {found.strerror}", 1 if found.errno in DISK_ERRORS else 2
+    return f"error: {found.filename2 or found.filename or 'writing'}: {found.strerror}", 1 if found.errno in DISK_ERRORS else 2
 
 
 def _memory_error(error: Exception) -> tuple[str, int] | None:
@@ -117,7 +117,7 @@ def _memory_error(error: Exception) -> tuple[str, int] | None:
 def _wandb_error(error: Exception) -> tuple[str, int] | None:
     """Message and exit status if W&B rejects its settings, from the command line or the environment."""
     wandb, pydantic = sys.modules.get("wandb"), sys.modules.get("pydantic_core")  # importing them takes long
-    if wandb and (isinstance(error, wandb.errors.UsageError) or re.search("WANDB_[A-Z]+=", str(error))):
+    if wandb and (isinstance(error, wandb.errors.Error) or re.search("WANDB_[A-Z]+=", str(error))):
         return f"error: W&B: {error}", 2
     if pydantic and isinstance(error, pydantic.ValidationError):
         problem = error.errors()[0]

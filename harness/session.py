@@ -5,6 +5,7 @@ import dataclasses
 import os
 import platform
 import secrets
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -95,7 +96,9 @@ def _open_on_rank_0(
             find_device(settings.device)  # before W&B starts, so that a mistake leaves nothing behind
             data = load(settings)
         run, wandb_step = wandb_run.start(
-            lambda mode: init(requested, **wandb_run.init_options(requested, mode, requests)), requested
+            lambda mode: init(requested, **wandb_run.init_options(requested, mode, requests, bool(checkpoint))),
+            requested,
+            resuming=bool(checkpoint),
         )
         with wandb_run.finishing(run):
             # A sweep may have set values: from here on, W&B's config decides.
@@ -144,7 +147,8 @@ def _identify(settings: SharedSettings, task: str) -> None:
     """
     if settings.resume and not settings.output_dir:
         raise UserError("--resume needs to know which run: give its --output_dir")
-    before = read_json(Path(settings.output_dir, CONFIG)) or {} if settings.resume else {}
+    config = read_json(Path(settings.output_dir, CONFIG)) or {} if settings.resume else {}
+    before = {name: value for name, value in config.items() if isinstance(value, str)}
     settings.wandb = wandb_run.wandb_mode(settings.wandb)
     for name in ("project", "entity", "id"):
         wanted = getattr(settings, name) or os.environ.get({"id": "WANDB_RUN_ID"}.get(name, f"WANDB_{name.upper()}"))
@@ -185,7 +189,8 @@ def _record(run: wandb.Run, settings: SharedSettings, output_dir: Path) -> None:
     write_json(output_dir / CONFIG, used | {"versions": _versions()})
     if settings.save_code:
         root = Path(__file__).parent.parent
-        packages = {root, *(init.parent for init in root.glob("*/__init__.py"))}
+        packages = {root, Path(sys.argv[0]).resolve().parent}
+        packages |= {init.parent for depth in ("*", "*/*") for init in root.glob(f"{depth}/__init__.py")}
         with tolerate_wandb_errors(run):
             run.log_code(
                 root, include_fn=lambda path: Path(path).parent in packages and path.endswith((".py", ".yaml"))

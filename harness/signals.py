@@ -22,6 +22,7 @@ class StopRequests:
     def __init__(self, timeout: float):
         self.first: Stopped | None = None
         self.saved_step: int | None = None  # of the latest checkpoint
+        self.signal: int | None = None
         self._timeout, self._training, self._writing, self._late = timeout, False, False, False
 
     def add(self, reason: str, status: int) -> None:
@@ -29,6 +30,7 @@ class StopRequests:
         self.first = self.first or Stopped(reason, status)
 
     def on_signal(self, number: int, _: Any) -> None:
+        self.signal = number
         if number == signal.SIGTERM and "WANDB_SWEEP_ID" in os.environ:
             self.add("the sweep", 0)  # its agent takes any other status for a failure
         else:
@@ -84,12 +86,17 @@ def handling_signals(timeout: float) -> Iterator[StopRequests]:
         signal.SIGALRM: requests.on_timeout,
     }
     previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    ended = False
     try:
         yield requests
+        ended = True
     finally:
         cancel_timeout()
         for number, handler in previous.items():
-            signal.signal(number, signal.SIG_IGN if requests.first and number == signal.SIGTERM else handler)
+            stopped = requests.first and number == signal.SIGTERM and not ended
+            signal.signal(number, signal.SIG_IGN if stopped else handler)
+    if requests.signal:  # it came too late for this run, but what called it is to stop
+        signal.raise_signal(requests.signal)
 
 
 def cancel_timeout() -> None:

@@ -50,7 +50,7 @@ def wandb_mode(choice: str) -> str:
     return "offline"
 
 
-def init_options(settings: SharedSettings, mode: str, requests: StopRequests) -> dict[str, Any]:
+def init_options(settings: SharedSettings, mode: str, requests: StopRequests, resuming: bool) -> dict[str, Any]:
     """Arguments for `wandb.init` beside project, name, tags and config; W&B's stop button adds to `requests`."""
     return {
         "entity": settings.entity,
@@ -60,7 +60,7 @@ def init_options(settings: SharedSettings, mode: str, requests: StopRequests) ->
         "notes": settings.notes,
         "mode": mode,
         "save_code": settings.save_code or None,
-        "resume": "allow" if settings.resume and mode == "online" else None,
+        "resume": "allow" if resuming and mode == "online" else None,
         "settings": wandb.Settings(
             **wandb_internals.settings(),
             init_timeout=INIT_TIMEOUT,
@@ -71,7 +71,7 @@ def init_options(settings: SharedSettings, mode: str, requests: StopRequests) ->
     }
 
 
-def start(init: Callable[[str], wandb.Run], settings: SharedSettings) -> tuple[wandb.Run, int]:
+def start(init: Callable[[str], wandb.Run], settings: SharedSettings, resuming: bool) -> tuple[wandb.Run, int]:
     """The W&B run that `init(mode)` starts, and the last step that W&B already has of it, -1 if none.
 
     If the server can't be reached or refuses, the run is offline, after at most 25 seconds. Artifacts are logged in
@@ -101,6 +101,7 @@ def start(init: Callable[[str], wandb.Run], settings: SharedSettings) -> tuple[w
     if run.offline:
         # Rows of an online process may not have reached the server: they are logged again unless it confirmed them.
         certain = [log for log in logs if wandb_internals.is_offline(log) or wandb_internals.is_synced(log)]
+        certain = certain if resuming else []  # a run has a checkpoint before it has rows: these are of another one
         return run, max(wandb_internals.history(certain), default=-1)
     _log_artifacts_in_background(run)
     return run, run.starting_step - 1 if run.resumed else -1

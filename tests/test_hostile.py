@@ -22,6 +22,7 @@ from tasks import encoders
 from tests import killing
 from tests.conftest import REPO, call, clean_environment, finished_run, wandb_records
 
+QUICK = "--dataset synthetic --slice 50 --valid_size 1000 --max_steps 2 --batch_size 16 --output_dir out".split()
 SLOW_WRITES = """
 save = checkpoints.save_tensors
 def slow(path, content):
@@ -258,10 +259,61 @@ def test_only_temporary_files_of_runs_are_cleared_away(unfinished):
     (unfinished / ".keep.tmp").mkdir()
     (unfinished / ".keep.tmp/thesis.txt").write_text("mine")
     (unfinished / "slurm.out").write_text("mine")
+    (unfinished / ".thesis.unfinished").write_text("mine")
     (unfinished / ".model.pt.4711.unfinished").write_text("")
+    (unfinished / ".link.1.unfinished").symlink_to(unfinished / ".keep.tmp")
+    (unfinished / ".model.4711.unfinished/model").mkdir(parents=True)
     assert resume(unfinished.parent).status == 0
-    assert (unfinished / ".keep.tmp/thesis.txt").read_text() == (unfinished / "slurm.out").read_text() == "mine"
-    assert not list(unfinished.glob("*.unfinished"))
+    for name in (".keep.tmp/thesis.txt", "slurm.out", ".thesis.unfinished"):
+        assert (unfinished / name).read_text() == "mine"
+    assert [file.name for file in unfinished.glob("*.unfinished")] == [".thesis.unfinished"]
+
+
+def test_a_refused_directory_stays_as_it_was(tmp_path):
+    (tmp_path / "out").mkdir()
+    for name in ("checkpoint.pt", "notes", ".book.unfinished"):
+        (tmp_path / "out" / name).write_text("mine")
+    before = contents(tmp_path / "out")
+    for more, status in ([], 2), (["--resume"], 1):
+        done = call("train_mnist.py", *QUICK, *more, cwd=tmp_path)
+        assert done.status == status and len(done.err.splitlines()) == 1
+        assert contents(tmp_path / "out") == before
+
+
+def test_a_new_run_with_the_id_of_another_logs_all_its_rows(tmp_path):
+    for name in ("one", "two"):
+        done = call(
+            "train_mnist.py", *QUICK, "--log_every", 1, "--id", "same", "--resume", "--output_dir", name, cwd=tmp_path
+        )
+        assert done.status == 0, done.err
+    logged = [record["history"]["item"]["_step"] for record in wandb_records(tmp_path) if record["type"] == "history"]
+    assert logged == [16, 32]
+
+
+def test_a_directory_in_place_of_a_file_is_one_line(unfinished):
+    (unfinished / "model.onnx").unlink()
+    (unfinished / "model.onnx").mkdir()
+    done = resume(unfinished.parent)
+    assert done.status == 2 and "model.onnx: Is a directory" in done.last and "Traceback" not in done.out
+
+
+def test_a_signal_at_the_very_end_stops_what_called_the_run(tmp_path):
+    program = """
+import os, signal, sys, train_mnist
+from harness import session
+write_json = session.write_json
+def signalled(path, content):
+    write_json(path, content)
+    if path.name == "metrics.json":
+        os.kill(os.getpid(), signal.SIGTERM)
+session.write_json = signalled
+for name in "ab":
+    train_mnist.main([*sys.argv[1:], "--output_dir", name])
+"""
+    environment = clean_environment(tmp_path, PYTHONPATH=str(REPO), WANDB_MODE="disabled")
+    done = subprocess.run([sys.executable, "-c", program, *QUICK], cwd=tmp_path, env=environment, capture_output=True)
+    assert done.returncode == -signal.SIGTERM
+    assert (tmp_path / "a/metrics.json").exists() and not (tmp_path / "b").exists()
 
 
 def test_a_model_directory_of_somebody_else_is_not_replaced(tmp_path):
@@ -381,7 +433,6 @@ def test_temporary_files_of_wandb_that_vanish(reference, tmp_path):
 # ------------------------------------------------------------------------------------------ environment
 
 TORCHRUN = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
-QUICK = "--dataset synthetic --slice 50 --valid_size 1000 --max_steps 2 --batch_size 16 --output_dir out".split()
 ODD_ENVIRONMENT = {
     "rank": (TORCHRUN | {"RANK": "x"}, "RANK must be a whole number, got 'x'"),
     "rank out of range": (TORCHRUN | {"RANK": "5"}, "RANK is 5, but WORLD_SIZE 2"),

@@ -204,7 +204,14 @@ def test_artifacts(small_mnist):
     assert dataset["name"] == "synthetic"
     (code,) = (artifact for artifact in artifacts if artifact["type"] == "code")
     logged = {entry["path"] for entry in code["manifest"]["contents"]}
-    assert {"train_mnist.py", "metrics.py", "sweep.yaml", "harness/session.py", "tasks/digits.py"} <= logged
+    assert {
+        "train_mnist.py",
+        "metrics.py",
+        "sweep.yaml",
+        "harness/session.py",
+        "harness/sweep/study.py",
+        "tasks/digits.py",
+    } <= logged
     assert not any(path.startswith(("tests/", "benchmarks/")) for path in logged)
 
 
