@@ -102,7 +102,8 @@ def _disk_error(error: Exception) -> tuple[str, int] | None:
     found = disk_error(error)
     if found is None or found.errno not in DISK_ERRORS + PATH_ERRORS:
         return None
-    return f"error: {found.filename2 or found.filename or 'writing'}: {found.strerror}", 1 if found.errno in DISK_ERRORS else 2
+    place = found.filename2 or found.filename or "writing"
+    return f"error: {place}: {found.strerror}", 1 if found.errno in DISK_ERRORS else 2
 
 
 def _memory_error(error: Exception) -> tuple[str, int] | None:
