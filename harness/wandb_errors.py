@@ -37,6 +37,17 @@ def tolerate_wandb_errors(run: wandb.Run) -> Iterator[None]:
             )
 
 
+def tolerant(run: wandb.Run, method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of the run that does not raise W&B's errors, and then returns None."""
+
+    @functools.wraps(method)
+    def call(*arguments: Any, **options: Any) -> Any:
+        with tolerate_wandb_errors(run):
+            return method(*arguments, **options)
+
+    return call
+
+
 def logs_to_wandb(function: Callable[..., None]) -> Callable[..., None]:
     """Decorator for functions that log to W&B, with the run as first argument.
 

@@ -18,7 +18,7 @@ from harness import wandb_internals
 from harness.errors import Stopped, UserError, warn_loudly
 from harness.options import SharedSettings
 from harness.signals import StopRequests, cancel_timeout
-from harness.wandb_errors import is_from_agent, is_lost, is_reported, mark_reported, tolerate_wandb_errors
+from harness.wandb_errors import is_from_agent, is_lost, is_reported, mark_reported, tolerant, tolerate_wandb_errors
 
 INIT_TIMEOUT = 8  # seconds; W&B waits up to ten more before that to confirm the API key
 FINISH_TIMEOUT = {"none": 20, "best": 1800, "all": 1800}  # seconds, by --log_model
@@ -97,6 +97,8 @@ def start(init: Callable[[str], wandb.Run], settings: SharedSettings, resuming: 
     if run.disabled:
         return run, -1
     wandb_internals.allow_histograms(run)
+    for name in ("watch", "save", "alert", "log_artifact"):
+        setattr(run, name, tolerant(run, getattr(run, name)))
     logging.raiseExceptions = False  # a full disk under wandb/ would flood the terminal
     if run.offline:
         # Rows of an online process may not have reached the server: they are logged again unless it confirmed them.
