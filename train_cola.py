@@ -239,7 +239,7 @@ def train(session: Session, task: Task) -> tuple[Best, Progress]:
         model.train()  # from_pretrained returns it in eval mode, without dropout
         # From seed and epoch alone, so that a resumed run repeats them.
         batches = batching.by_length(train_set.lengths, settings.batch_size, seed=(settings.seed, epoch))
-        for indices in progress.remaining(batches):  # after a resume, those that are left
+        for indices in progress.remaining(batches):  # after a resume, the rest of the epoch
             if progress.watch_starts:
                 run.watch(model, log=settings.watch, log_freq=settings.watch_every)
             share = distributed.share_of(indices)  # all of them, unless torchrun started several processes

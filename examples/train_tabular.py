@@ -197,7 +197,7 @@ def train(session: Session, model: MLP, data: Spirals) -> tuple[Best, Progress]:
     for epoch in progress.epochs():
         model.train()
         batches = shuffled(len(train_set.labels), settings.seed, epoch).to(device).split(settings.batch_size)
-        for indices in progress.remaining(batches):  # after a resume, those that are left
+        for indices in progress.remaining(batches):  # after a resume, the rest of the epoch
             if progress.watch_starts:
                 run.watch(model, log=settings.watch, log_freq=settings.watch_every)
             share = distributed.share_of(indices)  # all of them, unless torchrun started several processes

@@ -62,7 +62,7 @@ def _check_content(path: Path, resume: bool) -> set[str]:
     run = run or {"id", "output_dir", "resume"} <= (read_json(path / CONFIG) or {}).keys()
     if names and not run:
         raise UserError(
-            f"--output_dir {path} holds what is not of a run ({list_names(names)}); choose another directory"
+            f"--output_dir {path} holds files that no run wrote ({list_names(names)}); choose another directory"
         )
     if names and not resume:
         problem = f"--output_dir {path} already holds another run ({CONFIG})"

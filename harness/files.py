@@ -62,7 +62,7 @@ def replacing_directory(path: Path) -> Iterator[Path]:
                 [file.name for file in path.iterdir() if file.name not in written] if path.is_dir() else [path.name]
             )
             if foreign:
-                raise UserError(f"{path} is not of this run: move {list_names(foreign)} away", status=1)
+                raise UserError(f"{path} was not written by this run: move {list_names(foreign)} away", status=1)
             os.replace(path, parent / "before")
         os.replace(temporary, path)
 

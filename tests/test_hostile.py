@@ -251,7 +251,7 @@ def test_a_directory_with_files_of_the_user_is_refused(name, more, tmp_path, mon
     arguments = f"--dataset synthetic --wandb disabled --output_dir exp {more}".split()
     assert script.status_of(lambda: train_mnist.main(arguments)) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("train_mnist.py: error: --output_dir exp holds what is not of a run")
+    assert line.startswith("train_mnist.py: error: --output_dir exp holds files that no run wrote")
     assert name.split("/")[0] in line and contents(tmp_path) == before
 
 
@@ -320,7 +320,7 @@ def test_a_model_directory_of_somebody_else_is_not_replaced(tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model/my_weights.bin").write_text("mine")
     with (
-        pytest.raises(UserError, match=r"model is not of this run: move my_weights.bin away"),
+        pytest.raises(UserError, match=r"model was not written by this run: move my_weights.bin away"),
         files.replacing_directory(tmp_path / "model") as directory,
     ):
         (directory / "config.json").write_text("{}")
