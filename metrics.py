@@ -5,6 +5,7 @@ take the scores of a binary classifier, or class probabilities. If a definition 
 occurs, the result is scikit-learn's default.
 """
 
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -124,11 +125,8 @@ class ConfusionMatrix:
         The multi-class form R_K of Gorodkin, "Comparing two K-category assignments by a K-category
         correlation coefficient", 2004, eq. 8.
         """
-        counts, hits, labelled, predicted = self._read()
-        total = counts.sum()
-        covariance = hits.sum() * total - labelled @ predicted
-        spread = (total**2 - labelled @ labelled) * (total**2 - predicted @ predicted)
-        return float(covariance / spread.sqrt()) if spread > 0 else 0.0
+        _, hits, labelled, predicted = self._read()
+        return float(_matthews_corrcoef(hits.sum(), labelled, predicted))
 
     def cohen_kappa(self) -> float:
         """Agreement of labels and predictions beyond chance; NaN if both consist of the same single class.
@@ -140,28 +138,6 @@ class ConfusionMatrix:
         by_chance = labelled @ predicted / total
         return float((hits.sum() - by_chance) / (total - by_chance))
 
-    def summary(self) -> dict[str, float]:
-        """The metrics that both scripts log, by their W&B names."""
-        return {
-            "acc": self.accuracy(),
-            "precision_macro": self.precision("macro"),
-            "recall_macro": self.recall("macro"),
-            "f1_macro": self.f1("macro"),
-            "precision_micro": self.precision("micro"),
-            "recall_micro": self.recall("micro"),
-            "f1_micro": self.f1("micro"),
-            "mcc": self.matthews_corrcoef(),
-        }
-
-
-EVALUATION_METRICS = ("loss", "acc", "precision_macro", "recall_macro", "f1_macro",
-                      "precision_micro", "recall_micro", "f1_micro", "mcc")  # fmt: skip
-
-
-def lower_is_better(metric: str) -> bool:
-    """Whether lower is better for a metric such as "valid/loss": among `EVALUATION_METRICS`, only for the loss."""
-    return metric.endswith("loss")
-
 
 class Evaluation(NamedTuple):
     """A model's predictions on a data split, on the CPU, and their metrics."""
@@ -172,7 +148,7 @@ class Evaluation(NamedTuple):
     probabilities: Tensor  # float64 (examples, classes)
     losses: Tensor  # float64 (examples,): cross-entropy in nats
     confusion: ConfusionMatrix
-    metrics: dict[str, float]  # keys: EVALUATION_METRICS
+    metrics: dict[str, float]  # by name: those of EVALUATION_METRICS that are defined for these labels
 
     def named(self, prefix: str) -> dict[str, float]:
         """The metrics with prefixed names: "valid/loss", "valid/acc", ... for "valid"."""
@@ -183,6 +159,39 @@ class Evaluation(NamedTuple):
         probabilities = {f"probability_{c}": p.tolist() for c, p in enumerate(self.probabilities.T)}
         classes = {"label": self.labels.tolist(), "prediction": self.predictions.tolist()}
         return {**classes, **probabilities, "loss": self.losses.tolist()}
+
+
+class Metric(NamedTuple):
+    """A figure that is computed whenever a model is evaluated."""
+
+    compute: Callable[[Evaluation], float]
+    lower_is_better: bool = False
+    two_classes: bool = False  # defined only if there are two classes, and both occur in the labels
+
+
+# The only place that names these figures: what stands here is logged, saved, and can be monitored.
+EVALUATION_METRICS = {
+    "loss": Metric(lambda result: float(result.losses.mean()), lower_is_better=True),
+    "acc": Metric(lambda result: result.confusion.accuracy()),
+    "balanced_acc": Metric(lambda result: result.confusion.balanced_accuracy()),
+    "precision_macro": Metric(lambda result: result.confusion.precision("macro")),
+    "recall_macro": Metric(lambda result: result.confusion.recall("macro")),
+    "f1_macro": Metric(lambda result: result.confusion.f1("macro")),
+    "precision_micro": Metric(lambda result: result.confusion.precision("micro")),
+    "recall_micro": Metric(lambda result: result.confusion.recall("micro")),
+    "f1_micro": Metric(lambda result: result.confusion.f1("micro")),
+    "mcc": Metric(lambda result: result.confusion.matthews_corrcoef()),
+    "ece": Metric(lambda result: expected_calibration_error(result.probabilities, result.labels), lower_is_better=True),
+    "roc_auc": Metric(lambda result: roc_auc(result.probabilities[:, 1], result.labels), two_classes=True),
+    "average_precision": Metric(
+        lambda result: average_precision(result.probabilities[:, 1], result.labels), two_classes=True
+    ),
+}
+
+
+def lower_is_better(name: str) -> bool:
+    """Whether lower is better for one of `EVALUATION_METRICS`; `name` may have a prefix, as in "valid/loss"."""
+    return EVALUATION_METRICS[name.rpartition("/")[2]].lower_is_better
 
 
 def evaluation(logits: Tensor, labels: Tensor) -> Evaluation:
@@ -199,8 +208,15 @@ def evaluation(logits: Tensor, labels: Tensor) -> Evaluation:
     confusion.update(predictions, labels)
     log_probabilities = logits.double().log_softmax(1)
     losses = F.nll_loss(log_probabilities, labels, reduction="none")
-    metrics = {"loss": float(losses.mean()), **confusion.summary()}
-    return Evaluation(labels, predictions, logits, log_probabilities.exp(), losses, confusion, metrics)
+    result = Evaluation(labels, predictions, logits, log_probabilities.exp(), losses, confusion, metrics={})
+    if not losses.isfinite().all():  # the model has diverged: nothing else is defined
+        result.metrics["loss"] = float(losses.mean())
+        return result
+    both_occur = confusion.num_classes == 2 and len(labels.unique()) == 2
+    for name, metric in EVALUATION_METRICS.items():
+        if both_occur or not metric.two_classes:
+            result.metrics[name] = metric.compute(result)
+    return result
 
 
 def matthews_corrcoef_interval(
@@ -208,22 +224,47 @@ def matthews_corrcoef_interval(
 ) -> tuple[float, float]:
     """Bootstrap percentile interval (low, high) of the Matthews correlation; the same seed gives the same interval.
 
-    Each of the `resamples` draws as many examples as were counted, with replacement. Efron and Tibshirani, "An
-    introduction to the bootstrap", 1993, chapter 13.
+    Each of the `resamples` draws as many examples as were counted, with replacement: its counts are multinomial. Efron
+    and Tibshirani, "An introduction to the bootstrap", 1993, chapter 13.
     """
     counts = confusion.counts.cpu()
+    classes = torch.zeros(2, confusion.num_classes, resamples, dtype=torch.float64)  # examples per label, prediction
+    hits = torch.zeros(resamples, dtype=torch.float64)
+    labels, predictions = counts.nonzero(as_tuple=True)
+    for label, prediction, drawn in zip(labels, predictions, _resample(counts[labels, predictions], resamples, seed)):
+        classes[0, label] += drawn
+        classes[1, prediction] += drawn
+        hits += drawn * (label == prediction)
+    return _percentiles(_matthews_corrcoef(hits, *classes), confidence)
+
+
+def _matthews_corrcoef(hits: Tensor, labelled: Tensor, predicted: Tensor) -> Tensor:
+    """From correct predictions (...), examples per label and per prediction (classes, ...): float64 (...)."""
+    total = labelled.sum(0)
+    covariance = hits * total - (labelled * predicted).sum(0)
+    spread = (total**2 - (labelled**2).sum(0)) * (total**2 - (predicted**2).sum(0))
+    return torch.where(spread > 0, covariance / spread.clamp(min=1).sqrt(), 0.0)
+
+
+def _resample(counts: Tensor, resamples: int, seed: int) -> Iterator[Tensor]:
+    """Multinomial draws of as many examples as `counts`, int64 (cells,), has: float64 (resamples,) for each cell.
+
+    The number in a cell, given those before it, is binomial.
+    """
     generator = torch.Generator().manual_seed(seed)
-    cells = counts.flatten().double()
-    drawn = torch.multinomial(cells.expand(resamples, -1), int(cells.sum()), replacement=True, generator=generator)
-    correlations = []
-    for cell in drawn:
-        resampled = ConfusionMatrix(confusion.num_classes)
-        resampled.update(cell % confusion.num_classes, cell // confusion.num_classes)
-        correlations.append(resampled.matthews_corrcoef())
+    remaining = counts.flip(0).cumsum(0).flip(0).double()
+    left = remaining[0].repeat(resamples)
+    for share in counts.double() / remaining:
+        drawn = torch.binomial(left, share.expand(resamples), generator=generator)
+        left = left - drawn
+        yield drawn
+
+
+def _percentiles(values: Tensor, confidence: float) -> tuple[float, float]:
+    """Low and high end of the central `confidence` of float64 (resamples,)."""
     tail = (1 - confidence) / 2
-    quantiles = torch.tensor([tail, 1 - tail], dtype=torch.float64)
-    low, high = torch.tensor(correlations, dtype=torch.float64).quantile(quantiles)
-    return float(low), float(high)
+    low, high = values.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    return low, high
 
 
 def roc_curve(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -276,11 +317,20 @@ def average_precision(scores: Tensor, labels: Tensor) -> float:
 
 
 def expected_calibration_error(probabilities: Tensor, labels: Tensor, bins: int = 15) -> float:
-    """Mean |accuracy - confidence| over equal-width bins of the top probability, weighted by examples per bin.
+    """Mean |accuracy - confidence| over the bins of `calibration`, weighted by examples per bin.
 
-    `probabilities` is float (n, classes) with rows that sum to 1, `labels` is integer (n,). A confidence on the edge
-    between two bins belongs to the lower one. Raises `ValueError` for other arguments. Guo et al., "On calibration of
-    modern neural networks", 2017, eq. 3.
+    Guo et al., "On calibration of modern neural networks", 2017, eq. 3.
+    """
+    counts, confidences, accuracies = calibration(probabilities, labels, bins)
+    return float((counts * (accuracies - confidences)).abs().sum() / counts.sum())
+
+
+def calibration(probabilities: Tensor, labels: Tensor, bins: int = 15) -> tuple[Tensor, Tensor, Tensor]:
+    """How often a model is right, by how sure it is: equal-width bins of the top probability.
+
+    `probabilities` is float (n, classes) with rows that sum to 1, `labels` is integer (n,). Returns float64 (bins,):
+    examples per bin, their mean confidence and their accuracy, both 0 in an empty bin. A confidence on the edge between
+    two bins belongs to the lower one. Raises `ValueError` for other arguments.
     """
     if probabilities.ndim != 2 or labels.shape != probabilities.shape[:1] or not len(labels):
         raise ValueError(
@@ -299,9 +349,11 @@ def expected_calibration_error(probabilities: Tensor, labels: Tensor, bins: int 
     confidence, predictions = probabilities.max(1)
     edges = torch.arange(bins + 1, dtype=torch.float64) / bins  # linspace may differ from i / bins by rounding
     which = torch.bucketize(confidence, edges[1:-1])
-    gaps = torch.zeros(bins, dtype=torch.float64)
-    gaps.index_add_(0, which, (predictions == labels).double() - confidence)
-    return float(gaps.abs().sum() / len(labels))
+    counts, confidences, hits = (
+        torch.bincount(which, weights, minlength=bins)
+        for weights in (torch.ones_like(confidence), confidence, (predictions == labels).double())
+    )
+    return counts, confidences / counts.clamp(min=1), hits / counts.clamp(min=1)
 
 
 def _cumulative_counts(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:

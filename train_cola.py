@@ -11,12 +11,6 @@ from harness.options import option
 # ---------------------------------------------------------------------------------------------- settings
 
 
-def monitored() -> tuple[str, ...]:
-    from metrics import EVALUATION_METRICS  # only if --monitor is given: torch takes a second
-
-    return tuple(f"valid/{name}" for name in EVALUATION_METRICS)
-
-
 @dataclasses.dataclass(kw_only=True)
 class Settings(options.SharedSettings):
     dataset: str = option(
@@ -35,7 +29,9 @@ class Settings(options.SharedSettings):
     weight_decay: float = option(0.01, "of the weights of linear layers", at_least=0)
     clip_norm: float = option(1.0, "largest norm of the gradient; 0: not clipped", at_least=0)
     max_length: int = option(128, "longest sentence in tokens; longer ones are truncated", at_least=4)
-    monitor: str = option("valid/mcc", "metric that selects the best model", choices=monitored)
+    monitor: str = option(
+        "valid/mcc", "metric that selects the best model", choices=options.metric_names("valid", two_classes=True)
+    )
 
 
 if __name__ == "__main__":
@@ -81,6 +77,9 @@ def load(settings: Settings) -> tuple[Corpus, tuple[PreTrainedModel, PreTrainedT
     """The corpus and, unless W&B has it, the model. Resolves the settings left open; raises `UserError`."""
     corpus = load_corpus(settings.dataset, settings.data_dir, settings.train_file, settings.valid_file)
     check_batches(settings, examples=len(corpus.train.labels), held_out=len(corpus.valid.labels))
+    logits = torch.zeros(len(corpus.valid.labels), len(corpus.class_names))
+    if settings.monitor not in metrics.evaluation(logits, torch.tensor(corpus.valid.labels)).named("valid"):
+        raise UserError(f"--monitor {settings.monitor} needs two classes, both in the validation data")
     settings.dataset, settings.model = corpus.name, encoders.find_model(settings.model)
     settings.learning_rate = settings.learning_rate or (1e-3 if settings.model == "scratch" else 1e-4)
     if not settings.model.startswith("wandb:"):
@@ -186,16 +185,16 @@ def attributions(task: Task, result: metrics.Evaluation) -> str:
 
 
 @logs_to_wandb
-def log_charts(run: wandb.Run, task: Task, result: metrics.Evaluation, step: int) -> None:
-    """Log the charts and tables of the validation sentences."""
+def log_charts(run: wandb.Run, task: Task, result: metrics.Evaluation, progress: Progress) -> None:
+    """Log the charts and tables of the validation sentences, and warn of a model that predicts one class only."""
     names, valid = task.corpus.class_names, task.corpus.valid
-    labels, predictions = result.labels.tolist(), result.predictions.tolist()
     picture = viz.confusion_matrix_picture(result.confusion.counts, names, "valid")
     per_source = viz.per_source_table(result, valid.sources)
     charts = {
-        "valid/confusion_matrix": wandb.plot.confusion_matrix(y_true=labels, preds=predictions, class_names=names),
+        "valid/confusion_matrix": viz.confusion_matrix_chart(result, names),
         "valid/confusion_matrix_image": wandb.Image(picture),
-        "valid/mistakes": viz.sentence_mistakes_table(result, valid.sentences, valid.sources, names, step),
+        "valid/mistakes": viz.sentence_mistakes_table(result, valid.sentences, valid.sources, names, progress.step),
+        "valid/calibration": wandb.Image(viz.calibration_picture(result, "valid")),
         "valid/logits": wandb.Histogram(result.logits.numpy()),
         "valid/roc": viz.roc_chart(result, names),
         "valid/pr": viz.precision_recall_chart(result, names),
@@ -203,19 +202,18 @@ def log_charts(run: wandb.Run, task: Task, result: metrics.Evaluation, step: int
         "valid/per_source_chart": wandb.plot.bar(per_source, "source", "acc", title="Accuracy per source"),
         "valid/attributions": wandb.Html(attributions(task, result), inject=False),
     }
-    run.log(charts, step=step)
+    run.log(charts, step=progress.step)
+    if warning := viz.one_class_warning(result, names):
+        progress.warn("One class only", warning)
 
 
-@logs_to_wandb
-def warn_of_one_class(run: wandb.Run, progress: Progress, result: metrics.Evaluation, class_names: list[str]) -> None:
-    """Warn if the model predicts the same class for every sentence, which accuracy does not show."""
-    predicted = result.predictions.unique()
-    if len(predicted) == 1:
-        text = f"Epoch {progress.epoch}: the model answers {class_names[predicted[0]]!r} to every validation sentence; "
-        text += f"its accuracy, {result.metrics['acc']:.1%}, is that of always answering so."
-        progress.write(f"WARNING: {text}")
-        if not (run.offline or run.disabled):
-            run.alert(title="One class only", text=text, level=wandb.AlertLevel.WARN)
+def write_curves(session: Session, best_epoch: int) -> None:
+    """Draw the learning curves of the run so far."""
+    panels = {"loss": ("train/loss_step", "valid/loss"), "accuracy": ("train/acc_step", "valid/acc")}
+    panels["Matthews correlation"] = ("", "valid/mcc")
+    if distributed.rank() == 0:
+        picture = viz.curves_picture(session.history.rows(), panels, best_epoch)
+        files.write_png(session.output_dir / "curves.png", picture)
 
 
 # ---------------------------------------------------------------------------------------------- training
@@ -277,15 +275,14 @@ def train(session: Session, task: Task) -> tuple[Best, Progress]:
         results = {"epoch": epoch, "train/loss_epoch": mean["loss"], "train/acc_epoch": mean["acc"]}
         run.log(results, step=progress.step)
         progress.check_finite("validation", valid.metrics["loss"])
-        log_charts(run, task, valid, progress.step)
+        log_charts(run, task, valid, progress)
         results |= {**valid.named("valid"), "valid/majority_share": valid.confusion.majority_share()}
         run.log(results, step=progress.step)
         improved = best.offer(epoch, results, model)
+        write_curves(session, best.epoch)
         if settings.log_model == "all":
             log_model(run, task, results, ["latest", "best"] if improved else ["latest"])
-        line = f"train loss {mean['loss']:.4f} acc {mean['acc']:.2%}, valid loss "
-        progress.end_epoch(line + "{loss:.4f} acc {acc:.2%} mcc {mcc:.3f}".format(**valid.metrics))
-        warn_of_one_class(run, progress, valid, task.corpus.class_names)
+        progress.end_epoch(results, "train/loss_epoch", "train/acc_epoch", "valid/loss", "valid/acc", "valid/mcc")
         if 0 < settings.patience <= epoch - best.epoch:
             break
     return best, progress
@@ -314,6 +311,8 @@ def conclude(session: Session, task: Task, best: Best, progress: Progress) -> di
     share, domains = valid.confusion.majority_share(), {}
     for domain, rows in corpus.domains.items():
         domains |= metrics.evaluation(valid.logits[rows], valid.labels[rows]).named(f"valid_{domain}")
+    with tolerate_wandb_errors(run):
+        run.log({"curves": wandb.Image(str(output_dir / "curves.png"))}, step=progress.step)
     run.log(domains, step=progress.step, commit=True)  # W&B: an open row would overwrite the summary
     with tolerate_wandb_errors(run):
         run.summary.update({"best/epoch": best.epoch, **valid.named("best"), "best/majority_share": share})
@@ -332,9 +331,9 @@ def conclude(session: Session, task: Task, best: Best, progress: Progress) -> di
         f"best epoch {best.epoch}: Matthews correlation {valid.metrics['mcc']:.3f} (95 % interval {low:.3f} to "
         f"{high:.3f}), accuracy {valid.metrics['acc']:.2%} where always answering the same gives {share:.2%}"
     )
-    identity = {"dataset": corpus.name, "model": session.settings.model, "best/epoch": best.epoch}
+    identity = {"dataset": corpus.name, "model": session.settings.model, "class_names": corpus.class_names}
     interval = {"valid/majority_share": share, "valid/mcc_low": low, "valid/mcc_high": high}
-    return {**identity, **valid.named("valid"), **interval, **domains}
+    return {**identity, "best/epoch": best.epoch, **valid.named("valid"), **interval, **domains}
 
 
 def init(settings: Settings, /, **more: Any) -> wandb.Run:

@@ -12,12 +12,6 @@ from harness.options import option
 # ---------------------------------------------------------------------------------------------- settings
 
 
-def monitored() -> tuple[str, ...]:
-    from metrics import EVALUATION_METRICS  # only if --monitor is given: torch takes a second
-
-    return tuple(f"valid/{name}" for name in EVALUATION_METRICS)
-
-
 @dataclasses.dataclass(kw_only=True)
 class Settings(options.SharedSettings):
     dataset: str = option(
@@ -29,7 +23,7 @@ class Settings(options.SharedSettings):
     kernels: list[int] = option([16, 32], "channels of the two convolutions", length=2, at_least=1)
     slice: int = option(1, "use every n-th image of each part", at_least=1, below=10**6)
     valid_size: int = option(5000, "number of training images held out for validation, from the end", at_least=0)
-    monitor: str = option("valid/loss", "metric that selects the best model", choices=monitored)
+    monitor: str = option("valid/loss", "metric that selects the best model", choices=options.metric_names("valid"))
 
 
 if __name__ == "__main__":
@@ -114,9 +108,7 @@ def make_model(settings: Settings, device: torch.device) -> ConvNet:
 
 def make_optimizer(model: ConvNet, settings: Settings, batches: int) -> tuple[Optimizer, LRScheduler]:
     """Adam and its learning rate schedule over all `batches`."""
-    betas = (
-        (0.7, 0.9) if settings.schedule == "onecycle" else (0.9, 0.999)
-    )  # shorter than Adam's default, for a short schedule
+    betas = (0.7, 0.9) if settings.schedule == "onecycle" else (0.9, 0.999)  # a short schedule needs short averages
     optimizer = torch.optim.Adam(model.parameters(), settings.learning_rate, betas, fused=not model.fc.weight.is_mps)
     if settings.schedule == "constant":
         return optimizer, ConstantLR(optimizer, factor=1)
@@ -156,24 +148,35 @@ def evaluate(model: ConvNet, part: ImageSet) -> Evaluation:
 
 
 @logs_to_wandb
-def log_charts(run: wandb.Run, name: str, part: ImageSet, result: Evaluation, classes: list[str], step: int) -> None:
-    """Log the charts and tables of `name`, "valid" or "test"."""
-    labels, predictions = result.labels.tolist(), result.predictions.tolist()
+def log_charts(run: wandb.Run, data: Digits, name: str, result: Evaluation, progress: Progress) -> None:
+    """Log the charts and tables of `name`, "valid" or "test", and warn of a model that predicts one class only."""
+    images, classes = getattr(data, name).images.cpu(), data.class_names
     picture = viz.confusion_matrix_picture(result.confusion.counts, classes, name)
     charts = {
-        f"{name}/confusion_matrix": wandb.plot.confusion_matrix(y_true=labels, preds=predictions, class_names=classes),
+        f"{name}/confusion_matrix": viz.confusion_matrix_chart(result, classes),
         f"{name}/confusion_matrix_image": wandb.Image(picture),
-        f"{name}/mistakes": viz.digit_mistakes_table(part.images.cpu(), result, classes, step),
+        f"{name}/calibration": wandb.Image(viz.calibration_picture(result, name)),
+        f"{name}/mistakes": viz.digit_mistakes_table(images, result, classes, progress.step),
         f"{name}/logits": wandb.Histogram(result.logits.numpy()),
     }
-    run.log(charts, step=step)
+    run.log(charts, step=progress.step)
+    if warning := viz.one_class_warning(result, classes):
+        progress.warn("One class only", warning)
 
 
-def write_pictures(output_dir: Path, name: str, part: ImageSet, result: Evaluation, class_names: list[str]) -> None:
+def write_curves(session: Session, best_epoch: int) -> None:
+    """Draw the learning curves of the run so far."""
+    panels = {"loss": ("train/loss_step", "valid/loss"), "accuracy": ("train/acc_step", "valid/acc")}
+    if distributed.rank() == 0:
+        picture = viz.curves_picture(session.history.rows(), panels, best_epoch)
+        files.write_png(session.output_dir / "curves.png", picture)
+
+
+def write_pictures(output_dir: Path, data: Digits, name: str, result: Evaluation) -> None:
     """Write the confusion matrix and the most confident mistakes as PNG."""
-    picture = viz.confusion_matrix_picture(result.confusion.counts, class_names, name)
+    picture = viz.confusion_matrix_picture(result.confusion.counts, data.class_names, name)
     files.write_png(output_dir / "confusion_matrix.png", picture)
-    picture = viz.digit_mistakes_picture(part.images.cpu(), result, class_names, name)
+    picture = viz.digit_mistakes_picture(getattr(data, name).images.cpu(), result, data.class_names, name)
     files.write_png(output_dir / "mistakes.png", picture)
 
 
@@ -241,18 +244,17 @@ def train(session: Session, model: ConvNet, data: Digits) -> tuple[Best, Progres
         results = {"epoch": epoch, "train/loss_epoch": mean["loss"], "train/acc_epoch": mean["acc"]}
         run.log(results, step=progress.step)
         log_inputs(run, model, data, batches[-1][:16], progress.step)
-        line = f"train loss {mean['loss']:.4f} acc {mean['acc']:.2%}"
         if len(data.valid.labels):
             valid = evaluate(model, data.valid)
             progress.check_finite("validation", valid.metrics["loss"])
-            log_charts(run, "valid", data.valid, valid, data.class_names, progress.step)
+            log_charts(run, data, "valid", valid, progress)
             results |= valid.named("valid")
             run.log(results, step=progress.step)
-            line += f", valid loss {valid.metrics['loss']:.4f} acc {valid.metrics['acc']:.2%}"
         improved = best.offer(epoch, results, model)
+        write_curves(session, best.epoch)
         if settings.log_model == "all":
             log_model(run, model.state_dict(), results, ["latest", "best"] if improved else ["latest"])
-        progress.end_epoch(line)
+        progress.end_epoch(results, "train/loss_epoch", "train/acc_epoch", "valid/loss", "valid/acc")
         if 0 < settings.patience <= epoch - best.epoch:
             break
     return best, progress
@@ -274,31 +276,30 @@ def conclude(session: Session, best: Best, progress: Progress) -> dict[str, Any]
     settings, run, data, output_dir = session.settings, session.run, session.data, session.output_dir
     model = make_model(settings, session.device)
     model.load_state_dict(best.weights)
-    test = evaluate(model, data.test)
+    test, valid = evaluate(model, data.test), evaluate(model, data.valid) if len(data.valid.labels) else None
     progress.check_finite("test", test.metrics["loss"])
-    log_charts(run, "test", data.test, test, data.class_names, progress.step)
-    results, summary = test.named("test"), {"best/epoch": best.epoch}
-    run.log(results, step=progress.step, commit=True)  # W&B: an open row would overwrite the summary
-    name, part, shown = "test", data.test, test  # what the files show if no image is held out
-    if len(data.valid.labels):
-        name, part, shown = "valid", data.valid, evaluate(model, data.valid)
-        results |= shown.named("valid")
-        summary |= shown.named("best")
-
-    if distributed.rank() == 0:
-        files.write_csv(output_dir / "predictions.csv", shown.columns())
-        write_pictures(output_dir, name, part, shown, data.class_names)
-        files.write_tensors(output_dir / "model.pt", best.weights)
-        export_onnx(output_dir / "model.onnx", model)
-        with tolerate_wandb_errors(run):
-            run.summary.update(summary)
-            for file in ("model.pt", "model.onnx"):
-                run.save(output_dir / file, base_path=output_dir, policy="now", glob=False)
-        if settings.log_model == "best":
-            log_model(run, best.weights, results, ["latest", "best"])
+    if distributed.rank() > 0:
+        return {}
+    log_charts(run, data, "test", test, progress)
+    with tolerate_wandb_errors(run):
+        run.log({"curves": wandb.Image(str(output_dir / "curves.png"))}, step=progress.step)
+    run.log(test.named("test"), step=progress.step, commit=True)  # W&B: an open row would overwrite the summary
+    name, shown = ("valid", valid) if valid else ("test", test)
+    results = test.named("test") | shown.named(name)
+    files.write_csv(output_dir / "predictions.csv", shown.columns())
+    write_pictures(output_dir, data, name, shown)
+    files.write_tensors(output_dir / "model.pt", best.weights)
+    export_onnx(output_dir / "model.onnx", model)
+    with tolerate_wandb_errors(run):
+        run.summary.update({"best/epoch": best.epoch, **(valid.named("best") if valid else {})})
+        for file in ("model.pt", "model.onnx"):
+            run.save(output_dir / file, base_path=output_dir, policy="now", glob=False)
+    if settings.log_model == "best":
+        log_model(run, best.weights, results, ["latest", "best"])
     print(f"test accuracy {results['test/acc']:.2%} of {len(data.test.labels):,} images, best epoch {best.epoch}")
-    identity = {"dataset": data.name, "model": f"ConvNet {settings.kernels}", "best/epoch": best.epoch}
-    return {**identity, **results, f"{name}/majority_share": shown.confusion.majority_share()}
+    identity = {"dataset": data.name, "model": f"ConvNet {settings.kernels}", "class_names": data.class_names}
+    share = {f"{name}/majority_share": shown.confusion.majority_share()}
+    return {**identity, "best/epoch": best.epoch, **results, **share}
 
 
 def init(settings: Settings, /, **more: Any) -> wandb.Run:

@@ -26,6 +26,7 @@ class History:
         """`journal` is None on all ranks but 0; W&B already has the rows up to `wandb_step`. Replaces `run.log`."""
         self.step = 0
         self._row: dict[str, Any] = {}
+        self._rows: list[dict[str, float]] = []
         self._run, self._journal, self._wandb_step = run, journal, wandb_step
         self._checksum = zlib.crc32(journal.read_bytes()) if journal and journal.exists() else 0
         if not run.disabled:
@@ -41,6 +42,10 @@ class History:
         if commit:
             self.commit()
 
+    def rows(self) -> list[dict[str, float]]:
+        """The numbers of all rows so far, those before a resume and the current one included, each with its step."""
+        return [*self._rows, {"step": self.step, **_numbers(self._row)}]
+
     def begin_row(self, step: int) -> None:
         """Complete the current row; what is logged from now on belongs to `step`."""
         self.commit()
@@ -50,7 +55,8 @@ class History:
         """Write the current row. Raises `OSError` if the journal can't be written; W&B never raises."""
         row, self._row = self._row, {}
         if self._journal and (numbers := _numbers(row)):
-            line = json.dumps({"step": self.step, **numbers}) + "\n"
+            self._rows.append({"step": self.step, **numbers})
+            line = json.dumps(self._rows[-1]) + "\n"
             _append(self._journal, line)
             self._checksum = zlib.crc32(line.encode(), self._checksum)
         self._send(row, self.step)
@@ -59,8 +65,9 @@ class History:
         """Drop the current row: it is logged again when the run is resumed."""
         self._row = {}
 
-    def log_again(self, rows: list[dict[str, float]]) -> None:
-        """Send W&B the rows of the journal that it has lost, with their media if a log on this machine has them."""
+    def take_over(self, rows: list[dict[str, float]]) -> None:
+        """Continue after these rows of the journal; W&B gets those it has lost, with their media if a log has them."""
+        self._rows = rows
         for step, values in wandb_run.lost_rows(self._run, rows, self._wandb_step):
             self._send(values, step)
 

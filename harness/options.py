@@ -244,3 +244,14 @@ def _number(
     if below is not None and number >= below:
         raise ValueError(f"must be below {below}, got {value!r}")
     return int(number) if whole else number
+
+
+def metric_names(prefix: str, two_classes: bool = False) -> Callable[[], tuple[str, ...]]:
+    """Choices for a metric, which import torch only if they are needed; `two_classes` adds those that need two."""
+
+    def names() -> tuple[str, ...]:
+        from metrics import EVALUATION_METRICS as metrics
+
+        return tuple(f"{prefix}/{name}" for name in metrics if two_classes or not metrics[name].two_classes)
+
+    return names

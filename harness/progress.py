@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+import wandb
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -102,13 +103,16 @@ class Progress:
         """Show values beside the progress bar."""
         self._bar.set_postfix(**shown)
 
-    def write(self, line: str) -> None:
-        """Print a line above the progress bar."""
-        self._bar.write(line)
+    def warn(self, title: str, text: str) -> None:
+        """Print a warning, and send it as an alert if the run is online."""
+        self._bar.write(f"WARNING: epoch {self.epoch}: {text}")
+        if not (self._run.offline or self._run.disabled):
+            self._run.alert(title=title, text=text, level=wandb.AlertLevel.WARN)
 
-    def end_epoch(self, line: str) -> None:
-        """Print a line on the epoch, with the seconds that it took."""
-        self.write(f"epoch {self.epoch}: {line}, {time.perf_counter() - self._epoch_started:.1f} s")
+    def end_epoch(self, results: Mapping[str, float], *names: str) -> None:
+        """Print those of the epoch's results that are named, and the seconds that it took."""
+        shown = ", ".join(f"{name} {results[name]:.4f}" for name in names if name in results)
+        self._bar.write(f"epoch {self.epoch}: {shown}, {time.perf_counter() - self._epoch_started:.1f} s")
 
     def check_finite(self, name: str, loss: float) -> None:
         """Raise `UserError`, with all rows written, if a loss is NaN or infinite. `name` is the part of the data."""

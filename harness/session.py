@@ -111,7 +111,7 @@ def _open_on_rank_0(
             settings.id = run.id
             _record(run, settings, output_dir)
             history = History(run, output_dir / JOURNAL, wandb_step)
-            history.log_again(rows)
+            history.take_over(rows)
             distributed.broadcast((settings, checkpoint))
             session = Session(settings, data, run, history, checkpoint, requests)
             try:

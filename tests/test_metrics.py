@@ -79,13 +79,6 @@ def test_known_confusion_matrix(counts, expected):
                 close(getattr(matrix, name)(average), averaged, (name, average))
         else:
             close(getattr(matrix, name)(), value, name)
-    averaged = {
-        f"{name}_{average}": value
-        for name in ("precision", "recall", "f1")
-        for average, value in zip(("macro", "micro"), expected[name])
-    }
-    summary = {"acc": expected["accuracy"], **averaged, "mcc": expected["matthews_corrcoef"]}
-    assert matrix.summary() == pytest.approx(summary, rel=0, abs=1e-12)
 
 
 # Sorted scores .9 | .7 .7 | .4 | .2, labels 1 | 1 0 | 1 | 0: true positives 1 2 3 3 of 3, false 0 1 1 2 of 2.
@@ -121,6 +114,15 @@ def test_known_calibration_error():
     probabilities = torch.tensor([[0.5, 0.25, 0.25], [0.75, 0.25, 0], [0.375, 0.3125, 0.3125], [0, 0, 1]])
     # Correct, wrong, correct, correct. Lower bin, which includes a confidence of .5: .5 + .625; upper bin: -.75 + 0.
     close(metrics.expected_calibration_error(probabilities, torch.tensor([0, 1, 0, 2]), bins=2), (1.125 + 0.75) / 4)
+
+
+def test_known_calibration():
+    probabilities = torch.tensor([[0.9, 0.1], [0.4, 0.6], [0.5, 0.5], [0.2, 0.8]])
+    counts, confidences, accuracies = metrics.calibration(probabilities, torch.tensor([0, 0, 0, 1]), bins=4)
+    # Bins end at 0.25, 0.5, 0.75 and 1; 0.5 belongs to the second.
+    assert counts.tolist() == [0, 1, 1, 2]
+    assert confidences.tolist() == pytest.approx([0, 0.5, 0.6, 0.85])
+    assert accuracies.tolist() == [0, 1, 0, 1]
 
 
 def test_calibration_error_has_15_bins():
@@ -235,7 +237,6 @@ def test_sum_merges_counts():
     before = first.counts, second.counts
     merged = first + second
     assert torch.equal(merged.counts, whole.counts)
-    assert merged.summary() == whole.summary()
     merged.update(predictions, labels)
     assert torch.equal(first.counts, before[0]) and torch.equal(second.counts, before[1])
 
@@ -289,7 +290,7 @@ def test_averages_without_examples_raise(name, average):
 
 
 @pytest.mark.parametrize(
-    "name", ["accuracy", "balanced_accuracy", "majority_share", "matthews_corrcoef", "cohen_kappa", "summary"]
+    "name", ["accuracy", "balanced_accuracy", "majority_share", "matthews_corrcoef", "cohen_kappa"]
 )
 def test_metrics_without_examples_raise(name):
     with pytest.raises(ValueError, match="no examples have been counted"):
@@ -378,8 +379,59 @@ def test_evaluation():
     assert torch.equal(result.logits, logits) and torch.equal(result.labels, labels)
     assert torch.equal(result.predictions, logits.argmax(1))
     close(result.confusion.counts, reference.confusion_matrix(labels, result.predictions))
-    assert result.metrics == {"loss": result.metrics["loss"], **result.confusion.summary()}
-    assert tuple(result.metrics) == metrics.EVALUATION_METRICS
+    expected = {
+        "loss": float(F.cross_entropy(exact, labels)),
+        "acc": reference.accuracy_score(labels, result.predictions),
+        "balanced_acc": reference.balanced_accuracy_score(labels, result.predictions),
+        "mcc": reference.matthews_corrcoef(labels, result.predictions),
+        "ece": metrics.expected_calibration_error(exact.softmax(1), labels),
+    }
+    for name in ("precision", "recall", "f1"):
+        for average in ("macro", "micro"):
+            function = getattr(reference, f"{name}_score")
+            expected[f"{name}_{average}"] = function(labels, result.predictions, average=average)
+    assert result.metrics == pytest.approx(expected, rel=0, abs=1e-12)
+
+
+def test_evaluation_of_two_classes():
+    torch.manual_seed(0)
+    logits, labels = torch.randn(200, 2), torch.randint(2, (200,))
+    result = metrics.evaluation(logits, labels).metrics
+    assert tuple(result) == tuple(metrics.EVALUATION_METRICS)
+    scores = logits.double().softmax(1)[:, 1]
+    close(result["roc_auc"], reference.roc_auc_score(labels, scores))
+    close(result["average_precision"], reference.average_precision_score(labels, scores))
+    one_class = metrics.evaluation(logits, torch.ones_like(labels)).metrics
+    assert result.keys() - one_class.keys() == {"roc_auc", "average_precision"}
+    assert [name for name in metrics.EVALUATION_METRICS if metrics.lower_is_better(f"valid/{name}")] == ["loss", "ece"]
+
+
+def test_evaluation_of_a_model_that_has_diverged():
+    (loss,) = metrics.evaluation(torch.tensor([[torch.nan, 0.0], [1.0, 0.0]]), torch.tensor([0, 1])).metrics.values()
+    assert math.isnan(loss)
+
+
+def test_interval_is_that_of_resampled_examples():
+    labels, predictions = (
+        np.repeat([0, 0, 1, 1, 2], [40, 10, 5, 30, 15]),
+        np.repeat([0, 1, 0, 1, 2], [40, 10, 5, 30, 15]),
+    )
+    matrix = metrics.ConfusionMatrix(3)
+    matrix.update(torch.from_numpy(predictions), torch.from_numpy(labels))
+    rng = np.random.default_rng(0)
+    draws = [rng.integers(100, size=100) for _ in range(4000)]
+    values = [reference.matthews_corrcoef(labels[drawn], predictions[drawn]) for drawn in draws]
+    expected = np.quantile(values, [0.05, 0.95])
+    assert metrics.matthews_corrcoef_interval(matrix, 0.9, resamples=20_000) == pytest.approx(expected, abs=0.006)
+    assert metrics.matthews_corrcoef_interval(matrix, seed=1) == metrics.matthews_corrcoef_interval(matrix, seed=1)
+
+
+def test_interval_of_a_million_examples_takes_a_moment():
+    matrix = metrics.ConfusionMatrix(2)
+    matrix._counts += torch.tensor([[400_000, 100_000], [100_000, 400_000]])
+    low, high = metrics.matthews_corrcoef_interval(matrix)
+    # The standard error of the correlation is about sqrt((1 - 0.6²) / n).
+    assert 0.6 - low == pytest.approx(1.96 * 0.0008, rel=0.15) and high - 0.6 == pytest.approx(1.96 * 0.0008, rel=0.15)
 
 
 def test_evaluation_of_labels_out_of_range_raises():

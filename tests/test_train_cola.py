@@ -4,6 +4,7 @@ import copy
 import csv
 import hashlib
 import html
+import itertools
 import json
 import math
 import re
@@ -105,7 +106,7 @@ def weights(directory: Path) -> dict[str, torch.Tensor]:
 
 def test_every_file_is_there(small_cola):
     files = "config.json history.jsonl checkpoint.pt metrics.json predictions.csv confusion_matrix.png model".split()
-    files.append("checkpoint.previous.pt")
+    files += ["curves.png", "checkpoint.previous.pt"]
     assert {file.name for file in small_cola.files.iterdir()} == set(files)
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {
         f.name for f in (small_cola.files / "model").iterdir()
@@ -122,12 +123,13 @@ def test_every_key_is_in_the_right_rows(small_cola):
     train = ("loss_step", "acc_step", "learning_rate", "examples_per_second", "grad_norm")
     steps = {"epoch", *(f"train/{key}" for key in train)}
     charts = {"confusion_matrix_table", "confusion_matrix_image", "mistakes", "logits", "roc_table", "pr_table"}
-    charts |= {"per_source", "per_source_chart_table", "majority_share", "attributions"}
+    charts |= {"calibration", "per_source", "per_source_chart_table", "majority_share", "attributions"}
     epoch = {"train/loss_epoch", "train/acc_epoch", *(f"valid/{key}" for key in METRICS | charts)}
     assert [row["_step"] for row in small_cola.ends] == [12_000, 18_000]
     for row in small_cola.history:
         plain = {re.sub(r"\..*", "", key) for key in row if not key.startswith(("gradients/", "parameters/", "_"))}
-        assert plain == steps | (epoch if row in small_cola.ends else set())
+        last = {"curves"} if row is small_cola.ends[-1] else set()
+        assert plain == steps | (epoch if row in small_cola.ends else set()) | last
     images = {(row["valid/logits._type"], row["valid/confusion_matrix_image._type"]) for row in small_cola.ends}
     assert images == {("histogram", "image-file")}
 
@@ -195,6 +197,13 @@ def test_metrics_match_the_predictions(small_cola):
         for average in ("macro", "micro"):
             expected[f"{name}_{average}"] = getattr(sk, f"{name}_score")(labels, predicted, average=average)
     expected["loss"] = sk.log_loss(labels, probabilities)
+    expected["balanced_acc"] = sk.balanced_accuracy_score(labels, predicted)
+    expected["roc_auc"] = sk.roc_auc_score(labels, probabilities[:, 1])
+    expected["average_precision"] = sk.average_precision_score(labels, probabilities[:, 1])
+    confidence, edges = probabilities.max(1), np.arange(16) / 15
+    bins = [(confidence > low) & (confidence <= high) for low, high in itertools.pairwise(edges)]
+    gaps = [abs((labels == predicted)[inside].sum() - confidence[inside].sum()) for inside in bins]
+    expected["ece"] = sum(gaps) / len(labels)
     assert {key: metrics[f"valid/{key}"] for key in METRICS} == pytest.approx(expected, abs=1e-12)
     losses = [float(row["loss"]) for row in small_cola.rows]
     assert losses == pytest.approx(-np.log(probabilities[np.arange(len(labels)), labels]), abs=1e-12)
@@ -297,7 +306,7 @@ def test_batches_by_length():
 
 def test_mistakes_table_has_every_mistake_most_confident_first(small_cola):
     table = json.loads(media(small_cola, small_cola.best, "valid/mistakes"))
-    assert table["columns"] == ["sentence", "source", "label", "prediction", "probability", "loss", "step"]
+    assert table["columns"] == ["sentence", "source", "label", "prediction", "probability", "loss", "step", "mistakes"]
     names, step = ("unacceptable", "acceptable"), small_cola.best["_step"]
     expected = []
     for row in small_cola.rows:
@@ -306,7 +315,8 @@ def test_mistakes_table_has_every_mistake_most_confident_first(small_cola):
             numbers = float(row[f"probability_{prediction}"]), float(row["loss"]), step
             expected.append([row["sentence"], row["source"], names[label], names[prediction], *numbers])
     assert len(expected) > 100 and expected != sorted(expected, key=lambda row: -row[4])
-    assert table["data"] == sorted(expected, key=lambda row: -row[4])
+    assert [row[:-1] for row in table["data"]] == sorted(expected, key=lambda row: -row[4])
+    assert {row[-1] for row in table["data"]} == {len(expected)}
 
 
 def test_per_source_table(small_cola):
@@ -553,7 +563,7 @@ def test_printed_lines(small_cola):
     lines = small_cola.out.splitlines()
     assert [line[:8] for line in lines if line.startswith("epoch")] == ["epoch 1:", "epoch 2:"]
     mcc = small_cola.ends[-1]["valid/mcc"]
-    assert f" mcc {mcc:.3f}" in next(line for line in lines if line.startswith("epoch 2:"))
+    assert f" valid/mcc {mcc:.4f}" in next(line for line in lines if line.startswith("epoch 2:"))
     assert "12,000 + 1,000 sentences" in small_cola.out and "50.0% of the latter" in small_cola.out
     assert "\r" not in small_cola.out and "WARNING" not in small_cola.out
     best = lines[-2]
@@ -573,7 +583,7 @@ def test_loud_fallback_and_warning_about_constant_predictions(tmp_path):
         assert (used["dataset"], used["model"]) == ("synthetic", "scratch")
     (answer,) = {row["prediction"] for row in predictions(run)}
     (warning,) = [line for line in run.out.splitlines() if line.startswith("WARNING")]
-    assert f"answers {['unacceptable', 'acceptable'][int(answer)]!r} to every validation sentence" in warning
+    assert f"predicts {['unacceptable', 'acceptable'][int(answer)]!r} for each of the examples" in warning
     assert "50.0%" in warning and run.metrics["valid/mcc"] == 0
 
 

@@ -26,8 +26,8 @@ from tasks.digits import synthetic_digits
 
 QUICK = "--dataset synthetic --slice 20 --valid_size 2000 --epochs 1".split()
 
-METRICS = set(EVALUATION_METRICS)
-CHARTS = {"confusion_matrix_table", "confusion_matrix_image", "mistakes", "logits"}
+METRICS = {name for name, metric in EVALUATION_METRICS.items() if not metric.two_classes}
+CHARTS = {"confusion_matrix_table", "confusion_matrix_image", "mistakes", "logits", "calibration"}
 
 
 def keys(row: dict) -> set[str]:
@@ -51,7 +51,7 @@ def media(run, key: str, row: dict) -> dict:
 
 def test_every_file_is_there(small_mnist):
     names = "config.json history.jsonl checkpoint.pt metrics.json predictions.csv confusion_matrix.png mistakes.png"
-    names += " model.onnx model.pt checkpoint.previous.pt"
+    names += " curves.png model.onnx model.pt checkpoint.previous.pt"
     assert {file.name for file in small_mnist.files.iterdir()} == {*names.split()}
 
 
@@ -62,7 +62,7 @@ def test_every_key_is_in_wandb(small_mnist):
     ends = [row for row in small_mnist.history if "train/loss_epoch" in row]
     assert len(ends) == 3
     for row in small_mnist.history:
-        expected = steps | (epoch if row in ends else set()) | (test if row is ends[-1] else set())
+        expected = steps | (epoch if row in ends else set()) | (test | {"curves"} if row is ends[-1] else set())
         assert keys(row) == expected
     assert {f"best/{key}" for key in METRICS | {"epoch"}} <= set(small_mnist.summary)
 
@@ -154,16 +154,17 @@ def test_metrics_match_the_predictions(small_mnist):
 def test_table_holds_the_most_confident_mistakes(small_mnist):
     last = small_mnist.history[-1]
     table = media(small_mnist, "valid/mistakes", last)
-    assert table["columns"] == ["image", "label", "prediction", "probability", "step"]
+    assert table["columns"] == ["image", "label", "prediction", "probability", "step", "mistakes"]
     assert small_mnist.metrics["best/epoch"] == 3, "compares the last epoch's table with the best model's predictions"
     rows = predictions(small_mnist)
 
     def confidence(row: dict[str, str]) -> float:
         return max(float(row[f"probability_{c}"]) for c in range(10))
 
-    wrong = [(r["label"], r["prediction"], confidence(r), last["_step"]) for r in rows if r["label"] != r["prediction"]]
+    wrong = [(r["label"], r["prediction"], confidence(r)) for r in rows if r["label"] != r["prediction"]]
     assert len(wrong) > 20
-    assert [tuple(row[1:]) for row in table["data"]] == sorted(wrong, key=lambda row: -row[2])[:100]
+    assert [tuple(row[1:4]) for row in table["data"]] == sorted(wrong, key=lambda row: -row[2])[:100]
+    assert {tuple(row[4:]) for row in table["data"]} == {(last["_step"], len(wrong))}
 
     # The table's artifact holds the images; the first is that of the most confident mistake.
     tables = (record["artifact"] for record in small_mnist.records if record["type"] == "artifact")
