@@ -82,11 +82,9 @@ def load(settings: Settings) -> tuple[Corpus, tuple[PreTrainedModel, PreTrainedT
         raise UserError(f"--monitor {settings.monitor} needs two classes, both in the validation data")
     settings.dataset, settings.model = corpus.name, encoders.find_model(settings.model)
     settings.learning_rate = settings.learning_rate or (1e-3 if settings.model == "scratch" else 1e-4)
-    if not settings.model.startswith("wandb:"):
-        return corpus, load_model(settings, corpus, settings.model)
-    if settings.wandb != "online":
+    if (at_wandb := settings.model.startswith("wandb:")) and settings.wandb != "online" and not settings.resume:
         raise UserError(f"--model {settings.model} is fetched from W&B, but this run is {settings.wandb}")
-    return corpus, None
+    return corpus, None if at_wandb else load_model(settings, corpus, settings.model)
 
 
 def load_model(settings: Settings, corpus: Corpus, source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -95,35 +93,37 @@ def load_model(settings: Settings, corpus: Corpus, source: str) -> tuple[PreTrai
     return encoders.load_model(source, corpus.train.sentences, corpus.class_names, settings.max_length)
 
 
-def fetch_model(run: wandb.Run, name: str) -> str:
-    """The directory that the artifact wandb:ENTITY/PROJECT/NAME:ALIAS was downloaded to; raises `UserError`."""
-    try:
-        directory = run.use_artifact(name.removeprefix("wandb:")).download() if distributed.rank() == 0 else None
-    except (wandb.errors.CommError, ValueError) as error:
-        raise UserError(f"--model {name} can't be fetched: {error}") from None
-    return distributed.broadcast(directory)
+def fetch_model(session: Session) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model of the artifact wandb:ENTITY/PROJECT/NAME:ALIAS, from a copy if resumed; raises `UserError`."""
+    name, data, copy = session.settings.model, (session.settings, session.data[0]), session.output_dir / "pretrained"
+    if distributed.rank() == 0 and not copy.exists():
+        with files.replacing_directory(copy) as directory:
+            try:
+                artifact = session.run.use_artifact(name.removeprefix("wandb:"))
+                artifact.verify(artifact.download(str(directory)))  # a download alone checks no checksums
+                load_model(*data, str(directory))  # what can't be loaded isn't kept
+            except Exception as error:  # there is no end to what W&B raises
+                reason = str(error).replace("--model ", "").replace(str(directory), "it")
+                raise UserError(f"--model {name} can't be used: {reason}") from None
+    distributed.broadcast()  # the other ranks wait for the copy
+    return load_model(*data, str(copy))
 
 
 def prepare(session: Session) -> Task:
     """Tokenize the sentences, and take the model to the device."""
     settings, (corpus, loaded) = session.settings, session.data
-    model, tokenizer = loaded or load_model(settings, corpus, fetch_model(session.run, settings.model))
+    model, tokenizer = loaded or fetch_model(session)
     model.to(session.device)
-    train_set, valid_set = (
-        batching.tokenise(part.sentences, part.labels, tokenizer, settings.max_length, session.device)
-        for part in (corpus.train, corpus.valid)
-    )
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    how = (tokenizer, settings.max_length, session.device)
+    train_set, valid_set = (batching.tokenise(p.sentences, p.labels, *how) for p in (corpus.train, corpus.valid))
+    weights = f"{model.num_parameters():,} parameters, {len(tokenizer):,} tokens"
     encoders.train_used_rows(model, [train_set.tokens, valid_set.tokens])
     if cut := train_set.cut + valid_set.cut:
         print(f"{cut} sentences are longer than --max_length {settings.max_length} tokens and are truncated.")
     share = valid_set.labels.bincount().max() / len(valid_set.labels)
-    print(
-        f"{corpus.name}: {len(corpus.train.labels):,} + {len(corpus.valid.labels):,} sentences for training "
-        f"and validation, {share:.1%} of the latter in the most frequent class\n"
-        f"{settings.model}: {parameters:,} parameters, {len(tokenizer):,} tokens, "
-        f"on {session.device.type} in {settings.precision}, seed {settings.seed}"
-    )
+    sizes = f"{len(corpus.train.labels):,} + {len(corpus.valid.labels):,} sentences for training and validation"
+    print(f"{corpus.name}: {sizes}, {share:.1%} of the latter in the most frequent class")
+    print(f"{settings.model}: {weights}, on {session.device.type} in {settings.precision}, seed {settings.seed}")
     return Task(corpus, model, tokenizer, train_set, valid_set)
 
 

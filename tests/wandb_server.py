@@ -1,6 +1,7 @@
 """A local W&B server for tests: it answers the SDK and the CLI, records what they send, and fails on demand."""
 
 import contextlib
+import dataclasses
 import json
 import re
 import socket
@@ -8,8 +9,28 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from urllib.parse import quote, unquote
 
 API_KEY = "f" * 40
+MANIFEST = "wandb_manifest.json"  # where an artifact's manifest stands among its files
+
+
+@dataclasses.dataclass
+class Artifact:
+    """A version of an artifact, and what was uploaded of it."""
+
+    id: str
+    kind: str
+    place: tuple[str, str, str]  # entity, project and name
+    version: int
+    digest: str
+    aliases: list[str]
+    state: str = "PENDING"
+    files: dict[str, bytes] = dataclasses.field(default_factory=dict)
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        return json.loads(self.files[MANIFEST])
 
 
 class WandbServer(ThreadingHTTPServer):
@@ -25,7 +46,8 @@ class WandbServer(ThreadingHTTPServer):
         self.history: dict[str, dict[int, dict]] = {}
         self.runs: dict[str, dict[str, Any]] = {}  # config, summary, states and exit code, by run id
         self.files: dict[str, int] = {}  # bytes received, by path
-        self.artifacts: list[str] = []  # names, in order
+        self.artifacts: dict[str, Artifact] = {}  # by id, in order
+        self.used: list[tuple[str, str]] = []  # run id and artifact id: who used what
         self.stopped: set[str] = set()  # runs to stop
         self.sweep_file = ""  # as sent by `wandb sweep`
         self.trials: list[dict[str, Any]] = []  # parameters to hand to agents, in order
@@ -53,6 +75,15 @@ class WandbServer(ThreadingHTTPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
         pass  # killed clients are expected
 
+    def find_artifact(self, entity: str, project: str, called: str) -> Artifact | None:
+        """The version called NAME:ALIAS or NAME:v0 in a project."""
+        name, _, alias = called.partition(":")
+        for artifact in self.artifacts.values():
+            known = artifact.place == (entity, project, name) and artifact.state == "COMMITTED"
+            if known and alias in (*artifact.aliases, f"v{artifact.version}"):
+                return artifact
+        return None
+
     def run(self, run_id: str) -> dict[str, Any]:
         return self.runs.setdefault(run_id, {"config": {}, "summary": {}, "states": [], "exit": None, "tags": []})
 
@@ -69,7 +100,8 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def answer(self, content: Any, status: int = 200) -> None:
-        body = json.dumps(content).encode()
+        """Answer with bytes as they are, or with JSON."""
+        body = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
@@ -92,15 +124,28 @@ class Handler(BaseHTTPRequestHandler):
         return mode != "ok"
 
     def do_GET(self) -> None:
-        if not self.fails():
-            self.answer({})
+        if self.fails():
+            return
+        if not self.path.startswith("/artifact"):
+            return self.answer({})
+        artifact, name = self.artifact_file() or (None, None)  # after a 404, the SDK tries /artifactsV2/
+        found = artifact and name in artifact.files
+        self.answer(artifact.files[name] if found else {}, 200 if found else 404)
 
     def do_PUT(self) -> None:
         content = self.body()
         if not self.fails():
             with self.server.lock:
                 self.server.files[self.path] = len(content)
+                if file := self.artifact_file():
+                    artifact, name = file
+                    artifact.files[name] = content
             self.answer({})
+
+    def artifact_file(self) -> tuple[Artifact, str] | None:
+        """The artifact and the name of the file that the path /artifact/ID/NAME stands for."""
+        match = re.fullmatch("/artifact/(.+?)/(.+)", self.path)
+        return match and (self.server.artifacts[match[1]], unquote(match[2]))
 
     def do_POST(self) -> None:
         body = self.body()
@@ -173,14 +218,94 @@ class Handler(BaseHTTPRequestHandler):
         if name == "Heartbeat":
             commands = self.commands(list(json.loads(variables["runState"])))
             return {"agentHeartbeat": {"agent": {"id": "agent1"}, "commands": json.dumps(commands)}}
-        if name == "CreateArtifact":  # claims that it exists already, so nothing is uploaded
-            collection = variables["input"]["artifactCollectionName"]
-            server.artifacts.append(collection)
-            sequence = {"id": collection, "latestArtifact": {"id": collection, "versionIndex": 0}}
-            return {
-                "createArtifact": {"artifact": {"id": collection, "state": "COMMITTED", "artifactSequence": sequence}}
-            }
+        if "rtifact" in name:
+            return self.artifact_graphql(name, variables)
         return {"project": None}
+
+    def artifact_graphql(self, name: str, given: dict[str, Any]) -> dict[str, Any]:
+        """An artifact is created, its files and then its manifest are uploaded, and it is committed.
+
+        To use one, the SDK looks it up by its name, tells which run uses it, and fetches its manifest and its files.
+        """
+        server = self.server
+        if name == "CreateArtifact":
+            return {"createArtifact": {"artifact": self.create(given["input"])}}
+        if name == "CreateArtifactFiles":
+            files = [
+                {"storagePath": file["name"], "artifact": {"id": file["artifactID"]}, "uploadMultipartUrls": None,
+                 "uploadUrl": self.url(file["artifactID"], file["name"]), "uploadHeaders": []}
+                for file in given["input"]["artifactFiles"]
+            ]  # fmt: skip
+            return {"createArtifactFiles": {"files": {"edges": [{"node": file} for file in files]}}}
+        if name == "CreateArtifactManifest":
+            id = given["artifactID"]
+            file = {"id": id, "uploadUrl": self.url(id, MANIFEST), "uploadHeaders": []}
+            return {"createArtifactManifest": {"artifactManifest": {"id": id, "file": file}}}
+        if name == "CommitArtifact":
+            return {"commitArtifact": {"artifact": self.commit(server.artifacts[given["artifactID"]])}}
+        if name == "ArtifactMembershipByName":
+            if not any((given["entity"], given["project"]) == a.place[:2] for a in server.artifacts.values()):
+                return {"project": None}
+            artifact = server.find_artifact(given["entity"], given["project"], given["name"])
+            return {"project": {"artifactCollectionMembership": artifact and self.membership(artifact)}}
+        if name == "UseArtifact":
+            server.used.append((given["runName"], given["artifactID"]))
+            return {"useArtifact": {"artifact": {"id": given["artifactID"]}}}
+        if name == "FetchArtifactManifest":
+            return {"artifact": {"currentManifest": {"file": {"directUrl": self.url(given["id"], MANIFEST)}}}}
+        if name == "GetArtifactMembershipFileUrls":
+            called = f"{given['collection']}:{given['alias']}"
+            artifact = server.find_artifact(given["entity"], given["project"], called)
+            files = [
+                {"node": {"__typename": "File", "name": name, "directUrl": self.url(artifact.id, name)}}
+                for name in artifact.manifest["contents"]
+            ]
+            page = {"files": {"pageInfo": {"endCursor": None, "hasNextPage": False}, "edges": files}}
+            return {"project": {"artifactCollection": {"__typename": "ArtifactSequence", "artifactMembership": page}}}
+        return {"project": None}
+
+    def create(self, given: dict[str, Any]) -> dict[str, Any]:
+        """A new version, or the one of the same content."""
+        server = self.server
+        place = (given["entityName"], given["projectName"], given["artifactCollectionName"])
+        with server.lock:
+            versions = [artifact for artifact in server.artifacts.values() if artifact.place == place]
+            same = [artifact for artifact in versions if artifact.digest == given["digest"]]
+            id, aliases = f"artifact{len(server.artifacts)}", [alias["alias"] for alias in given["aliases"]]
+            new = Artifact(id, given["artifactTypeName"], place, len(versions), given["digest"], aliases)
+            artifact = same[0] if same else new
+            server.artifacts[artifact.id] = artifact
+        latest = {"latestArtifact": {"id": versions[-1].id} if versions else None}
+        return {"id": artifact.id, "state": artifact.state, "artifactSequence": latest}
+
+    def commit(self, artifact: Artifact) -> dict[str, Any]:
+        """The version takes its aliases from those before."""
+        with self.server.lock:
+            for other in self.server.artifacts.values():
+                if other.place == artifact.place and other is not artifact:
+                    other.aliases = [alias for alias in other.aliases if alias not in artifact.aliases]
+            artifact.state = "COMMITTED"
+        return {"id": artifact.id, "digest": artifact.digest}
+
+    def membership(self, artifact: Artifact) -> dict[str, Any]:
+        """What the SDK asks of a version."""
+        entity, project, collection = artifact.place
+        place = {"id": "1", "internalId": "1", "name": project, "entity": {"name": entity}}
+        sequence = {"__typename": "ArtifactSequence", "name": collection, "project": place}
+        version = {"id": artifact.id, "versionIndex": artifact.version, "createdAt": "2025-01-01T00:00:00"}
+        content = {
+            "__typename": "Artifact", "artifactSequence": sequence, "artifactType": {"name": artifact.kind},
+            "state": artifact.state, "digest": artifact.digest, "size": sum(map(len, artifact.files.values())),
+            "fileCount": len(artifact.files) - 1, "tags": [], "ttlDurationSeconds": -2, "ttlIsInherited": True,
+            **dict.fromkeys(("description", "metadata", "historyStep", "commitHash", "updatedAt")),
+        }  # fmt: skip
+        aliases = [{"__typename": "ArtifactAlias", "id": alias, "alias": alias} for alias in artifact.aliases]
+        return version | {"__typename": "ArtifactCollectionMembership", "aliases": aliases,
+                          "artifactCollection": sequence, "artifact": version | content}  # fmt: skip
+
+    def url(self, artifact_id: str, file: str) -> str:
+        """Where a file of an artifact is uploaded and downloaded."""
+        return f"{self.server.url}/artifact/{artifact_id}/{quote(file)}"
 
     def commands(self, running: list[str]) -> list[dict[str, Any]]:
         """The sweep's commands for an agent: stop a run, start the next one, or exit."""
