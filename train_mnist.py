@@ -35,6 +35,7 @@ class Settings(options.SharedSettings):
 if __name__ == "__main__":
     script.check_options(Settings)  # before the imports that take seconds
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -292,8 +293,9 @@ def conclude(session: Session, best: Best, progress: Progress) -> dict[str, Any]
         export_onnx(output_dir / "model.onnx", model)
         with tolerate_wandb_errors(run):
             run.summary.update(summary)
-            for file in ("model.pt", "model.onnx"):
-                run.save(output_dir / file, base_path=output_dir, policy="now", glob=False)
+            for file in ("model.pt", "model.onnx") if not run.disabled else ():
+                copy = shutil.copy(output_dir / file, run.dir)  # W&B would only link to it, and warn of that
+                run.save(copy, base_path=run.dir, policy="now", glob=False)
         if settings.log_model == "best":
             log_model(run, best.weights, results, ["latest", "best"])
     print(f"test accuracy {results['test/acc']:.2%} of {len(data.test.labels):,} images, best epoch {best.epoch}")

@@ -68,9 +68,9 @@ class StopRequests:
     def _raise_late(self) -> None:
         if not self._training:
             raise self.first
-        place = "starts over" if self.saved_step is None else f"goes on from the checkpoint of step {self.saved_step}"
-        reason = f"{self.first.reason}, and --stop_timeout {self._timeout:g} seconds have passed"
-        raise Stopped(reason, self.first.status, place)
+        saved = "starts over" if self.saved_step is None else f"goes on from the checkpoint of step {self.saved_step}"
+        late = f"{self.first.reason}, and --stop_timeout {self._timeout:g} seconds have passed: the run {saved}"
+        raise Stopped(late, self.first.status)
 
 
 @contextlib.contextmanager
@@ -80,21 +80,19 @@ def handling_signals(timeout: float) -> Iterator[StopRequests]:
     if not in_main_thread():
         yield requests
         return
-    handlers = {
-        signal.SIGTERM: requests.on_signal,
-        signal.SIGINT: requests.on_signal,
-        signal.SIGALRM: requests.on_timeout,
-    }
+    handlers = {signal.SIGTERM: requests.on_signal, signal.SIGINT: requests.on_signal}
+    handlers[signal.SIGALRM] = requests.on_timeout
     previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    ended = False
     try:
         yield requests
-        ended = True
+    except BaseException:
+        if requests.first:
+            previous[signal.SIGTERM] = signal.SIG_IGN  # the exit is under way
+        raise
     finally:
         cancel_timeout()
         for number, handler in previous.items():
-            stopped = requests.first and number == signal.SIGTERM and not ended
-            signal.signal(number, signal.SIG_IGN if stopped else handler)
+            signal.signal(number, handler)
     if requests.signal:  # it came too late for this run, but what called it is to stop
         signal.raise_signal(requests.signal)
 

@@ -12,13 +12,13 @@ from harness import distributed
 from harness.errors import disk_error, warn_loudly
 from harness.signals import in_main_thread
 
-_reported: set[str] = set()  # ids of runs
-_lost: set[str] = set()  # ids of runs whose W&B service is gone
+reported_runs: set[str] = set()  # ids of runs in which an error was reported; later ones are its consequences
+lost_runs: set[str] = set()  # ids of runs whose W&B service is gone
 
 
 @contextlib.contextmanager
 def tolerate_wandb_errors(run: wandb.Run) -> Iterator[None]:
-    """Report an error of W&B in the block once per run, then swallow it and all that follow."""
+    """Report an error of W&B in the block once per run, then swallow it and all that follow. Also a decorator."""
     try:
         yield
     except Exception as error:
@@ -28,24 +28,13 @@ def tolerate_wandb_errors(run: wandb.Run) -> Iterator[None]:
         if not any(module.startswith("wandb.") for module in modules) and not disk_error(error):
             raise
         if isinstance(error, ConnectionError):
-            _lost.add(run.id)
-        if run.id not in _reported:
-            _reported.add(run.id)
+            lost_runs.add(run.id)
+        if run.id not in reported_runs:
+            reported_runs.add(run.id)
             warn_loudly(
                 f"W&B has failed: {error or type(error).__name__}",
                 "Training continues. The journal has every number; the same command with --resume logs them again.",
             )
-
-
-def tolerant(run: wandb.Run, method: Callable[..., Any]) -> Callable[..., Any]:
-    """A method of the run that does not raise W&B's errors, and then returns None."""
-
-    @functools.wraps(method)
-    def call(*arguments: Any, **options: Any) -> Any:
-        with tolerate_wandb_errors(run):
-            return method(*arguments, **options)
-
-    return call
 
 
 def logs_to_wandb(function: Callable[..., None]) -> Callable[..., None]:
@@ -61,21 +50,6 @@ def logs_to_wandb(function: Callable[..., None]) -> Callable[..., None]:
                 function(run, *arguments, **options)
 
     return on_rank_0
-
-
-def is_lost(run: wandb.Run) -> bool:
-    """Whether the W&B service of this run is gone."""
-    return run.id in _lost
-
-
-def is_reported(run: wandb.Run) -> bool:
-    """Whether an error of W&B has been reported in this run."""
-    return run.id in _reported
-
-
-def mark_reported(run: wandb.Run) -> None:
-    """Swallow the errors that are still to come: they are consequences of one that was reported."""
-    _reported.add(run.id)
 
 
 def is_from_agent(error: Exception) -> bool:
