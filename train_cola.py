@@ -60,7 +60,7 @@ from harness.device import seed_everything, seed_rank
 from harness.errors import UserError
 from harness.progress import Best, Meter, Progress, check_batches
 from harness.session import Session, open_session
-from harness.wandb_errors import logs_to_wandb, tolerate_wandb_errors
+from harness.wandb_run import logs_to_wandb, tolerate_wandb_errors
 from tasks import batching, encoders
 from tasks.sentences import Corpus, load_corpus
 
@@ -213,7 +213,7 @@ def warn_of_one_class(run: wandb.Run, progress: Progress, result: metrics.Evalua
     if len(predicted) == 1:
         text = f"Epoch {progress.epoch}: the model answers {class_names[predicted[0]]!r} to every validation sentence; "
         text += f"its accuracy, {result.metrics['acc']:.1%}, is that of always answering so."
-        progress.write(f"WARNING: {text}")
+        progress.bar.write(f"WARNING: {text}")
         if not (run.offline or run.disabled):
             run.alert(title="One class only", text=text, level=wandb.AlertLevel.WARN)
 
@@ -269,7 +269,7 @@ def train(session: Session, task: Task) -> tuple[Best, Progress]:
                     },
                     step=progress.step,
                 )
-                progress.show(loss=f"{row['loss']:.4f}", acc=f"{row['acc']:.2%}")
+                progress.bar.set_postfix(loss=f"{row['loss']:.4f}", acc=f"{row['acc']:.2%}")
             schedule.step()
             checkpoints.save_if_due()  # and at an epoch's end; on a request to stop it saves, then raises Stopped
 
@@ -352,7 +352,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             seed_everything(session.settings.seed, session.settings.deterministic)
             seed_rank(session.settings.seed)
             best, progress = train(session, task)
-            session.finish(conclude(session, task, best, progress))
+            session.metrics = conclude(session, task, best, progress)
     return session.metrics
 
 

@@ -52,7 +52,7 @@ from harness.checkpoints import Checkpoints
 from harness.device import find_device, seed_everything, seed_rank
 from harness.progress import Best, Meter, Progress, check_batches
 from harness.session import Session, open_session
-from harness.wandb_errors import logs_to_wandb, tolerate_wandb_errors
+from harness.wandb_run import logs_to_wandb, tolerate_wandb_errors
 from metrics import Evaluation, evaluation, lower_is_better
 
 # -------------------------------------------------------------------------------------------------- data
@@ -226,7 +226,7 @@ def train(session: Session, model: MLP, data: Spirals) -> tuple[Best, Progress]:
                     },
                     step=progress.step,
                 )
-                progress.show(loss=f"{row['loss']:.4f}", acc=f"{row['acc']:.2%}")
+                progress.bar.set_postfix(loss=f"{row['loss']:.4f}", acc=f"{row['acc']:.2%}")
             schedule.step()
             checkpoints.save_if_due()  # and at an epoch's end; on a request to stop it saves, then raises Stopped
 
@@ -314,7 +314,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             parameters = sum(parameter.numel() for parameter in model.parameters())
             print(f"{parameters:,} parameters on {device.type} in {settings.precision}, seed {settings.seed}")
             best, progress = train(session, model, data)
-            session.finish(conclude(session, best, progress))
+            session.metrics = conclude(session, best, progress)
     return session.metrics
 
 

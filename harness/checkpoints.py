@@ -86,7 +86,7 @@ class Checkpoints:
         progress, settings, requests = self._progress, self._session.settings, self._session.stop_requests
         # Ranks agree on stopping, but not after every batch: communication takes time.
         agree = distributed.world_size() == 1 or progress.row_is_due
-        stopping = agree and distributed.any_rank(requests.first is not None)
+        stopping = agree and any(distributed.gather(requests.first is not None))
         if stopping or progress.epoch_ends or progress.batch % settings.checkpoint_every == 0:
             self._save()
         if stopping:
@@ -206,11 +206,11 @@ def fingerprint(data: Any, checksum: int = 0) -> int:
 
 
 def _random_state() -> dict[str, Any]:
-    """The state of every global random generator, as tensors and plain values."""
-    kind, keys, position, has_gauss, cached = np.random.get_state()
+    """The state of every global random generator, in types that `weights_only` loads."""
+    kind, keys, *rest = np.random.get_state()
     return {
         "python": random.getstate(),
-        "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached),
+        "numpy": (kind, keys.tolist(), *rest),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,  # of this rank's device
     }
@@ -218,8 +218,7 @@ def _random_state() -> dict[str, Any]:
 
 def _set_random_state(state: Mapping[str, Any]) -> None:
     random.setstate(state["python"])
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])

@@ -107,13 +107,6 @@ def sum_gradients(model: nn.Module) -> None:
     sum_over_ranks(*(weight.grad for weight in model.parameters() if weight.grad is not None))
 
 
-def any_rank(flag: bool) -> bool:
-    """Whether `flag` is true on any rank. Does not synchronize with an accelerator."""
-    votes = torch.tensor(float(flag))
-    sum_over_ranks(votes)
-    return bool(votes)
-
-
 def broadcast(value: Any = None) -> Any:
     """Rank 0's `value`, on every rank; the others wait for it."""
     values = [value]
@@ -124,7 +117,7 @@ def broadcast(value: Any = None) -> Any:
 
 
 def gather(value: Any) -> list[Any]:
-    """The `value` of each rank, in order."""
+    """The `value` of each rank, in order. Does not synchronize with an accelerator."""
     values = [value] * world_size()
     if world_size() > 1:
         with _communicating():

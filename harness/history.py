@@ -10,10 +10,10 @@ from typing import Any
 
 import wandb
 
-from harness import wandb_internals, wandb_run
+from harness import wandb_internals
 from harness.errors import UserError
 from harness.files import replacing
-from harness.wandb_errors import lost_runs, tolerate_wandb_errors
+from harness.wandb_run import lost_rows, lost_runs, tolerate_wandb_errors
 
 
 class History:
@@ -57,7 +57,7 @@ class History:
 
     def log_again(self, rows: list[dict[str, float]]) -> None:
         """Send W&B the rows of the journal that it has lost, with their media if a log on this machine has them."""
-        for step, values in wandb_run.lost_rows(self._run, rows, self._wandb_step):
+        for step, values in lost_rows(self._run, rows, self._wandb_step):
             self._send(values, step)
 
     def state_dict(self) -> dict[str, Any]:

@@ -82,18 +82,14 @@ Settings = TypeVar("Settings", bound=SharedSettings)
 
 
 def parse(settings_class: type[Settings], argv: Sequence[str] | None = None) -> Settings:
-    """Settings from command-line arguments (`sys.argv` if None).
-
-    Raises `UserError` if an option is unknown or its value is invalid.
-    """
+    """Settings from command-line arguments (`sys.argv` if None). Raises `UserError` if one is unknown or invalid."""
     return _build(settings_class, _read(settings_class, argv), prefix="--")
 
 
 def from_config(requested: Settings, config: Mapping[str, Any]) -> Settings:
     """`requested`, updated from a W&B run's config, in which a sweep may have set values.
 
-    Keys that are not options are ignored, and `RUN_OPTIONS` keep their values. Raises `UserError` if a value is
-    invalid.
+    Keys that are no options, or `RUN_OPTIONS`, are ignored. Raises `UserError` if a value is invalid.
     """
     configured = _build(type(requested), {k: v for k, v in config.items() if k not in RUN_OPTIONS}, prefix="config.")
     return dataclasses.replace(configured, **{name: getattr(requested, name) for name in RUN_OPTIONS})

@@ -40,6 +40,7 @@ class Progress:
 
     `epoch` and `batch` count from 1 over the whole run; `step`, the step of W&B, is the number of examples seen. They
     already include the batch that is under way. The batches of an epoch must follow from the seed and the epoch alone.
+    `bar` is tqdm's: `bar.set_postfix` shows values beside it, `bar.write` prints a line above it.
     """
 
     def __init__(self, session: "Session", examples: int):
@@ -62,7 +63,7 @@ class Progress:
         # A resumed run logs its histograms in the same batches as one that was never interrupted.
         self._first_watched = math.ceil(self.batch / settings.watch_every) * settings.watch_every + 1
         bar = {"total": self.total_batches, "initial": self.batch, "unit": "batch", "disable": None, "file": sys.stdout}
-        with self._stop_requests.training(), tqdm(**bar) as self._bar:
+        with self._stop_requests.training(), tqdm(**bar) as self.bar:
             for self.epoch in range(first, settings.epochs + 1):
                 self._epoch_started = self._row_started = time.perf_counter()
                 self._row_step = self.step
@@ -77,7 +78,7 @@ class Progress:
             self.batch, self.step = self.batch + 1, self.step + len(indices)
             self._history.begin_row(self.step)
             yield indices
-            self._bar.update()
+            self.bar.update()
 
     @property
     def watch_starts(self) -> bool:
@@ -101,17 +102,9 @@ class Progress:
         self._row_step, self._row_started = self.step, time.perf_counter()
         return (self.step - step) / (self._row_started - started)
 
-    def show(self, **shown: str) -> None:
-        """Show values beside the progress bar."""
-        self._bar.set_postfix(**shown)
-
-    def write(self, line: str) -> None:
-        """Print a line above the progress bar."""
-        self._bar.write(line)
-
     def end_epoch(self, line: str) -> None:
         """Print a line on the epoch, with the seconds that it took."""
-        self.write(f"epoch {self.epoch}: {line}, {time.perf_counter() - self._epoch_started:.1f} s")
+        self.bar.write(f"epoch {self.epoch}: {line}, {time.perf_counter() - self._epoch_started:.1f} s")
 
     def check_finite(self, name: str, loss: float) -> None:
         """Raise `UserError`, with all rows written, if a loss is NaN or infinite. `name` is the part of the data."""

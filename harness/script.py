@@ -49,13 +49,9 @@ def run_script(main: Callable[[], Any]) -> None:
     """Call `main` and exit; errors that the user can fix end in one line on stderr and their exit status."""
     _open_streams()
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    gc.freeze()  # exempt what was imported from collection
-    gc.enable()
     gc.set_threshold(50_000)  # collect rarely: the ONNX exporter is still to be imported
-    try:
-        status = status_of(main)
-    finally:
-        gc.unfreeze()  # or triton complains after a traceback
+    gc.enable()
+    status = status_of(main)
     if sys.modules["__main__"].__spec__ or sys.flags.interactive:
         sys.exit(status)  # `python -m cProfile train_mnist.py` and the like still have to report
     getattr(atexit, "_run_exitfuncs", lambda: sys.exit(status))()  # undocumented: without it, the slow way

@@ -24,7 +24,6 @@ from harness.files import read_json, write_json
 from harness.history import History, rewind
 from harness.options import SharedSettings, from_config
 from harness.signals import StopRequests, handling_signals, in_main_thread
-from harness.wandb_errors import tolerate_wandb_errors
 
 LIBRARIES = ("torch", "torchvision", "transformers", "wandb", "numpy")
 Load = Callable[[Any], Any]  # (settings) -> data; fills in the settings that depend on the data
@@ -55,10 +54,6 @@ class Session:
     @property
     def device(self) -> torch.device:
         return find_device(self.settings.device)
-
-    def finish(self, metrics: Mapping[str, Any]) -> None:
-        """Set the content of metrics.json, which is written last: a run that has it is finished."""
-        self.metrics = dict(metrics)
 
 
 @contextlib.contextmanager
@@ -198,7 +193,7 @@ def _record(run: wandb.Run, settings: SharedSettings, output_dir: Path) -> None:
         with contextlib.suppress(PackageNotFoundError):
             versions[library] = version(library)
     write_json(output_dir / CONFIG, used | {"versions": versions})
-    with tolerate_wandb_errors(run):
+    with wandb_run.tolerate_wandb_errors(run):
         run.config.update({k: v for k, v in used.items() if run.config.get(k) != v}, allow_val_change=True)
         run.tags = tuple(dict.fromkeys((*(run.tags or ()), settings.dataset)))
         if settings.save_code:

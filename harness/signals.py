@@ -76,17 +76,15 @@ class StopRequests:
 @contextlib.contextmanager
 def handling_signals(timeout: float) -> Iterator[StopRequests]:
     """Turn signals into requests to stop, in the main thread; others, such as wandb.agent's, receive none."""
-    requests = StopRequests(timeout)
-    if not in_main_thread():
-        yield requests
-        return
-    handlers = {signal.SIGTERM: requests.on_signal, signal.SIGINT: requests.on_signal}
-    handlers[signal.SIGALRM] = requests.on_timeout
-    previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    requests, previous = StopRequests(timeout), {}
+    if in_main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            previous[number] = signal.signal(number, requests.on_signal)
+        previous[signal.SIGALRM] = signal.signal(signal.SIGALRM, requests.on_timeout)
     try:
         yield requests
     except BaseException:
-        if requests.first:
+        if requests.first and previous:
             previous[signal.SIGTERM] = signal.SIG_IGN  # the exit is under way
         raise
     finally:

@@ -1,6 +1,7 @@
 """The W&B run: started online or offline, kept from hurting training, and finished."""
 
 import contextlib
+import functools
 import logging
 import os
 import queue
@@ -8,17 +9,17 @@ import shutil
 import signal
 import tempfile
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import wandb
 
-from harness import wandb_internals
-from harness.errors import Stopped, UserError, warn_loudly
+from harness import distributed, wandb_internals
+from harness.errors import Stopped, UserError, disk_error, warn_loudly
 from harness.options import SharedSettings
-from harness.signals import StopRequests, cancel_timeout
-from harness.wandb_errors import is_from_agent, lost_runs, reported_runs, tolerate_wandb_errors
+from harness.signals import StopRequests, cancel_timeout, in_main_thread
 
 INIT_TIMEOUT = 8  # seconds; W&B waits up to ten more before that to confirm the API key
 FINISH_TIMEOUT = {"none": 20, "best": 1800, "all": 1800}  # seconds, by --log_model
@@ -26,7 +27,50 @@ CLOSE_TIMEOUT = 2  # seconds to close the run after a signal
 CACHE_BYTES = 1 << 20  # a cache that can't take this much counts as full
 ARTIFACT_TIMEOUT = 5  # seconds to hand over artifacts at the end of a run; uploading them comes after that
 
+reported_runs: set[str] = set()  # ids of runs in which an error was reported; later ones are its consequences
+lost_runs: set[str] = set()  # ids of runs whose W&B service is gone
 _workers: dict[str, tuple[queue.SimpleQueue, threading.Thread]] = {}  # by run id: what logs artifacts
+
+
+@contextlib.contextmanager
+def tolerate_wandb_errors(run: wandb.Run) -> Iterator[None]:
+    """Report an error of W&B in the block once per run, then swallow it and all that follow. Also a decorator."""
+    try:
+        yield
+    except Exception as error:
+        if _is_from_agent(error):
+            raise
+        modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+        if not any(module.startswith("wandb.") for module in modules) and not disk_error(error):
+            raise
+        if isinstance(error, ConnectionError):
+            lost_runs.add(run.id)
+        if run.id not in reported_runs:
+            reported_runs.add(run.id)
+            warn_loudly(
+                f"W&B has failed: {error or type(error).__name__}",
+                "Training continues. The journal has every number; the same command with --resume logs them again.",
+            )
+
+
+def logs_to_wandb(function: Callable[..., None]) -> Callable[..., None]:
+    """Decorator for functions that log to W&B, with the run as first argument.
+
+    They are called on rank 0 only, and do not raise W&B's errors.
+    """
+
+    @functools.wraps(function)
+    def on_rank_0(run: wandb.Run, *arguments: Any, **options: Any) -> None:
+        if distributed.rank() == 0:
+            with tolerate_wandb_errors(run):
+                function(run, *arguments, **options)
+
+    return on_rank_0
+
+
+def _is_from_agent(error: Exception) -> bool:
+    """Whether `wandb.agent` raised this, a bare `Exception`, in its thread to stop the run there."""
+    return type(error) is Exception and not error.args and not in_main_thread()
 
 
 def wandb_mode(choice: str) -> str:
@@ -176,7 +220,7 @@ def finishing(run: wandb.Run, command: str) -> Iterator[None]:
         try:
             yield
         except Exception as error:
-            if not is_from_agent(error):
+            if not _is_from_agent(error):
                 raise
             raise Stopped("the sweep", 0) from None
         closing = True
