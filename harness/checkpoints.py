@@ -113,11 +113,7 @@ class Checkpoints:
 
 
 def load(output_dir: Path, settings: SharedSettings) -> dict[str, Any] | None:
-    """The newest readable checkpoint, None if the run is new; `settings` become those that the run was begun with.
-
-    A damaged checkpoint is reported, and the one before it used. Raises `UserError` if neither is readable, or if
-    the command line asks for other settings than the run was begun with.
-    """
+    """The newest readable checkpoint, or None; `settings` become those of the run. Raises `UserError`."""
     paths = [path for path in (output_dir / CHECKPOINT, output_dir / PREVIOUS_CHECKPOINT) if path.exists()]
     problems = []
     for path in paths:
@@ -191,10 +187,7 @@ def _adopt_settings(settings: SharedSettings, used: Mapping[str, Any], output_di
 
 
 def fingerprint(data: Any, checksum: int = 0) -> int:
-    """A checksum of all tensors in nested sequences, which continues `checksum`.
-
-    Raises `TypeError` for a type whose content would go unchecked, such as a Dataset.
-    """
+    """A checksum of all tensors in nested sequences. Raises `TypeError` for what would go unchecked."""
     if isinstance(data, Tensor):
         return zlib.crc32(data.cpu().contiguous().numpy(), checksum)
     if isinstance(data, (list, tuple)):

@@ -29,10 +29,7 @@ def seed_rank(seed: int) -> None:
 
 
 def find_device(name: str) -> torch.device:
-    """The device for `--device`; "auto" is the fastest kind available. Raises `UserError` if there is none.
-
-    Under torchrun each process of a machine gets a GPU of its own; MPS can't be shared.
-    """
+    """The device for `--device`, under torchrun a GPU per process; "auto" is the fastest kind. Raises `UserError`."""
     alone = distributed.world_size() == 1
     available = {"cuda": torch.cuda.is_available(), "mps": alone and torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":

@@ -26,11 +26,7 @@ def newest_unfinished(task: str) -> Path | None:
 
 @contextlib.contextmanager
 def output_directory(settings: SharedSettings) -> Iterator[Path]:
-    """The directory for the files of a run, created if it is missing, and locked while the block runs.
-
-    Raises `UserError` if files can't be written there, if it holds anything but a run to resume, or if another process
-    has locked it. If the block raises before there are results, nothing is left.
-    """
+    """The directory of a run, locked during the block; undone if that raises without results. Raises `UserError`."""
     path = Path(settings.output_dir)
     with contextlib.ExitStack() as stack:
         try:
@@ -71,11 +67,8 @@ def _check_content(path: Path, resume: bool) -> set[str]:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Create the directory if it is missing, and keep other processes out; the system releases the lock in any case.
-
-    If the block raises, what was created is removed again unless it holds something. Raises `OSError` and `UserError`.
-    """
-    created = [directory for directory in (path, *path.parents) if not directory.exists()]
+    """Create the directory and keep other processes out; remove it if the block raises and it is empty."""
+    created = [p for p in (path, *path.parents) if not p.exists()]
     path.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -64,10 +64,7 @@ def _check_environment() -> None:
 
 @contextlib.contextmanager
 def deferring_to_rank_0() -> Iterator[None]:
-    """For the other ranks: on an error that stops all of them, wait for rank 0 to report it and exit silently.
-
-    torchrun kills every process as soon as one has failed.
-    """
+    """On the other ranks: wait for rank 0 to report an error first; torchrun kills all once one has failed."""
     try:
         yield
     except (Stopped, UserError):

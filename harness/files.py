@@ -48,10 +48,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replacing_directory(path: Path) -> Iterator[Path]:
-    """A temporary directory to write to; at the end of the block it replaces `path`.
-
-    Raises `UserError` if `path` holds anything that the new directory does not.
-    """
+    """A temporary directory that replaces `path` at the end. Raises `UserError` if `path` holds other files."""
     with temporary_beside(path) as parent:
         temporary = parent / path.name
         temporary.mkdir(parents=True)

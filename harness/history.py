@@ -51,7 +51,8 @@ class History:
         row, self._row = self._row, {}
         if self._journal and (numbers := _numbers(row)):
             line = json.dumps({"step": self.step, **numbers}) + "\n"
-            _append(self._journal, line)
+            with self._journal.open("a") as journal:
+                journal.write(line)
             self._checksum = zlib.crc32(line.encode(), self._checksum)
         self._send(row, self.step)
 
@@ -92,10 +93,7 @@ class History:
 
 
 def rewind(journal: Path, state: Mapping[str, Any]) -> list[dict[str, float]]:
-    """Cut the journal to the length it had when `state` was saved, and return its rows.
-
-    Raises `UserError` if rows are missing or damaged.
-    """
+    """Cut the journal to its length in `state` and return its rows. Raises `UserError` if they are damaged."""
     content = journal.read_bytes()[: state["journal"]] if journal.exists() else b""
     if (len(content), zlib.crc32(content)) != (state["journal"], state["checksum"]):
         problem = "does not go with the checkpoint: rows are missing or damaged; choose another --output_dir"
@@ -113,13 +111,3 @@ def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
             number = value.item() if hasattr(value, "item") else value
             numbers[name] = number if isinstance(number, int) else float(number)
     return numbers
-
-
-def _append(path: Path, line: str) -> None:
-    size = path.stat().st_size if path.exists() else 0
-    try:
-        with path.open("a") as file:
-            file.write(line)
-    except OSError:
-        os.truncate(path, size)  # no half of a line
-        raise

@@ -87,10 +87,7 @@ def parse(settings_class: type[Settings], argv: Sequence[str] | None = None) -> 
 
 
 def from_config(requested: Settings, config: Mapping[str, Any]) -> Settings:
-    """`requested`, updated from a W&B run's config, in which a sweep may have set values.
-
-    Keys that are no options, or `RUN_OPTIONS`, are ignored. Raises `UserError` if a value is invalid.
-    """
+    """`requested`, updated from a run's config, in which a sweep may have set values. Raises `UserError`."""
     configured = _build(type(requested), {k: v for k, v in config.items() if k not in RUN_OPTIONS}, prefix="config.")
     return dataclasses.replace(configured, **{name: getattr(requested, name) for name in RUN_OPTIONS})
 
@@ -105,8 +102,7 @@ class _Parser(argparse.ArgumentParser):
 def _read(settings_class: type, argv: Sequence[str] | None) -> dict[str, Any]:
     """The options that were given, still as strings."""
     description = (sys.modules[settings_class.__module__].__doc__ or "").strip().partition("\n")[0]
-    usage = "%(prog)s [--OPTION VALUE ...]"
-    parser = _Parser(description=description, usage=usage, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser = _Parser(description=description, usage="%(prog)s [--OPTION VALUE ...]", allow_abbrev=False)
     kinds, defaults = _kinds(settings_class), settings_class()
     for field in dataclasses.fields(settings_class):
         kind, default = kinds[field.name], getattr(defaults, field.name)
@@ -115,6 +111,7 @@ def _read(settings_class: type, argv: Sequence[str] | None) -> dict[str, Any]:
         text = field.metadata["help"].replace("%", "%%")
         parser.add_argument(
             f"--{field.name}",
+            default=argparse.SUPPRESS,
             # A flag may stand alone (--compile) or carry a value, as sweeps write it (--compile=True).
             nargs="?" if kind is bool else "*" if kind in LISTS else None,
             action="extend" if kind == list[str] else "store",  # --tags a --tags b

@@ -20,10 +20,7 @@ if TYPE_CHECKING:
 
 
 def check_batches(settings: SharedSettings, examples: int, held_out: int) -> None:
-    """Check that so many training examples make batches that the ranks can share, and resolve `watch_every`.
-
-    `held_out` is the number of validation examples. Raises `UserError`. A script's `load` must call it.
-    """
+    """Check that the ranks can share the batches, and resolve `watch_every`. Raises `UserError`."""
     if settings.patience and not held_out:
         raise UserError("--patience needs examples to judge by, but none are held out")
     if settings.batch_size > examples:
@@ -122,10 +119,7 @@ class Progress:
 
 
 class Meter:
-    """Means over examples of quantities that are summed batch by batch, such as the loss or the number of hits.
-
-    Sums stay on `device`; reading a row is the only time that training waits for an accelerator.
-    """
+    """Means over examples of what is summed batch by batch; only reading a row waits for an accelerator."""
 
     def __init__(self, device: torch.device | str | None = None):
         self._device = device

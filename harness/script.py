@@ -21,10 +21,7 @@ ALLOCATION_ERRORS = re.compile("out of memory|can't allocate memory|storage size
 
 
 def check_options(settings_class: type[SharedSettings]) -> None:
-    """Answer `--help` and mistakes in the options, before the script imports what takes seconds to load.
-
-    Also prepares the process for those imports: OpenMP, the garbage collector, Ctrl-C, W&B's telemetry.
-    """
+    """Answer `--help` and mistakes in the options, and prepare the process for the slow imports."""
     _open_streams()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until training starts, Ctrl-C just ends the process
     # Let idle OpenMP threads sleep instead of spinning: on a busy machine spinning slows training down tenfold.

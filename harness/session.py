@@ -143,10 +143,7 @@ def _open(load: Load, requests: StopRequests) -> Iterator[Session]:
 
 
 def _identify(settings: SharedSettings, task: str) -> None:
-    """Resolve the identity of a run: W&B mode, project, entity, run id and output directory.
-
-    A resumed run keeps its project and id; for a run of a sweep, W&B decides both. Raises `UserError`.
-    """
+    """Resolve project, entity, run id, output directory and W&B mode. Raises `UserError`."""
     if settings.resume and not settings.output_dir:
         newest = newest_unfinished(task)
         raise UserError("--resume needs --output_dir" + (f"; the newest unfinished run is {newest}" if newest else ""))
@@ -183,10 +180,7 @@ def _finished_before(
 
 
 def _record(run: wandb.Run, settings: SharedSettings, output_dir: Path) -> None:
-    """Write the settings as used to W&B and, with versions, to `config.json`; the data set becomes a tag.
-
-    With `--save_code` the code is logged too: what is beside the script, and the packages there.
-    """
+    """Write the settings as used to W&B and, with versions, to `config.json`; the data set becomes a tag."""
     used = dataclasses.asdict(settings)
     versions = {"python": platform.python_version()}
     for library in LIBRARIES:

@@ -102,10 +102,7 @@ def read(file: Path) -> Iterator[tuple[int, Any]]:
 
 
 def repair(file: Path) -> None:
-    """Cut off a record that a crash left unfinished.
-
-    A file without history may stop `wandb sync`, and the resumed run logs all of it again: it is marked as synced.
-    """
+    """Cut off an unfinished record. `wandb sync` may stop at a file without history, and is made to skip it."""
     records = list(read(file))
     if Record is None:
         return

@@ -54,10 +54,7 @@ def tolerate_wandb_errors(run: wandb.Run) -> Iterator[None]:
 
 
 def logs_to_wandb(function: Callable[..., None]) -> Callable[..., None]:
-    """Decorator for functions that log to W&B, with the run as first argument.
-
-    They are called on rank 0 only, and do not raise W&B's errors.
-    """
+    """Decorator for functions that log to W&B, the run first: called on rank 0 only, they do not raise W&B's errors."""
 
     @functools.wraps(function)
     def on_rank_0(run: wandb.Run, *arguments: Any, **options: Any) -> None:
@@ -167,10 +164,7 @@ def _find_caches() -> None:
 
 
 def lost_rows(run: wandb.Run, rows: list[dict[str, float]], last_step: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Step and values of the journal's rows after `last_step`, the last one that W&B has.
-
-    Tables and pictures are included if a W&B log file on this machine has them.
-    """
+    """Steps and values of `rows` after `last_step`, with their media if a W&B log on this machine has them."""
     if run.disabled or not (rows or last_step >= 0):
         return
     logs = [log for log in wandb_internals.log_files(run.id) if log != Path(run.settings.sync_file)]
@@ -211,10 +205,7 @@ def _log_artifacts_in_background(run: wandb.Run) -> None:
 
 @contextlib.contextmanager
 def finishing(run: wandb.Run, command: str) -> Iterator[None]:
-    """Finish the W&B run with the block: as failed if it raises, and within seconds if it was stopped.
-
-    `command` is what resumes the run. The run's own context manager would print a traceback even for a `UserError`.
-    """
+    """Finish the run with the block, within seconds if it was stopped; `command` is what resumes it."""
     closing = False
     try:
         try:
