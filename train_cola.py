@@ -212,7 +212,7 @@ def warn_of_one_class(run: wandb.Run, progress: Progress, result: metrics.Evalua
     predicted = result.predictions.unique()
     if len(predicted) == 1:
         text = f"Epoch {progress.epoch}: the model answers {class_names[predicted[0]]!r} to every validation sentence; "
-        text += f"its accuracy, {result.metrics['acc']:.1%}, is that of always answering so."
+        text += f"its accuracy is {result.metrics['acc']:.1%} for that."
         progress.bar.write(f"WARNING: {text}")
         if not (run.offline or run.disabled):
             run.alert(title="One class only", text=text, level=wandb.AlertLevel.WARN)
