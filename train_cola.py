@@ -56,7 +56,7 @@ from harness.device import seed_everything, seed_rank
 from harness.errors import UserError
 from harness.progress import Best, Meter, Progress, check_batches
 from harness.session import Session, open_session
-from harness.wandb_errors import logs_to_wandb, tolerate_wandb_errors
+from harness.wandb_run import logs_to_wandb, tolerate_wandb_errors
 from tasks import batching, encoders
 from tasks.sentences import Corpus, load_corpus
 
@@ -212,8 +212,7 @@ def write_curves(session: Session, best_epoch: int) -> None:
     panels = {"loss": ("train/loss_step", "valid/loss"), "accuracy": ("train/acc_step", "valid/acc")}
     panels["Matthews correlation"] = ("", "valid/mcc")
     if distributed.rank() == 0:
-        picture = viz.curves_picture(session.history.rows(), panels, best_epoch)
-        files.write_png(session.output_dir / "curves.png", picture)
+        files.write_png(session.output_dir / "curves.png", viz.curves_picture(session.history.rows, panels, best_epoch))
 
 
 # ---------------------------------------------------------------------------------------------- training
@@ -267,7 +266,7 @@ def train(session: Session, task: Task) -> tuple[Best, Progress]:
                     },
                     step=progress.step,
                 )
-                progress.show(loss=f"{row['loss']:.4f}", acc=f"{row['acc']:.2%}")
+                progress.bar.set_postfix(loss=f"{row['loss']:.4f}", acc=f"{row['acc']:.2%}")
             schedule.step()
             checkpoints.save_if_due()  # and at an epoch's end; on a request to stop it saves, then raises Stopped
 
@@ -351,7 +350,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             seed_everything(session.settings.seed, session.settings.deterministic)
             seed_rank(session.settings.seed)
             best, progress = train(session, task)
-            session.finish(conclude(session, task, best, progress))
+            session.metrics = conclude(session, task, best, progress)
     return session.metrics
 
 

@@ -29,6 +29,7 @@ class Settings(options.SharedSettings):
 if __name__ == "__main__":
     script.check_options(Settings)  # before the imports that take seconds
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ from harness.checkpoints import Checkpoints
 from harness.device import find_device, seed_everything, seed_rank
 from harness.progress import Best, Meter, Progress, check_batches
 from harness.session import Session, open_session
-from harness.wandb_errors import logs_to_wandb, tolerate_wandb_errors
+from harness.wandb_run import logs_to_wandb, tolerate_wandb_errors
 from metrics import Evaluation, evaluation, lower_is_better
 from tasks.digits import Digits, ImageSet, load_digits, split_digits
 
@@ -168,8 +169,7 @@ def write_curves(session: Session, best_epoch: int) -> None:
     """Draw the learning curves of the run so far."""
     panels = {"loss": ("train/loss_step", "valid/loss"), "accuracy": ("train/acc_step", "valid/acc")}
     if distributed.rank() == 0:
-        picture = viz.curves_picture(session.history.rows(), panels, best_epoch)
-        files.write_png(session.output_dir / "curves.png", picture)
+        files.write_png(session.output_dir / "curves.png", viz.curves_picture(session.history.rows, panels, best_epoch))
 
 
 def write_pictures(output_dir: Path, data: Digits, name: str, result: Evaluation) -> None:
@@ -236,7 +236,7 @@ def train(session: Session, model: ConvNet, data: Digits) -> tuple[Best, Progres
                     },
                     step=progress.step,
                 )
-                progress.show(loss=f"{row['loss']:.4f}", acc=f"{row['acc']:.2%}")
+                progress.bar.set_postfix(loss=f"{row['loss']:.4f}", acc=f"{row['acc']:.2%}")
             schedule.step()
             checkpoints.save_if_due()  # and at an epoch's end; on a request to stop it saves, then raises Stopped
 
@@ -292,14 +292,14 @@ def conclude(session: Session, best: Best, progress: Progress) -> dict[str, Any]
     export_onnx(output_dir / "model.onnx", model)
     with tolerate_wandb_errors(run):
         run.summary.update({"best/epoch": best.epoch, **(valid.named("best") if valid else {})})
-        for file in ("model.pt", "model.onnx"):
-            run.save(output_dir / file, base_path=output_dir, policy="now", glob=False)
+        for file in ("model.pt", "model.onnx") if not run.disabled else ():
+            copy = shutil.copy(output_dir / file, run.dir)  # W&B would only link to it, and warn of that
+            run.save(copy, base_path=run.dir, policy="now", glob=False)
     if settings.log_model == "best":
         log_model(run, best.weights, results, ["latest", "best"])
     print(f"test accuracy {results['test/acc']:.2%} of {len(data.test.labels):,} images, best epoch {best.epoch}")
     identity = {"dataset": data.name, "model": f"ConvNet {settings.kernels}", "class_names": data.class_names}
-    share = {f"{name}/majority_share": shown.confusion.majority_share()}
-    return {**identity, "best/epoch": best.epoch, **results, **share}
+    return {**identity, "best/epoch": best.epoch, **results, f"{name}/majority_share": shown.confusion.majority_share()}
 
 
 def init(settings: Settings, /, **more: Any) -> wandb.Run:
@@ -322,7 +322,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             parameters = sum(parameter.numel() for parameter in model.parameters())
             print(f"{parameters:,} parameters on {device.type} in {settings.precision}, seed {settings.seed}")
             best, progress = train(session, model, data)
-            session.finish(conclude(session, best, progress))
+            session.metrics = conclude(session, best, progress)
     return session.metrics
 
 

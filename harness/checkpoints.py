@@ -1,14 +1,15 @@
 """Checkpoints: all that training needs to continue as if it had never been interrupted, on this or more processes."""
 
 import dataclasses
+import mmap
 import os
 import random
 import struct
-import zipfile
+import textwrap
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import torch
@@ -24,17 +25,8 @@ from harness.progress import Meter, Progress
 if TYPE_CHECKING:
     from harness.session import Session
 
-BLOCK = 1 << 20  # bytes
 SEAL, SEAL_MAGIC = struct.Struct("<4sI"), b"seal"  # ends a checkpoint: magic bytes, and the CRC-32 of all before
-# What a checkpoint holds beside the state of what a script adds, and the type of each.
-CONTENT = {
-    "model": dict,
-    "position": dict,
-    "history": dict,
-    "processes": list,
-    "settings": dict,
-    "data": int,
-}
+CONTENT = ("model", "position", "history", "processes", "settings", "data")  # beside what a script adds
 # Settings that do not affect the numbers of a run, and placeholders that are resolved at start-up.
 MAY_CHANGE = (*RUN_OPTIONS, "data_dir", "checkpoint_every", "watch", "watch_every", "log_model")
 PLACEHOLDERS = {"dataset": "auto", "device": "auto", "precision": "auto", "model": None, "learning_rate": None}
@@ -54,7 +46,10 @@ class Checkpoints:
         self._stateful = {"model": model, **stateful, "position": progress, "history": session.history}
         self._fingerprint = fingerprint(data)
         if distributed.world_size() > 1:
-            distributed.check_same(self._fingerprint, fingerprint(list(model.state_dict().values())))
+            checksums = (self._fingerprint, fingerprint(list(model.state_dict().values())))
+            if len(set(distributed.gather(checksums))) > 1:
+                problem = "the processes do not have the same data and model"
+                raise UserError(f"{problem}: give all of them the same files")
 
     def restore_or_begin(self) -> None:
         """Restore the checkpoint of a resumed run; save that of a new one. Raises `UserError` if the data differ."""
@@ -67,9 +62,10 @@ class Checkpoints:
         try:
             self._restore(checkpoint)
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-            problem = f"its checkpoint is not of this model or version ({' '.join(str(error).split())[:200]})"
+            problem = f"its checkpoint is not of this model or version ({textwrap.shorten(str(error), 200)})"
             raise UserError(f"--resume: {self._session.output_dir} can't be resumed: {problem}") from None
         self._session.stop_requests.saved_step = self._progress.step
+        print(f"Resuming {self._session.output_dir} at {self._progress}")
 
     def _restore(self, checkpoint: Mapping[str, Any]) -> None:
         """Raises one of several exceptions if the state does not fit."""
@@ -90,11 +86,12 @@ class Checkpoints:
         progress, settings, requests = self._progress, self._session.settings, self._session.stop_requests
         # Ranks agree on stopping, but not after every batch: communication takes time.
         agree = distributed.world_size() == 1 or progress.row_is_due
-        stopping = agree and distributed.any_rank(requests.first is not None)
+        stopping = agree and any(distributed.gather(requests.first is not None))
         if stopping or progress.epoch_ends or progress.batch % settings.checkpoint_every == 0:
             self._save()
         if stopping:
-            raise requests.first or Stopped("another process", 0)
+            first = requests.first or Stopped("another process", 0)
+            raise Stopped(f"{first.reason} at step {progress.step}, saved", first.status)
 
     def _save(self) -> None:
         """Write `checkpoint.pt` and keep the one before; rank 0 writes, the others contribute their state."""
@@ -116,31 +113,26 @@ class Checkpoints:
 
 
 def load(output_dir: Path, settings: SharedSettings) -> dict[str, Any] | None:
-    """The newest readable checkpoint, None if the run is new; `settings` become those that the run was begun with.
-
-    A damaged checkpoint is reported, and the one before it used. Raises `UserError` if neither is readable, or if
-    the command line asks for other settings than the run was begun with.
-    """
+    """The newest readable checkpoint, or None; `settings` become those of the run. Raises `UserError`."""
     paths = [path for path in (output_dir / CHECKPOINT, output_dir / PREVIOUS_CHECKPOINT) if path.exists()]
-    problems, state = [], None
+    problems = []
     for path in paths:
         try:
             state = _read(path)
-            break
         except Exception as error:  # zlib, lzma, pickle and others all have their own for damaged files
-            problems.append(f"{path} can't be read: {' '.join(str(error).split())[:200] or type(error).__name__}")
-    if paths and state is None:
-        raise UserError(f"{'; '.join(problems)}; to start over, give another --output_dir", status=1)
+            problems.append(f"{path} can't be read: {textwrap.shorten(str(error), 200) or type(error).__name__}")
+            continue
+        if problems:
+            warn_loudly(*problems, f"Going on from {path}, which is older.")
+        os.replace(path, output_dir / CHECKPOINT)  # or the next save would keep a damaged one as the previous
+        _adopt_settings(settings, state["settings"], output_dir)
+        return state
     if problems:
-        warn_loudly(*problems, f"Going on from {path}, which is older.")
+        raise UserError(f"{'; '.join(problems)}; to start over, give another --output_dir", status=1)
     journal = output_dir / JOURNAL
-    if state is None:
-        if journal.exists() and journal.stat().st_size and not (output_dir / METRICS).exists():
-            raise UserError(f"{output_dir} has lost its checkpoint; give another --output_dir", status=1)
-        return None
-    os.replace(path, output_dir / CHECKPOINT)  # or the next save would keep a damaged one as the previous
-    _adopt_settings(settings, state["settings"], output_dir)
-    return state
+    if journal.exists() and journal.stat().st_size and not (output_dir / METRICS).exists():
+        raise UserError(f"{output_dir} has lost its checkpoint; give another --output_dir", status=1)
+    return None
 
 
 def _seal(path: Path) -> None:
@@ -149,18 +141,15 @@ def _seal(path: Path) -> None:
         file.seek(-2, os.SEEK_END)  # the length of the comment, zero so far
         file.write(struct.pack("<H", SEAL.size))
         file.flush()
-        file.write(SEAL.pack(SEAL_MAGIC, _checksum(path, file.tell())))
+        file.write(SEAL.pack(SEAL_MAGIC, _checksum(file, file.tell())))
         file.flush()
         os.fsync(file.fileno())
 
 
-def _checksum(path: Path, length: int) -> int:
+def _checksum(file: BinaryIO, length: int) -> int:
     """CRC-32 of the first `length` bytes of a file."""
-    checksum = 0
-    with path.open("rb") as file:
-        for start in range(0, length, BLOCK):
-            checksum = zlib.crc32(file.read(min(BLOCK, length - start)), checksum)
-    return checksum
+    with mmap.mmap(file.fileno(), length, access=mmap.ACCESS_READ) as content:
+        return zlib.crc32(content)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -169,68 +158,52 @@ def _read(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         file.seek(length)
         magic, checksum = SEAL.unpack(file.read().ljust(SEAL.size))
-    if magic == SEAL_MAGIC:
-        if _checksum(path, length) != checksum:
+        if magic == SEAL_MAGIC and _checksum(file, length) != checksum:
             raise ValueError("it is damaged")
-    else:  # not sealed, or damaged just there
-        with zipfile.ZipFile(path) as archive:
-            if damaged := archive.testzip():
-                raise ValueError(f"{damaged} is damaged")
     state = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(state, dict):
-        raise ValueError("it is not a checkpoint of this script")
-    for name, kind in CONTENT.items():
-        if not isinstance(state.get(name), kind):
-            raise ValueError(f"it is not a checkpoint of this script: it has no {name!r}")
+    missing = [name for name in CONTENT if name not in state] if isinstance(state, dict) else CONTENT
+    if missing:
+        raise ValueError(f"it is not a checkpoint of this script: it has no {missing[0]!r}")
     return state
 
 
 def _adopt_settings(settings: SharedSettings, used: Mapping[str, Any], output_dir: Path) -> None:
     """Set `settings` to those that a run used, but for those that may change. Raises `UserError` if others differ."""
     requested = dataclasses.asdict(settings)
+    run = f"--resume: the run in {output_dir}"
     if others := sorted(used.keys() ^ requested.keys()):
         names = ", ".join(f"--{name}" for name in others)
-        raise UserError(
-            f"--resume: the run in {output_dir} is of another script or version: its options differ ({names})"
-        )
+        raise UserError(f"{run} is of another script or version: its options differ ({names})")
     differ = [
         f"--{name} was {used[name]!r}, is {requested[name]!r}"
         for name in used.keys() - set(MAY_CHANGE)
         if requested[name] not in (used[name], PLACEHOLDERS.get(name, used[name]))
     ]
     if differ and "WANDB_SWEEP_ID" not in os.environ:  # a sweep may set them in W&B's config only
-        problem = "; ".join(sorted(differ))
-        raise UserError(f"--resume: the run in {output_dir} was begun with other settings: {problem}")
+        raise UserError(f"{run} was begun with other settings: {'; '.join(sorted(differ))}")
     for name, value in used.items():
         if name not in MAY_CHANGE or name in ("project", "entity", "id") or requested[name] is None:
             setattr(settings, name, value)
 
 
-def fingerprint(data: Any) -> int:
-    """A checksum of all tensors in nested sequences."""
-    checksum = 0
-    for tensor in _tensors(data):
-        checksum = zlib.crc32(tensor.cpu().contiguous().numpy(), checksum)
+def fingerprint(data: Any, checksum: int = 0) -> int:
+    """A checksum of all tensors in nested sequences. Raises `TypeError` for what would go unchecked."""
+    if isinstance(data, Tensor):
+        return zlib.crc32(data.cpu().contiguous().numpy(), checksum)
+    if isinstance(data, (list, tuple)):
+        for part in data:
+            checksum = fingerprint(part, checksum)
+    elif not isinstance(data, (str, int, float, Path, type(None))):
+        raise TypeError(f"Checkpoints(data=...) must be tensors in lists and tuples, not {type(data).__name__}")
     return checksum
 
 
-def _tensors(data: Any) -> Iterator[Tensor]:
-    """Raises `TypeError` for a type whose content would go unchecked, such as a Dataset."""
-    if isinstance(data, Tensor):
-        yield data
-    elif isinstance(data, (list, tuple)):
-        for part in data:
-            yield from _tensors(part)
-    elif not isinstance(data, (str, int, float, Path, type(None))):
-        raise TypeError(f"Checkpoints(data=...) must be tensors in lists and tuples, not {type(data).__name__}")
-
-
 def _random_state() -> dict[str, Any]:
-    """The state of every global random generator, as tensors and plain values."""
-    kind, keys, position, has_gauss, cached = np.random.get_state()
+    """The state of every global random generator, in types that `weights_only` loads."""
+    kind, keys, *rest = np.random.get_state()
     return {
         "python": random.getstate(),
-        "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached),
+        "numpy": (kind, keys.tolist(), *rest),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,  # of this rank's device
     }
@@ -238,8 +211,7 @@ def _random_state() -> dict[str, Any]:
 
 def _set_random_state(state: Mapping[str, Any]) -> None:
     random.setstate(state["python"])
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])

@@ -29,17 +29,14 @@ def seed_rank(seed: int) -> None:
 
 
 def find_device(name: str) -> torch.device:
-    """The device for `--device`; "auto" is the fastest kind available. Raises `UserError` if there is none.
-
-    Under torchrun each process of a machine gets a GPU of its own; MPS can't be shared.
-    """
-    mps = torch.backends.mps.is_available() and distributed.world_size() == 1
-    available = {"cuda": torch.cuda.is_available(), "mps": mps, "cpu": True}
+    """The device for `--device`, under torchrun a GPU per process; "auto" is the fastest kind. Raises `UserError`."""
+    alone = distributed.world_size() == 1
+    available = {"cuda": torch.cuda.is_available(), "mps": alone and torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(kind for kind in available if available[kind])
     if not available[name]:
         raise UserError(f"--device {name}: not available on this machine, or in this build of torch")
-    if name != "cuda" or distributed.world_size() == 1:
+    if name != "cuda" or alone:
         return torch.device(name)
     local_processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
     if local_processes > gpus:

@@ -1,4 +1,4 @@
-"""The output directory of a run: created, checked, and locked against other processes."""
+"""The output directory of a run: created, locked against other processes, and checked."""
 
 import contextlib
 import dataclasses
@@ -13,74 +13,80 @@ from harness.options import SharedSettings
 
 CONFIG, JOURNAL, METRICS = "config.json", "history.jsonl", "metrics.json"
 CHECKPOINT, PREVIOUS_CHECKPOINT = "checkpoint.pt", "checkpoint.previous.pt"
-RESULTS = (JOURNAL, CHECKPOINT, PREVIOUS_CHECKPOINT, METRICS)  # what a run leaves once it has begun to train
+RESULTS = {JOURNAL, CHECKPOINT, PREVIOUS_CHECKPOINT, METRICS}  # what a run leaves once it has begun to train
 PROBE_BYTES = 8 << 20  # a disk that can't take this much at the start counts as full
+
+
+def newest_unfinished(task: str) -> Path | None:
+    """The run of a script below runs/ that was at work last, of those that are not finished."""
+    runs = [config.parent for config in Path("runs").glob(f"{task}-*/{CONFIG}")]
+    unfinished = [run for run in runs if not (run / METRICS).exists()]
+    return max(unfinished, key=lambda run: run.stat().st_mtime, default=None)
 
 
 @contextlib.contextmanager
 def output_directory(settings: SharedSettings) -> Iterator[Path]:
-    """The directory for the files of a run, created if it is missing, and locked while the block runs.
-
-    Raises `UserError` if files can't be written there, if it holds anything but a run to resume, or if another process
-    has locked it. If the block raises before there are results, nothing is left.
-    """
-    path, created, new_run, before = Path(settings.output_dir), [], False, set()
-    try:
-        created += [p for p in (path, *path.parents) if not p.exists()]
-        before |= _check_content(path, settings.resume)
+    """The directory of a run, locked during the block; undone if that raises without results. Raises `UserError`."""
+    path = Path(settings.output_dir)
+    with contextlib.ExitStack() as stack:
         try:
-            path.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(_locked(path))
+            before = _check_content(path, settings.resume)
             with temporary_beside(path / "probe") as probe:
                 probe.write_bytes(bytes(PROBE_BYTES))
         except OSError as error:
             status = 1 if settings.resume else 2
             raise UserError(f"--output_dir {path}: can't write there ({error.strerror})", status) from None
-        with _locked(path):
-            for leftover in path.iterdir() if before else ():  # of a process that was killed while writing
-                if TEMPORARY.fullmatch(leftover.name):
-                    remove(leftover)
-            if not (path / CONFIG).exists():  # keeps the run id if the run is killed early
-                write_json(path / CONFIG, dataclasses.asdict(settings))
-                new_run = True
+        for leftover in path.iterdir() if before else ():  # of a process that was killed while writing
+            if TEMPORARY.fullmatch(leftover.name):
+                remove(leftover)
+        new_run = not (path / CONFIG).exists()
+        if new_run:  # keeps the run id if the run is killed early
+            write_json(path / CONFIG, dataclasses.asdict(settings))
+        try:
             yield path
-    except BaseException:
-        if new_run and not any((path / name).exists() for name in RESULTS if name not in before):
-            (path / CONFIG).unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # a directory that is not empty stays
-            for directory in created:
-                directory.rmdir()
-        raise
+        except BaseException:
+            if new_run and not any((path / name).exists() for name in RESULTS - before):
+                (path / CONFIG).unlink(missing_ok=True)
+            raise
 
 
 def _check_content(path: Path, resume: bool) -> set[str]:
-    """The names of the files of a run in the directory.
-
-    Raises `UserError` if there is anything else, or a run and not `resume`.
-    """
-    names = {file.name for file in path.iterdir() if not TEMPORARY.fullmatch(file.name)} if path.is_dir() else set()
+    """The names of the files in the directory. Raises `UserError` unless they are those of a run to resume, or none."""
+    names = {file.name for file in path.iterdir() if not TEMPORARY.fullmatch(file.name)}
     run = any((path / name).is_file() for name in (CHECKPOINT, PREVIOUS_CHECKPOINT))
     run = run or {"id", "output_dir", "resume"} <= (read_json(path / CONFIG) or {}).keys()
     if names and not run:
-        raise UserError(
-            f"--output_dir {path} holds files that no run wrote ({list_names(names)}); choose another directory"
-        )
+        problem = f"holds files that no run wrote ({list_names(names)}); choose another directory"
+        raise UserError(f"--output_dir {path} {problem}")
     if names and not resume:
-        problem = f"--output_dir {path} already holds another run ({CONFIG})"
-        raise UserError(f"{problem}; choose another directory, or continue that run: --resume")
+        problem = f"already holds another run ({CONFIG}); choose another directory, or continue that run: --resume"
+        raise UserError(f"--output_dir {path} {problem}")
     return names
 
 
 @contextlib.contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """Keep other processes out; the system releases the lock however this one ends. Raises `UserError`."""
-    descriptor = os.open(directory, os.O_RDONLY)
+def _locked(path: Path) -> Iterator[None]:
+    """Create the directory and keep other processes out; remove it if the block raises and it is empty."""
+    created = [p for p in (path, *path.parents) if not p.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if isinstance(error, BlockingIOError):  # other errors: a file system without locks
-                problem = f"--output_dir {directory}: another process is at work there"
-                raise UserError(f"{problem}; wait for it, or stop it") from None
-        yield
+            if not os.path.samestat(os.fstat(descriptor), path.stat()):
+                raise BlockingIOError  # while this process waited, another one has removed and created it again
+        except BlockingIOError:
+            problem = "another process is at work there; wait for it, or stop it"
+            raise UserError(f"--output_dir {path}: {problem}") from None
+        except OSError:  # a file system without locks
+            pass
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(OSError):  # a directory that is not empty stays
+                for directory in created:
+                    directory.rmdir()
+            raise
     finally:
         os.close(descriptor)

@@ -51,24 +51,20 @@ def joined() -> Iterator[None]:
 def _check_environment() -> None:
     """Raise `UserError` for variables with which the processes would wait for each other forever."""
     for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"):
-        if not os.environ.get(name, "").isdecimal():
-            raise UserError(
-                f"{name} must be a whole number, got {os.environ.get(name)!r}: start with torchrun, or unset it"
-            )
-    if int(os.environ["RANK"]) >= int(os.environ["WORLD_SIZE"]):
-        raise UserError(f"RANK is {os.environ['RANK']}, but WORLD_SIZE {os.environ['WORLD_SIZE']}: ranks count from 0")
+        if not (value := os.environ[name]).isdecimal():
+            raise UserError(f"{name} must be a whole number, got {value!r}: start with torchrun, or unset it")
+    number, count, address = (os.environ[name] for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"))
+    if int(number) >= int(count):
+        raise UserError(f"RANK is {number}, but WORLD_SIZE {count}: ranks count from 0")
     try:
-        socket.getaddrinfo(os.environ["MASTER_ADDR"], None)
+        socket.getaddrinfo(address, None)
     except OSError as error:
-        raise UserError(f"MASTER_ADDR {os.environ['MASTER_ADDR']} can't be resolved: {error.strerror}") from None
+        raise UserError(f"MASTER_ADDR {address} can't be resolved: {error.strerror}") from None
 
 
 @contextlib.contextmanager
 def deferring_to_rank_0() -> Iterator[None]:
-    """For the other ranks: on an error that stops all of them, wait for rank 0 to report it and exit silently.
-
-    torchrun kills every process as soon as one has failed.
-    """
+    """On the other ranks: wait for rank 0 to report an error first; torchrun kills all once one has failed."""
     try:
         yield
     except (Stopped, UserError):
@@ -108,34 +104,19 @@ def sum_gradients(model: nn.Module) -> None:
     sum_over_ranks(*(weight.grad for weight in model.parameters() if weight.grad is not None))
 
 
-def any_rank(flag: bool) -> bool:
-    """Whether `flag` is true on any rank. Does not synchronize with an accelerator."""
-    votes = torch.tensor(float(flag))
-    sum_over_ranks(votes)
-    return bool(votes)
-
-
 def broadcast(value: Any = None) -> Any:
     """Rank 0's `value`, on every rank; the others wait for it."""
-    if world_size() == 1:
-        return value
     values = [value]
-    with _communicating():
-        dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
+    if world_size() > 1:
+        with _communicating():
+            dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
     return values[0]
 
 
 def gather(value: Any) -> list[Any]:
-    """The `value` of each rank, in order."""
-    if world_size() == 1:
-        return [value]
-    values = [None] * world_size()
-    with _communicating():
-        dist.all_gather_object(values, value)
+    """The `value` of each rank, in order. Does not synchronize with an accelerator."""
+    values = [value] * world_size()
+    if world_size() > 1:
+        with _communicating():
+            dist.all_gather_object(values, value)
     return values
-
-
-def check_same(*checksums: int) -> None:
-    """Raise `UserError`, on every rank, if the ranks do not have the same data and model."""
-    if len(set(gather(checksums))) > 1:
-        raise UserError("the processes do not have the same data and model: give all of them the same files")

@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+import textwrap
 
 
 class UserError(Exception):
@@ -16,8 +17,8 @@ class UserError(Exception):
 class Stopped(BaseException):
     """The run was asked to stop, by a signal or by W&B, and can be resumed; `status` is its exit status."""
 
-    def __init__(self, reason: str, status: int, resume: str = "goes on where it was"):
-        super().__init__(f"stopped by {reason}; the same command with --resume {resume}")
+    def __init__(self, reason: str, status: int):
+        super().__init__(f"stopped by {reason}")
         self.reason, self.status = reason, status
 
 
@@ -31,6 +32,8 @@ def disk_error(error: Exception) -> OSError | None:
 
 
 def warn_loudly(*lines: str) -> None:
-    """Print a framed warning to stderr."""
+    """Print a framed warning to stderr, in lines of at most 120 characters."""
+    whole_words = {"break_long_words": False, "break_on_hyphens": False}
+    wrapped = [f"!!  {part}" for line in lines for part in textwrap.wrap(line, 116, **whole_words)]
     frame = "!" * 100
-    print("", frame, *(f"!!  {line}" for line in lines), frame, "", sep="\n", file=sys.stderr, flush=True)
+    print("", frame, *wrapped, frame, "", sep="\n", file=sys.stderr, flush=True)

@@ -48,21 +48,16 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replacing_directory(path: Path) -> Iterator[Path]:
-    """A temporary directory to write to; at the end of the block it replaces `path`.
-
-    Raises `UserError` if `path` holds anything that the new directory does not.
-    """
+    """A temporary directory that replaces `path` at the end. Raises `UserError` if `path` holds other files."""
     with temporary_beside(path) as parent:
         temporary = parent / path.name
         temporary.mkdir(parents=True)
         yield temporary
         if path.exists():
-            written = {file.name for file in temporary.iterdir()}
-            foreign = (
-                [file.name for file in path.iterdir() if file.name not in written] if path.is_dir() else [path.name]
-            )
-            if foreign:
-                raise UserError(f"{path} was not written by this run: move {list_names(foreign)} away", status=1)
+            ours = {file.name for file in temporary.iterdir()}
+            theirs = {file.name for file in path.iterdir()} - ours if path.is_dir() else {path.name}
+            if theirs:
+                raise UserError(f"{path} was not written by this run: move {list_names(theirs)} away", status=1)
             os.replace(path, parent / "before")
         os.replace(temporary, path)
 
@@ -91,9 +86,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 def write_csv(path: Path, columns: Mapping[str, Sequence[Any]]) -> None:
     """Write columns of equal length as a CSV file with a header."""
     with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        rows = csv.writer(file)
-        rows.writerow(columns)
-        rows.writerows(zip(*columns.values(), strict=True))
+        csv.writer(file).writerows([columns, *zip(*columns.values(), strict=True)])
 
 
 def write_png(path: Path, picture: Image.Image) -> None:
@@ -109,8 +102,6 @@ def write_tensors(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def save_tensors(path: Path, content: Mapping[str, Any]) -> None:
-    """`torch.save` and flush to disk, in place."""
-    with path.open("wb") as file:
+    """`torch.save`, in place and not flushed to disk."""
+    with path.open("wb") as file:  # a path would hide why the disk refuses
         torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())

@@ -10,10 +10,10 @@ from typing import Any
 
 import wandb
 
-from harness import wandb_internals, wandb_run
+from harness import wandb_internals
 from harness.errors import UserError
 from harness.files import replacing
-from harness.wandb_errors import is_lost, tolerate_wandb_errors
+from harness.wandb_run import lost_rows, lost_runs, tolerate_wandb_errors
 
 
 class History:
@@ -42,6 +42,7 @@ class History:
         if commit:
             self.commit()
 
+    @property
     def rows(self) -> list[dict[str, float]]:
         """The numbers of all rows so far, those before a resume and the current one included, each with its step."""
         return [*self._rows, {"step": self.step, **_numbers(self._row)}]
@@ -57,18 +58,15 @@ class History:
         if self._journal and (numbers := _numbers(row)):
             self._rows.append({"step": self.step, **numbers})
             line = json.dumps(self._rows[-1]) + "\n"
-            _append(self._journal, line)
+            with self._journal.open("a") as journal:
+                journal.write(line)
             self._checksum = zlib.crc32(line.encode(), self._checksum)
         self._send(row, self.step)
-
-    def discard(self) -> None:
-        """Drop the current row: it is logged again when the run is resumed."""
-        self._row = {}
 
     def take_over(self, rows: list[dict[str, float]]) -> None:
         """Continue after these rows of the journal; W&B gets those it has lost, with their media if a log has them."""
         self._rows = rows
-        for step, values in wandb_run.lost_rows(self._run, rows, self._wandb_step):
+        for step, values in lost_rows(self._run, rows, self._wandb_step):
             self._send(values, step)
 
     def state_dict(self) -> dict[str, Any]:
@@ -89,56 +87,35 @@ class History:
             self._row.update(data)
 
     def _send(self, row: Mapping[str, Any], step: int) -> None:
-        if not row or self._run.disabled or step <= self._wandb_step or is_lost(self._run):
+        if not row or self._run.disabled or step <= self._wandb_step:
             return
-        self._handing_over, sent = True, False
-        with tolerate_wandb_errors(self._run):
-            self._log_to_wandb({}, step=step)  # W&B names media files after the row that is open
-            self._log_to_wandb(row, step=step, commit=True)
-            sent = True
-        if not sent and not is_lost(self._run):  # the media can't be stored: at least the numbers
+        self._handing_over = True
+        for values in (row, _numbers(row)):  # if the media can't be stored, at least the numbers
+            if self._run.id in lost_runs:
+                break
             with tolerate_wandb_errors(self._run):
-                self._log_to_wandb(_numbers(row), step=step, commit=True)
+                self._log_to_wandb({}, step=step)  # W&B names media files after the row that is open
+                self._log_to_wandb(values, step=step, commit=True)
+                break
         self._handing_over = False
 
 
 def rewind(journal: Path, state: Mapping[str, Any]) -> list[dict[str, float]]:
-    """Cut the journal to the length it had when `state` was saved, and return its rows.
-
-    Raises `UserError` if rows are missing or damaged.
-    """
-    try:
-        content = journal.read_bytes()[: state["journal"]]
-        if len(content) < state["journal"]:
-            raise ValueError("rows are missing")
-        if zlib.crc32(content) != state["checksum"]:
-            raise ValueError("rows are damaged")
-        rows = [json.loads(line) for line in content.splitlines()]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        problem = f"{journal} does not go with the checkpoint ({error})"
-        raise UserError(f"{problem}: the run can't be resumed; choose another --output_dir", status=1) from None
+    """Cut the journal to its length in `state` and return its rows. Raises `UserError` if they are damaged."""
+    content = journal.read_bytes()[: state["journal"]] if journal.exists() else b""
+    if (len(content), zlib.crc32(content)) != (state["journal"], state["checksum"]):
+        problem = "does not go with the checkpoint: rows are missing or damaged; choose another --output_dir"
+        raise UserError(f"{journal} {problem}", status=1)
     with replacing(journal) as temporary:
         temporary.write_bytes(content)
-    return rows
+    return [json.loads(line) for line in content.splitlines()]
 
 
 def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
     """The scalars of a row, also those in tensors and arrays, as Python's numbers."""
-    scalars = {
-        name: value.item() if hasattr(value, "item") else value for name, value in row.items() if _is_scalar(value)
-    }
-    return {name: value if isinstance(value, int) else float(value) for name, value in scalars.items()}
-
-
-def _is_scalar(value: Any) -> bool:
-    return isinstance(value, Real) or getattr(value, "ndim", None) == 0
-
-
-def _append(path: Path, line: str) -> None:
-    size = path.stat().st_size if path.exists() else 0
-    try:
-        with path.open("a") as file:
-            file.write(line)
-    except OSError:
-        os.truncate(path, size)  # no half of a line
-        raise
+    numbers = {}
+    for name, value in row.items():
+        if isinstance(value, Real) or getattr(value, "ndim", None) == 0:
+            number = value.item() if hasattr(value, "item") else value
+            numbers[name] = number if isinstance(number, int) else float(number)
+    return numbers

@@ -3,6 +3,7 @@
 Imports the standard library only, so that `--help` and a misspelled option are answered at once.
 """
 
+import argparse
 import ast
 import contextlib
 import dataclasses
@@ -10,7 +11,6 @@ import difflib
 import math
 import os
 import sys
-from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
@@ -18,20 +18,11 @@ from harness.errors import UserError
 
 # The identity of a run and where it writes: fixed before W&B's config is read, which can't change them.
 RUN_OPTIONS = (
-    "output_dir",
-    "resume",
-    "wandb",
-    "project",
-    "entity",
-    "name",
-    "id",
-    "job_type",
-    "group",
-    "notes",
-    "tags",
-    "save_code",
-    "stop_timeout",
+    *("output_dir", "resume", "wandb", "project", "entity", "name", "id", "job_type", "group", "notes", "tags"),
+    *("save_code", "stop_timeout"),
 )
+LISTS = (list[int], list[str])
+BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
 def option(default: Any, help: str, **limits: Any) -> Any:
@@ -40,7 +31,7 @@ def option(default: Any, help: str, **limits: Any) -> Any:
     `limits` may hold `at_least`, `above` and `below` (numbers), `length` (of a list), `path` (~ is expanded) and
     `choices`: a tuple, or a function that returns one, called only if the option is given.
     """
-    metadata = {"help": help, **limits}
+    metadata = {"help": help, "limits": limits}
     if isinstance(default, list):
         return dataclasses.field(default_factory=default.copy, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -73,9 +64,7 @@ class SharedSettings:
     watch_every: int | None = option(None, "batches between histograms [once an epoch]", at_least=1)
 
     wandb: str = option(
-        "auto",
-        "auto: online if there is an API key, else offline",
-        choices=("auto", "online", "offline", "disabled"),
+        "auto", "auto: online if there is an API key, else offline", choices=("auto", "online", "offline", "disabled")
     )
     project: str | None = option(None, "W&B project")
     entity: str | None = option(None, "W&B user or team")
@@ -93,157 +82,131 @@ Settings = TypeVar("Settings", bound=SharedSettings)
 
 
 def parse(settings_class: type[Settings], argv: Sequence[str] | None = None) -> Settings:
-    """Settings from command-line arguments (`sys.argv` if None).
-
-    Raises `UserError` if an option is unknown or its value is invalid.
-    """
-    return _build(settings_class, vars(_read(settings_class, argv)), prefix="--")
+    """Settings from command-line arguments (`sys.argv` if None). Raises `UserError` if one is unknown or invalid."""
+    return _build(settings_class, _read(settings_class, argv), prefix="--")
 
 
 def from_config(requested: Settings, config: Mapping[str, Any]) -> Settings:
-    """`requested`, updated from a W&B run's config, in which a sweep may have set values.
-
-    Keys that are not options are ignored, and `RUN_OPTIONS` keep their values. Raises `UserError` if a value is
-    invalid.
-    """
-    names = {field.name for field in dataclasses.fields(requested)} - set(RUN_OPTIONS)
-    configured = _build(type(requested), {k: v for k, v in config.items() if k in names}, prefix="config.")
+    """`requested`, updated from a run's config, in which a sweep may have set values. Raises `UserError`."""
+    configured = _build(type(requested), {k: v for k, v in config.items() if k not in RUN_OPTIONS}, prefix="config.")
     return dataclasses.replace(configured, **{name: getattr(requested, name) for name in RUN_OPTIONS})
 
 
-class _Parser(ArgumentParser):
+class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        hint = (
-            "; a value that begins with a dash is written --option=-value" if "expected one argument" in message else ""
-        )
-        raise UserError(f"{message}{hint} (--help lists the options)")
+        if "expected one argument" in message:
+            message += "; a value that begins with a dash is written --option=-value"
+        raise UserError(f"{message} (--help lists the options)")
 
 
-def _read(settings_class: type, argv: Sequence[str] | None) -> Namespace:
+def _read(settings_class: type, argv: Sequence[str] | None) -> dict[str, Any]:
     """The options that were given, still as strings."""
-    module = sys.modules[settings_class.__module__]
-    description = (module.__doc__ or "").strip().partition("\n")[0]
+    description = (sys.modules[settings_class.__module__].__doc__ or "").strip().partition("\n")[0]
     parser = _Parser(description=description, usage="%(prog)s [--OPTION VALUE ...]", allow_abbrev=False)
+    kinds, defaults = _kinds(settings_class), settings_class()
     for field in dataclasses.fields(settings_class):
-        kind = _kind(settings_class, field.name)
-        default = field.default_factory() if field.default is dataclasses.MISSING else field.default
-        choices = field.metadata.get("choices")
+        kind, default = kinds[field.name], getattr(defaults, field.name)
+        choices = field.metadata["limits"].get("choices")
         listed = isinstance(choices, tuple) and len(choices) < 6
+        text = field.metadata["help"].replace("%", "%%")
         parser.add_argument(
             f"--{field.name}",
+            default=argparse.SUPPRESS,
             # A flag may stand alone (--compile) or carry a value, as sweeps write it (--compile=True).
-            nargs="?" if kind is bool else "*" if kind in (list[int], list[str]) else None,
+            nargs="?" if kind is bool else "*" if kind in LISTS else None,
             action="extend" if kind == list[str] else "store",  # --tags a --tags b
             const="true" if kind is bool else None,
-            default=None,
             metavar="{" + ",".join(choices) + "}" if listed else field.name.upper(),
-            help=field.metadata["help"].replace("%", "%%")
-            + (f" [{_as_typed(default)}]" if default not in (None, []) else ""),
+            help=text if default in (None, []) else f"{text} [{_as_typed(default)}]",
         )
     given, unknown = parser.parse_known_args(argv)
-    for name, value in vars(given).items():
-        if value == [] and _kind(settings_class, name) not in (list[int], list[str]):  # --batch_size=--
-            parser.error(f"argument --{name}: expected one argument")
     if unknown:
-        near = difflib.get_close_matches(
-            unknown[0].split("=")[0], [f"--{f.name}" for f in dataclasses.fields(settings_class)], 1, 0.7
-        )
-        parser.error(f"unknown option {unknown[0]}" + (f"; did you mean {near[0]}?" if near else ""))
-    return Namespace(**{k: v for k, v in vars(given).items() if v is not None})
+        near = _nearest(unknown[0].split("=")[0], [f"--{name}" for name in kinds])
+        parser.error(f"unknown option {unknown[0]}{near}")
+    return vars(given)
+
+
+def _kinds(settings_class: type) -> dict[str, Any]:
+    """The declared type of each option, without `| None`."""
+    hints = get_type_hints(settings_class)
+    return {name: get_args(hint)[0] if type(None) in get_args(hint) else hint for name, hint in hints.items()}
 
 
 def _build(settings_class: type[Settings], values: Mapping[str, Any], prefix: str) -> Settings:
-    checked = {}
+    checked, kinds = {}, _kinds(settings_class)
     for field in dataclasses.fields(settings_class):
         if field.name in values:
+            value, optional = values[field.name], field.default is None
             try:
-                checked[field.name] = _convert(
-                    _kind(settings_class, field.name),
-                    values[field.name],
-                    optional=field.default is None,
-                    **{k: v for k, v in field.metadata.items() if k != "help"},
-                )
+                none = optional and value in (None, "None")
+                checked[field.name] = None if none else _convert(kinds[field.name], value, field.metadata["limits"])
             except ValueError as error:
                 raise UserError(f"{prefix}{field.name}: {error}") from None
     return settings_class(**checked)
-
-
-def _kind(settings_class: type, name: str) -> Any:
-    """The declared type of an option, without `| None`."""
-    hint = get_type_hints(settings_class)[name]
-    if type(None) in get_args(hint):
-        (hint,) = (part for part in get_args(hint) if part is not type(None))
-    return hint
 
 
 def _as_typed(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _convert(
-    kind: Any,
-    value: Any,
-    optional: bool = False,
-    choices: tuple[str, ...] | Callable[[], tuple[str, ...]] | None = None,
-    length: int | None = None,
-    path: bool = False,
-    **limits: float,
-) -> Any:
+def _nearest(word: str, words: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, words, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _convert(kind: Any, value: Any, limits: Mapping[str, Any]) -> Any:
     """`value`, a string or a value of a sweep's config, as `kind`. Raises `ValueError` if it is invalid."""
-    if optional and (value is None or value == "None"):
-        return None
-    if kind in (list[int], list[str]):
-        parts = list(value) if isinstance(value, (list, tuple)) else [value]
-        if len(parts) == 1:  # sweeps write lists as "[16, 32]"
-            with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
-                written = ast.literal_eval(str(parts[0]))
-                parts = list(written) if isinstance(written, (list, tuple)) else parts
-        if length is not None and len(parts) != length:
-            raise ValueError(f"needs {length} values, got {len(parts)}: {_as_typed(parts)!r}")
-        (item,) = get_args(kind)
-        return [_convert(item, part, **limits) for part in parts]
+    if kind in LISTS:
+        return _list(*get_args(kind), value, **limits)
+    if value == []:  # --batch_size=--
+        raise ValueError("expected one argument")
     if kind is bool:
-        word = str(value).lower()
-        if word not in ("true", "false", "1", "0", "yes", "no"):
+        if str(value).lower() not in BOOLEANS:
             raise ValueError(f"must be true or false, got {value!r}")
-        return word in ("true", "1", "yes")
-    if kind is str:
-        if value is None or str(value) == "":
-            raise ValueError("must not be empty")
-        if "\0" in str(value) or any("\ud800" <= character <= "\udfff" for character in str(value)):
-            raise ValueError(f"must be UTF-8 text, got {value!r}")
-        choices = choices() if callable(choices) else choices
-        if choices and value not in choices:
-            near = difflib.get_close_matches(str(value), choices, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(f"must be one of {', '.join(choices)}; got {value!r}{hint}")
-        return os.path.expanduser(str(value)) if path else str(value)
-    return _number(kind, value, **limits)
+        return BOOLEANS[str(value).lower()]
+    return _text(value, **limits) if kind is str else _number(kind, value, **limits)
+
+
+def _list(kind: type, value: Any, length: int | None = None, **limits: float) -> list[Any]:
+    parts = list(value) if isinstance(value, (list, tuple)) else [value]
+    if len(parts) == 1:  # sweeps write lists as "[16, 32]"
+        with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            written = ast.literal_eval(str(parts[0]))
+            parts = list(written) if isinstance(written, (list, tuple)) else parts
+    if length is not None and len(parts) != length:
+        raise ValueError(f"needs {length} values, got {len(parts)}: {_as_typed(parts)!r}")
+    return [_convert(kind, part, limits) for part in parts]
+
+
+def _text(value: Any, choices: Sequence[str] | Callable[[], Sequence[str]] = (), path: bool = False) -> str:
+    if value is None or str(value) == "":
+        raise ValueError("must not be empty")
+    if "\0" in str(value) or any("\ud800" <= character <= "\udfff" for character in str(value)):
+        raise ValueError(f"must be UTF-8 text, got {value!r}")
+    choices = choices() if callable(choices) else choices
+    if choices and value not in choices:
+        raise ValueError(f"must be one of {', '.join(choices)}; got {value!r}{_nearest(str(value), choices)}")
+    return os.path.expanduser(str(value)) if path else str(value)
 
 
 def _number(
-    kind: type,
-    value: Any,
-    at_least: float | None = None,
-    above: float | None = None,
-    below: float | None = None,
+    kind: type, value: Any, at_least: float = -math.inf, above: float = -math.inf, below: float = math.inf
 ) -> float | int:
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
-    whole = kind is int
-    if isinstance(value, bool) or not math.isfinite(number) or (whole and number != int(number)):
-        raise ValueError(f"must be a {'whole' if whole else 'finite'} number, got {value!r}")
-    if whole and abs(number) >= 2**63:
+    if isinstance(value, bool) or not math.isfinite(number) or (kind is int and number != int(number)):
+        raise ValueError(f"must be a {'whole' if kind is int else 'finite'} number, got {value!r}")
+    if kind is int and abs(number) >= 2**63:
         raise ValueError(f"is too large, got {value!r}")
-    if at_least is not None and number < at_least:
+    if number < at_least:
         raise ValueError(f"must be at least {at_least}, got {value!r}")
-    if above is not None and number <= above:
+    if number <= above:
         raise ValueError(f"must be above {above}, got {value!r}")
-    if below is not None and number >= below:
+    if number >= below:
         raise ValueError(f"must be below {below}, got {value!r}")
-    return int(number) if whole else number
+    return kind(number)
 
 
 def metric_names(prefix: str, two_classes: bool = False) -> Callable[[], tuple[str, ...]]:

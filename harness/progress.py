@@ -1,6 +1,7 @@
 """How far training has come: Progress (the position), Meter (running means) and Best (the model to keep)."""
 
 import math
+import operator
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,20 +21,15 @@ if TYPE_CHECKING:
 
 
 def check_batches(settings: SharedSettings, examples: int, held_out: int) -> None:
-    """Check that so many training examples make batches that the ranks can share, and resolve `watch_every`.
-
-    `held_out` is the number of validation examples. Raises `UserError`. A script's `load` must call it.
-    """
+    """Check that the ranks can share the batches, and resolve `watch_every`. Raises `UserError`."""
     if settings.patience and not held_out:
         raise UserError("--patience needs examples to judge by, but none are held out")
     if settings.batch_size > examples:
         raise UserError(f"--batch_size {settings.batch_size} is more than the {examples} training examples")
     smallest, ranks = examples % settings.batch_size or settings.batch_size, distributed.world_size()
     if smallest < ranks:
-        raise UserError(
-            f"{ranks} processes can't share the last batch of an epoch, which has {smallest} of the {examples} "
-            "examples: choose another --batch_size, or fewer processes"
-        )
+        problem = f"can't share the last batch of an epoch, which has {smallest} of the {examples} examples"
+        raise UserError(f"{ranks} processes {problem}: choose another --batch_size, or fewer processes")
     settings.watch_every = settings.watch_every or math.ceil(examples / settings.batch_size)
 
 
@@ -42,25 +38,30 @@ class Progress:
 
     `epoch` and `batch` count from 1 over the whole run; `step`, the step of W&B, is the number of examples seen. They
     already include the batch that is under way. The batches of an epoch must follow from the seed and the epoch alone.
+    `bar` is tqdm's: `bar.set_postfix` shows values beside it, `bar.write` prints a line above it.
     """
 
     def __init__(self, session: "Session", examples: int):
         """`examples` is the size of the training set."""
-        self.epoch = self.batch = self.step = 0
+        self.epoch, self.batch, self.step = 1, 0, 0
         self.batches_per_epoch = math.ceil(examples / session.settings.batch_size)
-        self.total_batches = min(
-            session.settings.epochs * self.batches_per_epoch, session.settings.max_steps or math.inf
-        )
+        batches = session.settings.epochs * self.batches_per_epoch
+        self.total_batches = min(batches, session.settings.max_steps or batches)
         self._settings, self._run, self._history = session.settings, session.run, session.history
         self._stop_requests = session.stop_requests
 
+    def __str__(self) -> str:
+        """The batch that comes next; at the end of an epoch, its last one."""
+        batch = self.batch + (not self.epoch_ends) - (self.epoch - 1) * self.batches_per_epoch
+        return f"epoch {self.epoch}, batch {batch} of {self.batches_per_epoch}"
+
     def epochs(self) -> Iterator[int]:
         """The epochs that are left, the one that was interrupted first, with a progress bar on a terminal."""
-        settings, first = self._settings, max(1, math.ceil(self.batch / self.batches_per_epoch))
+        settings, first = self._settings, self.epoch
         # A resumed run logs its histograms in the same batches as one that was never interrupted.
         self._first_watched = math.ceil(self.batch / settings.watch_every) * settings.watch_every + 1
         bar = {"total": self.total_batches, "initial": self.batch, "unit": "batch", "disable": None, "file": sys.stdout}
-        with self._stop_requests.training(), tqdm(**bar) as self._bar:
+        with self._stop_requests.training(), tqdm(**bar) as self.bar:
             for self.epoch in range(first, settings.epochs + 1):
                 self._epoch_started = self._row_started = time.perf_counter()
                 self._row_step = self.step
@@ -75,7 +76,7 @@ class Progress:
             self.batch, self.step = self.batch + 1, self.step + len(indices)
             self._history.begin_row(self.step)
             yield indices
-            self._bar.update()
+            self.bar.update()
 
     @property
     def watch_starts(self) -> bool:
@@ -86,7 +87,7 @@ class Progress:
     @property
     def epoch_ends(self) -> bool:
         """Whether this batch is the last of its epoch, or of the run."""
-        return self.batch % self.batches_per_epoch == 0 or self.batch == self.total_batches
+        return self.batch > 0 and (self.batch % self.batches_per_epoch == 0 or self.batch == self.total_batches)
 
     @property
     def row_is_due(self) -> bool:
@@ -99,45 +100,34 @@ class Progress:
         self._row_step, self._row_started = self.step, time.perf_counter()
         return (self.step - step) / (self._row_started - started)
 
-    def show(self, **shown: str) -> None:
-        """Show values beside the progress bar."""
-        self._bar.set_postfix(**shown)
-
     def warn(self, title: str, text: str) -> None:
         """Print a warning, and send it as an alert if the run is online."""
-        self._bar.write(f"WARNING: epoch {self.epoch}: {text}")
+        self.bar.write(f"WARNING: epoch {self.epoch}: {text}")
         if not (self._run.offline or self._run.disabled):
             self._run.alert(title=title, text=text, level=wandb.AlertLevel.WARN)
 
     def end_epoch(self, results: Mapping[str, float], *names: str) -> None:
         """Print those of the epoch's results that are named, and the seconds that it took."""
         shown = ", ".join(f"{name} {results[name]:.4f}" for name in names if name in results)
-        self._bar.write(f"epoch {self.epoch}: {shown}, {time.perf_counter() - self._epoch_started:.1f} s")
+        self.bar.write(f"epoch {self.epoch}: {shown}, {time.perf_counter() - self._epoch_started:.1f} s")
 
     def check_finite(self, name: str, loss: float) -> None:
         """Raise `UserError`, with all rows written, if a loss is NaN or infinite. `name` is the part of the data."""
         if not math.isfinite(loss):
             self._history.commit()
-            raise UserError(
-                f"the {name} loss is {loss} in epoch {self.epoch} by step {self.step}, learning rate "
-                f"{self._settings.learning_rate:g}; training has stopped, what was logged is kept; a lower "
-                "--learning_rate may help",
-                status=1,
-            )
+            place = f"in epoch {self.epoch} by step {self.step}, learning rate {self._settings.learning_rate:g}"
+            raise UserError(f"the {name} loss is {loss} {place}; a lower --learning_rate may help", status=1)
 
     def state_dict(self) -> dict[str, Any]:
-        position = {"epoch": math.ceil(self.batch / self.batches_per_epoch), "batch": self.batch, "step": self.step}
-        return {**position, "epoch_ends": self.batch > 0 and self.epoch_ends}
+        epoch = math.ceil(self.batch / self.batches_per_epoch)  # 0 before the first batch
+        return {"epoch": epoch, "batch": self.batch, "step": self.step, "epoch_ends": self.epoch_ends}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.epoch, self.batch, self.step = state["epoch"], state["batch"], state["step"]
+        self.epoch, self.batch, self.step = max(1, state["epoch"]), state["batch"], state["step"]
 
 
 class Meter:
-    """Means over examples of quantities that are summed batch by batch, such as the loss or the number of hits.
-
-    Sums stay on `device`; reading a row is the only time that training waits for an accelerator.
-    """
+    """Means over examples of what is summed batch by batch; only reading a row waits for an accelerator."""
 
     def __init__(self, device: torch.device | str | None = None):
         self._device = device
@@ -185,22 +175,19 @@ class Best:
     def __init__(self, monitor: str, lower_is_better: bool):
         """`monitor` is the name of the metric, such as "valid/loss"."""
         self.monitor, self.lower_is_better = monitor, lower_is_better
-        self.epoch = 0
-        self.value: float | None = None
+        self.epoch, self.value = 0, None
         self.weights: dict[str, Tensor] = {}  # a state dict
 
     def offer(self, epoch: int, metrics: Mapping[str, float], model: nn.Module) -> bool:
         """Keep a copy of the model's weights if it is better than the best so far; whether it is."""
         value = distributed.broadcast(metrics.get(self.monitor))  # all ranks must decide alike
-        better = self.value is None or math.isnan(self.value) or self._improves(value)
+        improves = operator.lt if self.lower_is_better else operator.gt
+        better = self.value is None or math.isnan(self.value) or improves(value, self.value)
         if better:
             self.epoch, self.value = epoch, value
             # On the CPU, so that machines without an accelerator can load what is saved.
             self.weights = {name: weight.to("cpu", copy=True) for name, weight in model.state_dict().items()}
         return better
-
-    def _improves(self, value: float) -> bool:
-        return value < self.value if self.lower_is_better else value > self.value
 
     def state_dict(self) -> dict[str, Any]:
         return {"epoch": self.epoch, "value": self.value, "weights": self.weights}

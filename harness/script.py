@@ -17,18 +17,16 @@ from harness.options import SharedSettings, parse
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EMFILE)
 PATH_ERRORS = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
+ALLOCATION_ERRORS = re.compile("out of memory|can't allocate memory|storage size calculation")  # of torch
 
 
 def check_options(settings_class: type[SharedSettings]) -> None:
-    """Answer `--help` and mistakes in the options, before the script imports what takes seconds to load.
-
-    Also prepares the process for those imports: OpenMP, the garbage collector, Ctrl-C, W&B's telemetry.
-    """
+    """Answer `--help` and mistakes in the options, and prepare the process for the slow imports."""
     _open_streams()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until training starts, Ctrl-C just ends the process
     # Let idle OpenMP threads sleep instead of spinning: on a busy machine spinning slows training down tenfold.
-    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(os.environ):
-        os.environ["GOMP_SPINCOUNT"] = "1000"
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     os.environ.setdefault("OTEL_SDK_DISABLED", "true")  # W&B's telemetry would wait for a server at exit
     if _is_rank_0() and (status := status_of(lambda: parse(settings_class))):
         sys.exit(status)
@@ -48,13 +46,9 @@ def run_script(main: Callable[[], Any]) -> None:
     """Call `main` and exit; errors that the user can fix end in one line on stderr and their exit status."""
     _open_streams()
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    gc.freeze()  # exempt what was imported from collection
-    gc.enable()
     gc.set_threshold(50_000)  # collect rarely: the ONNX exporter is still to be imported
-    try:
-        status = status_of(main)
-    finally:
-        gc.unfreeze()  # or triton complains after a traceback
+    gc.enable()
+    status = status_of(main)
     if sys.modules["__main__"].__spec__ or sys.flags.interactive:
         sys.exit(status)  # `python -m cProfile train_mnist.py` and the like still have to report
     getattr(atexit, "_run_exitfuncs", lambda: sys.exit(status))()  # undocumented: without it, the slow way
@@ -78,17 +72,17 @@ def status_of(action: Callable[[], Any]) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or closing it would fail again
         message, status = "error: output pipe closed", 1
-    except UserError as error:
-        message, status = f"error: {error}", error.status
     except Exception as error:
-        message, status = _disk_error(error) or _memory_error(error) or _wandb_error(error) or (None, 1)
-        if message is None:
+        problem, status = _explained(error)
+        if problem is None:
             raise
+        message = f"error: {problem}"
     if not _is_rank_0():
         message = f"process {os.environ['RANK']}: {message}"
     with contextlib.suppress(OSError):
         sys.stdout.flush()  # keeps this line last if both streams go to one file
-    print(f"{Path(sys.argv[0]).name}: {' '.join(message.split())}", file=sys.stderr)
+    line = re.sub(r"\s*\n\s*", " ", message.strip())
+    print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
     return status
 
 
@@ -97,32 +91,22 @@ def _is_rank_0() -> bool:
     return "MASTER_ADDR" not in os.environ or os.environ.get("RANK", "0") == "0"
 
 
-def _disk_error(error: Exception) -> tuple[str, int] | None:
-    """Message and exit status if a file can't be written or read: 1 if the disk is the reason, 2 if the path is."""
-    found = disk_error(error)
-    if found is None or found.errno not in DISK_ERRORS + PATH_ERRORS:
-        return None
-    place = found.filename2 or found.filename or "writing"
-    return f"error: {place}: {found.strerror}", 1 if found.errno in DISK_ERRORS else 2
-
-
-def _memory_error(error: Exception) -> tuple[str, int] | None:
-    """Message and exit status if `error` is a failed allocation, on the CPU or an accelerator."""
-    if isinstance(error, MemoryError) or re.search(
-        "out of memory|can't allocate memory|storage size calculation", str(error)
-    ):
-        return "error: out of memory: a smaller --batch_size, or a smaller model, needs less", 1
-    return None
-
-
-def _wandb_error(error: Exception) -> tuple[str, int] | None:
-    """Message and exit status if W&B rejects its settings, from the command line or the environment."""
+def _explained(error: Exception) -> tuple[str | None, int]:
+    """What the user can fix, and the exit status; None for any other error."""
+    if isinstance(error, UserError):
+        return str(error), error.status
+    failure = disk_error(error)
+    if failure and failure.errno in DISK_ERRORS + PATH_ERRORS:
+        place = failure.filename2 or failure.filename or "writing"
+        return f"{place}: {failure.strerror}", 1 if failure.errno in DISK_ERRORS else 2
+    if isinstance(error, MemoryError) or ALLOCATION_ERRORS.search(str(error)):
+        return "out of memory: a smaller --batch_size, or a smaller model, needs less", 1
     wandb, pydantic = sys.modules.get("wandb"), sys.modules.get("pydantic_core")  # importing them takes long
     if wandb and (isinstance(error, wandb.errors.Error) or re.search("WANDB_[A-Z]+=", str(error))):
-        return f"error: W&B: {error}", 2
-    if pydantic and isinstance(error, pydantic.ValidationError):
+        return f"W&B: {error}", 2
+    if pydantic and isinstance(error, pydantic.ValidationError):  # of W&B's settings
         problem = error.errors()[0]
         setting = ".".join(map(str, problem["loc"]))
         variable = f"WANDB_{setting.upper()}"
-        return f"error: W&B: {variable if variable in os.environ else setting}: {problem['msg']}", 2
-    return None
+        return f"W&B: {variable if variable in os.environ else setting}: {problem['msg']}", 2
+    return None, 1

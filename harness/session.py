@@ -5,6 +5,7 @@ import dataclasses
 import os
 import platform
 import secrets
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -17,13 +18,12 @@ import wandb
 
 from harness import checkpoints, distributed, wandb_run
 from harness.device import find_device, find_precision
-from harness.directory import CONFIG, JOURNAL, METRICS, output_directory
+from harness.directory import CONFIG, JOURNAL, METRICS, newest_unfinished, output_directory
 from harness.errors import Stopped, UserError
 from harness.files import read_json, write_json
 from harness.history import History, rewind
 from harness.options import SharedSettings, from_config
 from harness.signals import StopRequests, handling_signals, in_main_thread
-from harness.wandb_errors import tolerate_wandb_errors
 
 LIBRARIES = ("torch", "torchvision", "transformers", "wandb", "numpy")
 Load = Callable[[Any], Any]  # (settings) -> data; fills in the settings that depend on the data
@@ -55,10 +55,6 @@ class Session:
     def device(self) -> torch.device:
         return find_device(self.settings.device)
 
-    def finish(self, metrics: Mapping[str, Any]) -> None:
-        """Set the content of metrics.json, which is written last: a run that has it is finished."""
-        self.metrics = dict(metrics)
-
 
 @contextlib.contextmanager
 def open_session(settings: SharedSettings, task: str, load: Load, init: Init) -> Iterator[Session]:
@@ -69,21 +65,31 @@ def open_session(settings: SharedSettings, task: str, load: Load, init: Init) ->
     """
     try:
         with distributed.joined(), handling_signals(settings.stop_timeout) as requests:
-            rank_0 = distributed.rank() == 0
-            with _open_on_rank_0(settings, task, load, init, requests) if rank_0 else _open(load, requests) as s:
-                yield s
+            if distributed.rank() == 0:
+                _identify(settings, task)
+                opened = _open_on_rank_0(settings, load, init, requests)
+            else:
+                opened = _open(load, requests)
+            with opened as session:
+                yield session
     except Stopped as stopped:
         if in_main_thread():
-            raise
+            raise Stopped(f"{stopped.reason}. To go on: {resume_command(settings)}", stopped.status) from None
         print(stopped)
 
 
+def resume_command(settings: SharedSettings) -> str:
+    """What to type to resume this run."""
+    processes = os.environ.get("LOCAL_WORLD_SIZE")  # set by torchrun
+    launcher = ["torchrun", "--nproc-per-node", processes] if processes else ["python"]
+    named = any(word.partition("=")[0] == "--output_dir" for word in sys.argv)
+    more = [] if named else ["--output_dir", str(settings.output_dir)]
+    return shlex.join([*launcher, *sys.argv, *more, *([] if settings.resume else ["--resume"])])
+
+
 @contextlib.contextmanager
-def _open_on_rank_0(
-    settings: SharedSettings, task: str, load: Load, init: Init, requests: StopRequests
-) -> Iterator[Session]:
+def _open_on_rank_0(settings: SharedSettings, load: Load, init: Init, requests: StopRequests) -> Iterator[Session]:
     started = time.perf_counter()
-    _identify(settings, task)
     with output_directory(settings) as output_dir:
         checkpoint = checkpoints.load(output_dir, settings)
         if metrics := _finished_before(output_dir, settings, checkpoint):
@@ -91,16 +97,16 @@ def _open_on_rank_0(
             yield Session(settings, metrics=metrics)
             return
         rows = rewind(output_dir / JOURNAL, checkpoint["history"]) if checkpoint else []
-        requested, data = dataclasses.replace(settings), None
+        requested, data, resuming = dataclasses.replace(settings), None, bool(checkpoint)
         if "WANDB_SWEEP_ID" not in os.environ:
             find_device(settings.device)  # before W&B starts, so that a mistake leaves nothing behind
             data = load(settings)
-        run, wandb_step = wandb_run.start(
-            lambda mode: init(requested, **wandb_run.init_options(requested, mode, requests, bool(checkpoint))),
-            requested,
-            resuming=bool(checkpoint),
-        )
-        with wandb_run.finishing(run):
+
+        def init_run(mode: str) -> wandb.Run:
+            return init(requested, **wandb_run.init_options(requested, mode, requests, resuming))
+
+        run, wandb_step = wandb_run.start(init_run, requested, resuming)
+        with wandb_run.finishing(run, resume_command(settings)):
             # A sweep may have set values: from here on, W&B's config decides.
             configured = settings if checkpoint else from_config(requested, run.config)
             if data is None or configured not in (requested, settings):
@@ -114,11 +120,7 @@ def _open_on_rank_0(
             history.take_over(rows)
             distributed.broadcast((settings, checkpoint))
             session = Session(settings, data, run, history, checkpoint, requests)
-            try:
-                yield session
-            except BaseException:
-                history.discard()
-                raise
+            yield session
             history.commit()
             last_line = wandb_run.where_to_look(run, output_dir)
         session.metrics["seconds"] = time.perf_counter() - started
@@ -141,23 +143,24 @@ def _open(load: Load, requests: StopRequests) -> Iterator[Session]:
 
 
 def _identify(settings: SharedSettings, task: str) -> None:
-    """Resolve the identity of a run: W&B mode, project, entity, run id and output directory.
-
-    A resumed run keeps its project and id; for a run of a sweep, W&B decides both. Raises `UserError`.
-    """
+    """Resolve project, entity, run id, output directory and W&B mode. Raises `UserError`."""
     if settings.resume and not settings.output_dir:
-        raise UserError("--resume needs to know which run: give its --output_dir")
+        newest = newest_unfinished(task)
+        raise UserError("--resume needs --output_dir" + (f"; the newest unfinished run is {newest}" if newest else ""))
     config = read_json(Path(settings.output_dir, CONFIG)) or {} if settings.resume else {}
     before = {name: value for name, value in config.items() if isinstance(value, str)}
-    settings.wandb = wandb_run.wandb_mode(settings.wandb)
-    for name in ("project", "entity", "id"):
-        wanted = getattr(settings, name) or os.environ.get({"id": "WANDB_RUN_ID"}.get(name, f"WANDB_{name.upper()}"))
-        if before.get(name) and wanted and before[name] != wanted:
-            raise UserError(f"--resume: the run in {settings.output_dir} has --{name} {before[name]}, not {wanted}")
-        setattr(settings, name, before.get(name) or wanted)
+    for name, variable in ("project", "WANDB_PROJECT"), ("entity", "WANDB_ENTITY"), ("id", "WANDB_RUN_ID"):
+        used, wanted = before.get(name), getattr(settings, name) or os.environ.get(variable)
+        if used and wanted and used != wanted:
+            raise UserError(f"--resume: the run in {settings.output_dir} has --{name} {used}, not {wanted}")
+        setattr(settings, name, used or wanted)
     settings.project = settings.project or task
     settings.id = settings.id or secrets.token_hex(4)
     settings.output_dir = settings.output_dir or f"runs/{task}-{settings.id}"
+    for name, value in ("id", settings.id), ("output_dir", settings.output_dir):
+        if value.splitlines() != [value]:  # they stand in the last line of a run
+            raise UserError(f"--{name}: must be one line, got {value!r}")
+    settings.wandb = wandb_run.wandb_mode(settings.wandb)
     if "WANDB_SWEEP_ID" in os.environ:
         settings.project = settings.entity = settings.id = None  # W&B's agent has set them and warns about others
 
@@ -169,8 +172,7 @@ def _finished_before(
     metrics = read_json(output_dir / METRICS)
     if metrics is None:
         return None
-    last_step = checkpoint["position"].get("step", -1) if checkpoint else -1
-    if checkpoint and not wandb_run.is_complete(settings.id, settings.wandb, last_step):
+    if checkpoint and not wandb_run.is_complete(settings.id, settings.wandb, checkpoint["position"]["step"]):
         print(f"{output_dir} is finished, but W&B does not have all of it: the end is repeated.")
         return None
     print(f"{output_dir} is finished: see {output_dir / METRICS}")
@@ -178,29 +180,18 @@ def _finished_before(
 
 
 def _record(run: wandb.Run, settings: SharedSettings, output_dir: Path) -> None:
-    """Write the settings as used to W&B and, with versions, to `config.json`; the data set becomes a tag.
-
-    With `--save_code` the code is logged too: what is beside the script, and the packages there.
-    """
+    """Write the settings as used to W&B and, with versions, to `config.json`; the data set becomes a tag."""
     used = dataclasses.asdict(settings)
-    with tolerate_wandb_errors(run):
-        run.config.update({k: v for k, v in used.items() if run.config.get(k) != v}, allow_val_change=True)
-        run.tags = tuple(dict.fromkeys((*(run.tags or ()), settings.dataset)))
-    write_json(output_dir / CONFIG, used | {"versions": _versions()})
-    if settings.save_code:
-        root = Path(__file__).parent.parent
-        packages = {root, Path(sys.argv[0]).resolve().parent}
-        packages |= {init.parent for depth in ("*", "*/*") for init in root.glob(f"{depth}/__init__.py")}
-        with tolerate_wandb_errors(run):
-            run.log_code(
-                root, include_fn=lambda path: Path(path).parent in packages and path.endswith((".py", ".yaml"))
-            )
-
-
-def _versions() -> dict[str, str]:
-    """Versions of Python and of the installed libraries that decide what a run computes."""
     versions = {"python": platform.python_version()}
     for library in LIBRARIES:
         with contextlib.suppress(PackageNotFoundError):
             versions[library] = version(library)
-    return versions
+    write_json(output_dir / CONFIG, used | {"versions": versions})
+    with wandb_run.tolerate_wandb_errors(run):
+        run.config.update({k: v for k, v in used.items() if run.config.get(k) != v}, allow_val_change=True)
+        run.tags = tuple(dict.fromkeys((*(run.tags or ()), settings.dataset)))
+        if settings.save_code:
+            root = Path(__file__).parent.parent
+            packages = {root, Path(sys.argv[0]).resolve().parent}
+            packages |= {init.parent for depth in ("*", "*/*") for init in root.glob(f"{depth}/__init__.py")}
+            run.log_code(root, include_fn=lambda p: Path(p).parent in packages and p.endswith((".py", ".yaml")))

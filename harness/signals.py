@@ -68,33 +68,29 @@ class StopRequests:
     def _raise_late(self) -> None:
         if not self._training:
             raise self.first
-        place = "starts over" if self.saved_step is None else f"goes on from the checkpoint of step {self.saved_step}"
-        reason = f"{self.first.reason}, and --stop_timeout {self._timeout:g} seconds have passed"
-        raise Stopped(reason, self.first.status, place)
+        saved = "starts over" if self.saved_step is None else f"goes on from the checkpoint of step {self.saved_step}"
+        late = f"{self.first.reason}, and --stop_timeout {self._timeout:g} seconds have passed: the run {saved}"
+        raise Stopped(late, self.first.status)
 
 
 @contextlib.contextmanager
 def handling_signals(timeout: float) -> Iterator[StopRequests]:
     """Turn signals into requests to stop, in the main thread; others, such as wandb.agent's, receive none."""
-    requests = StopRequests(timeout)
-    if not in_main_thread():
-        yield requests
-        return
-    handlers = {
-        signal.SIGTERM: requests.on_signal,
-        signal.SIGINT: requests.on_signal,
-        signal.SIGALRM: requests.on_timeout,
-    }
-    previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    ended = False
+    requests, previous = StopRequests(timeout), {}
+    if in_main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            previous[number] = signal.signal(number, requests.on_signal)
+        previous[signal.SIGALRM] = signal.signal(signal.SIGALRM, requests.on_timeout)
     try:
         yield requests
-        ended = True
+    except BaseException:
+        if requests.first and previous:
+            previous[signal.SIGTERM] = signal.SIG_IGN  # the exit is under way
+        raise
     finally:
         cancel_timeout()
         for number, handler in previous.items():
-            stopped = requests.first and number == signal.SIGTERM and not ended
-            signal.signal(number, signal.SIG_IGN if stopped else handler)
+            signal.signal(number, handler)
     if requests.signal:  # it came too late for this run, but what called it is to stop
         signal.raise_signal(requests.signal)
 

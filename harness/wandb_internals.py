@@ -5,13 +5,15 @@ stops at one that a crash truncated. A file is a header and blocks of 32 KB in t
 (https://github.com/google/leveldb/blob/main/doc/log_format.md), each record a protobuf.
 """
 
+import functools
 import glob
 import json
+import os
 import struct
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import wandb
@@ -22,9 +24,8 @@ except ImportError:
     Record = None
 
 FLUSH_SETTING, LOG_METHOD, TORCH_HISTORY = "x_transaction_log_flush_interval", "_log", "_torch"
-BLOCK = 32768
-HEADER = b":W&B"
-WHOLE, FIRST, MIDDLE, LAST = 1, 2, 3, 4
+BLOCK, HEADER = 32768, b":W&B"
+WHOLE, FIRST, LAST = 1, 2, 4  # kinds of chunks of a record; 3 is one in the middle
 
 
 def settings() -> dict[str, Any]:
@@ -64,28 +65,17 @@ def allow_histograms(run: wandb.Run) -> None:
     history.log_tensor_stats = log_histogram
 
 
+@functools.cache
 def _report(loss: str) -> None:
     """Say once what is lost because W&B has changed."""
-    if loss not in _reported:
-        _reported.add(loss)
-        print(f"wandb {wandb.__version__} differs from the versions that this was tested with: {loss}.")
-
-
-_reported: set[str] = set()
-
-
-class Row(NamedTuple):
-    """A row of a run's history in W&B's format, and the directory of the files it refers to."""
-
-    values: dict[str, Any]
-    files: Path
+    print(f"wandb {wandb.__version__} differs from the versions that this was tested with: {loss}.")
 
 
 def log_files(run_id: str) -> list[Path]:
     """The log files of a run, oldest first."""
     name = glob.escape(run_id)
     files = Path(wandb.setup().settings.wandb_dir).glob(f"*run-*-{name}/run-{name}.wandb")
-    # A directory is named offline-run-<time>-<id>, or run-<time>-<id> if the run was online.
+    # Directories are named run-<time>-<id>, and offline-run-<time>-<id> if the run was offline.
     return sorted(files, key=lambda file: file.parent.name.removeprefix("offline-"))
 
 
@@ -112,39 +102,23 @@ def read(file: Path) -> Iterator[tuple[int, Any]]:
 
 
 def repair(file: Path) -> None:
-    """Cut off a record that a crash left unfinished.
-
-    A file without history may stop `wandb sync`, and the resumed run logs all of it again: it is marked as synced.
-    """
+    """Cut off an unfinished record. `wandb sync` may stop at a file without history, and is made to skip it."""
     records = list(read(file))
     if Record is None:
         return
     if not any(record.HasField("history") for _, record in records):
-        mark_synced(file)
-    elif (end := records[-1][0]) < file.stat().st_size:
-        with file.open("rb+") as log:
-            log.truncate(end)
+        synced_marker(file).touch()
+    elif records[-1][0] < file.stat().st_size:
+        os.truncate(file, records[-1][0])
 
 
-def mark_synced(file: Path) -> None:
-    """Make `wandb sync` skip this file."""
-    _marker(file).touch()
-
-
-def is_synced(file: Path) -> bool:
-    return _marker(file).exists()
-
-
-def is_offline(file: Path) -> bool:
-    return file.parent.name.startswith("offline-")
-
-
-def _marker(file: Path) -> Path:
+def synced_marker(file: Path) -> Path:
+    """The empty file that makes `wandb sync` skip this log file."""
     return file.with_name(f"{file.name}.synced")
 
 
-def history(files: list[Path]) -> dict[int, Row]:
-    """The rows of history in these files, by step."""
+def history(files: list[Path]) -> dict[int, tuple[dict[str, Any], Path]]:
+    """The rows of history in these log files, by step: values in W&B's format, and where the media of the row are."""
     rows = {}
     for file in files:
         for _, record in read(file):
@@ -156,5 +130,5 @@ def history(files: list[Path]) -> dict[int, Row]:
                     for key in outer:
                         place = place.setdefault(key, {})
                     place[name] = json.loads(item.value_json)
-                rows[int(values["_step"])] = Row(values, file.parent / "files")
+                rows[int(values["_step"])] = values, file.parent / "files"
     return rows

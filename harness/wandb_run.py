@@ -1,6 +1,7 @@
 """The W&B run: started online or offline, kept from hurting training, and finished."""
 
 import contextlib
+import functools
 import logging
 import os
 import queue
@@ -8,23 +9,65 @@ import shutil
 import signal
 import tempfile
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import wandb
 
-from harness import wandb_internals
-from harness.errors import Stopped, UserError, warn_loudly
+from harness import distributed, wandb_internals
+from harness.errors import Stopped, UserError, disk_error, warn_loudly
 from harness.options import SharedSettings
-from harness.signals import StopRequests, cancel_timeout
-from harness.wandb_errors import is_from_agent, is_lost, is_reported, mark_reported, tolerant, tolerate_wandb_errors
+from harness.signals import StopRequests, cancel_timeout, in_main_thread
 
 INIT_TIMEOUT = 8  # seconds; W&B waits up to ten more before that to confirm the API key
 FINISH_TIMEOUT = {"none": 20, "best": 1800, "all": 1800}  # seconds, by --log_model
 CLOSE_TIMEOUT = 2  # seconds to close the run after a signal
 CACHE_BYTES = 1 << 20  # a cache that can't take this much counts as full
 ARTIFACT_TIMEOUT = 5  # seconds to hand over artifacts at the end of a run; uploading them comes after that
+
+reported_runs: set[str] = set()  # ids of runs in which an error was reported; later ones are its consequences
+lost_runs: set[str] = set()  # ids of runs whose W&B service is gone
+_workers: dict[str, tuple[queue.SimpleQueue, threading.Thread]] = {}  # by run id: what logs artifacts
+
+
+@contextlib.contextmanager
+def tolerate_wandb_errors(run: wandb.Run) -> Iterator[None]:
+    """Report an error of W&B in the block once per run, then swallow it and all that follow. Also a decorator."""
+    try:
+        yield
+    except Exception as error:
+        if _is_from_agent(error):
+            raise
+        modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+        if not any(module.startswith("wandb.") for module in modules) and not disk_error(error):
+            raise
+        if isinstance(error, ConnectionError):
+            lost_runs.add(run.id)
+        if run.id not in reported_runs:
+            reported_runs.add(run.id)
+            warn_loudly(
+                f"W&B has failed: {error or type(error).__name__}",
+                "Training continues. The journal has every number; the same command with --resume logs them again.",
+            )
+
+
+def logs_to_wandb(function: Callable[..., None]) -> Callable[..., None]:
+    """Decorator for functions that log to W&B, the run first: called on rank 0 only, they do not raise W&B's errors."""
+
+    @functools.wraps(function)
+    def on_rank_0(run: wandb.Run, *arguments: Any, **options: Any) -> None:
+        if distributed.rank() == 0:
+            with tolerate_wandb_errors(run):
+                function(run, *arguments, **options)
+
+    return on_rank_0
+
+
+def _is_from_agent(error: Exception) -> bool:
+    """Whether `wandb.agent` raised this, a bare `Exception`, in its thread to stop the run there."""
+    return type(error) is Exception and not error.args and not in_main_thread()
 
 
 def wandb_mode(choice: str) -> str:
@@ -53,11 +96,7 @@ def wandb_mode(choice: str) -> str:
 def init_options(settings: SharedSettings, mode: str, requests: StopRequests, resuming: bool) -> dict[str, Any]:
     """Arguments for `wandb.init` beside project, name, tags and config; W&B's stop button adds to `requests`."""
     return {
-        "entity": settings.entity,
-        "id": settings.id,
-        "job_type": settings.job_type,
-        "group": settings.group,
-        "notes": settings.notes,
+        **{name: getattr(settings, name) for name in ("entity", "id", "job_type", "group", "notes")},
         "mode": mode,
         "save_code": settings.save_code or None,
         "resume": "allow" if resuming and mode == "online" else None,
@@ -80,7 +119,7 @@ def start(init: Callable[[str], wandb.Run], settings: SharedSettings, resuming: 
     _find_caches()
     logs = wandb_internals.log_files(settings.id) if settings.resume and settings.wandb != "disabled" else []
     for log in logs:
-        if not wandb_internals.is_synced(log):
+        if not wandb_internals.synced_marker(log).exists():
             wandb_internals.repair(log)
     try:
         run = init(settings.wandb)
@@ -98,65 +137,56 @@ def start(init: Callable[[str], wandb.Run], settings: SharedSettings, resuming: 
         return run, -1
     wandb_internals.allow_histograms(run)
     for name in ("watch", "save", "alert", "log_artifact"):
-        setattr(run, name, tolerant(run, getattr(run, name)))
+        setattr(run, name, tolerate_wandb_errors(run)(getattr(run, name)))
     logging.raiseExceptions = False  # a full disk under wandb/ would flood the terminal
-    if run.offline:
-        # Rows of an online process may not have reached the server: they are logged again unless it confirmed them.
-        certain = [log for log in logs if wandb_internals.is_offline(log) or wandb_internals.is_synced(log)]
-        certain = certain if resuming else []  # a run has a checkpoint before it has rows: these are of another one
-        return run, max(wandb_internals.history(certain), default=-1)
-    _log_artifacts_in_background(run)
-    return run, run.starting_step - 1 if run.resumed else -1
+    if not run.offline:
+        _log_artifacts_in_background(run)
+        return run, run.starting_step - 1 if run.resumed else -1
+    if not resuming:  # a run has a checkpoint before it has rows: any that are there are of another run
+        return run, -1
+    # Rows of an online process may not have reached the server: they are logged again unless it confirmed them.
+    offline = [log for log in logs if log.parent.name.startswith("offline-")]
+    confirmed = [log for log in logs if wandb_internals.synced_marker(log).exists()]
+    return run, max(wandb_internals.history(offline + confirmed), default=-1)
 
 
 def _find_caches() -> None:
     """If W&B can't write its caches, as in a container with another user's home, let it use a temporary directory."""
-    for name, directory in (
-        ("WANDB_CACHE_DIR", wandb.env.get_cache_dir()),
-        ("WANDB_DATA_DIR", wandb.env.get_data_dir()),
-    ):
+    caches = {"WANDB_CACHE_DIR": wandb.env.get_cache_dir(), "WANDB_DATA_DIR": wandb.env.get_data_dir()}
+    for name, directory in caches.items():
         try:
             Path(directory).mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=directory) as probe:
                 probe.write(bytes(CACHE_BYTES))
         except OSError as error:
             os.environ[name] = tempfile.mkdtemp(prefix="wandb-")
-            print(f"W&B can't write to {directory} ({error.strerror}): it uses {os.environ[name]} (see {name}).")
+            print(f"W&B can't write to {directory} ({error.strerror}): {name} is now {os.environ[name]}.")
 
 
 def lost_rows(run: wandb.Run, rows: list[dict[str, float]], last_step: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Step and values of the journal's rows after `last_step`, the last one that W&B has.
-
-    Tables and pictures are included if a W&B log file on this machine has them.
-    """
+    """Steps and values of `rows` after `last_step`, with their media if a W&B log on this machine has them."""
     if run.disabled or not (rows or last_step >= 0):
         return
-    local = wandb_internals.history(
-        [log for log in wandb_internals.log_files(run.id) if log != Path(run.settings.sync_file)]
-    )
+    logs = [log for log in wandb_internals.log_files(run.id) if log != Path(run.settings.sync_file)]
+    local = wandb_internals.history(logs)
     if run.offline and last_step >= 0:  # or the summary would lack what earlier processes logged
         with tolerate_wandb_errors(run):
             for step in sorted(step for step in local if step <= last_step):
-                run.summary.update({key: value for key, value in local[step].values.items() if key[0] != "_"})
+                run.summary.update({key: value for key, value in local[step][0].items() if key[0] != "_"})
     lost = [row for row in rows if row["step"] > last_step]
     if lost and run.offline and not local:
         print("W&B's own log of this run is not in wandb/: its numbers are logged again.")
     for row in lost:
-        values, files = local.get(row["step"], wandb_internals.Row(row, Path()))
-        for value in values.values():
-            if isinstance(value, dict):
-                for name in [*value.get("filenames", []), *([value["path"]] if "path" in value else [])]:
-                    _copy_into_run(run, files, name)
+        values, files = local.get(row["step"], (row, Path()))
+        media = [value for value in values.values() if isinstance(value, dict)]
+        names = [name for value in media for name in (*value.get("filenames", ()), value.get("path")) if name]
+        with tolerate_wandb_errors(run):
+            for name in names:
+                if (files / name).exists():
+                    copy = Path(run.dir, name)
+                    copy.parent.mkdir(parents=True, exist_ok=True)
+                    run.save(shutil.copyfile(files / name, copy), base_path=run.dir, policy="now")
         yield row["step"], {key: value for key, value in values.items() if key != "step" and not key.startswith("_")}
-
-
-def _copy_into_run(run: wandb.Run, files: Path, name: str) -> None:
-    with tolerate_wandb_errors(run):
-        if (files / name).exists():
-            copy = Path(run.dir, name)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(files / name, copy)
-            run.save(copy, base_path=run.dir, policy="now")
 
 
 def _log_artifacts_in_background(run: wandb.Run) -> None:
@@ -165,8 +195,7 @@ def _log_artifacts_in_background(run: wandb.Run) -> None:
 
     def work() -> None:
         while call := waiting.get():
-            with tolerate_wandb_errors(run):
-                log_artifact(*call[0], **call[1])
+            log_artifact(*call[0], **call[1])
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
@@ -174,21 +203,15 @@ def _log_artifacts_in_background(run: wandb.Run) -> None:
     run.log_artifact = lambda *arguments, **options: waiting.put((arguments, options))
 
 
-_workers: dict[str, tuple[queue.SimpleQueue, threading.Thread]] = {}
-
-
 @contextlib.contextmanager
-def finishing(run: wandb.Run) -> Iterator[None]:
-    """Finish the W&B run with the block: as failed if it raises, and within seconds if it was stopped.
-
-    The run's own context manager would print a traceback for any exception, even a `UserError`.
-    """
+def finishing(run: wandb.Run, command: str) -> Iterator[None]:
+    """Finish the run with the block, within seconds if it was stopped; `command` is what resumes it."""
     closing = False
     try:
         try:
             yield
         except Exception as error:
-            if not is_from_agent(error):
+            if not _is_from_agent(error):
                 raise
             raise Stopped("the sweep", 0) from None
         closing = True
@@ -204,7 +227,7 @@ def finishing(run: wandb.Run) -> Iterator[None]:
         hurry = isinstance(error, Stopped) and status != 0  # a run stopped by W&B has half a minute
         finish.join(CLOSE_TIMEOUT if hurry else None)
         if hurry and (closing or finish.is_alive()):
-            print(f"{error} (W&B does not answer; it gets the rest then)", flush=True)
+            print(f"{error}; W&B does not answer. To go on: {command}", flush=True)
             os._exit(status)  # every file is written, and W&B would go on waiting
         raise
 
@@ -215,7 +238,7 @@ def _finish(run: wandb.Run, status: int) -> None:
         waiting.put(None)
         thread.join(ARTIFACT_TIMEOUT if status == 0 else 0)
         if thread.is_alive():
-            mark_reported(run)  # W&B's later errors are consequences of this one
+            reported_runs.add(run.id)  # W&B's later errors are consequences of this one
     online = not (run.offline or run.disabled)
     with tolerate_wandb_errors(run):
         try:
@@ -223,10 +246,10 @@ def _finish(run: wandb.Run, status: int) -> None:
         except TimeoutError:
             warn_loudly("W&B does not answer.", "The same command with --resume uploads the rest once it does.")
             return
-        if online and not is_reported(run):
+        if online and run.id not in reported_runs:
             for log in wandb_internals.log_files(run.id):
-                wandb_internals.mark_synced(log)
-    if is_lost(run):
+                wandb_internals.synced_marker(log).touch()
+    if run.id in lost_runs:
         with tolerate_wandb_errors(run):
             wandb.teardown()  # or it complains at exit
 
@@ -235,7 +258,7 @@ def is_complete(run_id: str, mode: str, last_step: int) -> bool:
     """Whether W&B has all of a finished run: on its server, or in its log files if the run is offline."""
     logs = wandb_internals.log_files(run_id)
     if mode == "online":
-        return all(map(wandb_internals.is_synced, logs))
+        return all(wandb_internals.synced_marker(log).exists() for log in logs)
     return mode == "disabled" or not logs or last_step in wandb_internals.history(logs)
 
 

@@ -104,7 +104,7 @@ def test_signals_stop_a_run_promptly_and_it_resumes(script, references, tmp_path
         out = process.communicate(timeout=60)[0].decode()
         assert process.returncode == 128 + number, out
         assert time.monotonic() - asked < 20
-        assert f"{script}: stopped by {number.name}; the same command with --resume goes on" in out
+        assert f"{script}: stopped by {number.name} at step " in out and "To go on: python " in out
         assert "Traceback" not in out
     killing.finish(killing.start(script, tmp_path, environment, "--resume"))
     assert killing.differences(references[script].out, tmp_path / "out") == []

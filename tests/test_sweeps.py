@@ -74,7 +74,7 @@ def test_wandb_sweep_and_wandb_agent(tmp_path):
         server.to_stop = {"run0": 3}
         out = wandb("agent", "tester/cola/sweep1", cwd=tmp_path, server=server)
     assert "Traceback" not in out and "Ignoring" not in out
-    assert out.count("stopped by the sweep; the same command with --resume goes on") == 1
+    assert out.count("stopped by the sweep at step ") == out.count(", saved. To go on: python ") == 1
     expected = {"run2": (0.002, 8), "run1": (0.0005, 16), "run0": (0.001, 1)}
     assert server.runs.keys() == expected.keys()
     for run_id, (learning_rate, batch_size) in expected.items():

@@ -130,5 +130,5 @@ def test_stop_button_ends_the_run_cleanly(tmp_path):
             SCRIPT, tmp_path, clean_environment(tmp_path, **server.environment()), "--epochs", "9999"
         )
         out = killing.finish(process, timeout=60)
-        assert "stopped by W&B; the same command with --resume goes on" in out and "Traceback" not in out
+        assert "stopped by W&B at step " in out and "To go on: python " in out and "Traceback" not in out
         assert server.runs["same"]["exit"] == 0
