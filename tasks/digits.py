@@ -41,8 +41,7 @@ class Digits(NamedTuple):
 GLYPH_SIDE = 56  # twice the final size, so that thin strokes survive resampling
 NO_IMAGES = ImageSet(torch.zeros(0, 1, 28, 28, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64))
 DIGIT_NAMES = [str(digit) for digit in range(10)]
-# SHA-256 of the published files, uncompressed.
-MNIST_SHA256 = {
+MNIST_SHA256 = {  # of the published files, uncompressed
     "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
     "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
     "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
@@ -119,27 +118,21 @@ def synthetic_digits(train: int = 20_000, test: int = 4_000, seed: int = 0) -> D
     """Digits in Pillow's built-in font, randomly deformed; the same arguments give the same images."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(10, (train + test,), generator=generator)
-    glyphs = _glyphs()
-    images = torch.cat([_deformed(glyphs, chunk, generator) for chunk in labels.split(2_000)])
-    parts = ImageSet(images[:train], labels[:train]), ImageSet(images[train:], labels[train:])
-    return Digits("synthetic", parts[0], NO_IMAGES, parts[1], DIGIT_NAMES, [Path(__file__)])
-
-
-def _glyphs() -> Tensor:
-    """float32 (stroke widths, 10, GLYPH_SIDE, GLYPH_SIDE) in 0..1: each digit upright and centered."""
     font = ImageFont.load_default(size=44)
-    glyphs = torch.zeros(3, 10, GLYPH_SIDE, GLYPH_SIDE)
+    glyphs = torch.zeros(3, 10, GLYPH_SIDE, GLYPH_SIDE)  # each digit upright and centered, in three stroke widths
     for stroke_width in range(3):
         for digit in range(10):
             canvas = Image.new("L", (GLYPH_SIDE, GLYPH_SIDE))
             style = {"fill": 255, "font": font, "anchor": "mm", "stroke_width": stroke_width}
             ImageDraw.Draw(canvas).text((GLYPH_SIDE / 2, GLYPH_SIDE / 2), str(digit), **style)
-            glyphs[stroke_width, digit] = torch.from_numpy(np.array(canvas))
-    return glyphs / 255
+            glyphs[stroke_width, digit] = torch.from_numpy(np.array(canvas)) / 255
+    images = torch.cat([_deformed(glyphs, chunk, generator) for chunk in labels.split(2_000)])
+    parts = ImageSet(images[:train], labels[:train]), ImageSet(images[train:], labels[train:])
+    return Digits("synthetic", parts[0], NO_IMAGES, parts[1], DIGIT_NAMES, [Path(__file__)])
 
 
 def _deformed(glyphs: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
-    """uint8 (n, 1, 28, 28): the glyph of each label, individually deformed."""
+    """uint8 (n, 1, 28, 28): the glyph of each label, of one stroke width and deformed at random."""
     n = len(labels)
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:

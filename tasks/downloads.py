@@ -24,10 +24,12 @@ def has_files(
     if Path(data_dir).is_file():
         raise UserError(f"--data_dir {data_dir} is a file: pass a directory")
     missing = ", ".join(file.name for file in files if not file.exists())
-    problem = _download(sources()) if missing else None
-    if problem is None:
+    try:
+        if missing:
+            _download(sources())
         return True
-    problem = f"{name} is not in {data_dir}: {missing} missing, and can't be downloaded: {problem}"
+    except (OSError, http.client.HTTPException, ValueError) as error:  # the last after a redirection to no URL
+        problem = f"{name} is not in {data_dir}: {missing} missing, and can't be downloaded: {one_line(error)}"
     advice = f"put the uncompressed files into {files[0].parent}, or pass another --data_dir"
     if not optional:
         raise UserError(f"{problem}; {advice}, or use --dataset synthetic")
@@ -36,26 +38,21 @@ def has_files(
     return False
 
 
-def _download(sources: Mapping[Path, tuple[str, str]]) -> str | None:
-    """Download all files or none; returns what went wrong, in one line."""
+def _download(sources: Mapping[Path, tuple[str, str]]) -> None:
     if problem := why_unreachable(next(iter(sources.values()))[0]):
-        return problem
+        raise ValueError(problem)
     contents = {}
-    try:
-        for path, (url, checksum) in sources.items():
-            with urllib.request.urlopen(url, timeout=20) as response:
-                content = response.read()
-            algorithm = "md5" if len(checksum) == 32 else "sha256"
-            if hashlib.new(algorithm, content, usedforsecurity=False).hexdigest() != checksum:
-                return f"what the server sent is not the published file: {url}"
-            contents[path] = gzip.decompress(content) if url.endswith(".gz") else content
-        for path, content in contents.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(path) as temporary:
-                temporary.write_bytes(content)
-    except (OSError, http.client.HTTPException, ValueError) as error:  # the last after a redirection to no URL
-        return one_line(error)
-    return None
+    for path, (url, checksum) in sources.items():
+        with urllib.request.urlopen(url, timeout=20) as response:
+            content = response.read()
+        algorithm = "md5" if len(checksum) == 32 else "sha256"
+        if hashlib.new(algorithm, content, usedforsecurity=False).hexdigest() != checksum:
+            raise ValueError(f"what the server sent is not the published file: {url}")
+        contents[path] = gzip.decompress(content) if url.endswith(".gz") else content
+    for path, content in contents.items():  # once all have arrived
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary:
+            temporary.write_bytes(content)
 
 
 def one_line(text: object) -> str:

@@ -120,8 +120,7 @@ def _from_scratch(sentences: list[str], labels: dict) -> Pretrained:
     sizes = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 512}
     # BERT's own 0.02 and 0.1 suit long pretraining: with them, only some seeds learn agreement in ten epochs.
     changes = {"initializer_range": 128**-0.5, "hidden_dropout_prob": 0.05, "attention_probs_dropout_prob": 0.0}
-    vocabulary = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
-    config = transformers.BertConfig(**vocabulary, **sizes, **changes, **labels)
+    config = transformers.BertConfig(vocab_size=len(pieces), **sizes, **changes, **labels)
     return transformers.BertForSequenceClassification(config), tokenizer
 
 
@@ -168,8 +167,7 @@ def attribute(model: PreTrainedModel, token_set: TokenSet, index: int, answer: i
     Gradient × input (Shrikumar et al., 2016): the derivative of the difference of the two logits by a token's
     embedding, times that embedding, summed over its dimensions. None if the model doesn't accept embeddings.
     """
-    # Without padding: given embeddings, models that classify by the last token can't tell which it is.
-    tokens = tokens_of(token_set, index)[None].long()
+    tokens = tokens_of(token_set, index)[None].long()  # without padding: GPT-2 would take it for the last token
     embedded = model.get_input_embeddings()(tokens).detach().requires_grad_()
     try:
         with torch.enable_grad():
@@ -184,7 +182,6 @@ class UsedRowsEmbedding(nn.Embedding):
     """A word embedding that trains only the rows that occur in the data; its state dict contains the full matrix."""
 
     def __init__(self, full: nn.Embedding, used: Tensor):
-        """Wrap the rows `used`, int64 (rows,), of `full`."""
         super().__init__(len(used), full.embedding_dim, _weight=full.weight.detach()[used])
         row = torch.full((full.num_embeddings,), -1, device=used.device)  # looking up -1 raises
         row[used] = torch.arange(len(used), device=used.device)

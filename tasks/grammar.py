@@ -13,8 +13,7 @@ TRANSITIVE = [  # base, past, participle
     ("break", "broke", "broken"),
     ("steal", "stole", "stolen"),
 ]
-REFLEXIVE = ["admire", "blame", "describe"]
-KNOW = ["know", "remember", "forget"]
+REFLEXIVE, KNOW = ["admire", "blame", "describe"], ["know", "remember", "forget"]
 REFLEXIVE_OF = {"boy": "himself", "girl": "herself"}
 ADJECTIVES = ["old", "young", "tall", "famous", "quiet", "angry", "happy", "clever"]
 PLACES = ["near the river", "behind the house", "in the garden", "beside the road", "at the station"]

@@ -42,8 +42,7 @@ ACCEPTABILITY = ["unacceptable", "acceptable"]
 def load_corpus(name: str, data_dir: str, train_file: str | None = None, valid_file: str | None = None) -> Corpus:
     """Load "cola" from `data_dir`, downloading it there if needed, or the user's "files", or "synthetic".
 
-    "auto" is the user's files if named, else CoLA, else, with a loud warning, "synthetic". Raises `UserError` if files
-    are missing, damaged or malformed.
+    "auto" is the user's files if named, else CoLA, else, with a loud warning, "synthetic". Raises `UserError`.
     """
     if (train_file is None) != (valid_file is None) or (name == "files" and train_file is None):
         raise UserError("--train_file and --valid_file go together: name both")

@@ -101,11 +101,13 @@ def test_blank_lines(tmp_path):
 @pytest.mark.parametrize(
     "suffix, content, problem",
     [
-        ("tsv", "sentence,label\na,0\n", "row 1: the header must name one column 'sentence', not 'sentence,label'; the file "
-         "is comma-separated: name it .csv"),
+        ("tsv", "sentence,label\na,0\n", "row 1: the header must name one column 'sentence', not "
+         "'sentence,label'; the file is comma-separated: name it .csv"),
         ("csv", "sentence\tlabel\na\t0\n", r"row 1: the header must name one column 'sentence', not 'sentence\tlabel'"),
-        ("tsv", "label\tsentence\tlabel\n0\ta\t1\n", "row 1: the header must name one column 'label', not 'label', 'sentence', 'label'"),
-        ("csv", "sentence,label,sentence\na,0,b\n", "row 1: the header must name one column 'sentence', not 'sentence', 'label', 'sentence'"),
+        ("tsv", "label\tsentence\tlabel\n0\ta\t1\n", "row 1: the header must name one column 'label', not "
+         "'label', 'sentence', 'label'"),
+        ("csv", "sentence,label,sentence\na,0,b\n", "row 1: the header must name one column 'sentence', not "
+         "'sentence', 'label', 'sentence'"),
         ("csv", 'sentence,label\n"a\nb",0\n"c,1\nd,0\n', "row 3: a quote is never closed, or not doubled within "
          "quotes (unexpected end of data)"),
         ("csv", 'sentence,label\n"a,0\nb "c", d,1\n', "row 2: a quote is never closed, or not doubled within "

@@ -621,7 +621,7 @@ BAD = {
     "--dataset cola --data_dir . --model scratch": "cola_public_1.1.zip is damaged: it differs from the published file",
     "--train_file t.csv --model scratch": "--train_file and --valid_file go together: name both",
     "--train_file t.csv --valid_file bad.csv --model scratch": "bad.csv, row 3: expected 2 columns, got 3",
-    "--train_file one.csv --valid_file t.csv --model scratch": "one.csv: column 'label' has 1 distinct labels in 2 rows",
+    "--train_file one.csv --valid_file t.csv --model scratch": "one.csv: column 'label' has 1 distinct labels in 2",
     "--train_file t.csv --valid_file t.csv --model scratch": "--batch_size 64 is more than the 6 training examples",
     "--dataset synthetic --model scratch --max_length 513": "--max_length 513 is more than the model's limit, 512",
     "--dataset synthetic --model MODEL --max_length 513": "--max_length 513 is more than the model's limit, 512",
