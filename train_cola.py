@@ -178,7 +178,7 @@ def attributions(task: Task, result: metrics.Evaluation) -> str:
     for i in viz.most_confident_mistakes(result)[:20].tolist():
         label, prediction = int(result.labels[i]), int(result.predictions[i])
         shades = encoders.attribute(task.model, task.valid, i, prediction, label)
-        words = task.tokenizer.convert_ids_to_tokens(task.valid.tokens[i, : task.valid.lengths[i]].tolist())
+        words = task.tokenizer.convert_ids_to_tokens(batching.tokens_of(task.valid, i).tolist())
         heading = f"{names[label]} taken for {names[prediction]}, {result.probabilities[i].max():.1%}"
         pages.append(encoders.NO_ATTRIBUTIONS if shades is None else viz.shaded_tokens(words, shades, heading))
     return "".join(dict.fromkeys(pages)) or "<p>No mistakes.</p>"  # the same page once

@@ -1,10 +1,7 @@
 """Find and load an encoder and its tokenizer: from a directory, from the Hugging Face Hub, or with random weights."""
 
 import os
-import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +11,14 @@ from safetensors import SafetensorError
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    BertConfig,
-    BertForSequenceClassification,
-    BertTokenizerFast,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from harness.errors import UserError, warn_loudly
-from tasks.batching import TokenSet, inputs_of, tokenise
-from tasks.downloads import why_unreachable
+from tasks.batching import TokenSet, inputs_of, tokenise, tokens_of
+from tasks.downloads import one_line, why_unreachable
 
 BERT_TINY = "google/bert_uncased_L-2_H-128_A-2"
+Pretrained = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 NO_ATTRIBUTIONS = "<p>No attributions: this model does not accept embeddings.</p>"
 
 transformers.logging.set_verbosity_error()  # `_load_pretrained` itself reports a replaced head
@@ -39,142 +28,105 @@ transformers.logging.disable_progress_bar()
 def find_model(name: str | None) -> str:
     """The model to use: `name` if given, else BERT-tiny, or "scratch" with a loud warning if that is not available.
 
-    Raises `UserError` if a named model is not a directory, is not in the hub's cache, and the hub is unreachable.
+    A model of the hub is downloaded unless it is cached whole. Raises `UserError` if a named model is not available.
     """
     if name == "scratch" or (name and (Path(name).is_dir() or name.startswith("wandb:"))):
         return name
-    wanted, started = name or BERT_TINY, time.perf_counter()
-    if _is_cached(wanted):
-        return wanted
-    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    problem = "HF_HUB_OFFLINE is set" if offline else why_unreachable(hub)
+    wanted = name or BERT_TINY
+    problem = _why_not_loaded(wanted, local_files_only=True)
+    if problem and os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        problem = "HF_HUB_OFFLINE is set"
+    elif problem:
+        hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+        problem = why_unreachable(hub) or _why_not_loaded(wanted)
     if problem is None:
         return wanted
+    problem = f"not in the hub's cache, and can't be downloaded: {problem}"
+    advice = "pass a directory that contains one: --model DIR"
     if name:
-        raise UserError(
-            f"--model {_one_line(name)} is not a directory, not in the hub's cache, and can't be downloaded: "
-            f"{problem}; pass a directory that contains a model, or use --model scratch"
-        )
+        raise UserError(f"--model {one_line(name)} is not a directory, {problem}; {advice}, or --model scratch")
     warn_loudly(
-        f"{wanted} is not in the hub's cache, and can't be downloaded: {problem}.",
+        f"{wanted} is {problem}.",
         "This run trains the same architecture from RANDOM weights instead (--model scratch).",
-        f"Finding that out took {time.perf_counter() - started:.1f} s.",
-        "To use a pretrained model, pass a directory that contains one: --model DIR.",
+        f"To use a pretrained model, {advice}.",
     )
     return "scratch"
 
 
-def _is_cached(name: str) -> bool:
+def _why_not_loaded(name: str, local_files_only: bool = False) -> str | None:
+    """Load a model and its tokenizer, with all their files, from the hub or its cache; returns what went wrong."""
     try:
-        AutoConfig.from_pretrained(name, local_files_only=True)
-        AutoTokenizer.from_pretrained(name, local_files_only=True)
-    except Exception:
-        return False
-    return True
-
-
-def _one_line(text: object) -> str:
-    return " ".join(str(text).split())
-
-
-@contextmanager
-def _blaming(name: str, failure: str) -> Iterator[None]:
-    """Turn any error into a `UserError`: there is no end to what the libraries raise when they read a broken model."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(_one_line(error)) from None
+        AutoTokenizer.from_pretrained(name, local_files_only=local_files_only)
+        AutoModelForSequenceClassification.from_pretrained(name, local_files_only=local_files_only)
     except Exception as error:
-        reason = _one_line(error)
-        if " " not in reason:  # KeyError: 'vocab'
-            reason = f"{type(error).__name__}: {reason}"
-        files = [file for file in Path(name).glob("*") if file.is_file() and os.access(file, os.R_OK)]
-        small = [file for file in files if file.stat().st_size < 1000]
-        pointers = [file.name for file in small if file.read_bytes().startswith(b"version https://git-lfs")]
-        if pointers:
-            reason = f"{min(pointers)} is a git LFS pointer, not the file itself: run `git lfs pull`"
-        elif "Weights only load failed" in reason:  # the advice that follows is unsafe
-            reason = "the file of its weights is damaged"
-        elif isinstance(error, SafetensorError):
-            reason = f"the file of its weights is damaged: {reason}"
-        raise UserError(f"--model {_one_line(name)} {failure}: {reason[:200]}") from None
+        return one_line(error)[:200]
+    return None
 
 
-def load_model(
-    name: str, sentences: list[str], class_names: list[str], max_length: int
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_model(name: str, sentences: list[str], class_names: list[str], max_length: int) -> Pretrained:
     """Load a classifier with a head for `class_names`, and its tokenizer, which truncates at `max_length` tokens.
 
-    With "scratch", the tokenizer learns its vocabulary from `sentences`. Raises `UserError` if the model can't be
-    loaded, has no usable tokenizer, has fewer than `max_length` positions, or fails a trial.
+    With "scratch", its vocabulary is learned from `sentences`. Raises `UserError` if the model is of no use.
     """
     labels = {"id2label": dict(enumerate(class_names)), "label2id": {c: i for i, c in enumerate(class_names)}}
-    with _blaming(name, "can't be loaded"):
+    try:
         model, tokenizer = _from_scratch(sentences, labels) if name == "scratch" else _load_pretrained(name, labels)
-    with _blaming(name, "can't classify sentences"):
-        if tokenizer.pad_token_id is None and tokenizer.eos_token is not None:  # GPT-2
-            tokenizer.pad_token = tokenizer.eos_token
-        if tokenizer.pad_token_id is None:
-            raise UserError(f"--model {name} has a tokenizer without a padding token: pass an encoder such as BERT")
-        if getattr(model.config, "pad_token_id", None) is None:
-            model.config.pad_token_id = tokenizer.pad_token_id
-        limit = _max_positions(model)
-        if max_length > limit:
-            raise UserError(f"--max_length {max_length} is more than the model's limit, {limit}")
-        tokenizer.model_max_length = max_length
-        tokenizer.padding_side = "right"  # as in training: some models give other answers if padded on the left
-        _try_out(name, model, tokenizer, max_length)
+        _prepare(model, tokenizer, max_length)
+    except Exception as error:  # there is no end to what the libraries raise when they read a broken model
+        reason = one_line(error)
+        small = [file for file in Path(name).glob("*") if file.is_file() and file.stat().st_size < 1000]
+        if pointers := [file.name for file in small if file.read_bytes().startswith(b"version https://git-lfs")]:
+            reason = f"{min(pointers)} is a git LFS pointer, not the file itself: run `git lfs pull`"
+        elif (
+            isinstance(error, SafetensorError) or "Weights only load failed" in reason
+        ):  # the latter's advice is unsafe
+            reason = "the file of its weights is damaged"
+        elif " " not in reason:  # KeyError: 'vocab'
+            reason = f"{type(error).__name__}: {reason}"
+        raise UserError(f"--model {one_line(name)} can't be used: {reason[:200]}") from None
     return model, tokenizer
 
 
-def _max_positions(model: PreTrainedModel) -> int:
-    """The model's maximum sequence length; RoBERTa-like models reserve the first position embeddings."""
-    positions = getattr(model.config, "max_position_embeddings", None) or -1
-    tables = (module for name, module in model.named_modules() if name.endswith("position_embeddings"))
-    reserved = [table.padding_idx + 1 for table in tables if getattr(table, "padding_idx", None) is not None]
-    return positions - max(reserved, default=0) if positions > 0 else 10**9
-
-
-def _try_out(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
-    """Classify two sentences of different length; raises whatever a model raises that can't."""
+def _prepare(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+    """Pad on the right, check the model's limits, and classify two sentences of different length."""
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # GPT-2
+    if tokenizer.pad_token_id is None:
+        raise ValueError("it has a tokenizer without a padding token: pass an encoder such as BERT")
+    model.config.pad_token_id = tokenizer.pad_token_id
+    tokenizer.padding_side = "right"  # as in training: some models give other answers if padded on the left
+    tokenizer.model_max_length = max_length
+    limit = getattr(model.config, "max_position_embeddings", None) or 10**9
+    for name, table in model.named_modules():
+        if name.endswith("position_embeddings") and getattr(table, "padding_idx", None) is not None:
+            limit -= table.padding_idx + 1  # RoBERTa and its like reserve the first ones
+    if 0 < limit < max_length:
+        raise ValueError(f"--max_length {max_length} is more than the model's limit, {limit}")
     largest, rows = max(tokenizer.get_vocab().values()), model.get_input_embeddings().num_embeddings
     if largest >= rows:
         raise ValueError(f"its tokenizer has ids up to {largest}, but the model has {rows} embeddings")
     sentences = ["The cat sleeps.", "The cat that the boys saw in the garden sleeps."]
     token_set = tokenise(sentences, [0, 1], tokenizer, max_length, model.device)
-    model.eval()
     with torch.no_grad():
-        type(model).forward(model, **inputs_of(token_set, torch.arange(2)))
+        type(model).forward(model.eval(), **inputs_of(token_set, torch.arange(2)))
     if attribute(model, token_set, 0, answer=1, label=0) is None:
-        print(f"{_one_line(name)} does not accept embeddings: valid/attributions will show no tokens.")
+        print("The model does not accept embeddings: valid/attributions will show no tokens.")
 
 
-def _from_scratch(sentences: list[str], labels: dict) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _from_scratch(sentences: list[str], labels: dict) -> Pretrained:
     """BERT-tiny's architecture (Turc et al., 2019) with random weights, and a WordPiece tokenizer for `sentences`."""
     pieces = learn_wordpieces(sentences)
-    tokenizer = BertTokenizerFast(vocab={piece: i for i, piece in enumerate(pieces)}, model_max_length=512)
-    config = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=512,
-        # BERT's own 0.02 and 0.1 suit long pretraining: with them, only some seeds learn agreement in ten epochs.
-        initializer_range=128**-0.5,
-        hidden_dropout_prob=0.05,
-        attention_probs_dropout_prob=0.0,
-        pad_token_id=tokenizer.pad_token_id,
-        **labels,
-    )
-    return BertForSequenceClassification(config), tokenizer
+    tokenizer = transformers.BertTokenizerFast(vocab={p: i for i, p in enumerate(pieces)}, model_max_length=512)
+    sizes = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 512}
+    # BERT's own 0.02 and 0.1 suit long pretraining: with them, only some seeds learn agreement in ten epochs.
+    changes = {"initializer_range": 128**-0.5, "hidden_dropout_prob": 0.05, "attention_probs_dropout_prob": 0.0}
+    config = transformers.BertConfig(vocab_size=len(pieces), **sizes, **changes, **labels)
+    return transformers.BertForSequenceClassification(config), tokenizer
 
 
 def learn_wordpieces(sentences: list[str]) -> list[str]:
-    """A WordPiece vocabulary: all characters, words that occur at least twice, and suffixes of at least ten words.
-
-    It is deterministic, unlike the trainers of the tokenizers library, which break ties at random.
-    """
+    """A WordPiece vocabulary: all characters, words that occur at least twice, and suffixes of at least ten words."""
+    # The trainers of the tokenizers library would break ties at random.
     normalizer, splitter = BertNormalizer(lowercase=True), BertPreTokenizer()
     words = Counter(w for s in sentences for w, _ in splitter.pre_tokenize_str(normalizer.normalize_str(s)))
     characters = sorted(set("".join(words)))
@@ -184,59 +136,52 @@ def learn_wordpieces(sentences: list[str]) -> list[str]:
     return pieces + sorted(f"##{suffix}" for suffix, count in suffixes.items() if count >= 10)
 
 
-def _load_pretrained(name: str, labels: dict) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    local = Path(name).is_dir() or _is_cached(name)
-    config = AutoConfig.from_pretrained(name, local_files_only=local)
-    tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=local)
+def _load_pretrained(name: str, labels: dict) -> Pretrained:
+    """Load from a directory or the hub's cache, with a new head unless there is one for as many labels."""
+    config = transformers.AutoConfig.from_pretrained(name, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=True)
     changes = {**labels, "problem_type": "single_label_classification", "dtype": torch.float32}
     if getattr(config, "summary_type", None) == "last":  # XLNet: in a batch, the last token may be padding
         changes["summary_type"] = "first"
     model, info = AutoModelForSequenceClassification.from_pretrained(
-        name, local_files_only=local, ignore_mismatched_sizes=True, output_loading_info=True, **changes
+        name, local_files_only=True, ignore_mismatched_sizes=True, output_loading_info=True, **changes
     )
     # Outside the base model is the head. Encoders saved from a masked-LM have no pooler either.
-    new = info["missing_keys"] | {key for key, *_ in info["mismatched_keys"]}
-    wrong = sorted(key for key in new if key.startswith(f"{model.base_model_prefix}.") and "pooler" not in key)
-    if wrong:
+    fresh = info["missing_keys"] | {key for key, *_ in info["mismatched_keys"]}
+    if wrong := sorted(key for key in fresh if key.startswith(f"{model.base_model_prefix}.") and "pooler" not in key):
         raise ValueError(f"weights missing or not of the size in config.json: {len(wrong)}, first {wrong[0]}")
     if wrong := [key for key, weight in model.named_parameters() if not weight.isfinite().all()]:
         raise ValueError(f"weights with NaN or infinity: {len(wrong)}, first {wrong[0]}")
     # If a directory has no tokenizer, AutoTokenizer creates one with nothing but special tokens.
     if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):
-        raise UserError(f"--model {name} has no tokenizer: save it there too (tokenizer.save_pretrained)")
-    has_head = any("ForSequenceClassification" in kind for kind in config.architectures or ())
-    if has_head and config.num_labels != len(labels["id2label"]):
-        replaced = f"has {config.num_labels} labels: a new one with {len(labels['id2label'])} replaces it."
-        print(f"The head of {_one_line(name)} {replaced}")
+        raise ValueError("it has no tokenizer: save it there too (tokenizer.save_pretrained)")
+    old, new = config.num_labels, model.config.num_labels
+    if old != new and any("ForSequenceClassification" in kind for kind in config.architectures or ()):
+        print(f"The head of {name} has {old} labels: a new one with {new} replaces it.")
     return model, tokenizer
 
 
 def attribute(model: PreTrainedModel, token_set: TokenSet, index: int, answer: int, label: int) -> Tensor | None:
-    """How much each token of a sentence moved the decision towards `answer`, away from `label`: float (tokens,).
+    """How much each token of a sentence moved the decision towards `answer`, away from `label`: float32 (tokens,).
 
     Gradient × input (Shrikumar et al., 2016): the derivative of the difference of the two logits by a token's
     embedding, times that embedding, summed over its dimensions. None if the model doesn't accept embeddings.
     """
-    # Without padding: given embeddings, models that classify by the last token can't tell which it is.
-    inputs = {k: v[:, : token_set.lengths[index]] for k, v in inputs_of(token_set, torch.tensor([index])).items()}
-    embedded = model.get_input_embeddings()(inputs.pop("input_ids")).detach().requires_grad_()
+    tokens = tokens_of(token_set, index)[None].long()  # without padding: GPT-2 would take it for the last token
+    embedded = model.get_input_embeddings()(tokens).detach().requires_grad_()
     try:
         with torch.enable_grad():
-            logits = type(model).forward(model, inputs_embeds=embedded, **inputs).logits[0]
-            (gradient,) = torch.autograd.grad(logits[answer] - logits[label], embedded)
+            output = type(model).forward(model, inputs_embeds=embedded, attention_mask=torch.ones_like(tokens))
+            (gradient,) = torch.autograd.grad(output.logits[0, answer] - output.logits[0, label], embedded)
     except (NotImplementedError, TypeError, ValueError):  # T5 and BART, Longformer, others
         return None
     return (gradient * embedded).sum(-1)[0].detach().cpu()
 
 
 class UsedRowsEmbedding(nn.Embedding):
-    """A word embedding that trains only the rows that occur in the data; its state dict contains the full matrix.
-
-    The other rows get no gradient, so without weight decay the optimizer would leave them unchanged anyway.
-    """
+    """A word embedding that trains only the rows that occur in the data; its state dict contains the full matrix."""
 
     def __init__(self, full: nn.Embedding, used: Tensor):
-        """Wrap the rows `used`, int64 (rows,), of `full`."""
         super().__init__(len(used), full.embedding_dim, _weight=full.weight.detach()[used])
         row = torch.full((full.num_embeddings,), -1, device=used.device)  # looking up -1 raises
         row[used] = torch.arange(len(used), device=used.device)
@@ -258,18 +203,17 @@ class UsedRowsEmbedding(nn.Embedding):
 
 
 def train_used_rows(model: PreTrainedModel, tokens: list[Tensor]) -> None:
-    """Train only the rows of the word embedding that occur in `tokens` (int64, any shape), if they are less than half.
+    """Train only the rows of the word embedding that occur in `tokens` (integers, any shape), if less than half do.
 
-    An embedding whose weights are tied stays as it is. BERT-tiny's embedding is nine tenths of its weights, and CoLA
-    uses a fifth of the rows.
+    The others get no gradient. BERT-tiny's embedding is nine tenths of its weights; CoLA uses a fifth of the rows.
     """
     full = model.get_input_embeddings()
-    names = [name for name, weight in model.named_parameters(remove_duplicate=False) if weight is full.weight]
+    tied = sum(weight is full.weight for _, weight in model.named_parameters(remove_duplicate=False)) > 1
     occurs = torch.zeros(full.num_embeddings, dtype=torch.bool, device=tokens[0].device)
     for part in tokens:
         occurs[part] = True
     if full.padding_idx is not None:
         occurs[full.padding_idx] = True
     used = occurs.nonzero().flatten()
-    if type(full) is nn.Embedding and len(names) == 1 and 2 * len(used) < full.num_embeddings:
+    if type(full) is nn.Embedding and not tied and 2 * len(used) < full.num_embeddings:
         model.set_input_embeddings(UsedRowsEmbedding(full, used))

@@ -54,9 +54,9 @@ def test_cola_is_parsed_verbatim():
     {
         b"a\t1\tThree columns.": "expected 4 columns, got 3",
         b"a\t1\t\tFive\tcolumns.": "expected 4 columns, got 5",
-        b"": "expected 4 columns, got 1",
-        b"a\t2\t\tLabel two.": "the label is '2', not 0 or 1",
-        b"a\t\t\tNo label.": "the label is '', not 0 or 1",
+        b"": "expected 4 columns, got 0",
+        b"a\t2\t\tLabel two.": "the label '2' does not occur in CoLA",
+        b"a\t\t\tNo label.": "the label is empty",
         b"a\t1\t\t \xc2\xa0": "the sentence is empty",
         b"a\t1\t\tLatin \xe9t\xe9.": "invalid UTF-8",
     }.items(),
@@ -64,7 +64,7 @@ def test_cola_is_parsed_verbatim():
 def test_error_names_the_malformed_line(line, problem):
     with pytest.raises(UserError) as error:
         parse_cola(b"ok\t1\t\tFine.\n" + line + b"\nok\t1\t\tFine.\n", "cola.zip: dev.tsv")
-    assert str(error.value) == f"cola.zip: dev.tsv, line 2: {problem}"
+    assert str(error.value) == f"cola.zip: dev.tsv, row 2: {problem}"
 
 
 def test_validation_joins_both_dev_sets(tmp_path, monkeypatch):
@@ -160,17 +160,25 @@ GOOD = "sentence\tlabel\na\t0\nb\t1\n"
 @pytest.mark.parametrize(
     "train, valid, problem",
     [
-        ("sentence\tlabels\na\t0\n", GOOD, "train.tsv, row 1: the header has no column 'label', only 'sentence', "),
-        ("text\tlabel\na\t0\n", GOOD, "train.tsv, row 1: the header has no column 'sentence'"),
-        ("", GOOD, "train.tsv is empty"),
+        (
+            "sentence\tlabels\na\t0\n",
+            GOOD,
+            "train.tsv, row 1: the header must name one column 'label', not 'sentence', ",
+        ),
+        ("text\tlabel\na\t0\n", GOOD, "train.tsv, row 1: the header must name one column 'sentence', not 'text', "),
+        ("", GOOD, "train.tsv contains no sentences"),
         ("sentence\tlabel\n", GOOD, "train.tsv contains no sentences"),
-        (GOOD + "c\t1\tmore\n", GOOD, "train.tsv, row 4: expected 2 columns as in the header, got 3"),
-        (GOOD, GOOD + "c\n", "valid.tsv, row 4: expected 2 columns as in the header, got 1"),
-        ("sentence\tlabel\na\t1\nb\t1\n", GOOD, "train.tsv: every label is '1'; training needs two or more classes"),
+        (GOOD + "c\t1\tmore\n", GOOD, "train.tsv, row 4: expected 2 columns, got 3"),
+        (GOOD, GOOD + "c\n", "valid.tsv, row 4: expected 2 columns, got 1"),
+        (
+            "sentence\tlabel\na\t1\nb\t1\n",
+            GOOD,
+            "train.tsv: column 'label' has 1 distinct labels in 2 rows; does another ",
+        ),
         (GOOD + "  \t1\n", GOOD, "train.tsv, row 4: the sentence is empty"),
         (GOOD, GOOD + "c\t\n", "valid.tsv, row 4: the label is empty"),
         (GOOD, GOOD + "c\t2\n", "valid.tsv, row 4: the label '2' does not occur in {}/train.tsv"),
-        (GOOD, GOOD.encode() + b"\xe9\t1\n", "valid.tsv, line 4: invalid UTF-8"),
+        (GOOD, GOOD.encode() + b"\xe9\t1\n", "valid.tsv, row 4: invalid UTF-8"),
     ],
 )
 def test_errors_name_file_and_row(tmp_path, train, valid, problem):
@@ -186,7 +194,7 @@ def test_incompatible_options_and_unreadable_files(tmp_path):
         ("auto", "x", a, None): "go together: name both",
         ("auto", "x", None, a): "go together: name both",
         ("cola", "x", a, a): "--dataset cola and --train_file exclude each other",
-        ("files", "x", None, None): "--dataset files needs --train_file and --valid_file",
+        ("files", "x", None, None): "go together: name both",
         ("files", "x", a, "no.tsv"): "can't read no.tsv: No such file or directory",
         ("files", "x", str(tmp_path), a): "Is a directory",
     }.items():
@@ -223,7 +231,7 @@ def test_both_parts_share_rules_but_no_sentences():
 
 def test_pairs_break_the_rule_they_are_labelled_with():
     """Check each rule independently, by a property that holds for every acceptable sentence and no unacceptable one."""
-    plural = {*grammar.NOUNS.values()}
+    plural = {f"{noun}s" for noun in grammar.NOUNS}
     holds = {
         "agreement": lambda words: any(w in plural for w in words) != any(w.endswith("s") for w in verbs(words)),
         "determiner": lambda words: (words[-2] in ("these", "those", "many")) == words[-1].endswith("s"),
@@ -237,7 +245,7 @@ def test_pairs_break_the_rule_they_are_labelled_with():
     }
 
     def verbs(words: list[str]) -> list[str]:
-        return [w for w in words if w in {form for verb in grammar.INTRANSITIVE for form in verb[:2]}]
+        return [w for w in words if w.removesuffix("s") in grammar.INTRANSITIVE]
 
     def perfects_and_futures(words: list[str]) -> list[list[str]]:
         i = next(i for i, w in enumerate(words) if w in ("will", "must", "has", "have"))

@@ -1,8 +1,13 @@
 """Models that are not BERT, or not whole: each one trains, or ends in one line that says why."""
 
+import hashlib
+import http.server
 import json
 import math
 import pickle
+import subprocess
+import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +22,7 @@ import train_cola
 from harness.errors import UserError
 from tasks import batching, encoders
 from tests import killing
-from tests.conftest import call
+from tests.conftest import REPO, call, clean_environment
 
 SENTENCES = ["The cat sleeps.", "A dog that the boys saw in the garden sleeps on it."]
 PIECES = encoders.learn_wordpieces(killing.SENTENCES.read_text().splitlines())
@@ -103,7 +108,7 @@ def test_model_without_head_and_pooler_is_loaded(bert, capsys):
 )
 def test_weights_other_than_config_says(changes, count, first, bert):
     change(bert / "config.json", **changes)
-    assert refusal(bert) == (f"be loaded: weights missing or not of the size in config.json: {count}, first {first}")
+    assert refusal(bert) == (f"be used: weights missing or not of the size in config.json: {count}, first {first}")
 
 
 def test_weights_of_other_names(bert):
@@ -118,30 +123,30 @@ def test_weights_that_are_not_finite(value, bert):
         return weights
 
     change_weights(bert, spoil)
-    assert refusal(bert) == "be loaded: weights with NaN or infinity: 1, first bert.embeddings.LayerNorm.weight"
+    assert refusal(bert) == "be used: weights with NaN or infinity: 1, first bert.embeddings.LayerNorm.weight"
 
 
 # ----------------------------------------------------------------------------------------------- broken files
 
-LOADED = "be loaded: "
-DAMAGED = "be loaded: the file of its weights is damaged"
+USED = "be used: "
+DAMAGED = "be used: the file of its weights is damaged"
 
 
 @pytest.mark.parametrize(
     ("file", "content", "problem"),
     [
-        ("tokenizer.json", b"", LOADED),
-        ("tokenizer.json", b"{}", LOADED + "KeyError: 'added_tokens'"),
-        ("tokenizer_config.json", b"[]", LOADED),
-        ("config.json", b"[]", LOADED),
-        ("config.json", b'{"model_type": "bert", "id2label": ["a", "b"]}', LOADED),
-        ("config.json", b'{"model_type": "bert", "hidden_dropout_prob": "high"}', LOADED),
-        ("config.json", b'{"model_type": "bert", "hidden_act": "none"}', LOADED + "KeyError: 'none'"),
-        ("config.json", b'{"model_type": "bert", "num_attention_heads": 0}', LOADED),
+        ("tokenizer.json", b"", USED),
+        ("tokenizer.json", b"{}", USED + "KeyError: 'added_tokens'"),
+        ("tokenizer_config.json", b"[]", USED),
+        ("config.json", b"[]", USED),
+        ("config.json", b'{"model_type": "bert", "id2label": ["a", "b"]}', USED),
+        ("config.json", b'{"model_type": "bert", "hidden_dropout_prob": "high"}', USED),
+        ("config.json", b'{"model_type": "bert", "hidden_act": "none"}', USED + "KeyError: 'none'"),
+        ("config.json", b'{"model_type": "bert", "num_attention_heads": 0}', USED),
         ("model.safetensors", b"", DAMAGED),
         ("model.safetensors", b"no weights at all", DAMAGED),
         ("pytorch_model.bin", pickle.dumps(Path(), protocol=2), DAMAGED),
-        ("pytorch_model.bin", b"", LOADED + "EOFError"),
+        ("pytorch_model.bin", b"", USED + "EOFError"),
     ],
     ids=str,
 )
@@ -158,7 +163,7 @@ def test_git_lfs_pointers(file, bert):
     if file == "pytorch_model.bin":
         (bert / "model.safetensors").unlink()
     (bert / file).write_bytes(POINTER)
-    assert refusal(bert) == f"be loaded: {file} is a git LFS pointer, not the file itself: run `git lfs pull`"
+    assert refusal(bert) == f"be used: {file} is a git LFS pointer, not the file itself: run `git lfs pull`"
 
 
 def test_newline_in_the_name_of_a_model(bert, tmp_path, monkeypatch):
@@ -176,7 +181,7 @@ def test_fewer_embeddings_than_pieces(tmp_path):
     save(tmp_path / "bert", transformers.BertModel(config), make_tokenizer(pad_token="[PAD]"))
     largest = len(PIECES) - 1
     problem = f"its tokenizer has ids up to {largest}, but the model has {largest} embeddings"
-    assert refusal(tmp_path / "bert") == f"classify sentences: {problem}"
+    assert refusal(tmp_path / "bert") == f"be used: {problem}"
 
 
 def test_model_that_fails_in_its_forward_pass(bert, monkeypatch):
@@ -184,14 +189,14 @@ def test_model_that_fails_in_its_forward_pass(bert, monkeypatch):
         raise RuntimeError("not\nthese sentences")
 
     monkeypatch.setattr(transformers.BertForSequenceClassification, "forward", fail)
-    assert refusal(bert) == "classify sentences: not these sentences"
+    assert refusal(bert) == "be used: not these sentences"
 
 
 def test_script_ends_in_one_line(bert, tmp_path):
     (bert / "tokenizer_config.json").write_text("[]")
     done = call("train_cola.py", *"--dataset synthetic --model bert --wandb disabled".split(), cwd=tmp_path)
     assert done.status == 2 and len(done.err.splitlines()) == 1, done.err
-    assert done.err.startswith("train_cola.py: error: --model bert can't be loaded: ")
+    assert done.err.startswith("train_cola.py: error: --model bert can't be used: ")
 
 
 # ----------------------------------------------------------------------------------------- other architectures
@@ -256,7 +261,7 @@ def test_other_architectures(make, tmp_path, capsys):
         assert torch.equal(scores, encoders.attribute(model, first, 0, answer=1, label=0))
     else:
         assert scores is None
-        assert said == f"{directory} does not accept embeddings: valid/attributions will show no tokens.\n"
+        assert said == "The model does not accept embeddings: valid/attributions will show no tokens.\n"
 
 
 def test_attribution_of_gpt2_is_that_of_its_last_token(tmp_path):
@@ -267,7 +272,7 @@ def test_attribution_of_gpt2_is_that_of_its_last_token(tmp_path):
     model, (index, length) = model.double(), (0, int(part.lengths[0]))
     scores = encoders.attribute(model, part, index, answer=1, label=0)
     assert length % 4, "choose another sentence: this one is not padded"
-    embedding, token = model.get_input_embeddings(), int(part.tokens[0, length - 1])
+    embedding, token = model.get_input_embeddings(), int(batching.tokens_of(part, 0)[-1])
     ends = []
     for scale in (1 + 1e-4, 1 / (1 + 1e-4) ** 2):
         with torch.no_grad():
@@ -322,3 +327,59 @@ def test_training_without_attributions(make, tmp_path, monkeypatch, capsys):
     assert math.isfinite(result["valid/loss"])
     assert capsys.readouterr().out.count("does not accept embeddings") == 1
     load("out/model")
+
+
+# -------------------------------------------------------------------------------------------- the hub
+
+FIND = "import sys; from tasks import encoders; name = sys.argv[1] if sys.argv[1:] else None; "
+FIND += "found = encoders.find_model(name); print(found); encoders.load_model(found, ['a b'], ['no', 'yes'], 32)"
+
+
+@pytest.mark.parametrize("name", ["some/model", None])
+def test_interrupted_download_is_not_a_cached_model(name, bert, tmp_path):
+    """The server breaks off within the weights, at first."""
+    healthy = threading.Event()
+
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            file = bert / self.path.rpartition("/")[2]
+            found = "/resolve/" in self.path and file.is_file()
+            self.send_response(200 if found or self.path == "/" else 404)
+            self.content = file.read_bytes() if found else b""
+            if found:
+                self.send_header("ETag", f'"{hashlib.sha256(self.content).hexdigest()}"')
+                self.send_header("X-Repo-Commit", "0" * 40)
+            elif "/resolve/" in self.path:
+                self.send_header("X-Error-Code", "EntryNotFound")
+            self.send_header("Content-Length", str(len(self.content)))
+            self.end_headers()
+
+        def do_GET(self) -> None:
+            self.do_HEAD()
+            cut = self.path.endswith(".safetensors") and not healthy.is_set()
+            self.wfile.write(self.content[: len(self.content) // 2] if cut else self.content)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    hub = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "cache")}
+
+    def find() -> subprocess.CompletedProcess:
+        command = [sys.executable, "-c", FIND, *([name] if name else [])]
+        return subprocess.run(command, cwd=REPO, env=clean_environment(tmp_path, **hub), capture_output=True, text=True)
+
+    done = find()
+    if name:
+        assert done.returncode and "UserError: --model some/model is not a directory, not in the hub" in done.stderr
+    else:
+        assert done.stdout.endswith("scratch\n") and "RANDOM weights" in done.stderr
+    assert list((tmp_path / "cache").rglob("tokenizer.json")), "what came before the weights is cached"
+    healthy.set()
+    done = find()
+    assert done.returncode == 0 and done.stdout == f"{name or encoders.BERT_TINY}\n", done.stderr
+    server.shutdown()
+    server.server_close()
+    done = find()  # from the cache
+    assert done.returncode == 0 and done.stdout == f"{name or encoders.BERT_TINY}\n", done.stderr

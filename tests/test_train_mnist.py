@@ -374,7 +374,7 @@ def test_progress_bar_in_a_terminal(tmp_path):
 
 def test_loud_fallback_if_mnist_is_unavailable(tmp_path):
     run = finished_run("train_mnist.py", tmp_path, "--slice", 20, "--epochs", 1, "--max_steps", 2)
-    assert "!!  This run uses the BUILT-IN synthetic digits instead" in run.err
+    assert "!!  This run uses the BUILT-IN synthetic data instead" in run.err
     assert run.config["dataset"] == run.metrics["dataset"] == "synthetic"
     assert merged(run.records, "config")["dataset"] == "synthetic"
 
