@@ -150,15 +150,20 @@ def write_csv(path: Path, rows: Iterable[Iterable[Any]]) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Run or resume a search. Raises `UserError` if the arguments, the sweep file or the storage are unusable."""
     file, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
-    options = parse(Options, rest if not file.startswith("-") else [file, *rest])
+    if file.startswith("-") and file not in ("-h", "--help"):
+        raise UserError("the sweep file comes first: python sweep_offline.py sweep.yaml --count 20")
+    options = parse(Options, [file, *rest] if file.startswith("-") else rest)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     sweep = read_sweep(Path(file))
     trial_count = count_trials(sweep, options.count)
     trials.check_command(sweep)
-    if not options.storage:
-        sweep.directory.mkdir(parents=True, exist_ok=True)
-    study = open_study(sweep, options.storage or f"sqlite:///{sweep.directory}/study.db")
-    sweep.directory.mkdir(parents=True, exist_ok=True)
+    try:
+        if not options.storage:
+            sweep.directory.mkdir(parents=True, exist_ok=True)
+        study = open_study(sweep, options.storage or f"sqlite:///{sweep.directory}/study.db")
+        sweep.directory.mkdir(parents=True, exist_ok=True)  # not earlier: an unusable storage leaves no directory
+    except FileExistsError:
+        raise UserError(f"{sweep.directory} is a file, not a directory") from None
     # A run can only be resumed where its files are. The default storage lies beside them, so it has one location.
     location = f"{socket.gethostname()}:{Path.cwd()}" if options.storage else "this directory"
     gpus = trials.visible_gpus() if options.jobs > 1 else []  # a single run may use all of them

@@ -602,6 +602,7 @@ def test_a_mistake_in_the_file_is_named_in_one_line(mistake, workdir, monkeypatc
         ("s.yaml --count 0", "--count: must be at least 1, got '0'"),
         ("s.yaml --storage nonsense", "--storage nonsense: "),
         ("r.yaml", "method random never ends by itself; give --count"),
+        ("--count 3 s.yaml", "the sweep file comes first"),
         ("s.yaml --cuont 3", "unknown option --cuont; did you mean --count?"),
     ],
 )
@@ -646,6 +647,13 @@ def test_a_bad_storage_leaves_no_directory(workdir):
     (workdir / "runs").rmdir()
     run_search(workdir, GRID, "--storage", "nonsense", status=2)
     assert not (workdir / "runs").exists()
+
+
+def test_a_file_in_the_place_of_the_directory(workdir):
+    (workdir / "runs").mkdir()
+    (workdir / "runs/sweep-s").touch()
+    for options in ([], ["--storage", "sqlite:///shared.db"]):
+        assert "runs/sweep-s is a file, not a directory" in run_search(workdir, GRID, *options, status=2)
 
 
 def test_a_sweep_can_be_resumed_when_its_command_is_mended(workdir):

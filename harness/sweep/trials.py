@@ -262,7 +262,7 @@ def record_outcome(search: Search, run: Run, last: float | None) -> FrozenTrial 
     return search.study.tell(run.trial, state=TrialState.FAIL)
 
 
-def read_result(metric: str, run: Run, last: float | None) -> tuple[Any, str | None]:
+def read_result(metric: str, run: Run, last: float | None) -> tuple[float | None, str | None]:
     """The final value of a run's metric, and what is wrong with the run if it failed."""
     status = run.process.returncode
     if status < 0:
@@ -276,9 +276,9 @@ def read_result(metric: str, run: Run, last: float | None) -> tuple[Any, str | N
     except (FileNotFoundError, ValueError, AttributeError):
         return None, "the run left no readable metrics.json"
     value = last if value is None else value  # metrics.json holds the best epoch's value, if there is one
-    if value is None:
-        return None, f"the run has no metric {metric}"
-    return value, None if is_finite(value) else f"{metric} is {value!r}"
+    if is_finite(value):
+        return value, None
+    return None, f"the run has no metric {metric}" if value is None else f"{metric} is {value!r}"
 
 
 def stop_runs(running: dict[int, Run]) -> None:
