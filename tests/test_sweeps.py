@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import statistics
@@ -19,6 +20,7 @@ import optuna
 import pytest
 import torch
 import yaml
+from optuna.trial import TrialState
 
 import sweep_offline
 import train_cola
@@ -211,6 +213,34 @@ def test_processes_that_share_a_storage_never_run_a_cell_twice(workdir):
     assert sum(text.count(": complete") for text in out) == len(CELLS)
 
 
+def test_starts_at_the_same_time(workdir):
+    sweep = GRID.replace("0.5", "0").replace("[1, 2, 3, 4]", "[1]")
+    processes = [start_search(workdir, sweep) for _ in range(4)]
+    out = [process.communicate(timeout=100)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * 4 and "Traceback" not in "".join(out), out
+    assert sorted(read_lines(workdir / "visits.txt")) == sorted(CELLS[:3])
+
+
+def test_what_optuna_does_not_document_may_change(workdir):
+    """An interrupted trial is then lost, which one line says; the other cells of the grid are visited once."""
+    process = start_search(workdir, GRID)
+    while not read_lines(workdir / "starts.txt"):
+        time.sleep(0.02)
+    process.kill()
+    process.communicate()
+    program = (
+        f"import sys; sys.path.insert(0, {str(REPO)!r}); import sweep_offline\n"
+        "sweep_offline.trials.TRIAL_ID = '_gone'; sweep_offline.main(['s.yaml', '--jobs', '2'])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=workdir, env=clean_environment(workdir), capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert done.stdout.count("trial 0, which was interrupted, can't be resumed and counts as failed") == 1
+    assert "11 complete, 1 fail" in done.stdout
+    assert Counter(read_lines(workdir / "visits.txt")) | Counter(CELLS[:1]) == Counter(CELLS)
+
+
 def test_ctrl_c_stops_runs_that_can_be_resumed(workdir):
     slow = GRID.replace("0.5", "4")
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -296,14 +326,59 @@ def test_the_direction_the_threads_the_group_and_the_best_command(workdir):
     assert "to repeat the best run: python objective.py --seconds=0.5 --epochs=3 --x=1 --y=-2" in out
     threads = max(1, len(os.sched_getaffinity(0)) // 2) if hasattr(os, "sched_getaffinity") else os.cpu_count() // 2
     assert {tuple(line.split()[2:]) for line in read_lines(workdir / "starts.txt")} == {(str(threads), "s")}
-    importances = list(csv.reader((workdir / "runs/sweep-s/importances.csv").open()))
-    assert [row[0] for row in importances[1:]] in (["x", "y"], ["y", "x"])
-    assert sum(float(row[1]) for row in importances[1:]) == pytest.approx(1)
+    assert "importance" not in out and not (workdir / "runs/sweep-s/importances.csv").exists()  # too few trials
+
+
+THREE = """
+program: objective.py
+method: random
+metric: {name: score, goal: maximize}
+parameters: {a: {min: 0.0, max: 1.0}, b: {min: 0.0, max: 1.0}, c: {min: 0.0, max: 1.0}}
+"""
+
+
+def recorded_search(cwd: Path, sweep: str, count: int, state: TrialState) -> None:
+    """Record trials as if a search had run them; the value is 3a + b."""
+    (cwd / "s.yaml").write_text(sweep)
+    parsed = sweep_file.read_sweep(Path("s.yaml"))
+    parsed.directory.mkdir(parents=True)
+    study = sweep_study.open_study(parsed, f"sqlite:///{parsed.directory}/study.db")
+    study.sampler = sweep_study.sampler(parsed, 0)
+    for number in range(count):
+        trial = study.ask(parsed.searched)
+        for name, value in {"parameters": trial.params, "run": f"r-{number}", "place": "this directory"}.items():
+            trial.set_user_attr(name, value)
+        complete = state == TrialState.COMPLETE
+        study.tell(trial, 3 * trial.params["a"] + trial.params["b"] if complete else None, state=state)
+
+
+def test_importances_of_a_known_function(workdir, monkeypatch):
+    """The variance of 3a + b + 0c is nine tenths a's and one tenth b's; fewer than 20 trials can't tell."""
+    monkeypatch.chdir(workdir)
+    recorded_search(workdir, THREE, 19, TrialState.COMPLETE)
+    importances = workdir / "runs/sweep-s/importances.csv"
+    assert "importance" not in run_search(workdir, THREE, "--count", "19") and not importances.exists()
+    shutil.rmtree(workdir / "runs")
+    recorded_search(workdir, THREE, 100, TrialState.COMPLETE)
+    assert "importance: a 9" in run_search(workdir, THREE, "--count", "100")
+    shares = {name: float(share) for name, share in list(csv.reader(importances.open()))[1:]}
+    assert list(shares) == ["a", "b", "c"] and sum(shares.values()) == pytest.approx(1)
+    assert shares["a"] == pytest.approx(0.9, abs=0.1) and shares["b"] == pytest.approx(0.1, abs=0.1)
+    assert shares["c"] < 0.05
+
+
+def test_a_search_without_a_complete_trial_fails(workdir, monkeypatch):
+    monkeypatch.chdir(workdir)
+    recorded_search(workdir, THREE, 3, TrialState.PRUNED)
+    out = run_search(workdir, THREE, "--count", "3", status=1)
+    assert out.splitlines()[-1] == "sweep_offline.py: error: no trial completed; all were pruned"
+    assert "3 pruned" in out
 
 
 def test_hyperband_prunes_with_sigterm_and_keeps_the_results(workdir):
     sweep = (
         GRID.replace("epochs: {value: 3}", "epochs: {value: 9}")
+        .replace("0.5", "1")
         .replace("grid", "random")
         .replace("parameters:", "early_terminate: {type: hyperband, min_iter: 1, max_iter: 9, eta: 3}\nparameters:")
     )
@@ -416,11 +491,36 @@ def test_nested_parameters_are_passed_as_wandb_passes_them(workdir, monkeypatch)
     assert command[:3] == ["/usr/bin/env", "python", "objective.py"] and "--o={'a': 1, 'b': 2}" in command
 
 
+MACROS = {
+    "${args}": ["--flag=True", "--g=False", "--o={'a': 1}", "--n=3"],
+    "${args_no_hyphens}": ["flag=True", "g=False", "o={'a': 1}", "n=3"],
+    "${args_no_boolean_flags}": ["--flag", "--o={'a': 1}", "--n=3"],
+    "${args_json}": ['{"flag": true, "g": false, "o": {"a": 1}, "n": 3}'],
+    "${env}": ["/usr/bin/env"],
+    "${interpreter}": ["python"],
+    "${program}": ["objective.py"],
+    "--home=${envvar:SOME_DIR}/x": ["--home=/data/x"],
+    "${envvar:UNSET_NAME}": ["UNSET_NAME"],
+    "plain": ["plain"],
+}
+
+
+def test_macros_of_the_command(workdir, monkeypatch):
+    monkeypatch.chdir(workdir)
+    monkeypatch.setenv("SOME_DIR", "/data")
+    values = "parameters: {flag: {value: true}, g: {value: false}, n: {values: [3]}, o: {parameters: {a: {value: 1}}}}"
+    (workdir / "s.yaml").write_text(GRID[: GRID.index("parameters:")] + values)
+    sweep = sweep_file.read_sweep(Path("s.yaml"))
+    for macro, words in MACROS.items():
+        sweep.command = [macro]
+        assert trials.trial_command(sweep, {"n": 3}, "python") == words
+
+
 MISTAKES = {
-    "program": ("program: objective.py", "", "program: must be the name of the script"),
-    "program file": ("objective.py", "missing.py", "program: no such file: missing.py"),
-    "method": ("method: grid", "", "method: must be one of grid, random, bayes"),
-    "unknown method": ("grid", "gird", "method: must be one of"),
+    "program": ("program: objective.py", "", "program: must be an existing script, not None"),
+    "program file": ("objective.py", "missing.py", "program: must be an existing script, not 'missing.py'"),
+    "method": ("method: grid", "", "method: must be grid, random or bayes"),
+    "unknown method": ("grid", "gird", "method: must be grid, random or bayes, not 'gird'"),
     "unknown key": ("method:", "metod: grid\nmethod:", "metod: unknown key"),
     "metric": ("metric: {name: score, goal: maximize}", "", "metric: must be a mapping with name, goal"),
     "metric is a string": ("{name: score, goal: maximize}", "score", "metric: must be a mapping"),
@@ -434,33 +534,35 @@ MISTAKES = {
     "misspelt key": ("values", "valeus", "parameters.x: needs value, values, or min and max"),
     "extra key": ("{min: -2, max: 0}", "{min: -2, max: 0, q: 1}", "parameters.y.q: unknown key"),
     "min alone": (", max: 0", "", "parameters.y: needs value, values, or min and max"),
-    "min above max": ("min: -2", "min: 2", "parameters.y.min: 2 is not less than max, 0"),
+    "min above max": ("min: -2", "min: 2", "parameters.y: `low <= high` must"),
     "a string": ("{min: -2, max: 0}", "{min: 1e-4, max: 1e-2, distribution: uniform}", "write 0.0001"),
-    "not finite": ("{min: -2, max: 0}", "{min: 0.0, max: .inf, distribution: uniform}", "parameters.y.max: "),
+    "not finite": ("{min: -2, max: 0}", "{min: 0.0, max: .inf, distribution: uniform}", "y: min, max or q"),
     "mixed types": ("max: 0", "max: 0.5", "parameters.y: write min and max both"),
     "infinite grid": ("{min: -2, max: 0}", "{min: 0.0, max: 1.0}", "parameters.y: a grid can't visit every value"),
-    "log of 0": ("{min: -2, max: 0}", "{distribution: log_uniform_values, min: 0, max: 1}", "parameters.y.min"),
+    "log of 0": ("{min: -2, max: 0}", "{distribution: log_uniform_values, min: 0, max: 1}", "parameters.y: `low > 0`"),
     "unknown kind": ("{min: -2, max: 0}", "{distribution: unifrom, min: 0, max: 1}", "must be one of constant"),
-    "server-only distribution": ("{min: -2, max: 0}", "{distribution: q_beta}", "y.distribution: q_beta can't be"),
-    "probabilities": ("values: [1, 2, 3, 4]", "values: [1, 2], probabilities: [0.1, 0.9]", "categorical_w_prob"),
-    "q": ("{min: -2, max: 0}", "{distribution: q_uniform, min: -2, max: 0, q: 0}", "parameters.y.q: must be above 0"),
-    "no multiple": ("{min: -2, max: 0}", "{distribution: q_uniform, min: 1, max: 2, q: 5}", "y.q: no multiple"),
-    "int_uniform": ("{min: -2, max: 0}", "{distribution: int_uniform, min: 0.5, max: 2}", "y.min: int_uniform needs"),
+    "server-only distribution": ("{min: -2, max: 0}", "{distribution: q_beta}", "distribution: must"),
+    "probabilities": ("values: [1, 2, 3, 4]", "values: [1, 2], probabilities: [0.1, 0.9]", "probabilities: unknown"),
+    "q": ("{min: -2, max: 0}", "{distribution: q_uniform, min: -2, max: 0, q: 0}", "y: min, max or q"),
+    "no multiple": ("{min: -2, max: 0}", "{distribution: q_uniform, min: 1, max: 2, q: 5}", "y: no multiple of 5"),
+    "int_uniform": ("{min: -2, max: 0}", "{distribution: int_uniform, min: 0.5, max: 2}", "y: write min and max both"),
     "early": ("parameters:", "early_terminate: {type: median}\nparameters:", "early_terminate.type: must be"),
-    "no min_iter": ("parameters:", "early_terminate: {type: hyperband}\nparameters:", "needs min_iter"),
+    "no min_iter": ("parameters:", "early_terminate: {type: hyperband}\nparameters:", "must be given min_iter, or"),
     "eta": ("parameters:", "early_terminate: {type: hyperband, s: 1, eta: 1}\nparameters:", "_terminate.eta"),
-    "command": ("parameters:", "command: python\nparameters:", "command: must be a non-empty list"),
+    "command": ("parameters:", "command: python\nparameters:", "command: must be a list, not 'python'"),
     "macro": ("parameters:", "command: ['${prog}']\nparameters:", "command: unknown macro ${prog}"),
     "run_cap": ("parameters:", "run_cap: many\nparameters:", "run_cap: must be a whole number"),
     "name": ("parameters:", "name: ''\nparameters:", "name: must be 1 to 99 characters long"),
-    "exponents": ("{min: -2, max: 0}", "{distribution: log_uniform, min: 0, max: 1000}", "are exponents"),
-    "distribution is a list": ("{min: -2, max: 0}", "{distribution: [uniform], min: 0, max: 1}", "must be a string"),
-    "a date": ("{values: [1, 2, 3, 4]}", "{value: 2021-01-01}", "parameters.x: "),
-    "an invalid date": ("{values: [1, 2, 3, 4]}", "{value: 2021-13-45}", "is not valid YAML"),
-    "recursive": ("{values: [1, 2, 3, 4]}", "&p {parameters: {a: *p}}", "nested too deeply"),
-    "huge": ("{min: -2, max: 0}", f"{{distribution: uniform, min: 0, max: {'9' * 400}}}", "parameters.y.max: "),
+    "exponents": ("{min: -2, max: 0}", "{distribution: log_uniform, min: 0, max: 1000}", "y: min, max or q"),
+    "distribution is a list": ("{min: -2, max: 0}", "{distribution: [uniform], min: 0, max: 1}", "distribution: must"),
+    "not a number": ("[1, 2, 3, 4]", "[1, .nan]", "parameters.x.values: nan is neither text nor a number"),
+    "no number at all": ("{min: -2, max: 0}", "{min: .nan, max: 0.5}", "parameters.y.min: nan is neither"),
+    "a date": ("{values: [1, 2, 3, 4]}", "{value: 2021-01-01}", "x.value: 2021-01-01 is neither text"),
+    "an invalid date": ("{values: [1, 2, 3, 4]}", "{value: 2021-13-45}", "s.yaml: month must be in 1..12"),
+    "recursive": ("{values: [1, 2, 3, 4]}", "&p {parameters: {a: *p}}", "maximum recursion depth exceeded"),
+    "huge": ("{min: -2, max: 0}", f"{{distribution: uniform, min: 0, max: {'9' * 400}}}", "y: min, max"),
     "envvar": ("parameters:", "command: ['${envvar:home}']\nparameters:", "command: unknown macro ${envvar:home}"),
-    "min_iter": ("parameters:", "early_terminate: {type: hyperband, min_iter: 9, max_iter: 3}\nparameters:", "iter: 9"),
+    "min_iter": ("parameters:", "early_terminate: {type: hyperband, min_iter: 9, max_iter: 3}\nparameters:", "_iter b"),
     "a large s": ("parameters:", "early_terminate: {type: hyperband, max_iter: 27, s: 100000000}\nparameters:",
                   "early_terminate.s: must be a whole number from 1 to 100"),
     "a NUL in a value": ("[1, 2, 3, 4]", '["a\\0"]', "parameters.x.values: 'a\\x00' has a control character"),
@@ -468,14 +570,14 @@ MISTAKES = {
     "a NUL in the metric": ("name: score", 'name: "a\\0"', "metric.name: 'a\\x00' has a control character"),
     "a NUL in the program": ("objective.py", '"a\\0"', "program: 'a\\x00' has a control character"),
     "a NUL in the command": ("parameters:", 'command: ["a\\0"]\nparameters:', "command: 'a\\x00' has a control"),
-    "a newline in a name": ("  x:", '  "x\\ny":', "parameters.x\\ny: 'x\\ny' has a control character"),
-    "overflow": ("{min: -2, max: 0}", "{distribution: uniform, min: -1.7e+308, max: 1.7e+308}", "y.max: must be betw"),
-    "a tiny q": ("{min: -2, max: 0}", "{distribution: q_uniform, min: 0, max: 1.0e+99, q: 0.1}", "parameters.y.q: 0.1"),
+    "a newline in a name": ("  x:", '  "x\\ny":', "'x\\ny' has a control character"),
+    "overflow": ("{min: -2, max: 0}", "{distribution: uniform, min: -1.7e+308, max: 1.7e+308}", "y: min, max or q"),
+    "a tiny q": ("{min: -2, max: 0}", "{distribution: q_uniform, min: 0, max: 1.0e+99, q: 0.1}", "y: min, max or q"),
     "a huge grid": ("min: -2", "min: -1000000000000", "the grid has 4,000,000,000,004 cells; give --count"),
     "no such program": ("parameters:", "command: [pyhton, '${program}']\nparameters:", "command: pyhton not found"),
     "no program behind env": ("parameters:", "command: ['${env}', pyhton]\nparameters:", "command: pyhton not found"),
-    "not executable": ("parameters:", "command: ['${program}']\nparameters:", "objective.py is not executable"),
-    "not YAML": ("parameters:", "parameters: {", "is not valid YAML"),
+    "not executable": ("parameters:", "command: ['${program}']\nparameters:", "or not executable"),
+    "not YAML": ("parameters:", "parameters: {", "s.yaml: while parsing a flow mapping"),
     "empty": (GRID, "", "the file: must be a mapping"),
     "a list": (GRID, "- a\n", "the file: must be a mapping"),
 }  # fmt: skip
@@ -496,11 +598,12 @@ def test_a_mistake_in_the_file_is_named_in_one_line(mistake, workdir, monkeypatc
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ("missing.yaml", "missing.yaml can't be read: No such file"),
-        ("s.yaml --count 0", "--count: must be a whole number above 0"),
+        ("missing.yaml", "missing.yaml: [Errno 2] No such file"),
+        ("s.yaml --count 0", "--count: must be at least 1, got '0'"),
         ("s.yaml --storage nonsense", "--storage nonsense: "),
         ("r.yaml", "method random never ends by itself; give --count"),
-        ("s.yaml --cuont 3", "unrecognized arguments: --cuont"),
+        ("--count 3 s.yaml", "the sweep file comes first"),
+        ("s.yaml --cuont 3", "unknown option --cuont; did you mean --count?"),
     ],
 )
 def test_mistakes_on_the_command_line(arguments, expected, workdir):
@@ -523,13 +626,18 @@ def test_another_file_of_the_same_name_is_refused(workdir):
     assert Counter(row["state"] for row in trial_rows(workdir)) == {"complete": 1}
 
 
-def test_a_line_break_in_a_path_does_not_split_the_error(workdir, monkeypatch):
-    monkeypatch.chdir(workdir)
+@pytest.mark.parametrize("arguments", [["a\nb.yaml"], ["s.yaml", "--storage", "a\nb"], ["s.yaml", "--a\nb"]])
+def test_a_line_break_does_not_split_the_error(arguments, workdir):
     (workdir / "s.yaml").write_text(GRID)
-    for arguments in (["a\nb.yaml"], ["s.yaml", "--storage", "a\nb"], ["s.yaml", "--a\nb"]):
-        with pytest.raises(UserError, match=r"a\\nb") as error:
-            sweep_offline.main(arguments)
-        assert "\n" not in str(error.value) and error.value.status == 2
+    command = [sys.executable, REPO / "sweep_offline.py", *arguments]
+    done = subprocess.run(command, cwd=workdir, env=clean_environment(workdir), capture_output=True, text=True)
+    assert done.returncode == 2 and re.fullmatch(r"sweep_offline.py: error: .*a b.*\n", done.stderr)
+
+
+def test_errors_do_not_show_a_password(workdir):
+    for url in ("postgresql://me:p@ss:word@localhost:1/x", "nonsense://me:p@ss:word@localhost/x"):
+        line = run_search(workdir, GRID, "--storage", url, status=2).splitlines()[-1]
+        assert ":***@localhost" in line and "ss" not in line.replace("sweep", "") and "word" not in line, line
 
 
 def test_a_bad_storage_leaves_no_directory(workdir):
@@ -541,6 +649,13 @@ def test_a_bad_storage_leaves_no_directory(workdir):
     assert not (workdir / "runs").exists()
 
 
+def test_a_file_in_the_place_of_the_directory(workdir):
+    (workdir / "runs").mkdir()
+    (workdir / "runs/sweep-s").touch()
+    for options in ([], ["--storage", "sqlite:///shared.db"]):
+        assert "runs/sweep-s is a file, not a directory" in run_search(workdir, GRID, *options, status=2)
+
+
 def test_a_sweep_can_be_resumed_when_its_command_is_mended(workdir):
     """Neither a missing program nor one that can't be started makes the name unusable."""
     quick = GRID.replace("0.5", "0").replace("[1, 2, 3, 4]", "[1]")
@@ -548,9 +663,9 @@ def test_a_sweep_can_be_resumed_when_its_command_is_mended(workdir):
     broken = workdir / "broken"
     broken.write_text("neither a binary nor a script with #!")
     broken.chmod(0o755)
-    for program, error in (("pyhton", "pyhton not found"), ("./broken", "./broken: Exec format error")):
+    for program, error in (("pyhton", "pyhton not found on PATH"), ("./broken", "./broken: Exec format error")):
         sweep = quick.replace("parameters:", command.format(program))
-        assert run_search(workdir, sweep, status=2).splitlines()[-1].endswith(f"error: command: {error}")
+        assert f"error: command: {error}" in run_search(workdir, sweep, status=2).splitlines()[-1]
     assert "3 complete" in run_search(workdir, quick.replace("parameters:", command.format(sys.executable)))
     assert sorted(read_lines(workdir / "visits.txt")) == sorted(CELLS[:3])
 

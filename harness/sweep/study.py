@@ -3,18 +3,23 @@
 import dataclasses
 import json
 import math
+import re
 import time
 from typing import Any
 
 import optuna
 import sqlalchemy
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, distribution_to_json
+from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution, distribution_to_json
 from optuna.trial import FrozenTrial, TrialState
 
 from harness.errors import UserError
 from harness.sweep.file import Sweep
 
 MAX_CELLS = 100_000  # of a grid without --count
+RACES = (
+    sqlalchemy.exc.DBAPIError,
+    optuna.exceptions.StorageInternalError,
+)  # one of two processes that create the tables fails
 
 
 class GridSampler(optuna.samplers.RandomSampler):
@@ -53,9 +58,8 @@ def sampler(sweep: Sweep, seed: int | None) -> optuna.samplers.BaseSampler:
     return optuna.samplers.TPESampler(seed=seed, n_startup_trials=5, multivariate=True, constant_liar=True)
 
 
-def pruner(sweep: Sweep) -> optuna.pruners.BasePruner:
+def pruner(early: dict[str, Any] | None) -> optuna.pruners.BasePruner:
     """The pruner for `early_terminate`. As in W&B, `max_iter` and `s` put the first rung at max_iter / eta^s epochs."""
-    early = sweep.early_terminate
     if early is None:
         return optuna.pruners.NopPruner()
     eta, longest = early.get("eta", 3), early.get("max_iter")
@@ -63,43 +67,38 @@ def pruner(sweep: Sweep) -> optuna.pruners.BasePruner:
     return optuna.pruners.HyperbandPruner(shortest, longest or "auto", eta)
 
 
-def open_storage(url: str, attempts: int = 5) -> optuna.storages.RDBStorage:
-    """Open a storage; retries, since one of two processes that create its tables at the same time fails."""
+def open_study(sweep: Sweep, url: str, attempts: int = 5) -> optuna.Study:
+    """Open or create the sweep's study. Raises `UserError` if the storage is unusable or holds a different sweep."""
+    shown_url = re.sub(":.*@", ":***@", url)  # without the password
     options = {"connect_args": {"timeout": 100}} if url.startswith("sqlite") else {}
     try:
-        return optuna.storages.RDBStorage(url, engine_kwargs=options)
-    except sqlalchemy.exc.DBAPIError:
-        if attempts == 1:
-            raise
-        time.sleep(1)
-        return open_storage(url, attempts - 1)
-
-
-def open_study(sweep: Sweep, storage: str) -> optuna.Study:
-    """Open or create the sweep's study. Raises `UserError` if the storage is unusable or holds a different sweep."""
-    definition = dataclasses.asdict(sweep) | {
-        "searched": {name: distribution_to_json(distribution) for name, distribution in sweep.searched.items()}
-    }
-    del definition["command"]  # it may be mended or changed; the search stays the same
-    definition = json.loads(json.dumps(definition))
-    try:
+        storage = optuna.storages.RDBStorage(url, engine_kwargs=options)
         study = optuna.create_study(
-            storage=open_storage(storage), study_name=sweep.name, direction=sweep.direction, load_if_exists=True
+            storage=storage, study_name=sweep.name, direction=sweep.direction, load_if_exists=True
         )
-    except (sqlalchemy.exc.SQLAlchemyError, ImportError, ValueError) as error:
-        raise UserError(f"--storage {storage}: {str(error).splitlines()[0]}") from None
-    if "sweep" not in study.user_attrs:
-        if study.get_trials(deepcopy=False):
-            raise UserError(f"{storage} has a study {sweep.name!r} that sweep_offline.py did not create")
+    except ValueError:  # its message may quote a part of the password
+        raise UserError(f"--storage {shown_url}: not a valid URL") from None
+    except (*RACES, sqlalchemy.exc.SQLAlchemyError, ImportError, RuntimeError) as error:
+        if isinstance(error, RACES) and attempts > 1:
+            time.sleep(1)
+            return open_study(sweep, url, attempts - 1)
+        raise UserError(f"--storage {shown_url}: {str(error).splitlines()[0].replace(url, shown_url)}") from None
+    fields = dataclasses.asdict(sweep) | {"searched": {k: distribution_to_json(v) for k, v in sweep.searched.items()}}
+    definition = {name: value for name, value in fields.items() if name not in ("command", "run_cap", "lists")}
+    used = bool(study.get_trials(deepcopy=False))  # read first: another process may be creating the study
+    stored = study.user_attrs.get("sweep")
+    if stored is None:
+        if used:
+            raise UserError(f"{shown_url} has a study {sweep.name!r} that sweep_offline.py did not create")
         study.set_user_attr("sweep", definition)
-    stored = study.user_attrs["sweep"]
-    changed = [key for key, value in definition.items() if key != "run_cap" and stored.get(key) != value]
+        stored = study.user_attrs["sweep"]
+    changed = [name for name, value in json.loads(json.dumps(definition)).items() if stored.get(name) != value]
     if changed:
         raise UserError(
             f"the sweep {sweep.name!r} was started with different {' and '.join(changed)}; "
             "to start a new search, change name: in the file; to resume the old one, undo the change"
         )
-    study.pruner = pruner(sweep)
+    study.pruner = pruner(sweep.early_terminate)
     return study
 
 
@@ -120,14 +119,14 @@ def suggest(trial: optuna.Trial, name: str, space: BaseDistribution) -> Any:
     """The trial's value of a parameter; the first call draws it."""
     if isinstance(space, CategoricalDistribution):
         return trial.suggest_categorical(name, space.choices)
-    if isinstance(space, FloatDistribution):
-        value = trial.suggest_float(name, space.low, space.high, step=space.step, log=space.log)
-        return round(value, 12) if space.step else value
-    return trial.suggest_int(name, space.low, space.high, step=space.step)
+    if isinstance(space, IntDistribution):
+        return trial.suggest_int(name, space.low, space.high, step=space.step)
+    value = trial.suggest_float(name, space.low, space.high, step=space.step, log=space.log)
+    return round(value, 12) if space.step else value
 
 
 def ranked_trials(study: optuna.Study) -> list[FrozenTrial]:
     """The complete trials, best first."""
-    sign = -1 if study.direction == optuna.study.StudyDirection.MAXIMIZE else 1
+    maximize = study.direction == optuna.study.StudyDirection.MAXIMIZE
     complete = study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
-    return sorted(complete, key=lambda trial: sign * trial.value)
+    return sorted(complete, key=lambda trial: trial.value, reverse=maximize)

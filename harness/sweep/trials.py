@@ -14,22 +14,23 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
-from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
 from harness.errors import UserError
-from harness.sweep.file import DEFAULT_COMMAND, Sweep
+from harness.sweep.file import Sweep
 from harness.sweep.study import sampler, suggest
 
 STOP_TIMEOUT = 30  # seconds; a run takes at most its --stop_timeout, and a little to close W&B
 CLAIM_TIMEOUT = 60  # seconds; a trial that nobody has claimed by then may be taken over
 MAX_ATTEMPTS = 3  # per epoch, for a run that something else keeps stopping
 STOP_STATUSES = (130, 143, -signal.SIGINT, -signal.SIGTERM)  # exit statuses after which a run can be resumed
+TRIAL_ID = "_trial_id"  # Optuna does not document how to go on with a trial of an earlier process
 
 
 @dataclasses.dataclass
@@ -39,12 +40,10 @@ class Run:
     trial: optuna.Trial
     process: subprocess.Popen
     output_dir: Path
-    lock: int  # file descriptor
+    lock: TextIO
     reported: set[int]  # epochs
-    started: float
     gpu: str | None
     pruned: bool = False
-    journal_size: int = 0
 
 
 @dataclasses.dataclass
@@ -58,30 +57,33 @@ class Search:
     seed: int | None
     location: str  # where the files of this search's runs are
     gpus: list[str]  # to be shared by the runs
-    running: dict[int, Run] = dataclasses.field(default_factory=dict)
-    attempts: Counter[tuple[int, int]] = dataclasses.field(default_factory=Counter)
-
-
-def sweep_directory(sweep: Sweep) -> Path:
-    """The directory for the files of a sweep's runs."""
-    return Path("runs", f"sweep-{re.sub(r'[^A-Za-z0-9_.-]+', '-', sweep.name)}")
+    running: dict[int, Run] = dataclasses.field(default_factory=dict)  # by trial number
+    attempts: Counter[tuple[int, int]] = dataclasses.field(default_factory=Counter)  # by trial number and epoch
 
 
 def trial_command(sweep: Sweep, searched: dict[str, Any], interpreter: str) -> list[str]:
     """The command that W&B's agent would run with these values. Raises `UserError` if it has an unknown macro."""
     arguments: dict[str, Any] = {}
     for name, value in {**sweep.constants, **searched}.items():
-        value = sweep.lists.get(name, {}).get(value, value) if isinstance(value, str) else value
         *outer, inner = name.split("/")
         mapping = arguments
         for part in outer:
             mapping = mapping.setdefault(part, {})
-        mapping[inner] = value
-    macros = create_sweep_command_args({"args": {name: {"value": value} for name, value in arguments.items()}})
-    macros |= {"env": ["/usr/bin/env"], "interpreter": [interpreter], "program": [sweep.program]}
-    macros = {f"${{{name}}}": words for name, words in macros.items() if name != "args_dict"}
+        mapping[inner] = sweep.lists.get(value, value) if name in searched else value
+    pairs = [f"{name}={value}" for name, value in arguments.items()]
+    switches = [name if value is True else f"{name}={value}" for name, value in arguments.items() if value is not False]
+    macros = {
+        "${env}": ["/usr/bin/env"],
+        "${interpreter}": [interpreter],
+        "${program}": [sweep.program],
+        "${args}": [f"--{pair}" for pair in pairs],
+        "${args_no_hyphens}": pairs,
+        "${args_no_boolean_flags}": [f"--{switch}" for switch in switches],
+        "${args_json}": [json.dumps(arguments)],
+    }
     command = []
-    for word in map(str, create_sweep_command(list(sweep.command or DEFAULT_COMMAND))):
+    for word in sweep.command:
+        word = re.sub(r"\$\{envvar:([A-Z0-9_]*)\}", lambda match: os.environ.get(match[1], match[1]), word)
         if word.startswith("${") and word not in macros:
             raise UserError(f"command: unknown macro {word}; must be one of {', '.join(macros)}")
         command += macros.get(word, [word])
@@ -89,17 +91,13 @@ def trial_command(sweep: Sweep, searched: dict[str, Any], interpreter: str) -> l
 
 
 def check_command(sweep: Sweep) -> None:
-    """Raise `UserError` if the command has an unknown macro, or its program does not exist or can't be executed."""
+    """Raise `UserError` if the command has an unknown macro, or its program can't be executed."""
     words = [*trial_command(sweep, {}, sys.executable), "-"]
-    # The word after /usr/bin/env is the program, too, unless it is an option or sets a variable.
-    behind_env = words[0] == "/usr/bin/env" and not re.match("-|.*=", words[1])
-    program = words[1 if behind_env else 0]
-    if shutil.which(program):
-        return
-    reason = "not found"
-    if os.path.isfile(program):
-        reason = f"is not on PATH; write ./{program}" if os.access(program, os.X_OK) else "is not executable"
-    raise UserError(f"command: {program} {reason}")
+    # The word after /usr/bin/env is the program, unless it is an option or sets a variable.
+    if words[0] == "/usr/bin/env" and not re.match("-|.*=", words[1]):
+        words = words[1:]
+    if not shutil.which(words[0]):
+        raise UserError(f"command: {words[0]} not found on PATH, or not executable; a path needs a /, as in ./run.sh")
 
 
 def visible_gpus() -> list[str]:
@@ -115,59 +113,44 @@ def visible_gpus() -> list[str]:
 
 
 def next_run(search: Search) -> Literal["started", "wait", "done"]:
-    """Resume a trial that was left unfinished at this location, or start a new one.
-
-    Returns "wait" if only trials of other processes remain, "done" if none do.
-    Raises `UserError` if the command can't be started.
-    """
-    study, others_running = search.study, False
-    trials = study.get_trials(deepcopy=False)
+    """Resume a trial that was left unfinished here, or start a new one; "wait" if only other processes have some."""
+    study, count, here = search.study, search.trial_count, search.location
+    known = study.get_trials(deepcopy=False)
     # With one seed for all trials, a resumed search would draw the same parameters again.
-    seed = None if search.seed is None else (search.seed * 1_000_003 + len(trials)) % 2**32
+    seed = None if search.seed is None else (search.seed * 1_000_003 + len(known)) % 2**32
     study.sampler = sampler(search.sweep, seed)
-    for trial in trials[: search.trial_count]:
-        elsewhere = trial.user_attrs.get("place", search.location) != search.location
-        if trial.state != TrialState.RUNNING or trial.number in search.running or elsewhere:
-            continue
-        others_running = True
+    running = [trial for trial in known[:count] if trial.state == TrialState.RUNNING]
+    unfinished = [trial for trial in running if trial.user_attrs.get("place", here) == here]
+    for trial in unfinished:
         age = (datetime.now() - trial.datetime_start).total_seconds()
         if ("run" in trial.user_attrs or age >= CLAIM_TIMEOUT) and start_run(search, trial):
             return "started"
-    if len(study.get_trials(deepcopy=False)) >= search.trial_count:
-        return "wait" if others_running else "done"
+    if len(known) >= count:
+        return "wait" if unfinished else "done"
     trial = study.ask()
     # If another process has created the last trial, only a larger --count will run this one.
-    return "started" if trial.number < search.trial_count and start_run(search, trial) else "wait"
+    return "started" if trial.number < count and start_run(search, trial) else "wait"
 
 
 def start_run(search: Search, trial: optuna.Trial | FrozenTrial) -> bool:
-    """Start or resume the run of a trial, unless another process has it or has finished it.
-
-    Raises `UserError` if the command can't be started.
-    """
-    sweep, study = search.sweep, search.study
+    """Start or resume a trial's run, unless it is not ours. Raises `UserError` if the command can't be started."""
+    sweep = search.sweep
     # A W&B run id, also used as the name of the output directory.
     run_id = trial.user_attrs.get("run") or f"{secrets.token_hex(3)}-{trial.number}"
-    output_dir = sweep_directory(sweep) / run_id
-    lock = os.open(output_dir.with_suffix(".lock"), os.O_RDWR | os.O_CREAT)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:  # still running, possibly started by a search that has been killed
-        os.close(lock)
+    output_dir = sweep.directory / run_id
+    reported = set(trial.intermediate_values) if isinstance(trial, FrozenTrial) else set()
+    lock = output_dir.with_suffix(".lock").open("a")
+    trial = claim(search.study, trial, lock)
+    if trial is None:
+        lock.close()
         return False
-    stored = study.get_trials(deepcopy=False)[trial.number]
-    if stored.state != TrialState.RUNNING:  # another process has finished the trial in the meantime
-        os.close(lock)
-        return False
-    if isinstance(trial, FrozenTrial):
-        trial = optuna.Trial(study, trial._trial_id)
     trial.set_user_attr("place", search.location)
-    trial.set_user_attr("run", run_id)  # claims the trial: from now on the lock tells whether it is running
+    trial.set_user_attr("run", run_id)  # from now on the lock tells whether the trial is running
     searched = {name: suggest(trial, name, distribution) for name, distribution in sweep.searched.items()}
     trial.set_user_attr("parameters", searched)
+    used = Counter(run.gpu for run in search.running.values())
+    gpu = min(search.gpus, key=lambda gpu: used[gpu], default=None)
     command = [*trial_command(sweep, searched, sys.executable), "--output_dir", str(output_dir), "--resume"]
-    runs_on = Counter(run.gpu for run in search.running.values())
-    gpu = min(search.gpus, key=lambda gpu: runs_on[gpu], default=None)
     with output_dir.with_suffix(".log").open("ab") as log:
         try:
             process = subprocess.Popen(
@@ -177,43 +160,73 @@ def start_run(search: Search, trial: optuna.Trial | FrozenTrial) -> bool:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # so that Ctrl-C reaches only this process, which stops its runs
-                pass_fds=(lock,),  # so that a run that outlives this process keeps the lock
+                pass_fds=(lock.fileno(),),  # so that a run that outlives this process keeps the lock
             )
         except OSError as error:  # for example, a script without #!
             raise UserError(f"command: {command[0]}: {error.strerror}") from None
-    reported = set(stored.intermediate_values)
-    search.running[trial.number] = Run(trial, process, output_dir, lock, reported, time.monotonic(), gpu)
+    search.running[trial.number] = Run(trial, process, output_dir, lock, reported, gpu)
     return True
+
+
+def claim(study: optuna.Study, trial: optuna.Trial | FrozenTrial, lock: TextIO) -> optuna.Trial | None:
+    """Lock a trial and reopen it if it is an earlier process's; None if it is running, finished or can't be resumed."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:  # running, possibly since a search that was killed
+        return None
+    if study.get_trials(deepcopy=False)[trial.number].state != TrialState.RUNNING:
+        return None
+    if isinstance(trial, optuna.Trial):
+        return trial
+    if hasattr(trial, TRIAL_ID):
+        return optuna.Trial(study, getattr(trial, TRIAL_ID))
+    print(f"optuna {optuna.__version__} differs from the versions that this was tested with: ", end="")
+    print(f"trial {trial.number}, which was interrupted, can't be resumed and counts as failed.")
+    study.tell(trial.number, state=TrialState.FAIL)
+    return None
 
 
 def run_environment(search: Search, trial_number: int, run_id: str, gpu: str | None) -> dict[str, str]:
     """The environment of a run: W&B offline, a GPU, and a share of the processor's threads."""
-    sweep = search.sweep
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = str(max(1, cores // search.jobs))
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_SWEEP")}
-    chosen = {"WANDB_PROJECT": sweep.project, "WANDB_ENTITY": sweep.entity, "CUDA_VISIBLE_DEVICES": gpu}
-    environment |= {name: value for name, value in chosen.items() if value}
-    return environment | {
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_SWEEP")}
+    chosen = {
         "WANDB_MODE": "offline",
-        "WANDB_RUN_GROUP": sweep.name,
-        "WANDB_NAME": f"{sweep.name}-{trial_number}",
+        "WANDB_PROJECT": search.sweep.project,
+        "WANDB_ENTITY": search.sweep.entity,
+        "WANDB_RUN_GROUP": search.sweep.name,
+        "WANDB_NAME": f"{search.sweep.name}-{trial_number}",
         "WANDB_RUN_ID": run_id,
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads),
-        "RAYON_NUM_THREADS": os.environ.get("RAYON_NUM_THREADS", threads),  # used by the tokenizers
+        "CUDA_VISIBLE_DEVICES": gpu,
     }
+    defaults = {"OMP_NUM_THREADS": threads, "RAYON_NUM_THREADS": threads}  # the tokenizers use the latter
+    return defaults | inherited | {name: value for name, value in chosen.items() if value}
 
 
-def report_progress(sweep: Sweep, run: Run) -> float | None:
+def watch_runs(search: Search) -> Iterator[FrozenTrial]:
+    """Report the runs' progress and yield the trials that have finished since the last call."""
+    for number, run in list(search.running.items()):
+        ended = run.process.poll() is not None
+        last = report_progress(search.sweep.metric, run)
+        if ended:
+            trial = record_outcome(search, run, last)
+            del search.running[number]
+            run.lock.close()
+            if trial:
+                yield trial
+
+
+def report_progress(metric: str, run: Run) -> float | None:
     """Report new values of the metric to Optuna and stop the run if it should be pruned; returns the latest value."""
     journal = run.output_dir / "history.jsonl"
-    if not journal.exists() or (size := journal.stat().st_size) == run.journal_size:
+    if not journal.exists():
         return None
-    run.journal_size = size
-    lines = [line for line in journal.read_text().splitlines(keepends=True) if json.dumps(sweep.metric) in line]
-    values = [json.loads(line).get(sweep.metric) for line in lines if line.endswith("\n")]
+    lines = journal.read_text().split("\n")[:-1]  # the last one may be incomplete
+    rows = [json.loads(line) for line in lines if json.dumps(metric) in line]
+    values = [row[metric] for row in rows if metric in row]
     for epoch, value in enumerate(values, 1):
-        if isinstance(value, (int, float)) and math.isfinite(value) and epoch not in run.reported:
+        if is_finite(value) and epoch not in run.reported:
             run.reported.add(epoch)
             run.trial.report(value, epoch)
             if not run.pruned and run.trial.should_prune():
@@ -222,43 +235,50 @@ def report_progress(sweep: Sweep, run: Run) -> float | None:
     return values[-1] if values else None
 
 
+def is_finite(value: Any) -> bool:
+    """Whether this is a number other than NaN and infinity."""
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
 def send_signal(run: Run, number: signal.Signals) -> None:
     """Send a signal to the run's process group."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(run.process.pid, number)
 
 
-def record_outcome(search: Search, run: Run) -> FrozenTrial | None:
+def record_outcome(search: Search, run: Run, last: float | None) -> FrozenTrial | None:
     """Record the outcome of a run whose process has ended; None if the run is to be resumed."""
-    study, metric = search.study, search.sweep.metric
-    run.journal_size = -1  # reads the journal even if it has not grown
-    last, status = report_progress(search.sweep, run), run.process.returncode
-    if status in STOP_STATUSES and not run.pruned:
-        search.attempts[run.trial.number, len(run.reported)] += 1
-        if search.attempts[run.trial.number, len(run.reported)] < MAX_ATTEMPTS:
+    if run.process.returncode in STOP_STATUSES:
+        if run.pruned:
+            return search.study.tell(run.trial, state=TrialState.PRUNED)
+        attempt = run.trial.number, len(run.reported)
+        search.attempts[attempt] += 1
+        if search.attempts[attempt] < MAX_ATTEMPTS:
             return None
-    run.trial.set_user_attr("seconds", round(time.monotonic() - run.started, 1))
-    if status in STOP_STATUSES and run.pruned:
-        return study.tell(run.trial, state=TrialState.PRUNED)
-    value = None
-    if status == 0:
-        try:
-            value = json.loads((run.output_dir / "metrics.json").read_text()).get(metric)
-        except (FileNotFoundError, ValueError, AttributeError):
-            error = "the run left no readable metrics.json"
-        else:
-            value = last if value is None else value  # metrics.json holds the best epoch's value, if there is one
-            error = f"the run has no metric {metric}" if value is None else f"{metric} is {value!r}"
-    elif status < 0:
-        error = f"killed by {signal.Signals(-status).name}"
-    else:
+    value, error = read_result(search.sweep.metric, run, last)
+    if error is None:
+        return search.study.tell(run.trial, value)
+    run.trial.set_user_attr("error", error)
+    return search.study.tell(run.trial, state=TrialState.FAIL)
+
+
+def read_result(metric: str, run: Run, last: float | None) -> tuple[float | None, str | None]:
+    """The final value of a run's metric, and what is wrong with the run if it failed."""
+    status = run.process.returncode
+    if status < 0:
+        return None, f"killed by {signal.Signals(-status).name}"
+    if status > 0:
         log = run.output_dir.with_suffix(".log").read_text(errors="replace")
         messages = [line for line in log.splitlines() if line.strip() and not line.startswith("wandb:")]
-        error = messages[-1] if messages else f"exit status {status}"
-    if isinstance(value, (int, float)) and math.isfinite(value):
-        return study.tell(run.trial, value)
-    run.trial.set_user_attr("error", error)
-    return study.tell(run.trial, state=TrialState.FAIL)
+        return None, messages[-1] if messages else f"exit status {status}"
+    try:
+        value = json.loads((run.output_dir / "metrics.json").read_text()).get(metric)
+    except (FileNotFoundError, ValueError, AttributeError):
+        return None, "the run left no readable metrics.json"
+    value = last if value is None else value  # metrics.json holds the best epoch's value, if there is one
+    if is_finite(value):
+        return value, None
+    return None, f"the run has no metric {metric}" if value is None else f"{metric} is {value!r}"
 
 
 def stop_runs(running: dict[int, Run]) -> None:
