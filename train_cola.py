@@ -173,15 +173,17 @@ def evaluate(model: PreTrainedModel, part: batching.TokenSet) -> metrics.Evaluat
 
 
 def attributions(task: Task, result: metrics.Evaluation) -> str:
-    """HTML of the 20 most confident mistakes, each token shaded by how much it moved the decision."""
-    names, pages = task.corpus.class_names, []
+    """HTML of the 20 most confident mistakes, each word shaded by how much it moved the decision."""
+    names, page = task.corpus.class_names, '<!doctype html><meta charset="utf-8">'
     for i in viz.most_confident_mistakes(result)[:20].tolist():
         label, prediction = int(result.labels[i]), int(result.predictions[i])
         shades = encoders.attribute(task.model, task.valid, i, prediction, label)
-        words = task.tokenizer.convert_ids_to_tokens(batching.tokens_of(task.valid, i).tolist())
         heading = f"{names[label]} taken for {names[prediction]}, {result.probabilities[i].max():.1%}"
-        pages.append(encoders.NO_ATTRIBUTIONS if shades is None else viz.shaded_tokens(words, shades, heading))
-    return "".join(dict.fromkeys(pages)) or "<p>No mistakes.</p>"  # the same page once
+        if shades is None:
+            return f"{page}<p>No attributions: this model does not accept embeddings.</p>"
+        words = encoders.words_of(task.tokenizer, task.corpus.valid.sentences[i], len(shades))
+        page += viz.shaded_words([(word, float(shades[places].sum())) for word, places in words], heading)
+    return page
 
 
 @logs_to_wandb
@@ -315,9 +317,9 @@ def conclude(session: Session, task: Task, best: Best, progress: Progress) -> di
     run.log(domains, step=progress.step, commit=True)  # W&B: an open row would overwrite the summary
     with tolerate_wandb_errors(run):
         run.summary.update({"best/epoch": best.epoch, **valid.named("best"), "best/majority_share": share})
-
     sentences = {"sentence": corpus.valid.sentences, "source": corpus.valid.sources}
     files.write_csv(output_dir / "predictions.csv", {**valid.columns(), **sentences})
+    files.write_text(output_dir / "attributions.html", attributions(task, valid))
     picture = viz.confusion_matrix_picture(valid.confusion.counts, corpus.class_names, "valid")
     files.write_png(output_dir / "confusion_matrix.png", picture)
     with files.replacing_directory(output_dir / "model") as directory:

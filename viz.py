@@ -173,18 +173,18 @@ def _line_chart(curves: list[tuple[str, Tensor, Tensor]], title: str, x_name: st
     )
 
 
-def shaded_tokens(tokens: list[str], attributions: Tensor, heading: str) -> str:
-    """HTML of a sentence: red tokens pushed the model towards its mistake, blue tokens away from it.
+def shaded_words(words: list[tuple[str, float]], heading: str) -> str:
+    """HTML of a sentence: red words pushed the model towards its mistake, blue words away from it.
 
-    `attributions` is float (tokens,): positive is red, and the largest magnitude gets the full colour.
+    `words` come with their attributions: positive is red, and the largest magnitude gets the full colour.
     """
-    largest = float(attributions.abs().max()) or 1.0
-    words = []
-    for token, value in zip(tokens, attributions.tolist()):
+    largest = max((abs(value) for _, value in words), default=0) or 1.0
+    spans = []
+    for word, value in words:
         colour = "214, 60, 50" if value > 0 else "50, 100, 214"
         shade = f"background: rgba({colour}, {abs(value) / largest:.2f})"
-        words.append(f'<span style="{shade}; padding: 2px" title="{value:+.4f}">{html.escape(token)}</span>')
-    return f'<p style="font: 15px sans-serif"><small>{html.escape(heading)}</small><br>{" ".join(words)}</p>'
+        spans.append(f'<span style="{shade}; padding: 2px" title="{value:+.4f}">{html.escape(word)}</span>')
+    return f'<p style="font: 15px sans-serif"><small>{html.escape(heading)}</small><br>{" ".join(spans)}</p>'
 
 
 def captioned_digits(images: Tensor, predictions: Tensor, labels: Tensor, class_names: list[str]) -> list[wandb.Image]:

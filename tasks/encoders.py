@@ -1,6 +1,7 @@
 """Find and load an encoder and its tokenizer: from a directory, from the Hugging Face Hub, or with random weights."""
 
 import os
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,6 @@ from tasks.downloads import one_line, why_unreachable
 
 BERT_TINY = "google/bert_uncased_L-2_H-128_A-2"
 Pretrained = tuple[PreTrainedModel, PreTrainedTokenizerBase]
-NO_ATTRIBUTIONS = "<p>No attributions: this model does not accept embeddings.</p>"
 
 transformers.logging.set_verbosity_error()  # `_load_pretrained` itself reports a replaced head
 transformers.logging.disable_progress_bar()
@@ -110,7 +110,7 @@ def _prepare(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_len
     with torch.no_grad():
         type(model).forward(model.eval(), **inputs_of(token_set, torch.arange(2)))
     if attribute(model, token_set, 0, answer=1, label=0) is None:
-        print("The model does not accept embeddings: valid/attributions will show no tokens.")
+        print("The model does not accept embeddings: there will be no attributions.")
 
 
 def _from_scratch(sentences: list[str], labels: dict) -> Pretrained:
@@ -176,6 +176,22 @@ def attribute(model: PreTrainedModel, token_set: TokenSet, index: int, answer: i
     except (NotImplementedError, TypeError, ValueError):  # T5 and BART, Longformer, others
         return None
     return (gradient * embedded).sum(-1)[0].detach().cpu()
+
+
+def words_of(tokenizer: PreTrainedTokenizerBase, sentence: str, length: int) -> list[tuple[str, list[int]]]:
+    """The words of a sentence as written, each with the places of its pieces among the first `length` tokens.
+
+    Special tokens belong to no word, and a word that was truncated has no pieces.
+    """
+    if not tokenizer.is_fast:  # it doesn't tell which characters a token stands for
+        tokens = tokenizer.tokenize(sentence, add_special_tokens=True, truncation=True, max_length=length)
+        return [(token, [i]) for i, token in enumerate(tokens) if token not in tokenizer.all_special_tokens]
+    encoded = tokenizer(sentence, truncation=True, max_length=length, return_offsets_mapping=True)
+    spans = list(enumerate(encoded["offset_mapping"]))
+    return [
+        (word.group(), [i for i, (start, end) in spans if start < word.end() and end > word.start()])
+        for word in re.finditer(r"\S+", sentence)
+    ]
 
 
 class UsedRowsEmbedding(nn.Embedding):

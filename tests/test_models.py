@@ -261,7 +261,7 @@ def test_other_architectures(make, tmp_path, capsys):
         assert torch.equal(scores, encoders.attribute(model, first, 0, answer=1, label=0))
     else:
         assert scores is None
-        assert said == "The model does not accept embeddings: valid/attributions will show no tokens.\n"
+        assert said == "The model does not accept embeddings: there will be no attributions.\n"
 
 
 def test_attribution_of_gpt2_is_that_of_its_last_token(tmp_path):
@@ -289,7 +289,19 @@ def test_page_without_attributions_says_so_once(tmp_path, monkeypatch):
         corpus=SimpleNamespace(class_names=["no", "yes"]), model=model, tokenizer=tokenizer, valid=part
     )
     logits = torch.tensor([[0.0, 1.0], [1.0, 0.0]])  # two mistakes
-    assert train_cola.attributions(task, train_cola.metrics.evaluation(logits, part.labels)) == encoders.NO_ATTRIBUTIONS
+    page = train_cola.attributions(task, train_cola.metrics.evaluation(logits, part.labels))
+    assert page.count("No attributions") == 1
+
+
+def test_words_are_put_together_from_their_pieces():
+    tokenizer = make_tokenizer()
+    sentence = "Unaffable  boys, don't sleep."
+    words = encoders.words_of(tokenizer, sentence, 32)
+    assert " ".join(word for word, _ in words) == " ".join(sentence.split())
+    pieces = tokenizer.convert_ids_to_tokens(tokenizer(sentence)["input_ids"])
+    assert [place for _, places in words for place in places] == list(range(1, len(pieces) - 1))  # not [CLS] and [SEP]
+    assert len(words[0][1]) > 1, "choose another word: this one is in one piece"
+    assert [places for _, places in encoders.words_of(tokenizer, sentence, 3)][1:] == [[], [], []]
 
 
 def test_tokenizer_with_neither_padding_nor_end(tmp_path):
