@@ -60,9 +60,9 @@ def tokens_of(token_set: TokenSet, index: int) -> Tensor:
 
 def inputs_of(token_set: TokenSet, indices: Tensor) -> dict[str, Tensor]:
     """The model's inputs for a batch: "input_ids" and "attention_mask", int64 (batch, longest in the batch)."""
-    starts, ends = token_set.offsets[indices, None], token_set.offsets[indices + 1, None]
+    starts, ends = token_set.offsets.take(indices), token_set.offsets.take(indices + 1)
     # Round up to a multiple of four: kernels are compiled and cached per shape, and rare shapes cost 60 MB.
     longest = min(-(-int((ends - starts).max()) // 4) * 4, token_set.longest)
-    places = starts + torch.arange(longest)
-    places = places.where(places < ends, 0).to(token_set.tokens.device, non_blocking=True)  # at 0 is padding
-    return {"input_ids": token_set.tokens[places].long(), "attention_mask": (places > 0).long()}
+    places = starts[:, None] + torch.arange(longest)
+    places = (places * (places < ends[:, None])).to(token_set.tokens.device, non_blocking=True)  # at 0 is padding
+    return {"input_ids": token_set.tokens[places].long(), "attention_mask": places.sign()}
