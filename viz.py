@@ -4,6 +4,7 @@ import html
 import math
 from collections.abc import Callable, Mapping, Sequence
 
+import torch
 import wandb
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -164,9 +165,12 @@ def _one_vs_rest(result: Evaluation, class_names: list[str]) -> list[tuple[str, 
 
 
 def _line_chart(curves: list[tuple[str, Tensor, Tensor]], title: str, x_name: str) -> wandb.plot.CustomChart:
+    """Lines of at most 1,000 points each."""
+    kept = [torch.linspace(0, len(x) - 1, min(len(x), 1000)).round().long() for _, x, _ in curves]
     return wandb.plot.line_series(
-        xs=[x.tolist() for _, x, _ in curves] or [[]],  # it wants one, even if no class has a curve
-        ys=[y.tolist() for _, _, y in curves] or [[]],
+        xs=[x[points].tolist() for (_, x, _), points in zip(curves, kept)]
+        or [[]],  # it wants one, even if no class has a curve
+        ys=[y[points].tolist() for (_, _, y), points in zip(curves, kept)] or [[]],
         keys=[name for name, _, _ in curves] or [""],
         title=title,
         xname=x_name,
