@@ -5,6 +5,9 @@ take the scores of a binary classifier, or class probabilities. If a definition 
 occurs, the result is scikit-learn's default.
 """
 
+import itertools
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -320,3 +323,130 @@ def _cumulative_counts(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, 
     last_of_tie = torch.cat([scores.diff() != 0, torch.tensor([True])])
     seen = torch.arange(1, len(scores) + 1, dtype=torch.float64)[last_of_tie]
     return scores[last_of_tie], positives[last_of_tie], seen - positives[last_of_tie]
+
+
+def paired_bootstrap(
+    a: Tensor,
+    b: Tensor,
+    statistic: Callable[[Tensor], float] | None = None,
+    confidence: float = 0.95,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Bootstrap percentile interval (low, high) of statistic(a) - statistic(b) for two models on the same examples.
+
+    `a` and `b` are float (examples,) or (examples, columns), a row per example in the same order; each resample draws
+    the same rows from both. `statistic` takes such a tensor of resampled rows; None is the mean, for example of the
+    losses. The result has the statistic's unit, and the same seed gives the same interval. Raises `ValueError` if the
+    shapes differ or there is no example. Efron and Tibshirani, "An introduction to the bootstrap", 1993, chapters 8
+    and 13.
+    """
+    if a.shape != b.shape or not a.ndim or not len(a) or (statistic is None and a.ndim > 1):
+        raise ValueError(f"expected two tensors (examples,) or (examples, columns), got {a.shape} and {b.shape}")
+    generator = torch.Generator().manual_seed(seed)
+    a, b = a.cpu().double(), b.cpu().double()
+    differences = []
+    for part in torch.arange(resamples).split(max(1, 1_000_000 // len(a))):  # limits the memory
+        rows = torch.randint(len(a), (len(part), len(a)), generator=generator)
+        if statistic is None:
+            differences += (a - b)[rows].mean(1).tolist()
+        else:
+            differences += [statistic(a[chosen]) - statistic(b[chosen]) for chosen in rows]
+    return _percentile_interval(differences, confidence)
+
+
+def paired_bootstrap_counts(
+    predictions: tuple[Tensor, Tensor],
+    labels: Tensor,
+    statistic: Callable[[ConfusionMatrix], float],
+    confidence: float = 0.95,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """`paired_bootstrap` for a metric that depends on counts only, such as `ConfusionMatrix.matthews_corrcoef`.
+
+    `predictions` of the two models and `labels` are int64 (examples,). Resampling examples is drawing the counts of
+    the distinct (label, prediction, prediction) triples from a multinomial distribution, whose cost does not grow with
+    the number of examples. Raises `ValueError` if the shapes differ, a class is negative or there is no example.
+    """
+    triples = torch.stack([labels, *predictions]).cpu() if labels.shape == predictions[0].shape else labels[:0]
+    if labels.ndim != 1 or triples.ndim != 2 or not len(labels) or triples.min() < 0:
+        raise ValueError("expected labels (n,) and two predictions (n,) with classes from 0 and n > 0")
+    (label, first, second), counts = triples.unique(dim=1, return_counts=True)
+    classes = max(2, int(triples.max()) + 1)
+    drawn = _multinomial_counts(counts, resamples, torch.Generator().manual_seed(seed))
+    differences = torch.zeros(resamples, dtype=torch.float64)
+    for predicted, sign in ((first, 1), (second, -1)):
+        matrices = torch.zeros(resamples, classes * classes, dtype=torch.int64)
+        matrices.index_add_(1, label * classes + predicted, drawn)
+        resampled = ConfusionMatrix(classes)
+        for i, counts in enumerate(matrices.view(-1, classes, classes)):
+            resampled._counts = counts
+            differences[i] += sign * statistic(resampled)
+    return _percentile_interval(differences.tolist(), confidence)
+
+
+def _multinomial_counts(counts: Tensor, resamples: int, generator: torch.Generator) -> Tensor:
+    """int64 (resamples, cells): how often each cell is drawn, in as many draws as `counts` has examples."""
+    left, weight = torch.full((resamples,), float(counts.sum()), dtype=torch.float64), int(counts.sum())
+    drawn = []
+    for count in counts.tolist():  # a multinomial is a chain of binomials: each cell against the rest
+        drawn.append(torch.binomial(left, torch.full_like(left, count / weight), generator))
+        left, weight = left - drawn[-1], weight - count
+    return torch.stack(drawn, 1).long()
+
+
+def _percentile_interval(values: list[float], confidence: float) -> tuple[float, float]:
+    tail = (1 - confidence) / 2
+    quantiles = torch.tensor([tail, 1 - tail], dtype=torch.float64)
+    low, high = torch.tensor(values, dtype=torch.float64).quantile(quantiles).tolist()
+    return low, high
+
+
+class McNemar(NamedTuple):
+    """The examples on which two classifiers differ in being right, and the p-value of `mcnemar_exact`."""
+
+    only_a: int  # examples that only the first classifier gets right
+    only_b: int
+    p_value: float
+
+
+def mcnemar_exact(correct_a: Tensor, correct_b: Tensor) -> McNemar:
+    """McNemar's exact test, two-sided: do two classifiers have the same accuracy on the same examples?
+
+    `correct_a` and `correct_b` are bool (examples,). If they have, an example that only one of them gets right is as
+    likely to be the one's as the other's: Binomial(only_a + only_b, 1/2). The p-value is 1 if there is none. Raises
+    `ValueError` if shapes or dtypes are wrong. McNemar, "Note on the sampling error of the difference between
+    correlated proportions or percentages", 1947, with the binomial distribution in place of the chi-squared one.
+    """
+    if correct_a.shape != correct_b.shape or not correct_a.dtype == correct_b.dtype == torch.bool:
+        raise ValueError("expected two bool tensors of the same shape")
+    only_a, only_b = int((correct_a & ~correct_b).sum()), int((correct_b & ~correct_a).sum())
+    differing, term, tail = only_a + only_b, 1, 0
+    for k in range(min(only_a, only_b) + 1):  # in whole numbers: exact, and no overflow
+        tail += term
+        term = term * (differing - k) // (k + 1)
+    return McNemar(only_a, only_b, min(1.0, 2 * tail / 2**differing))
+
+
+def permutation_test(a: Sequence[float], b: Sequence[float], resamples: int = 20_000, seed: int = 0) -> float:
+    """Two-sided p-value of the difference of two means, for example of the accuracy over the seeds of two settings.
+
+    The share of all ways to split the pooled values into groups of these sizes whose means differ at least as much;
+    if there are more than `resamples` ways, of so many random ones. Raises `ValueError` if a group is empty. Fisher,
+    "The design of experiments", 1935, section 21.
+    """
+    if not a or not b:
+        raise ValueError("each group needs a value")
+    pooled, n = torch.tensor([*a, *b], dtype=torch.float64), len(a)
+    exact = math.comb(len(pooled), n) <= resamples
+    if exact:
+        groups = torch.tensor(list(itertools.combinations(range(len(pooled)), n)))
+    else:
+        generator = torch.Generator().manual_seed(seed)
+        groups = torch.rand(resamples, len(pooled), generator=generator).argsort(1)[:, :n]
+    mean, scale = pooled.mean(), pooled.abs().max()
+    distances = (pooled[groups].mean(1) - mean).abs()  # proportional to the difference of the means
+    observed = (pooled[:n].mean() - mean).abs() - 1e-12 * scale  # equal but for rounding
+    extreme = int((distances >= observed).sum())
+    return extreme / len(groups) if exact else (extreme + 1) / (len(groups) + 1)
