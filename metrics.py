@@ -369,11 +369,11 @@ def paired_bootstrap_counts(
     the distinct (label, prediction, prediction) triples from a multinomial distribution, whose cost does not grow with
     the number of examples. Raises `ValueError` if the shapes differ, a class is negative or there is no example.
     """
-    triples = torch.stack([labels, *predictions]).cpu() if labels.shape == predictions[0].shape else labels[:0]
-    if labels.ndim != 1 or triples.ndim != 2 or not len(labels) or triples.min() < 0:
+    columns = [labels, *predictions]
+    if labels.ndim != 1 or not len(labels) or any(c.shape != labels.shape or c.min() < 0 for c in columns):
         raise ValueError("expected labels (n,) and two predictions (n,) with classes from 0 and n > 0")
-    (label, first, second), counts = triples.unique(dim=1, return_counts=True)
-    classes = max(2, int(triples.max()) + 1)
+    triples, counts = torch.stack(columns).cpu().unique(dim=1, return_counts=True)
+    (label, first, second), classes = triples, max(2, int(triples.max()) + 1)
     drawn = _multinomial_counts(counts, resamples, torch.Generator().manual_seed(seed))
     differences = torch.zeros(resamples, dtype=torch.float64)
     for predicted, sign in ((first, 1), (second, -1)):

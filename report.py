@@ -4,7 +4,6 @@ Prints the runs as a table and writes a page with their curves and comparison, r
 """
 
 import argparse
-import importlib.util
 import signal
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,8 +15,8 @@ from harness.script import run_script
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends the process without a traceback
 
-from reporting.runs import MARK, find_runs, groups, run_table, seconds, seed_table, text
-from reporting.sweep import open_study
+from reporting.runs import MARK, find_runs, groups, run_table, seconds, seed_table, sort_runs, text
+from reporting.sweep import open_study, sweep_charts
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -61,6 +60,7 @@ def report(arguments: argparse.Namespace) -> None:
             studies[directory] = open_study(directory, runs)
         except UserError as error:
             problems.append(f"{directory}: {error}")
+    runs = sort_runs(runs)
     header, rows = run_table(runs)
     print_table(header, [[*row[:-1], seconds(row[-1])] for row in rows])
     seeds = groups(runs)
@@ -69,11 +69,10 @@ def report(arguments: argparse.Namespace) -> None:
         print_table(*seed_table(runs, seeds))
     for line in (*problems, *(f"{run.label}: {note}" for run in runs for note in run.notes)):
         print(text(line))
-    if importlib.util.find_spec("plotly") is None:
-        raise UserError("the page needs plotly: pip install -r requirements-report.txt")
-    from reporting.page import make_page
-    from reporting.sweep import sweep_charts
-
+    try:
+        from reporting.page import make_page
+    except ImportError as error:
+        raise UserError(f"no page without plotly ({error}): pip install -r requirements-report.txt") from None
     page = make_page(runs, [sweep_charts(study, directory) for directory, study in studies.items()], problems)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     with replacing(arguments.output) as temporary:

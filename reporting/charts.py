@@ -2,7 +2,7 @@
 
 import html
 import math
-from statistics import mean, stdev
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -15,8 +15,9 @@ OVERVIEW = ("valid/loss", "train/loss_step", "valid/acc", "train/acc_step")  # a
 
 
 def label(words: str, longest: int = 48) -> str:
-    """Text for a chart, in which plotly.js would interpret HTML."""
-    return html.escape(words if len(words) <= longest else words[: longest - 1] + "…", quote=False)
+    """Text for a chart, in which plotly.js would interpret HTML; long words are shortened in the middle."""
+    half = longest // 2
+    return html.escape(words if len(words) <= longest else f"{words[:half]}…{words[1 - half :]}", quote=False)
 
 
 def finite(value: float) -> float | None:
@@ -59,11 +60,12 @@ def band(runs: list[Run], name: str) -> dict[str, list[float]]:
         for row in run.rows:
             if math.isfinite(row.get(name, math.nan)):
                 at.setdefault(int(row["step"]), []).append(row[name])
-    points = [
-        (step, finite(mean(values)), finite(stdev(values)), len(values))
-        for step, values in sorted(at.items())
-        if len(values) > 1
-    ]
+    points = []
+    for step, values in sorted(at.items()):
+        if len(values) > 1:
+            middle = fmean(values)  # statistics.stdev is exact, and far slower
+            deviation = math.sqrt(sum((value - middle) ** 2 for value in values) / (len(values) - 1))
+            points.append((step, finite(middle), finite(deviation), len(values)))
     return dict(zip(("x", "y", "sd", "n"), map(list, zip(*points)))) if points else {"x": []}
 
 

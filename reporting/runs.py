@@ -90,7 +90,11 @@ def find_runs(directories: Iterable[Path]) -> list[Run]:
         if not children:
             raise UserError(f"{directory} holds no run: no directory with {CONFIG} or {JOURNAL}")
         found |= {child.resolve(): child for child in children if child.resolve() not in found}
-    runs = [read_run(path) for path in found.values()]
+    return sort_runs([read_run(path) for path in found.values()])
+
+
+def sort_runs(runs: list[Run]) -> list[Run]:
+    """The runs in order, the best first; those with the same label get their path as label."""
     labels = [run.label for run in runs]
     for run in runs:
         if labels.count(run.label) > 1:
@@ -179,9 +183,7 @@ def groups(runs: list[Run]) -> dict[str, list[Run]]:
     named = {}
     for first, *others in seeded:
         label = ", ".join(f"{name} {text(first.settings.get(name))}" for name in names)
-        label = label or (
-            "all seeds" if len(others) + 1 == len(runs) else f"{first.label} and {len(others)} other seeds"
-        )
+        label = label or (f"{first.label} and other seeds" if len(others) + 1 < len(runs) else "all seeds")
         named[label if label not in named else f"{label}, {first.label}"] = [first, *others]
     return named
 

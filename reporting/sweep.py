@@ -17,7 +17,7 @@ STATES = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed", "RUNNING
 
 
 def open_study(directory: Path, runs: list[Run]) -> Any:
-    """The Optuna study of a sweep; gives `runs` the state of their trials. Raises `UserError` if it can't be read."""
+    """The Optuna study of a sweep; gives `runs` what their trials know. Raises `UserError` if it can't be read."""
     try:
         import optuna
     except ImportError:
@@ -34,6 +34,7 @@ def open_study(directory: Path, runs: list[Run]) -> Any:
         run = by_directory.get(trial.user_attrs.get("run", ""))
         if run:
             run.label = f"trial {trial.number}"
+            run.config = {"monitor": sweep_metric(study), **trial.params, **run.config}
             if trial.state.name == "PRUNED":
                 run.state = f"pruned at {run.last_step}"
             elif trial.state.name == "FAIL":
@@ -41,10 +42,15 @@ def open_study(directory: Path, runs: list[Run]) -> Any:
     return study
 
 
+def sweep_metric(study: Any) -> str:
+    """The name of the metric that a sweep searches by."""
+    return str(study.user_attrs.get("sweep", {}).get("metric", "value"))
+
+
 def sweep_charts(study: Any, directory: Path) -> dict[str, Any]:
     """What the page shows of a sweep: charts, importances, counts."""
     trials = study.get_trials(deepcopy=False)
-    metric = str(study.user_attrs.get("sweep", {}).get("metric", "value"))
+    metric = sweep_metric(study)
     states = [trial.state.name for trial in trials]
     counts = ", ".join(f"{states.count(state)} {words}" for state, words in STATES.items() if state in states)
     enough = states.count("COMPLETE") >= ENOUGH_TRIALS
@@ -109,7 +115,7 @@ def parameters(trials: list[Any], metric: str) -> dict[str, Any]:
         if choices:
             axis["categoryarray"] = choices
         elif getattr(space, "log", False):
-            axis |= {"type": "log", "dtick": 1}
+            axis |= {"type": "log", "dtick": 1, "exponentformat": "e"}
         layout |= {"xaxis" if i == 1 else f"xaxis{i}": axis, "yaxis" if i == 1 else f"yaxis{i}": {}}
     return {"data": data, "layout": layout}
 
