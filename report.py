@@ -15,6 +15,8 @@ from harness.script import run_script
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends the process without a traceback
 
+import torch
+
 from reporting.runs import MARK, find_runs, groups, run_table, seconds, seed_table, sort_runs, text
 from reporting.sweep import open_study, sweep_charts
 
@@ -89,4 +91,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)  # the tensors are small: several threads would mostly wait for each other
     run_script(main)

@@ -10,7 +10,7 @@ import torch
 from reporting.predictions import Predictions
 from reporting.runs import Run, text
 
-POINTS = 300_000  # in all curves together; longer ones are thinned
+POINTS, SHORT = 300_000, 500  # in all curves together; in a curve that is never thinned
 OVERVIEW = ("valid/loss", "train/loss_step", "valid/acc", "train/acc_step")  # after the monitored metrics
 
 
@@ -35,11 +35,11 @@ def curves(runs: list[Run], groups: dict[str, list[Run]]) -> dict[str, Any]:
         lines = []
         for i, run in enumerate(runs):
             rows = [row for row in run.rows if name in row]
-            rows = rows[:: every if len(rows) > 500 else 1]
+            rows = thinned(rows, every)
             if rows:
                 x, y = [int(row["step"]) for row in rows], [finite(row[name]) for row in rows]
                 lines.append({"run": i, "x": x, "y": y})
-        bands = [{"group": i, **band(members, name)} for i, members in enumerate(groups.values())]
+        bands = [{"group": i, **band(members, name, every)} for i, members in enumerate(groups.values())]
         metrics[name] = {"runs": lines, "groups": [band for band in bands if band["x"]]}
     monitored = list(dict.fromkeys(run.monitor for run in runs))
     overview = [name for name in dict.fromkeys([*monitored, *OVERVIEW]) if name in metrics][:4]
@@ -53,7 +53,12 @@ def curves(runs: list[Run], groups: dict[str, list[Run]]) -> dict[str, Any]:
     }
 
 
-def band(runs: list[Run], name: str) -> dict[str, list[float]]:
+def thinned(points: list[Any], every: int) -> list[Any]:
+    """The last of so many points; all of a short curve."""
+    return points[::-every][::-1] if len(points) > SHORT else points
+
+
+def band(runs: list[Run], name: str, every: int) -> dict[str, list[float]]:
     """Mean and standard deviation of a metric at each step that two runs or more have reached, and their number."""
     at: dict[int, list[float]] = {}
     for run in runs:
@@ -61,7 +66,7 @@ def band(runs: list[Run], name: str) -> dict[str, list[float]]:
             if math.isfinite(row.get(name, math.nan)):
                 at.setdefault(int(row["step"]), []).append(row[name])
     points = []
-    for step, values in sorted(at.items()):
+    for step, values in thinned(sorted(at.items()), every):
         if len(values) > 1:
             middle = fmean(values)  # statistics.stdev is exact, and far slower
             deviation = math.sqrt(sum((value - middle) ** 2 for value in values) / (len(values) - 1))

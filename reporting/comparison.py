@@ -34,9 +34,8 @@ def compare_runs(runs: list[Run], seeds: dict[str, list[Run]]) -> str:
     parts = ["<h2>Is one better than another?</h2>", *compare_seeds(seeds)]
     for best, *others in sets:
         if len(sets) > 1:
-            parts.append(
-                f"<h3>{html.escape(text(best[0].config.get('dataset')))}, by {html.escape(best[0].monitor)}</h3>"
-            )
+            heading = f"{text(best[0].config.get('dataset'))}, by {best[0].monitor}"
+            parts.append(f"<h3>{html.escape(heading)}</h3>")
         parts.append(pair(best, others[0]) if len(others) == 1 else best_of_many(best, others))
         family = next((members for members in seeds.values() if best[0] in members), [])
         parts.append(disagreements(best, next((other for other in others if other[0] not in family), others[0])))
@@ -51,16 +50,17 @@ def comparable_runs(runs: list[Run]) -> tuple[list[list[Predicted]], dict[str, l
 
     The second value has the names of those that are in no set, by reason.
     """
-    sets: dict[tuple[str, str], list[Predicted]] = {}
+    sets: dict[tuple[str, str, str], list[Predicted]] = {}
     left_out: dict[str, list[str]] = {}
     for run in runs:
         try:
             if run.metrics is None:
                 raise UserError("not finished")
-            if sum(len(members) for (metric, _), members in sets.items() if metric == run.monitor) >= MOST_COMPARED:
+            if sum(len(members) for (metric, *_), members in sets.items() if metric == run.monitor) >= MOST_COMPARED:
                 raise UserError(f"not among the {MOST_COMPARED} best by {run.monitor}")
             predictions = read_predictions(run.path)
-            sets.setdefault((run.monitor, predictions.examples), []).append((run, predictions))
+            same = (run.monitor, text(run.config.get("dataset")), predictions.examples)
+            sets.setdefault(same, []).append((run, predictions))
         except UserError as reason:
             left_out.setdefault(str(reason), []).append(text(run.label))
     alone = [text(members[0][0].label) for members in sets.values() if len(members) == 1]
@@ -80,9 +80,8 @@ def difference(a: Predictions, b: Predictions, name: str) -> tuple[float, float,
         interval = paired_bootstrap_counts((a.predictions, b.predictions), a.labels, statistic)
     else:
         rows = [torch.cat([of.probabilities, of.labels[:, None]], 1) for of in (a, b)]
-        interval = paired_bootstrap(
-            *rows, lambda rows: evaluation(rows[:, :-1].log(), rows[:, -1].long()).metrics[name]
-        )
+        statistic = lambda rows: evaluation(rows[:, :-1].log(), rows[:, -1].long()).metrics[name]  # noqa: E731
+        interval = paired_bootstrap(*rows, statistic, resamples=200)  # it is slow
     return figures[0] - figures[1], *interval
 
 
@@ -112,9 +111,12 @@ def pair(a: Predicted, b: Predicted) -> str:
     gap, *interval = difference(of_a, of_b, metric.rpartition("/")[2])
     test = mcnemar_exact(of_a.correct, of_b.correct)
     words = (
-        f"On the same {counted(len(of_a.labels), 'validation example')}, {metric} of {name_a} minus that of {name_b} "
-        f"is {gap:+.4g}, 95 % interval {interval[0]:+.4g} to {interval[1]:+.4g} (paired bootstrap). Only {name_a} is "
-        f"right on {counted(test.only_a, 'example')}, only {name_b} on {test.only_b:,}: "
+        f"{metric} of {name_a} minus that of {name_b} is {gap:+.4g}, 95 % interval {interval[0]:+.4g} to "
+        f"{interval[1]:+.4g} (paired bootstrap). " if math.isfinite(gap) else ""
+    )  # fmt: skip
+    words += (
+        f"Of the same {counted(len(of_a.labels), 'validation example')}, only {name_a} is right on "
+        f"{test.only_a:,} and only {name_b} on {test.only_b:,}: "
         f"{'no evidence of a difference' if test.p_value > 0.05 else 'a difference'} in accuracy "
         f"(McNemar's exact test, p = {test.p_value:.2g})."
     )
@@ -128,7 +130,7 @@ def best_of_many(best: Predicted, others: list[Predicted]) -> str:
     rows = []
     for other, of_other in others:
         gap, *interval = difference(of, of_other, run.monitor.rpartition("/")[2])
-        shown = cell(interval[0], f"{interval[0]:+.4g} to {interval[1]:+.4g}")
+        shown = cell(interval[0], f"{interval[0]:+.4g} to {interval[1]:+.4g}") if math.isfinite(gap) else None
         words = verdict("the best", "this one", run.monitor, interval)
         rows.append([other.label, gap, shown, *mcnemar_exact(of.correct, of_other.correct), words])
     header = ["run", f"{run.monitor}, best minus this", "95 % interval", "only the best is right", "only this is right"]

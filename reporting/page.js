@@ -4,7 +4,7 @@ const dark = matchMedia("(prefers-color-scheme: dark)").matches;
 const ink = dark ? "#e4e7ec" : "#1b1f27", grid = dark ? "#363c47" : "#e3e7ec";
 const palette = ["#3b82c4", "#d9662b", "#2e9d6a", "#b8479b", "#a08a1f", "#7667d6", "#d14343", "#2ea3b7", "#808792", "#a5703f"];
 const axis = { gridcolor: grid, linecolor: grid, zeroline: false, automargin: true, title: { standoff: 8 } };
-const options = { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"] };
+const options = { responsive: true, displaylogo: false, modeBarButtons: [["toImage"]] }; // one of the others uploads
 
 function draw(chart, data, layout) {
   const base = { font: { color: ink, family: "system-ui, sans-serif", size: 12 }, colorway: palette,

@@ -117,10 +117,7 @@ def show_run(run: Run, figures: dict[str, Any]) -> str:
         drawn = charts.confusion(of, run.class_names(of.probabilities.shape[1])), charts.calibration(of)
         wrong = (~of.correct).nonzero().flatten()
         surest = wrong[of.probabilities[wrong].max(1).values.argsort(descending=True, stable=True)]
-        parts += [
-            "<h2>Predictions</h2>",
-            f'<div class="pair">{"".join(place(figures, chart) for chart in drawn)}</div>',
-        ]
+        parts += ['<h2>Predictions</h2><div class="pair">', *(place(figures, chart) for chart in drawn), "</div>"]
         parts += ["<h2>Most confident mistakes</h2>", paragraph(f"{len(wrong):,} of {len(of.labels):,} are wrong.")]
         parts.append(show_examples(run, of, surest[:MOST_SHOWN].tolist()))
     except UserError as reason:

@@ -1,6 +1,7 @@
 """The validation examples that a run predicted: read from its directory, and shown as sentences or images."""
 
 import csv
+import functools
 import hashlib
 import html
 import io
@@ -16,7 +17,7 @@ from harness.errors import UserError
 from metrics import ConfusionMatrix
 from reporting.markup import paragraph, picture, table
 from reporting.runs import Run, text
-from tasks.digits import MNIST_SHA256, TORCHVISION_CLASS, load_digits, split_digits
+from tasks.digits import MNIST_SHA256, TORCHVISION_CLASS, ImageSet, load_digits, split_digits
 
 
 @dataclass
@@ -37,7 +38,7 @@ class Predictions:
 
     @property
     def examples(self) -> str:
-        """What two runs must share to be compared: a digest of the classes, labels and sentences."""
+        """A digest of the classes, labels and sentences, which two runs must share to be compared."""
         content = repr((self.probabilities.shape[1], self.labels.tolist(), self.sentences))
         return hashlib.sha256(content.encode()).hexdigest()
 
@@ -65,16 +66,20 @@ def read_predictions(path: Path) -> Predictions:
 
 def images_of(run: Run, of: Predictions) -> Tensor | None:
     """The images that a run of train_mnist.py predicted, uint8 (examples, 1, 28, 28); None if they are not here."""
-    name, directory = run.config.get("dataset"), run.config.get("data_dir")
     try:
-        raw = Path(directory, TORCHVISION_CLASS.get(name, ""), "raw")
-        if name != "synthetic" and not all((raw / file).is_file() for file in MNIST_SHA256):
-            return None  # load_digits would download them
-        digits = split_digits(load_digits(name, directory), run.config["valid_size"], run.config["slice"])
+        part = _held_out(*(run.config[name] for name in ("dataset", "data_dir", "valid_size", "slice")))
     except (UserError, KeyError, TypeError, ValueError):
         return None
-    part = digits.valid if len(digits.valid.labels) else digits.test
     return part.images if torch.equal(part.labels, of.labels) else None
+
+
+@functools.lru_cache(maxsize=1)  # the two lists of a comparison show the same part
+def _held_out(name: str, data_dir: str, valid_size: int, every: int) -> ImageSet:
+    raw = Path(data_dir, TORCHVISION_CLASS.get(name, ""), "raw")
+    if name != "synthetic" and not all((raw / file).is_file() for file in MNIST_SHA256):
+        raise UserError("not here")  # load_digits would download them
+    digits = split_digits(load_digits(name, data_dir), valid_size, every)
+    return digits.valid if len(digits.valid.labels) else digits.test
 
 
 def show_examples(run: Run, of: Predictions, indices: list[int], beside: Predictions | None = None) -> str:

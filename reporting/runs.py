@@ -65,9 +65,7 @@ class Run:
     def class_names(self, classes: int) -> list[str]:
         """The names of the classes, as far as the run has left them; else their indices."""
         names = (self.metrics or {}).get("class_names")
-        return (
-            list(map(str, names)) if isinstance(names, list) and len(names) == classes else [*map(str, range(classes))]
-        )
+        return [*map(str, names if isinstance(names, list) and len(names) == classes else range(classes))]
 
 
 def is_number(value: Any) -> bool:

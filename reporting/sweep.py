@@ -7,6 +7,7 @@ from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from harness.errors import UserError
 from reporting.charts import finite, label
@@ -24,7 +25,8 @@ def open_study(directory: Path, runs: list[Run]) -> Any:
         raise UserError("Optuna is not installed: pip install -r requirements-sweep.txt") from None
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
-        storage = optuna.storages.RDBStorage(f"sqlite:///{directory}/study.db", skip_table_creation=True)
+        file = quote(str((directory / "study.db").resolve()))  # read only: the search may be under way
+        storage = optuna.storages.RDBStorage(f"sqlite:///file:{file}?mode=ro&uri=true", skip_table_creation=True)
         study = optuna.load_study(study_name=None, storage=storage)
         trials = study.get_trials(deepcopy=False)
     except Exception as error:  # SQLAlchemy's, SQLite's or Optuna's own: the file holds no study
