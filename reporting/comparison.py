@@ -22,6 +22,7 @@ from reporting.predictions import Predictions, read_predictions, show_examples
 from reporting.runs import Run, text
 
 MOST_COMPARED = 20  # runs per metric: each comparison takes about half a second
+MOST_GROUPS = 5  # of seeds
 MOST_SHOWN = 24  # examples
 CAUTION = "This is about the trained models as they are: another seed may move each of them as far."
 
@@ -100,7 +101,7 @@ def verdict(a: str, b: str, metric: str, interval: tuple[float, float]) -> str:
     if not math.isfinite(low + high):
         return f"{metric} can't be computed from predictions.csv"
     if low <= 0 <= high:
-        return f"no evidence of a difference in {metric}"
+        return f"No evidence of a difference in {metric}"
     return f"{a if (low > 0) != lower_is_better(metric) else b} is better in {metric}"
 
 
@@ -120,8 +121,8 @@ def pair(a: Predicted, b: Predicted) -> str:
         f"{'no evidence of a difference' if test.p_value > 0.05 else 'a difference'} in accuracy "
         f"(McNemar's exact test, p = {test.p_value:.2g})."
     )
-    found = verdict(name_a, name_b, metric, interval)
-    return paragraph(found[:1].upper() + found[1:] + ".", "verdict") + paragraph(words) + paragraph(CAUTION, "soft")
+    found = paragraph(verdict(name_a, name_b, metric, interval) + ".", "verdict")
+    return found + paragraph(words) + paragraph(CAUTION, "soft")
 
 
 def best_of_many(best: Predicted, others: list[Predicted]) -> str:
@@ -131,7 +132,7 @@ def best_of_many(best: Predicted, others: list[Predicted]) -> str:
     for other, of_other in others:
         gap, *interval = difference(of, of_other, run.monitor.rpartition("/")[2])
         shown = cell(interval[0], f"{interval[0]:+.4g} to {interval[1]:+.4g}") if math.isfinite(gap) else None
-        words = verdict("the best", "this one", run.monitor, interval)
+        words = verdict("The best", "This one", run.monitor, interval)
         rows.append([other.label, gap, shown, *mcnemar_exact(of.correct, of_other.correct), words])
     header = ["run", f"{run.monitor}, best minus this", "95 % interval", "only the best is right", "only this is right"]
     lead = f"The best by {run.monitor}, {text(run.label)}, beside each other run on the same "
@@ -155,7 +156,7 @@ def compare_seeds(seeds: dict[str, list[Run]]) -> list[str]:
     for (metric, _), ranked in kinds.items():
         ranked.sort(key=lambda group: mean(group[1]), reverse=not lower_is_better(metric))
         (best, values), *others = ranked
-        for name, other in others[:MOST_COMPARED]:
+        for name, other in others[:MOST_GROUPS]:
             p, least = permutation_test(values, other), 2 / math.comb(len(values) + len(other), len(values))
             found = f"{best} is better in {metric} than {name}"
             none = f"no evidence of a difference in {metric} between {best} and {name}"

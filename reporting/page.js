@@ -2,7 +2,8 @@
 const read = (id) => JSON.parse(document.getElementById(id).textContent);
 const dark = matchMedia("(prefers-color-scheme: dark)").matches;
 const ink = dark ? "#e4e7ec" : "#1b1f27", grid = dark ? "#363c47" : "#e3e7ec";
-const palette = ["#3b82c4", "#d9662b", "#2e9d6a", "#b8479b", "#a08a1f", "#7667d6", "#d14343", "#2ea3b7", "#808792", "#a5703f"];
+const palette = ["#3b82c4", "#d9662b", "#2e9d6a", "#b8479b", "#a08a1f",
+  "#7667d6", "#d14343", "#2ea3b7", "#808792", "#a5703f"];
 const axis = { gridcolor: grid, linecolor: grid, zeroline: false, automargin: true, title: { standoff: 8 } };
 const options = { responsive: true, displaylogo: false, modeBarButtons: [["toImage"]] }; // one of the others uploads
 
@@ -26,8 +27,9 @@ for (const chart of document.querySelectorAll("[data-figure]")) {
 // The curves: a panel per metric, and one legend for all panels. What is hidden stays hidden when the choice changes.
 const chart = document.getElementById("curves");
 if (chart) {
-  const curves = read("curves-data"), choice = document.getElementById("metric"), single = document.getElementById("single");
-  const log = document.getElementById("log"), hidden = new Set();
+  const curves = read("curves-data"), choice = document.getElementById("metric");
+  const each = document.getElementById("each"), log = document.getElementById("log"), hidden = new Set();
+  each.checked = curves.runs.length <= 5;
   for (const name of ["Overview", ...Object.keys(curves.metrics)]) choice.add(new Option(name, name));
 
   function show() {
@@ -44,20 +46,19 @@ if (chart) {
       };
       layout["xaxis" + n] = { title: { text: "examples seen" } };
       layout["yaxis" + n] = { title: { text: name }, type: log.checked ? "log" : "linear" };
-      if (!single.checked) {
-        for (const { group, x, y, sd, n } of metric.groups) {
-          const key = "group" + group, color = palette[group % palette.length], edges = (sign) => y.map((v, j) => v + sign * sd[j]);
-          add(key, "", { x: [...x, ...[...x].reverse()], y: [...edges(1), ...edges(-1).reverse()], fill: "toself",
-            fillcolor: color + "30", line: { width: 0 }, mode: "lines", hoverinfo: "skip" });
-          add(key, curves.groups[group], { x, y, customdata: sd.map((s, j) => [s, n[j]]), line: { color, width: 2.2 },
-            mode: x.length > 40 ? "lines" : "lines+markers",
-            hovertemplate: "%{x:,} examples<br>%{y:.4g} ± %{customdata[0]:.2g} (n = %{customdata[1]})" });
-        }
+      for (const { group, x, y, sd, n } of metric.groups) {
+        const key = "group" + group, color = palette[group % palette.length];
+        const edge = (sign) => y.map((value, j) => value + sign * sd[j]);
+        add(key, "", { x: [...x, ...x.toReversed()], y: [...edge(1), ...edge(-1).reverse()], fill: "toself",
+          fillcolor: color + "30", line: { width: 0 }, mode: "lines", hoverinfo: "skip" });
+        add(key, curves.groups[group], { x, y, customdata: sd.map((s, j) => [s, n[j]]), line: { color, width: 2.2 },
+          mode: x.length > 40 ? "lines" : "lines+markers",
+          hovertemplate: "%{x:,} examples<br>%{y:.4g} ± %{customdata[0]:.2g} (n = %{customdata[1]})" });
       }
       for (const { run, x, y } of metric.runs) {
         const { name: label, group } = curves.runs[run];
-        if (group !== null && !single.checked) continue;
-        const color = palette[(single.checked ? run : run + curves.groups.length) % palette.length];
+        if (group !== null && !each.checked) continue;
+        const color = palette[(run + curves.groups.length) % palette.length];
         add("run" + run, label, { x, y, line: { color, width: 1.6 }, mode: x.length > 40 ? "lines" : "lines+markers",
           hovertemplate: "%{x:,} examples<br>%{y:.4g}" });
       }
@@ -67,7 +68,7 @@ if (chart) {
   }
 
   show();
-  for (const control of [choice, single, log]) control.addEventListener("change", show);
+  for (const control of [choice, each, log]) control.addEventListener("change", show);
   chart.on("plotly_restyle", () => {
     for (const { legendgroup, visible } of chart.data)
       visible === "legendonly" ? hidden.add(legendgroup) : hidden.delete(legendgroup);
@@ -84,6 +85,6 @@ for (const head of document.querySelectorAll("th"))
     const missing = (text) => text === "–" || text === "nan";
     const compare = (a, b) =>
       missing(a) - missing(b) || sign * a.localeCompare(b, undefined, { numeric: true });
-    const order = (a, b) => (a - b ? sign * (a - b) : compare(a, b));
+    const order = (a, b) => sign * (parseFloat(a) - parseFloat(b)) || compare(a, b); // text has no number: NaN
     body.append(...[...body.rows].sort((a, b) => order(value(a), value(b))));
   });

@@ -97,7 +97,7 @@ def show_curves(runs: list[Run], seeds: dict[str, list[Run]], figures: dict[str,
     return f"""<h2>Curves</h2>{paragraph(remark, "soft")}
 <div class="controls"><label>Metric <select id="metric"></select></label>
 <label><input type="checkbox" id="log"> log scale</label>
-<label{"" if seeds else " hidden"}><input type="checkbox" id="single"> each seed on its own</label></div>
+<label{"" if seeds else " hidden"}><input type="checkbox" id="each"> each seed, too</label></div>
 <div id="curves"></div>"""
 
 

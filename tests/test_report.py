@@ -314,8 +314,16 @@ def test_the_difference_is_that_of_the_figures(monitor, tmp_path):
     assert low <= gap <= high and low < high
 
 
+def test_class_names(tmp_path):
+    make_run(tmp_path / "a", sentence="Some sentence")
+    figures = json.loads((tmp_path / "a/metrics.json").read_text())
+    (tmp_path / "a/metrics.json").write_text(json.dumps(figures | {"class_names": ["bad & wrong", "good"]}))
+    page = page_of(tmp_path / "a", output=tmp_path / "report.html")
+    assert '<td class="short">bad &amp; wrong</td>' in page
+
+
 def test_verdicts():
-    assert comparison.verdict("A", "B", "valid/acc", (-0.1, 0.1)) == "no evidence of a difference in valid/acc"
+    assert comparison.verdict("A", "B", "valid/acc", (-0.1, 0.1)) == "No evidence of a difference in valid/acc"
     assert comparison.verdict("A", "B", "valid/acc", (0.1, 0.2)) == "A is better in valid/acc"
     assert comparison.verdict("A", "B", "valid/loss", (0.1, 0.2)) == "B is better in valid/loss"
     assert comparison.verdict("A", "B", "valid/loss", (-0.2, -0.1)) == "A is better in valid/loss"
@@ -369,6 +377,15 @@ def test_sweep(sweep, tmp_path, capsys):
         assert ("pruned" in line) == (row["state"] == "pruned")
         assert f"{float(row['x']):.4g}" in line and f"{float(row['score']):.4g}" in line
     assert "Sweep s" in page and "20 complete trials or more" in page and '"parcoords"' in page
+
+
+def test_importances_need_twenty_complete_trials(sweep, tmp_path, monkeypatch):
+    directory = tmp_path / "sweep-s"
+    shutil.copytree(sweep, directory)
+    (directory / "importances.csv").write_text("parameter,importance\nx,0.8\ny,0.2\n")
+    assert "Importances: " not in page_of(directory, output=tmp_path / "report.html")
+    monkeypatch.setattr("reporting.sweep.ENOUGH_TRIALS", 1)
+    assert "Importances: x 80%, y 20%." in page_of(directory, output=tmp_path / "report.html")
 
 
 def test_sweep_without_optuna_or_study(sweep, tmp_path, capsys, monkeypatch):
@@ -465,8 +482,13 @@ def test_seeds_in_a_browser(browser, tmp_path):
     page_of(tmp_path / "runs", output=tmp_path / "report.html")
     opened(browser, tmp_path / "report.html")
     assert set(shown(browser)) == {"learning_rate 0.01 (n = 3)", "learning_rate 0.1 (n = 3)"}
-    browser.find_element("id", "single").click()
-    wait_until(lambda: len(set(shown(browser))) == 6)
+    browser.find_element("id", "each").click()
+    wait_until(lambda: len(set(shown(browser))) == 8)
+    (table,) = (t for t in browser.find_elements("tag name", "table") if "±" in t.text)
+    for direction in (1, -1):
+        table.find_element("xpath", ".//th[text()='valid/loss']").click()
+        means = [float(row.split()[3]) for row in table.text.splitlines()[1:]]
+        assert means == sorted(means, reverse=direction < 0) and len(means) == 2
 
 
 def test_one_run_in_a_browser(browser, tmp_path):
