@@ -76,9 +76,12 @@ def report(arguments: argparse.Namespace) -> None:
     except ImportError as error:
         raise UserError(f"no page without plotly ({error}): pip install -r requirements-report.txt") from None
     page = make_page(runs, [sweep_charts(study, directory) for directory, study in studies.items()], problems)
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(arguments.output) as temporary:
-        temporary.write_text(page, encoding="utf-8", errors="replace")
+    try:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(arguments.output) as temporary:
+            temporary.write_text(page, encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise UserError(f"--output {arguments.output}: can't write there ({error.strerror})") from None
     print(f"\nThe page: {arguments.output} ({len(page) / 1e6:.1f} MB)")
 
 

@@ -209,6 +209,7 @@ def test_without_plotly_the_table_is_printed(tmp_path):
         (["a/config.json"], "a/config.json is not a directory"),
         (["a", "--output", "a/config.json"], "is not a report"),
         (["a", "--output", "empty"], "is a directory"),
+        (["a", "--output", "a/config.json/b.html"], "can't write"),
         ([], "RUN_DIRECTORY"),
         (["a", "--outptu", "x"], "--outptu"),
         (["a\nb"], r"a\nb does not exist"),
@@ -511,5 +512,6 @@ def test_sweep_in_a_browser(browser, sweep, tmp_path):
     page_of(sweep, output=tmp_path / "report.html")
     opened(browser, tmp_path / "report.html")
     assert len(browser.find_elements("css selector", "[data-figure] .main-svg")) >= 3
-    buttons = browser.execute_script("return [...document.querySelectorAll('.modebar-btn')].map(b => b.ariaLabel)")
-    assert set(buttons) == {"Download plot as a PNG"}  # plotly.js also has one that uploads the data
+    # plotly.js also has a button that uploads the data.
+    buttons = browser.execute_script("return [...document.querySelectorAll('.modebar-btn')].map(b => b.dataset.title)")
+    assert {button.lower() for button in buttons} == {"download plot as a png"}
