@@ -5,7 +5,9 @@ take the scores of a binary classifier, or class probabilities. If a definition 
 occurs, the result is scikit-learn's default.
 """
 
-from collections.abc import Callable, Iterator
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -164,28 +166,27 @@ class Evaluation(NamedTuple):
 class Metric(NamedTuple):
     """A figure that is computed whenever a model is evaluated."""
 
-    compute: Callable[[Evaluation], float]
+    compute: Callable[[Any], float]  # of a `ConfusionMatrix` if `of_counts`, else of an `Evaluation`
+    of_counts: bool = True
     lower_is_better: bool = False
     two_classes: bool = False  # defined only if there are two classes, and both occur in the labels
 
 
-# The only place that names these figures: what stands here is logged, saved, and can be monitored.
+# The only place that names these figures: what stands here is logged, saved, compared, and can be monitored.
 EVALUATION_METRICS = {
-    "loss": Metric(lambda result: float(result.losses.mean()), lower_is_better=True),
-    "acc": Metric(lambda result: result.confusion.accuracy()),
-    "balanced_acc": Metric(lambda result: result.confusion.balanced_accuracy()),
-    "precision_macro": Metric(lambda result: result.confusion.precision("macro")),
-    "recall_macro": Metric(lambda result: result.confusion.recall("macro")),
-    "f1_macro": Metric(lambda result: result.confusion.f1("macro")),
-    "precision_micro": Metric(lambda result: result.confusion.precision("micro")),
-    "recall_micro": Metric(lambda result: result.confusion.recall("micro")),
-    "f1_micro": Metric(lambda result: result.confusion.f1("micro")),
-    "mcc": Metric(lambda result: result.confusion.matthews_corrcoef()),
-    "ece": Metric(lambda result: expected_calibration_error(result.probabilities, result.labels), lower_is_better=True),
-    "roc_auc": Metric(lambda result: roc_auc(result.probabilities[:, 1], result.labels), two_classes=True),
-    "average_precision": Metric(
-        lambda result: average_precision(result.probabilities[:, 1], result.labels), two_classes=True
-    ),
+    "loss": Metric(lambda result: float(result.losses.mean()), of_counts=False, lower_is_better=True),
+    "acc": Metric(ConfusionMatrix.accuracy),
+    "balanced_acc": Metric(ConfusionMatrix.balanced_accuracy),
+    "precision_macro": Metric(lambda confusion: confusion.precision("macro")),
+    "recall_macro": Metric(lambda confusion: confusion.recall("macro")),
+    "f1_macro": Metric(lambda confusion: confusion.f1("macro")),
+    "precision_micro": Metric(lambda confusion: confusion.precision("micro")),
+    "recall_micro": Metric(lambda confusion: confusion.recall("micro")),
+    "f1_micro": Metric(lambda confusion: confusion.f1("micro")),
+    "mcc": Metric(ConfusionMatrix.matthews_corrcoef),
+    "ece": Metric(lambda r: expected_calibration_error(r.probabilities, r.labels), False, lower_is_better=True),
+    "roc_auc": Metric(lambda r: roc_auc(r.probabilities[:, 1], r.labels), False, two_classes=True),
+    "average_precision": Metric(lambda r: average_precision(r.probabilities[:, 1], r.labels), False, two_classes=True),
 }
 
 
@@ -215,7 +216,7 @@ def evaluation(logits: Tensor, labels: Tensor) -> Evaluation:
     both_occur = confusion.num_classes == 2 and len(labels.unique()) == 2
     for name, metric in EVALUATION_METRICS.items():
         if both_occur or not metric.two_classes:
-            result.metrics[name] = metric.compute(result)
+            result.metrics[name] = metric.compute(confusion if metric.of_counts else result)
     return result
 
 
@@ -372,3 +373,113 @@ def _cumulative_counts(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, 
     last_of_tie = torch.cat([scores.diff() != 0, torch.tensor([True])])
     seen = torch.arange(1, len(scores) + 1, dtype=torch.float64)[last_of_tie]
     return scores[last_of_tie], positives[last_of_tie], seen - positives[last_of_tie]
+
+
+def paired_bootstrap(
+    a: Tensor,
+    b: Tensor,
+    statistic: Callable[[Tensor], float] | None = None,
+    confidence: float = 0.95,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Bootstrap percentile interval (low, high) of statistic(a) - statistic(b) for two models on the same examples.
+
+    `a` and `b` are float (examples,) or (examples, columns), a row per example in the same order; each resample draws
+    the same rows from both. `statistic` takes such a tensor of resampled rows; None is the mean, for example of the
+    losses. The result has the statistic's unit, and the same seed gives the same interval. Raises `ValueError` if the
+    shapes differ or there is no example. Efron and Tibshirani, "An introduction to the bootstrap", 1993, chapters 8
+    and 13.
+    """
+    if a.shape != b.shape or not a.ndim or not len(a) or (statistic is None and a.ndim > 1):
+        raise ValueError(f"expected two tensors (examples,) or (examples, columns), got {a.shape} and {b.shape}")
+    generator = torch.Generator().manual_seed(seed)
+    a, b = a.cpu().double(), b.cpu().double()
+    differences = []
+    for part in torch.arange(resamples).split(max(1, 1_000_000 // len(a))):  # limits the memory
+        rows = torch.randint(len(a), (len(part), len(a)), generator=generator)
+        if statistic is None:
+            differences += (a - b)[rows].mean(1).tolist()
+        else:
+            differences += [statistic(a[chosen]) - statistic(b[chosen]) for chosen in rows]
+    return _percentiles(torch.tensor(differences, dtype=torch.float64), confidence)
+
+
+def paired_bootstrap_counts(
+    predictions: tuple[Tensor, Tensor],
+    labels: Tensor,
+    statistic: Callable[[ConfusionMatrix], float],
+    confidence: float = 0.95,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """`paired_bootstrap` for a metric that depends on counts only, such as `ConfusionMatrix.matthews_corrcoef`.
+
+    `predictions` of the two models and `labels` are int64 (examples,). Resampling examples is drawing the counts of
+    the distinct (label, prediction, prediction) triples from a multinomial distribution, whose cost does not grow with
+    the number of examples. Raises `ValueError` if the shapes differ, a class is negative or there is no example.
+    """
+    columns = [labels, *predictions]
+    if labels.ndim != 1 or not len(labels) or any(c.shape != labels.shape or c.min() < 0 for c in columns):
+        raise ValueError("expected labels (n,) and two predictions (n,) with classes from 0 and n > 0")
+    triples, counts = torch.stack(columns).cpu().unique(dim=1, return_counts=True)
+    (label, first, second), classes = triples, max(2, int(triples.max()) + 1)
+    drawn = torch.stack(list(_resample(counts, resamples, seed)), 1).long()
+    differences = torch.zeros(resamples, dtype=torch.float64)
+    for predicted, sign in ((first, 1), (second, -1)):
+        matrices = torch.zeros(resamples, classes * classes, dtype=torch.int64)
+        matrices.index_add_(1, label * classes + predicted, drawn)
+        resampled = ConfusionMatrix(classes)
+        for i, counts in enumerate(matrices.view(-1, classes, classes)):
+            resampled._counts = counts
+            differences[i] += sign * statistic(resampled)
+    return _percentiles(differences, confidence)
+
+
+class McNemar(NamedTuple):
+    """The examples on which two classifiers differ in being right, and the p-value of `mcnemar_exact`."""
+
+    only_a: int  # examples that only the first classifier gets right
+    only_b: int
+    p_value: float
+
+
+def mcnemar_exact(correct_a: Tensor, correct_b: Tensor) -> McNemar:
+    """McNemar's exact test, two-sided: do two classifiers have the same accuracy on the same examples?
+
+    `correct_a` and `correct_b` are bool (examples,). If they have, an example that only one of them gets right is as
+    likely to be the one's as the other's: Binomial(only_a + only_b, 1/2). The p-value is 1 if there is none. Raises
+    `ValueError` if shapes or dtypes are wrong. McNemar, "Note on the sampling error of the difference between
+    correlated proportions or percentages", 1947, with the binomial distribution in place of the chi-squared one.
+    """
+    if correct_a.shape != correct_b.shape or not correct_a.dtype == correct_b.dtype == torch.bool:
+        raise ValueError("expected two bool tensors of the same shape")
+    only_a, only_b = int((correct_a & ~correct_b).sum()), int((correct_b & ~correct_a).sum())
+    differing, term, tail = only_a + only_b, 1, 0
+    for k in range(min(only_a, only_b) + 1):  # in whole numbers: exact, and no overflow
+        tail += term
+        term = term * (differing - k) // (k + 1)
+    return McNemar(only_a, only_b, min(1.0, 2 * tail / 2**differing))
+
+
+def permutation_test(a: Sequence[float], b: Sequence[float], resamples: int = 20_000, seed: int = 0) -> float:
+    """Two-sided p-value of the difference of two means, for example of the accuracy over the seeds of two settings.
+
+    The share of all ways to split the pooled values into groups of these sizes whose means differ at least as much;
+    if there are more than `resamples` ways, of so many random ones. Raises `ValueError` if a group is empty. Fisher,
+    "The design of experiments", 1935, section 21.
+    """
+    if not a or not b:
+        raise ValueError("each group needs a value")
+    pooled, n = torch.tensor([*a, *b], dtype=torch.float64), len(a)
+    exact = math.comb(len(pooled), n) <= resamples
+    if exact:
+        groups = torch.tensor(list(itertools.combinations(range(len(pooled)), n)))
+    else:
+        generator = torch.Generator().manual_seed(seed)
+        groups = torch.rand(resamples, len(pooled), generator=generator).argsort(1)[:, :n]
+    mean, scale = pooled.mean(), pooled.abs().max()
+    distances = (pooled[groups].mean(1) - mean).abs()  # proportional to the difference of the means
+    observed = (pooled[:n].mean() - mean).abs() - 1e-12 * scale  # equal but for rounding
+    extreme = int((distances >= observed).sum())
+    return extreme / len(groups) if exact else (extreme + 1) / (len(groups) + 1)

@@ -1,0 +1,1 @@
+"""What report.py shows: the runs as they are on disk, their comparison, and the page."""

@@ -1,0 +1,517 @@
+"""report.py: the statistics, the table in the terminal, and the page in a browser."""
+
+import csv
+import fcntl
+import itertools
+import json
+import math
+import os
+import random
+import shutil
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+
+import metrics
+import report
+from harness.errors import UserError
+from reporting import comparison, runs
+from tests.conftest import REPO, call, finished_run
+
+EVIL = "<script>document.title = 'evil'</script><img src=x onerror=alert(1)>"
+STEPS = [1000, 2000, 3000, 4000]
+
+
+def make_run(path: Path, finished: bool = True, rows: int = 4, examples: int = 60, sentence: str = "", **settings: Any):
+    """Write the files of a run by hand; with `sentence`, those of train_cola.py."""
+    path.mkdir(parents=True)
+    config = {"learning_rate": 0.01, "seed": 1, "monitor": "valid/loss", "dataset": "nothing", "name": None}
+    config |= {"id": path.name, "output_dir": str(path), "versions": {"torch": "2.9"}} | settings
+    rng = random.Random(f"{config['seed']} {config['learning_rate']}")
+    journal = []
+    for i in range(1, rows + 1):
+        row = {"step": 1000 * i, "epoch": i, "train/loss_step": 1 / i + rng.random() / 9, "train/acc_step": 0.9}
+        journal.append(row | {"valid/loss": 1 / i + rng.random() / 9, "valid/acc": 0.9 + rng.random() / 20})
+    (path / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in journal))
+    (path / "config.json").write_text(json.dumps(config))
+    if not finished:
+        return path
+    figures = {name: value for name, value in journal[-1].items() if name.startswith("valid/")}
+    (path / "metrics.json").write_text(json.dumps({"best/epoch": rows, "seconds": 12.5, "test/acc": 0.5} | figures))
+    labels = random.Random(0)
+    with (path / "predictions.csv").open("w", newline="") as file:
+        table = csv.writer(file)
+        header = ["label", "prediction", "probability_0", "probability_1", "loss"]
+        table.writerow([*header, "sentence", "source"] if sentence else header)
+        for i in range(examples):
+            label = labels.randrange(2)
+            p = min(0.99, max(0.01, rng.gauss(0.3 + 0.4 * label, 0.25)))
+            row = [label, int(p > 0.5), 1 - p, p, -math.log(p if label else 1 - p)]
+            table.writerow([*row, f"{sentence} {i}", "source"] if sentence else row)
+    return path
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """As report.py does: several threads on small tensors would mostly wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def page_of(*directories: Path, output: Path) -> str:
+    """The text of the page that report.py writes."""
+    report.main([*map(str, directories), "--output", str(output)])
+    return output.read_text()
+
+
+# ------------------------------------------------------------------------------------------ statistics
+
+
+@pytest.mark.parametrize("only_a, only_b", [(0, 0), (1, 0), (5, 5), (0, 9), (12, 3), (700, 801), (2, 4000)])
+def test_mcnemar_agrees_with_scipy(only_a, only_b):
+    a = torch.tensor([True] * only_a + [False] * only_b + [True, False])
+    b = torch.tensor([False] * only_a + [True] * only_b + [True, False])
+    result = metrics.mcnemar_exact(a, b)
+    expected = scipy.stats.binomtest(only_a, only_a + only_b).pvalue if only_a + only_b else 1.0
+    assert result == (only_a, only_b, pytest.approx(expected, abs=1e-12))
+
+
+@pytest.mark.parametrize("n, k", [(10, 3), (40, 11), (200, 20)])
+def test_paired_bootstrap_agrees_with_the_binomial_distribution(n, k):
+    """If A alone is right on k of n examples and B alone on none, n times the difference is Binomial(n, k / n)."""
+    low, high = scipy.stats.binom.ppf([0.025, 0.975], n, k / n) / n
+    labels = torch.zeros(n, dtype=torch.int64)
+    wrong = (torch.arange(n) < k).long()
+    by_mean = metrics.paired_bootstrap(torch.ones(n), 1.0 - wrong, resamples=20_000)
+    by_counts = metrics.paired_bootstrap_counts(
+        (labels, wrong), labels, metrics.ConfusionMatrix.accuracy, resamples=20_000
+    )
+    assert by_mean == pytest.approx((low, high), abs=1e-12)
+    assert by_counts == pytest.approx((low, high), abs=1e-12)
+
+
+def test_paired_bootstrap_agrees_with_scipy():
+    rng = np.random.default_rng(0)
+    a, b = rng.exponential(size=(2, 300))
+    a += 0.5 * b
+    expected = scipy.stats.bootstrap(
+        (a - b,), np.mean, method="percentile", n_resamples=9999, rng=np.random.default_rng(1)
+    ).confidence_interval
+    mine = metrics.paired_bootstrap(torch.tensor(a), torch.tensor(b), resamples=9999)
+    assert mine == pytest.approx(tuple(expected), abs=0.01)
+    with_statistic = metrics.paired_bootstrap(torch.tensor(a), torch.tensor(b), lambda rows: float(rows.mean()))
+    assert with_statistic == pytest.approx(metrics.paired_bootstrap(torch.tensor(a), torch.tensor(b)), abs=1e-12)
+
+
+@pytest.mark.parametrize("name", ["acc", "mcc", "f1_macro", "recall_micro", "balanced_acc"])
+def test_counts_give_the_interval_of_resampled_examples(name):
+    rng = np.random.default_rng(3)
+    labels = torch.from_numpy(rng.integers(3, size=400))
+    a, b = (torch.where(torch.from_numpy(rng.random(400) < p), labels, 0) for p in (0.8, 0.7))
+    statistic = metrics.EVALUATION_METRICS[name].compute
+
+    def of_rows(rows: torch.Tensor) -> float:
+        matrix = metrics.ConfusionMatrix(3)
+        matrix.update(rows[:, 0].long(), rows[:, 1].long())
+        return statistic(matrix)
+
+    slow = metrics.paired_bootstrap(torch.stack([a, labels], 1), torch.stack([b, labels], 1), of_rows)
+    assert metrics.paired_bootstrap_counts((a, b), labels, statistic) == pytest.approx(slow, abs=0.015)
+
+
+def test_interval_covers_the_true_difference():
+    """1,000 pairs of classifiers whose true accuracies, 0.8 and 0.75, differ by 0.05 and whose errors go together."""
+    generator = torch.Generator().manual_seed(0)
+    covered = 0
+    for seed in range(1000):
+        difficulty, own, which = torch.rand(3, 200, generator=generator)
+        other = torch.where(which < 0.5, difficulty, own)
+        low, high = metrics.paired_bootstrap(difficulty < 0.8, other < 0.75, resamples=300, seed=seed)
+        covered += low <= 0.05 <= high
+    assert 930 <= covered <= 970
+
+
+def test_permutation_test_agrees_with_scipy():
+    a, b = [0.91, 0.93, 0.9, 0.95], [0.89, 0.9, 0.91, 0.92]
+    expected = scipy.stats.permutation_test((a, b), lambda x, y, axis: x.mean(axis) - y.mean(axis), vectorized=True)
+    assert metrics.permutation_test(a, b) == pytest.approx(expected.pvalue, abs=1e-12)
+    assert metrics.permutation_test([1.0] * 30, [0.0] * 30) < 0.001
+    assert metrics.permutation_test([0.1, 0.2], [0.1, 0.2]) == 1
+    split = [sum(c) for c in itertools.combinations([1, 2, 3, 4, 5, 9], 3)]  # worked out: 24 in all, half of it 12
+    assert metrics.permutation_test([4, 5, 9], [1, 2, 3]) == sum(abs(s - 12) >= 6 for s in split) / 20
+
+
+def test_statistics_reject_bad_arguments():
+    with pytest.raises(ValueError, match="two tensors"):
+        metrics.paired_bootstrap(torch.ones(3), torch.ones(4))
+    with pytest.raises(ValueError, match="two tensors"):
+        metrics.paired_bootstrap(torch.ones(0), torch.ones(0))
+    labels = torch.tensor([0, 1])
+    for predictions in ((labels, labels[:1]), (labels[:1], labels), (labels, labels - 1)):
+        with pytest.raises(ValueError, match="expected labels"):
+            metrics.paired_bootstrap_counts(predictions, labels, metrics.ConfusionMatrix.accuracy)
+    with pytest.raises(ValueError, match="bool"):
+        metrics.mcnemar_exact(labels, labels)
+    with pytest.raises(ValueError, match="group"):
+        metrics.permutation_test([], [1.0])
+
+
+# --------------------------------------------------------------------------------------- in the terminal
+
+
+def test_table_shows_what_differs(tmp_path, capsys):
+    for seed, rate in itertools.product((1, 2, 3), (0.01, 0.1)):
+        make_run(tmp_path / f"runs/r{rate}-{seed}", seed=seed, learning_rate=rate)
+    page = page_of(tmp_path / "runs", output=tmp_path / "report.html")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["run", "state", "learning_rate", "seed", "best", "epoch", "valid/loss", "valid/acc",
+                                "test/acc", "time"]  # fmt: skip
+    losses = [float(line.split()[5]) for line in lines[1:7]]
+    assert losses == sorted(losses)
+    values = [json.loads((tmp_path / f"runs/r0.1-{i}/metrics.json").read_text())["valid/loss"] for i in (1, 2, 3)]
+    expected = f"{statistics.mean(values):.4g} ± {statistics.stdev(values):.2g}"
+    (group,) = (line for line in lines[7:] if line.startswith("learning_rate 0.1 "))
+    assert expected in group and expected in page
+    assert "permutation test of the means, p = " in page
+
+
+def test_versions_that_differ_are_settings_that_differ(tmp_path):
+    paths = [make_run(tmp_path / f"{v}", versions={"torch": v}, seed=i) for i, v in enumerate(("2.9", "2.10"))]
+    found = runs.find_runs(paths)
+    assert "version of torch" in runs.differing(found)
+    assert not runs.groups(found)
+
+
+def test_without_plotly_the_table_is_printed(tmp_path):
+    make_run(tmp_path / "a")
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['plotly'] = None\n")
+    done = call("report.py", "a", cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    assert done.status == 2
+    assert done.out.startswith("run  state") and "finished" in done.out
+    (line,) = done.err.splitlines()
+    assert "pip install -r requirements-report.txt" in line
+    assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["empty"], "empty holds no run"),
+        (["absent"], "absent does not exist"),
+        (["a/config.json"], "a/config.json is not a directory"),
+        (["a", "--output", "a/config.json"], "is not a report"),
+        (["a", "--output", "empty"], "is a directory"),
+        (["a", "--output", "a/config.json/b.html"], "can't write"),
+        ([], "RUN_DIRECTORY"),
+        (["a", "--outptu", "x"], "--outptu"),
+        (["a\nb"], r"a\nb does not exist"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    make_run(Path("a"))
+    with pytest.raises(UserError) as caught:
+        report.main(arguments)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert caught.value.status == 2
+    assert json.loads(Path("a/config.json").read_text())
+
+
+def test_mistakes_end_with_status_2(tmp_path):
+    done = call("report.py", ".", cwd=tmp_path)
+    assert (done.status, done.out) == (2, "")
+    assert done.err.splitlines() == ["report.py: error: . holds no run: no directory with config.json or history.jsonl"]
+
+
+def test_a_page_replaces_a_page(tmp_path):
+    make_run(tmp_path / "a")
+    first = page_of(tmp_path / "a", output=tmp_path / "new/report.html")
+    assert first != page_of(tmp_path / "a", output=tmp_path / "new/report.html")  # a new nonce
+    assert [file.name for file in (tmp_path / "new").iterdir()] == ["report.html"]
+
+
+# ----------------------------------------------------------------------------------------- runs as they are
+
+
+def test_runs_that_have_not_finished(tmp_path, capsys):
+    crashed, running = (make_run(tmp_path / name, finished=False) for name in ("crashed", "running"))
+    with (crashed / "history.jsonl").open("a") as journal:
+        journal.write('{"step": 5000, "valid/lo')
+    begun = make_run(tmp_path / "begun", finished=False, rows=0)
+    lock = os.open(running, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    page = page_of(crashed, running, begun, make_run(tmp_path / "done"), output=tmp_path / "report.html")
+    os.close(lock)
+    out = capsys.readouterr().out
+    states = {line.split("  ")[0]: line for line in out.splitlines()}
+    assert "died at step 4,000" in states["crashed"] and "under way at step 4,000" in states["running"]
+    assert "died at step 0" in states["begun"] and "finished" in states["done"]
+    assert "crashed: 1 of 5 rows of history.jsonl can't be read" in out
+    assert "(not finished)" in page
+
+
+@pytest.mark.parametrize(
+    "file, content",
+    [
+        ("config.json", "[1]"),
+        ("config.json", '{"seed": [1], "name": 7, "monitor": 3, "versions": "x", "learning_rate": null}'),
+        ("config.json", "{"),
+        ("metrics.json", '{"valid/loss": NaN, "valid/acc": Infinity, "seconds": "x", "best/epoch": null}'),
+        ("metrics.json", "{"),
+        ("metrics.json", '{"class_names": ["only one"]}'),
+        ("history.jsonl", ""),
+        ("history.jsonl", '[]\n{"step": "x"}\n{"no": 1}\n{"step": NaN}\n\x00\xff\n{"step": 1, "valid/loss": 1e999}\n'),
+        ("history.jsonl", '{"step": 1, "valid/loss": null, "a": ' + "9" * 400 + "}\n"),
+        ("predictions.csv", ""),
+        ("predictions.csv", "label,prediction,probability_0,probability_1,loss\n"),
+        ("predictions.csv", "label,prediction,probability_0,probability_1,loss\n0,1,0.5,0.5,0.7\n0,1,0."),
+        ("predictions.csv", "label,prediction,probability_0,probability_1,loss\n0,1,nan,0.5,0.7\n"),
+        ("predictions.csv", "label,prediction,probability_0,probability_1,loss\n0,7,0.5,0.5,0.7\n"),
+        ("predictions.csv", "label,prediction,probability_0,probability_1,loss\n0,1,0.5,0.5,inf\n"),
+    ],
+)
+def test_odd_files_are_shown_as_they_are(file, content, tmp_path):
+    odd, fine = make_run(tmp_path / "odd"), make_run(tmp_path / "fine", seed=2)
+    (odd / file).write_text(content)
+    for directories in ([odd], [odd, fine]):
+        page = page_of(*directories, output=tmp_path / "report.html")
+        assert "NaN" not in page[page.index("<body>") : page.index('<script nonce="')].replace('data-value="NaN"', "")
+
+
+@pytest.mark.parametrize("file", ["config.json", "metrics.json", "history.jsonl", "predictions.csv"])
+def test_missing_files(file, tmp_path):
+    odd, fine = make_run(tmp_path / "odd"), make_run(tmp_path / "fine", seed=2)
+    (odd / file).unlink()
+    for directories in ([odd], [odd, fine]):
+        page_of(*directories, output=tmp_path / "report.html")
+
+
+def test_only_the_same_examples_are_compared(tmp_path):
+    a, b = (make_run(tmp_path / name, seed=seed, sentence="Same") for seed, name in enumerate("ab"))
+    page = page_of(a, b, output=tmp_path / "report.html")
+    assert "McNemar" in page and "a right, b wrong: " in page and "b right, a wrong: " in page
+    c = make_run(tmp_path / "c", seed=2, sentence="Other")
+    page = page_of(a, c, output=tmp_path / "report.html")
+    assert "McNemar's" not in page and "no other run has predicted the same validation examples" in page
+
+
+@pytest.mark.parametrize("monitor", ["valid/loss", "valid/acc", "valid/mcc", "valid/f1_macro", "valid/recall_micro"])
+def test_the_difference_is_that_of_the_figures(monitor, tmp_path):
+    paths = [make_run(tmp_path / str(seed), seed=seed, monitor=monitor, examples=300) for seed in (1, 2)]
+    a, b = (comparison.read_predictions(path) for path in paths)
+    name = monitor.removeprefix("valid/")
+    gap, low, high = comparison.difference(a, b, name)
+    expected = [metrics.evaluation(of.probabilities.log(), of.labels).metrics[name] for of in (a, b)]
+    assert gap == pytest.approx(expected[0] - expected[1], abs=1e-6)
+    assert low <= gap <= high and low < high
+
+
+def test_class_names(tmp_path):
+    make_run(tmp_path / "a", sentence="Some sentence")
+    figures = json.loads((tmp_path / "a/metrics.json").read_text())
+    (tmp_path / "a/metrics.json").write_text(json.dumps(figures | {"class_names": ["bad & wrong", "good"]}))
+    page = page_of(tmp_path / "a", output=tmp_path / "report.html")
+    assert '<td class="short">bad &amp; wrong</td>' in page
+
+
+def test_verdicts():
+    assert comparison.verdict("A", "B", "valid/acc", (-0.1, 0.1)) == "No evidence of a difference in valid/acc"
+    assert comparison.verdict("A", "B", "valid/acc", (0.1, 0.2)) == "A is better in valid/acc"
+    assert comparison.verdict("A", "B", "valid/loss", (0.1, 0.2)) == "B is better in valid/loss"
+    assert comparison.verdict("A", "B", "valid/loss", (-0.2, -0.1)) == "A is better in valid/loss"
+
+
+def test_both_scripts_together(tmp_path, capsys):
+    mnist = finished_run(
+        "train_mnist.py", tmp_path, *"--dataset synthetic --slice 40 --epochs 1 --watch off --wandb disabled".split()
+    )
+    mnist.files.rename(tmp_path / "mnist")
+    finished_run("train_cola.py", tmp_path, *"--dataset synthetic --max_steps 3 --watch off --wandb disabled".split())
+    page = page_of(tmp_path / "mnist", tmp_path / "out", output=tmp_path / "report.html")
+    out = capsys.readouterr().out
+    assert "valid/loss" in out and "valid/mcc" in out and out.count("finished") == 2
+    assert page.count("no other run has predicted the same") == 1
+    alone = page_of(tmp_path / "mnist", output=tmp_path / "report.html")
+    assert "Most confident mistakes" in alone and 'src="data:image/png;base64,' in alone
+    alone = page_of(tmp_path / "out", output=tmp_path / "report.html")
+    sentences = [row["sentence"] for row in csv.DictReader((tmp_path / "out/predictions.csv").open())]
+    assert sum(sentence in alone for sentence in sentences) >= 10
+
+
+def test_two_hundred_runs(tmp_path):
+    for i in range(200):
+        make_run(tmp_path / f"runs/{i}", seed=i % 5, learning_rate=0.001 * (i // 5), rows=1000, examples=100)
+    page = page_of(tmp_path / "runs", output=tmp_path / "report.html")
+    assert len(page) < 30e6
+
+
+@pytest.fixture(scope="session")
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a sweep over the stand-in objective, with pruned and failed trials."""
+    cwd = tmp_path_factory.mktemp("sweep")
+    shutil.copy(REPO / "tests/objective.py", cwd)
+    (cwd / "sweep.yaml").write_text(
+        """{program: objective.py, name: s, method: random, metric: {name: score, goal: maximize},
+        early_terminate: {type: hyperband, min_iter: 1, eta: 2}, parameters: {x: {min: 0.0, max: 6.0},
+        y: {values: [-2, -1, 0]}, epochs: {value: 4}, seconds: {value: 0.4}}}"""
+    )
+    done = call("sweep_offline.py", "sweep.yaml", "--count", 8, "--jobs", 2, "--seed", 1, cwd=cwd)
+    assert done.status == 0, done.err
+    return cwd / "runs/sweep-s"
+
+
+def test_sweep(sweep, tmp_path, capsys):
+    page = page_of(sweep, output=tmp_path / "report.html")
+    rows = list(csv.DictReader((sweep / "trials.csv").open()))
+    out = capsys.readouterr().out
+    for row in rows:
+        (line,) = (line for line in out.splitlines() if line.startswith(f"trial {row['trial']} "))
+        assert ("pruned" in line) == (row["state"] == "pruned")
+        assert f"{float(row['x']):.4g}" in line and f"{float(row['score']):.4g}" in line
+    assert "Sweep s" in page and "20 complete trials or more" in page and '"parcoords"' in page
+
+
+def test_importances_need_twenty_complete_trials(sweep, tmp_path, monkeypatch):
+    directory = tmp_path / "sweep-s"
+    shutil.copytree(sweep, directory)
+    (directory / "importances.csv").write_text("parameter,importance\nx,0.8\ny,0.2\n")
+    assert "Importances: " not in page_of(directory, output=tmp_path / "report.html")
+    monkeypatch.setattr("reporting.sweep.ENOUGH_TRIALS", 1)
+    assert "Importances: x 80%, y 20%." in page_of(directory, output=tmp_path / "report.html")
+
+
+def test_sweep_without_optuna_or_study(sweep, tmp_path, capsys, monkeypatch):
+    directory = tmp_path / "sweep-s"
+    shutil.copytree(sweep, directory)
+    with monkeypatch.context() as patched:
+        patched.setitem(__import__("sys").modules, "optuna", None)
+        page_of(directory, output=tmp_path / "report.html")
+    assert "Optuna is not installed" in capsys.readouterr().out
+    (directory / "study.db").write_bytes(b"no database" * 1000)
+    assert "study.db can&#x27;t be read" in page_of(directory, output=tmp_path / "report.html")
+
+
+# -------------------------------------------------------------------------------------------- in a browser
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """Headless Chromium, which records its console and every request."""
+    chromium, driver = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
+    if not (chromium and driver):
+        pytest.skip("no Chromium with its driver: apt-get install chromium chromium-driver")
+    webdriver = pytest.importorskip("selenium.webdriver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--enable-unsafe-swiftshader"):
+        options.add_argument(argument)
+    options.add_argument("--window-size=1280,900")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    yield browser
+    browser.quit()
+
+
+def opened(browser: Any, page: Path) -> None:
+    """Open a page, and check that it draws its charts, logs no error and asks for nothing outside itself."""
+    from selenium.webdriver.support.wait import WebDriverWait
+
+    browser.get(page.as_uri())
+    drawn = "return [...document.querySelectorAll('[data-figure], #curves')].every(c => c.querySelector('.main-svg'))"
+    WebDriverWait(browser, 30).until(lambda browser: browser.execute_script(drawn))
+    assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
+    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    urls = [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
+    assert {url.split(":")[0] for url in urls} <= {"file", "data", "blob", "about"}
+    assert {url for url in urls if url.startswith("file")} == {page.as_uri()}
+
+
+def shown(browser: Any) -> list[str]:
+    """The names of the curves that are drawn."""
+    return browser.execute_script(
+        "return document.getElementById('curves').data.filter(t => t.visible === true && t.name).map(t => t.name)"
+    )
+
+
+def test_page_in_a_browser(browser, tmp_path):
+    for seed in (1, 2, 3):
+        make_run(tmp_path / f"runs/r{seed}", seed=seed, learning_rate=seed, name=f"{EVIL} {seed}", sentence=EVIL)
+    page_of(tmp_path / "runs", output=tmp_path / "report.html")
+    opened(browser, tmp_path / "report.html")
+    assert browser.title == "3 runs"
+    assert EVIL in browser.find_element("tag name", "body").text
+    assert browser.find_elements("css selector", "img[src=x]") == []
+    names = shown(browser)
+    assert len(names) == 12 and len(set(names)) == 3  # three runs in four panels
+
+    browser.find_element("css selector", "#curves .legendtoggle").click()
+    wait_until(lambda: len(shown(browser)) == 8)
+    browser.execute_script(
+        "const m = document.getElementById('metric'); m.value = 'valid/acc'; m.dispatchEvent(new Event('change'))"
+    )
+    wait_until(lambda: len(shown(browser)) == 2)  # what was hidden stays hidden
+    browser.find_element("css selector", "#curves .legendtoggle").click()
+    wait_until(lambda: len(shown(browser)) == 3)
+
+    for direction in (1, -1):
+        browser.find_element("xpath", "//th[text()='valid/loss']").click()
+        rows = browser.find_elements("css selector", "table:first-of-type tbody")[0].text.splitlines()
+        losses = [float(row.split()[-5]) for row in rows]
+        assert losses == sorted(losses, reverse=direction < 0)
+    assert browser.get_log("browser") == []
+
+
+def wait_until(condition: Any) -> None:
+    """Wait for a condition, which the browser may take a moment to meet."""
+    from selenium.webdriver.support.wait import WebDriverWait
+
+    WebDriverWait(None, 10).until(lambda _: condition())
+
+
+def test_seeds_in_a_browser(browser, tmp_path):
+    for seed, rate in itertools.product((1, 2, 3), (0.01, 0.1)):
+        make_run(tmp_path / f"runs/r{rate}-{seed}", seed=seed, learning_rate=rate)
+    page_of(tmp_path / "runs", output=tmp_path / "report.html")
+    opened(browser, tmp_path / "report.html")
+    assert set(shown(browser)) == {"learning_rate 0.01 (n = 3)", "learning_rate 0.1 (n = 3)"}
+    browser.find_element("id", "each").click()
+    wait_until(lambda: len(set(shown(browser))) == 8)
+    (table,) = (t for t in browser.find_elements("tag name", "table") if "±" in t.text)
+    for direction in (1, -1):
+        table.find_element("xpath", ".//th[text()='valid/loss']").click()
+        means = [float(row.split()[3]) for row in table.text.splitlines()[1:]]
+        assert means == sorted(means, reverse=direction < 0) and len(means) == 2
+
+
+def test_one_run_in_a_browser(browser, tmp_path):
+    make_run(tmp_path / "a", sentence=EVIL)
+    (tmp_path / "a/attributions.html").write_text("<p>A word</p><script>top.document.title = 'evil'</script>")
+    page_of(tmp_path / "a", output=tmp_path / "report.html")
+    browser.get((tmp_path / "report.html").as_uri())
+    blocked = [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+    assert all("about:srcdoc" in message for message in blocked)
+    (tmp_path / "a/attributions.html").write_text("<p>A word</p>")
+    page_of(tmp_path / "a", output=tmp_path / "report.html")
+    opened(browser, tmp_path / "report.html")
+    assert browser.title == "a"
+    browser.switch_to.frame(browser.find_element("tag name", "iframe"))
+    assert browser.find_element("tag name", "p").text == "A word"
+    browser.switch_to.default_content()
+
+
+def test_sweep_in_a_browser(browser, sweep, tmp_path):
+    page_of(sweep, output=tmp_path / "report.html")
+    opened(browser, tmp_path / "report.html")
+    assert len(browser.find_elements("css selector", "[data-figure] .main-svg")) >= 3
+    # plotly.js also has a button that uploads the data.
+    buttons = browser.execute_script("return [...document.querySelectorAll('.modebar-btn')].map(b => b.dataset.title)")
+    assert {button.lower() for button in buttons} == {"download plot as a png"}
