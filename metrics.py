@@ -191,8 +191,9 @@ EVALUATION_METRICS = {
 
 
 def lower_is_better(name: str) -> bool:
-    """Whether lower is better for one of `EVALUATION_METRICS`; `name` may have a prefix, as in "valid/loss"."""
-    return EVALUATION_METRICS[name.rpartition("/")[2]].lower_is_better
+    """Whether lower is better for a metric, with or without a prefix, as in "valid/ece"; if unknown, for a loss only."""
+    name = name.rpartition("/")[2]
+    return EVALUATION_METRICS[name].lower_is_better if name in EVALUATION_METRICS else name.endswith("loss")
 
 
 def evaluation(logits: Tensor, labels: Tensor) -> Evaluation:
