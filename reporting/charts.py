@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from metrics import calibration
 from reporting.predictions import Predictions
 from reporting.runs import Run, text
 
@@ -93,20 +94,15 @@ def confusion(predictions: Predictions, class_names: list[str]) -> dict[str, Any
     return {"data": [heatmap], "layout": layout}
 
 
-def calibration(predictions: Predictions, bins: int = 15) -> dict[str, Any]:
+def reliability(predictions: Predictions) -> dict[str, Any]:
     """A reliability diagram: the accuracy of the predictions, by the probability that the model gave them."""
-    confidence = predictions.probabilities.max(1).values
-    which = (confidence * bins).ceil().long().clamp(1, bins) - 1
-    counts = torch.bincount(which, minlength=bins).double()
+    counts, confidences, accuracies = calibration(predictions.probabilities, predictions.labels)
     used = counts > 0
-    x, y = (
-        (torch.bincount(which, values.double(), bins) / counts)[used].tolist()
-        for values in (confidence, predictions.correct)
-    )
     diagonal = {"x": [0, 1], "y": [0, 1], "mode": "lines", "line": {"dash": "dot", "color": "#888"},
                 "name": "perfect calibration", "hoverinfo": "skip"}  # fmt: skip
     points = {
-        "x": x, "y": y, "customdata": counts[used].tolist(), "mode": "markers", "name": "this model",
+        "x": confidences[used].tolist(), "y": accuracies[used].tolist(), "customdata": counts[used].tolist(),
+        "mode": "markers", "name": "this model",
         "marker": {"size": (4 + 20 * (counts[used] / counts.max()).sqrt()).tolist()},
         "hovertemplate": "mean probability %{x:.1%}<br>accuracy %{y:.1%}<br>%{customdata:,} examples<extra></extra>",
     }  # fmt: skip

@@ -114,7 +114,7 @@ def show_run(run: Run, figures: dict[str, Any]) -> str:
     parts = []
     try:
         of = read_predictions(run.path)
-        drawn = charts.confusion(of, run.class_names(of.probabilities.shape[1])), charts.calibration(of)
+        drawn = charts.confusion(of, run.class_names(of.probabilities.shape[1])), charts.reliability(of)
         wrong = (~of.correct).nonzero().flatten()
         surest = wrong[of.probabilities[wrong].max(1).values.argsort(descending=True, stable=True)]
         parts += ['<h2>Predictions</h2><div class="pair">', *(place(figures, chart) for chart in drawn), "</div>"]

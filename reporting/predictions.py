@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from harness.errors import UserError
-from metrics import ConfusionMatrix
+from metrics import ConfusionMatrix, calibration
 from reporting.markup import paragraph, picture, table
 from reporting.runs import Run, text
 from tasks.digits import MNIST_SHA256, TORCHVISION_CLASS, ImageSet, load_digits, split_digits
@@ -54,12 +54,11 @@ def read_predictions(path: Path) -> Predictions:
         probabilities = torch.tensor([[*map(float, column)] for column in cells], dtype=torch.float64).T
         losses = torch.tensor([*map(float, columns["loss"])], dtype=torch.float64)
         ConfusionMatrix(probabilities.shape[1]).update(predictions, labels)  # checks the range
+        calibration(probabilities, labels)  # checks the probabilities
     except FileNotFoundError:
         raise UserError("no predictions.csv") from None
     except (OSError, ValueError, KeyError, IndexError, csv.Error):
         raise UserError("predictions.csv can't be read") from None
-    if not probabilities.isfinite().all():
-        raise UserError("predictions.csv holds probabilities that are not finite")
     texts = (list(columns.get(name, ())) for name in ("sentence", "source"))
     return Predictions(labels, predictions, probabilities, losses, *texts)
 
