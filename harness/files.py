@@ -71,8 +71,8 @@ def list_names(names: Iterable[str]) -> str:
 def read_json(path: Path) -> dict[str, Any] | None:
     """The object in a file; None if it can't be read, or holds no object."""
     try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
+        content = json.loads(path.read_text()) if path.is_file() else None  # reading a pipe would wait
+    except (OSError, ValueError, RecursionError):
         return None
     return content if isinstance(content, dict) else None
 

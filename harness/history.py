@@ -102,7 +102,7 @@ class History:
 
 def rewind(journal: Path, state: Mapping[str, Any]) -> list[dict[str, float]]:
     """Cut the journal to its length in `state` and return its rows. Raises `UserError` if they are damaged."""
-    content = journal.read_bytes()[: state["journal"]] if journal.exists() else b""
+    content = journal.read_bytes()[: state["journal"]] if journal.is_file() else b""
     if (len(content), zlib.crc32(content)) != (state["journal"], state["checksum"]):
         problem = "does not go with the checkpoint: rows are missing or damaged; choose another --output_dir"
         raise UserError(f"{journal} {problem}", status=1)

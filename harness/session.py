@@ -157,6 +157,8 @@ def _identify(settings: SharedSettings, task: str) -> None:
     settings.project = settings.project or task
     settings.id = settings.id or secrets.token_hex(4)
     settings.output_dir = settings.output_dir or f"runs/{task}-{settings.id}"
+    if "/" in settings.id:
+        raise UserError(f"--id: must not contain a slash, got {settings.id!r}")
     for name, value in ("id", settings.id), ("output_dir", settings.output_dir):
         if value.splitlines() != [value]:  # they stand in the last line of a run
             raise UserError(f"--{name}: must be one line, got {value!r}")

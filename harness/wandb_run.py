@@ -117,12 +117,14 @@ def start(init: Callable[[str], wandb.Run], settings: SharedSettings, resuming: 
     the background, so that training doesn't wait for a server.
     """
     _find_caches()
-    logs = wandb_internals.log_files(settings.id) if settings.resume and settings.wandb != "disabled" else []
-    for log in logs:
-        if not wandb_internals.synced_marker(log).exists():
-            wandb_internals.repair(log)
     try:
+        logs = wandb_internals.log_files(settings.id) if settings.resume and settings.wandb != "disabled" else []
+        for log in logs:
+            if not wandb_internals.synced_marker(log).exists():
+                wandb_internals.repair(log)
         run = init(settings.wandb)
+    except (FileNotFoundError, RuntimeError) as error:
+        raise UserError(f"W&B can't start: {error}; change WANDB_DIR, or use --wandb disabled") from None
     except wandb.errors.CommError as error:
         if settings.wandb != "online":
             raise

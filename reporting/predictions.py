@@ -19,6 +19,8 @@ from reporting.markup import paragraph, picture, table
 from reporting.runs import Run, text
 from tasks.digits import MNIST_SHA256, TORCHVISION_CLASS, ImageSet, load_digits, split_digits
 
+MAX_CLASSES = 1000  # a confusion matrix of more is too large for a page
+
 
 @dataclass
 class Predictions:
@@ -45,18 +47,20 @@ class Predictions:
 
 def read_predictions(path: Path) -> Predictions:
     """The predictions of the run in a directory. Raises `UserError` if they are missing or unreadable."""
+    if not (path / "predictions.csv").is_file():
+        raise UserError("no predictions.csv")
     try:
         with (path / "predictions.csv").open(newline="", encoding="utf-8", errors="replace") as file:
             header, *rows = csv.reader(file)
         columns = dict(zip(header, zip(*rows, strict=True)))
         labels, predictions = (torch.tensor([*map(int, columns[name])]) for name in ("label", "prediction"))
         cells = [columns[f"probability_{i}"] for i in range(sum(name.startswith("probability_") for name in columns))]
+        if len(cells) > MAX_CLASSES:
+            raise ValueError("too many classes")
         probabilities = torch.tensor([[*map(float, column)] for column in cells], dtype=torch.float64).T
         losses = torch.tensor([*map(float, columns["loss"])], dtype=torch.float64)
         ConfusionMatrix(probabilities.shape[1]).update(predictions, labels)  # checks the range
         calibration(probabilities, labels)  # checks the probabilities
-    except FileNotFoundError:
-        raise UserError("no predictions.csv") from None
     except (OSError, ValueError, KeyError, IndexError, csv.Error):
         raise UserError("predictions.csv can't be read") from None
     texts = (list(columns.get(name, ())) for name in ("sentence", "source"))

@@ -69,8 +69,8 @@ class Run:
 
 
 def is_number(value: Any) -> bool:
-    """Whether `value` is an int or a float."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    """Whether `value` is a float, or an int that a float can hold."""
+    return isinstance(value, float) or (type(value) is int and value.bit_length() < 1024)
 
 
 def ascending(value: float, metric: str) -> float:
@@ -130,7 +130,7 @@ def read_run(path: Path) -> Run:
 def read_journal(path: Path, notes: list[str]) -> list[dict[str, float]]:
     """The numbers of the rows of a journal, which may be damaged or end in the middle of a line."""
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
     except OSError:
         return []
     rows, damaged = [], 0

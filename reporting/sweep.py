@@ -29,11 +29,13 @@ def open_study(directory: Path, runs: list[Run]) -> Any:
         storage = optuna.storages.RDBStorage(f"sqlite:///file:{file}?mode=ro&uri=true", skip_table_creation=True)
         study = optuna.load_study(study_name=None, storage=storage)
         trials = study.get_trials(deepcopy=False)
+        if not isinstance(study.user_attrs.get("sweep"), dict) or len(study.directions) > 1:
+            raise ValueError("it is not of sweep_offline.py")
     except Exception as error:  # SQLAlchemy's, SQLite's or Optuna's own: the file holds no study
         raise UserError(f"study.db can't be read ({str(error).splitlines()[0][:100]})") from None
     by_directory = {run.path.name: run for run in runs if run.path.resolve().parent == directory.resolve()}
     for trial in trials:
-        run = by_directory.get(trial.user_attrs.get("run", ""))
+        run = by_directory.get(str(trial.user_attrs.get("run")))
         if run:
             run.label = f"trial {trial.number}"
             run.config = {"monitor": sweep_metric(study), **trial.params, **run.config}
@@ -46,7 +48,7 @@ def open_study(directory: Path, runs: list[Run]) -> Any:
 
 def sweep_metric(study: Any) -> str:
     """The name of the metric that a sweep searches by."""
-    return str(study.user_attrs.get("sweep", {}).get("metric", "value"))
+    return str(study.user_attrs["sweep"].get("metric", "value"))
 
 
 def sweep_charts(study: Any, directory: Path) -> dict[str, Any]:

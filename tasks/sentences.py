@@ -85,10 +85,15 @@ def _read_user_files(train_file: Path, valid_file: Path) -> Corpus:
     if not 2 <= len(labels) <= 1000 or (len(train) >= 20 and 2 * len(labels) > len(train)):
         counts = f"{len(labels):,} distinct labels in {len(train):,} rows"
         raise UserError(f"{train_file}: column 'label' has {counts}; does another column hold the classes?")
-    # Numbers come first, in numeric order. The label itself orders 1 and 01.
-    classes = sorted(labels, key=lambda label: (0, int(label), label) if label.isdecimal() else (1, 0, label))
+    classes = sorted(labels, key=_order)
     parts = (_numbered(rows, classes, str(train_file)) for rows in (train, valid))
     return Corpus("files", *parts, {}, classes, [train_file, valid_file])
+
+
+def _order(label: str) -> tuple[bool, int, str, str]:
+    """Numbers come first, in numeric order, however long they are; the label itself orders 1 and 01."""
+    digits = label.lstrip("0") if label.isdecimal() else ""
+    return not label.isdecimal(), len(digits), digits, label
 
 
 def _read_table(path: Path) -> list[Row]:
