@@ -105,6 +105,7 @@ def weights(directory: Path) -> dict[str, torch.Tensor]:
 # --------------------------------------------------------------------------------------- files and records
 
 
+@pytest.mark.quick
 def test_every_file_is_there(small_cola):
     files = "config.json history.jsonl checkpoint.pt metrics.json predictions.csv confusion_matrix.png model".split()
     files += ["attributions.html", "curves.png", "checkpoint.previous.pt"]
