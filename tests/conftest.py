@@ -2,15 +2,25 @@
 
 import json
 import os
+import struct
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
+
+from tasks.digits import Digits
+from tests import forking
 
 REPO = Path(__file__).parent.parent
 DEAD_PROXY = "http://127.0.0.1:9"  # a proxy that refuses every connection, to cut off the network
+
+
+def pytest_collection_finish() -> None:
+    forking.remember_environment()  # the imports of the tests have set variables
 
 
 def clean_environment(home: Path, **changes: str) -> dict[str, str]:
@@ -20,23 +30,31 @@ def clean_environment(home: Path, **changes: str) -> dict[str, str]:
     return {**kept, **proxies, "HOME": str(home), "PYTHONDONTWRITEBYTECODE": "1", **changes}
 
 
-def call(script: str, *arguments: object, cwd: Path, **environment: str) -> SimpleNamespace:
-    """Run a project script in `cwd`; return its `status`, `out` and `err`."""
-    done = subprocess.run(
-        [sys.executable, REPO / script, *map(str, arguments)],
-        cwd=cwd,
-        env=clean_environment(cwd, **environment),
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+def call(script: str, *arguments: object, cwd: Path, real: bool = False, **environment: str) -> SimpleNamespace:
+    """Run a project script in `cwd`; return its `status`, `out` and `err`. `real`: in a new interpreter."""
+    command = [sys.executable, REPO / script, *map(str, arguments)]
+    popen = subprocess.Popen if real else forking.Popen
+    done = forking.run(command, popen, cwd=cwd, env=clean_environment(cwd, **environment), text=True, timeout=200)
     return SimpleNamespace(status=done.returncode, out=done.stdout, err=done.stderr)
+
+
+def write_mnist(root: Path, digits: Digits, folder: str = "MNIST") -> Path:
+    """Write digits in MNIST's format; returns the directory of the files."""
+    raw = root / folder / "raw"
+    raw.mkdir(parents=True)
+    for part, (images, labels) in {"train": digits.train, "t10k": digits.test}.items():
+        header = struct.pack(">4i", 0x803, len(labels), 28, 28)
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(header + images.numpy().tobytes())
+        header = struct.pack(">2i", 0x801, len(labels))
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(header + labels.to(torch.uint8).numpy().tobytes())
+    return raw
 
 
 def wandb_records(cwd: Path) -> list[dict]:
     """All records of the latest W&B run in `cwd`, as printed by `wandb leet inspect`."""
     command = [Path(sys.executable).with_name("wandb"), "leet", "inspect", "--json", cwd / "wandb/latest-run"]
-    printed = subprocess.run(command, env=clean_environment(cwd), capture_output=True, text=True, check=True)
+    printed = forking.run(command, cwd=cwd, env=clean_environment(cwd), text=True)
+    assert printed.returncode == 0, printed.stderr
     return [json.loads(line) for line in printed.stdout.splitlines()]
 
 
@@ -49,9 +67,9 @@ def merged(records: list[dict], kind: str) -> dict:
     return state
 
 
-def finished_run(script: str, cwd: Path, *arguments: object, **environment: str) -> SimpleNamespace:
+def finished_run(script: str, cwd: Path, *arguments: object, **options: Any) -> SimpleNamespace:
     """Run a script with `--output_dir out`, check that it succeeds, and read back its files and W&B records."""
-    done = call(script, "--output_dir", "out", *arguments, cwd=cwd, **environment)
+    done = call(script, "--output_dir", "out", *arguments, cwd=cwd, **options)
     assert done.status == 0, done.err
     out = cwd / "out"
     done.cwd, done.files = cwd, out
@@ -69,4 +87,6 @@ def small_mnist(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """A `train_mnist.py` run with everything on, shared by many tests."""
     cwd = tmp_path_factory.mktemp("small_mnist")
     arguments = "--dataset synthetic --slice 5 --valid_size 4000 --epochs 3 --log_model all --save_code"
-    return finished_run("train_mnist.py", cwd, *arguments.split(), "--tags", "one", "two words", "--notes", "a note")
+    return finished_run(
+        "train_mnist.py", cwd, *arguments.split(), "--tags", "one", "two words", "--notes", "a note", real=True
+    )

@@ -8,19 +8,26 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from tasks.digits import synthetic_digits
+from tests import forking
+from tests.conftest import write_mnist
 from tests.wandb_server import WandbServer
 
 REPO = Path(__file__).parent.parent
 SENTENCES = REPO / "tests/sentences.tsv"  # from the built-in grammar
+FILES = tempfile.TemporaryDirectory()  # the digits of each run, which take a second to make and no time to read
+write_mnist(Path(FILES.name), synthetic_digits(train=5000, test=1000))
 # Long enough to cross epochs, checkpoints and logged rows; batch size 7 does not divide the number of sentences.
 ARGUMENTS = {
-    "train_mnist.py": "--dataset synthetic --slice 8 --valid_size 4000 --epochs 3 --batch_size 48 --checkpoint_every 7",
+    "train_mnist.py": f"--dataset mnist --data_dir {FILES.name} --slice 2 --valid_size 1000 --epochs 3 --batch_size 48 "
+    "--checkpoint_every 7",
     "train_cola.py": f"--train_file {SENTENCES} --valid_file {SENTENCES} --model scratch --epochs 3 --batch_size 7 "
     "--checkpoint_every 9",
 }
@@ -29,7 +36,7 @@ TIMINGS = ("seconds", "train/examples_per_second")
 
 def start(script: str, cwd: Path, environment: dict[str, str], *more: str) -> subprocess.Popen:
     command = [sys.executable, REPO / script, *ARGUMENTS[script].split(), "--output_dir", "out", "--id", "same", *more]
-    return subprocess.Popen(
+    return forking.Popen(
         command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
     )
 
@@ -40,7 +47,7 @@ def start_changed(script: str, cwd: Path, environment: dict[str, str], change: s
     program = f"import {name}, time\nfrom harness import checkpoints, distributed, script\n{change}\n"
     program += f"script.run_script({name}.main)"
     command = [sys.executable, "-c", program, *ARGUMENTS[script].split(), "--output_dir", "out", "--id", "same", *more]
-    return subprocess.Popen(
+    return forking.Popen(
         command,
         cwd=cwd,
         env={**environment, "PYTHONPATH": str(REPO)},
@@ -116,7 +123,7 @@ def sync(cwd: Path, environment: dict[str, str], server: WandbServer, *options: 
     """`wandb sync` everything in `cwd/wandb`; return what the server then has."""
     wandb = Path(sys.executable).with_name("wandb")
     command = [wandb, "sync", "--yes", *options, cwd / "wandb"]
-    done = subprocess.run(command, cwd=cwd, env={**environment, **server.environment()}, capture_output=True, text=True)
+    done = forking.run(command, cwd=cwd, env={**environment, **server.environment()}, text=True)
     assert done.returncode == 0 and "ERROR" not in done.stderr, done.stderr
     return on_server(server)
 

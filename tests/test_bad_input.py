@@ -68,9 +68,10 @@ def assert_one_line(done, message: str) -> None:
     assert line.startswith("train_mnist.py: error: ") and message in line
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("arguments, message", OPTIONS.items())
 def test_bad_option(tmp_path, arguments, message):
-    assert_one_line(call("train_mnist.py", *arguments.split(), cwd=tmp_path), message)
+    assert_one_line(call("train_mnist.py", *arguments.split(), cwd=tmp_path, real=True), message)
     assert not list(tmp_path.iterdir())
 
 
@@ -187,6 +188,7 @@ def test_unexpected_error_keeps_its_traceback(tmp_path):
 # ---------------------------------------------------------------------------------------- parsing values
 
 
+@pytest.mark.quick
 def test_values_from_a_sweep_command():
     arguments = [
         "--kernels=[8, 24]",
@@ -206,6 +208,7 @@ def test_values_from_a_sweep_command():
     assert isinstance(settings.epochs, int)
 
 
+@pytest.mark.quick
 def test_values_from_a_config():
     config = {"kernels": [8, 24], "epochs": 32.0, "learning_rate": "1e-4", "compile": True, "name": None, "theirs": {}}
     settings = options.from_config(train_mnist.Settings(), config)
@@ -216,12 +219,14 @@ def test_values_from_a_config():
             options.from_config(train_mnist.Settings(), bad)
 
 
+@pytest.mark.quick
 def test_tags_add_up_and_keep_their_brackets():
     settings = options.parse(train_mnist.Settings, ["--tags", "a", "--tags", "b", "c"])
     assert settings.tags == ["a", "b", "c"]
     assert options.parse(train_mnist.Settings, ["--tags", "[wip]"]).tags == ["[wip]"]
 
 
+@pytest.mark.quick
 def test_options_on_the_command_line():
     settings = options.parse(train_mnist.Settings, ["--kernels", "8", "24", "--compile", "--tags", "a", "b"])
     assert (settings.kernels, settings.compile, settings.tags) == ([8, 24], True, ["a", "b"])

@@ -22,6 +22,7 @@ from tasks.sentences import Corpus, load_corpus, parse_cola, synthetic_sentences
 
 TRAIN = "gj04\t1\t\tThe boat sank.\nks08\t0\t*\tThe boat sanked.\n"
 IN_DOMAIN, OUT_OF_DOMAIN = "c_13\t1\t\tWe left.\n", "rhl07\t0\t*\tLeft we have has.\nrhl07\t1\t\tIt rained.\n"
+pytestmark = pytest.mark.quick
 
 
 def cola_zip(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from harness.errors import warn_loudly
+from tests import forking
 from tests.conftest import REPO, call, clean_environment
 
 QUICK = "--dataset synthetic --slice 50 --valid_size 1000 --batch_size 16 --wandb disabled".split()
@@ -20,7 +21,7 @@ LONG = [*QUICK, "--epochs", "200", "--notes", "it's a note"]
 def start(cwd: Path, *arguments: str) -> subprocess.Popen:
     command = [sys.executable, REPO / "train_mnist.py", *arguments]
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=cwd, env=clean_environment(cwd), **streams)
+    return forking.Popen(command, cwd=cwd, env=clean_environment(cwd), **streams)
 
 
 def stop(process: subprocess.Popen, cwd: Path, number: signal.Signals = signal.SIGTERM) -> str:

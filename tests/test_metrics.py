@@ -2,20 +2,19 @@
 
 import math
 import pickle
-import time
 
 import numpy as np
 import pytest
 import sklearn.metrics as reference
 import torch
 import torch.nn.functional as F
-import torchmetrics
 from torch import Tensor
 
 import metrics
 from harness.progress import Meter
 
 AVERAGES = ("macro", "micro", "weighted", None)
+pytestmark = pytest.mark.quick
 
 
 def close(actual, expected, case: object = "") -> None:
@@ -437,29 +436,3 @@ def test_interval_of_a_million_examples_takes_a_moment():
 def test_evaluation_of_labels_out_of_range_raises():
     with pytest.raises(ValueError, match=r"labels contain a value outside 0\.\.2"):
         metrics.evaluation(torch.zeros(2, 3), torch.tensor([0, 3]))
-
-
-def test_update_is_100_times_faster_than_six_torchmetrics():
-    kind = {"task": "multiclass", "num_classes": 10}
-    six = [
-        torchmetrics.Accuracy(**kind),
-        torchmetrics.Precision(average="macro", **kind),
-        torchmetrics.Precision(average="micro", **kind),
-        torchmetrics.Recall(average="macro", **kind),
-        torchmetrics.Recall(average="micro", **kind),
-        torchmetrics.F1Score(**kind),
-    ]
-    matrix = metrics.ConfusionMatrix(10)
-    predictions, labels = random_pairs(np.random.default_rng(3), classes=10, examples=64)
-
-    def seconds(objects: list, calls: int) -> float:
-        started = time.perf_counter()
-        for _ in range(calls):
-            for call in objects:
-                call(predictions, labels)
-        return (time.perf_counter() - started) / calls
-
-    # Alternating, and the minimum of many short rounds: other load on the machine can only add time.
-    rounds = [(seconds([matrix.update], 50), seconds(six, 1)) for _ in range(400)]
-    ours, theirs = map(min, zip(*rounds))
-    assert ours <= theirs / 100, f"{ours * 1e6:.1f} µs against {theirs * 1e6:.0f} µs"

@@ -23,6 +23,7 @@ from tasks.downloads import why_unreachable
 from tasks.sentences import Corpus, load_corpus
 
 GOOD = "sentence\tlabel\na\t0\nb\t1\n"
+pytestmark = pytest.mark.quick
 
 
 def read(tmp_path: Path, train: str, valid: str = GOOD, suffix: str = "tsv") -> Corpus:

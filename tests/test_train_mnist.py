@@ -49,6 +49,7 @@ def media(run, key: str, row: dict) -> dict:
 # --------------------------------------------------------------------------------------- files and records
 
 
+@pytest.mark.quick
 def test_every_file_is_there(small_mnist):
     names = "config.json history.jsonl checkpoint.pt metrics.json predictions.csv confusion_matrix.png mistakes.png"
     names += " curves.png model.onnx model.pt checkpoint.previous.pt"

@@ -1,0 +1,282 @@
+"""Runs without the imports: a server, started once, has done them and forks a child for each run of a script.
+
+Users start a new interpreter, and so does `Popen` here unless `forkable` says that a child does the same. The server is
+a process of its own, because a child would miss the threads of the tests' process.
+"""
+
+import contextlib
+import ctypes
+import functools
+import gc
+import importlib
+import inspect
+import json
+import os
+import re
+import runpy
+import secrets
+import select
+import socket
+import subprocess
+import sys
+import threading
+import types
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+REPO = Path(__file__).parent.parent
+WANDB = Path(sys.executable).with_name("wandb")  # W&B's command line
+# Read by nothing while it is imported. Any other variable may be: OMP_*, HF_*, CUDA_*, LC_*, PYTHON*, RANK, TMPDIR ...
+HARMLESS = re.compile(r"WANDB_\w+|PYTEST_\w+|\w+_proxy|PATH|NETRC|CI|CUBLAS_WORKSPACE_CONFIG")
+SET_BY_TORCHRUN = r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_\w+|TORCH\w+"
+TORCHRUN = ["-m", "torch.distributed.run"]
+HOME = "/proc/self/cwd"  # the server's: paths that imports derive from it become those of a child
+ADOPT = 36  # PR_SET_CHILD_SUBREAPER
+# Imported by the server: what the scripts import, and what they load on their way.
+MODULES = """
+train_mnist train_cola sweep_offline torch.distributed.launcher.api wandb.cli.cli wandb.sdk.launch.inputs.internal
+PIL.PngImagePlugin multiprocessing.pool requests sympy.tensor.tensor
+opentelemetry.exporter.otlp.proto.http.metric_exporter opentelemetry.exporter.otlp.proto.http._log_exporter
+onnxscript.optimizer onnxscript.function_libs.torch_lib.ops onnxscript.rewriter.onnx_fusions
+torch._functorch.aot_autograd torch._inductor.sizevars torch.export._trace torch.onnx._internal.exporter._compat
+torch.onnx._internal.exporter._torchlib.ops torch.utils.serialization.config
+""".split()
+
+
+class Server:
+    """Starts with the first run, and ends with the process of the tests."""
+
+    def __init__(self, environment: Mapping[str, str]):
+        self.environment = {name: value for name, value in environment.items() if not HARMLESS.fullmatch(name)}
+        self.environment |= {"HOME": HOME, "PATH": os.environ["PATH"], "PYTHONDONTWRITEBYTECODE": "1"}
+        self.address, self.lock = "", threading.Lock()
+
+    def listen(self) -> tuple[socket.socket, socket.socket]:
+        """What the server listens to, and what it lives as long as."""
+        self.address = f"\0forking-{secrets.token_hex(8)}"
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        listener.bind(self.address)
+        listener.listen()
+        self.lifeline, theirs = socket.socketpair()
+        return listener, theirs
+
+    def start(self) -> None:
+        listener, lifeline = self.listen()
+        with listener, lifeline:
+            numbers = listener.fileno(), lifeline.fileno()
+            subprocess.Popen(
+                [sys.executable, __file__, *map(str, numbers)],
+                env=self.environment,
+                pass_fds=numbers,
+                start_new_session=True,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+            ).returncode = 0  # nobody waits for it
+
+    def fork(self, request: dict[str, Any], streams: list[int]) -> int:
+        """The id of the new process, which is a child of this one."""
+        prctl = ctypes.CDLL(None).prctl
+        with self.lock, socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+            if not self.address:
+                self.start()
+            prctl(ADOPT, 1)
+            try:
+                connection.connect(self.address)
+                socket.send_fds(connection, [json.dumps(request).encode()], streams)
+                return int(connection.recv(100))
+            finally:
+                prctl(ADOPT, 0)
+
+
+SERVERS: dict[str | None, Server] = {}  # by OMP_NUM_THREADS
+
+
+def remember_environment() -> None:
+    """Servers start with the variables that are set now."""
+    for threads in {os.environ.get("OMP_NUM_THREADS"), "1"}:
+        SERVERS[threads] = Server(os.environ | ({"OMP_NUM_THREADS": threads} if threads else {}))
+
+
+remember_environment()
+
+
+def server_for(given: dict[str, Any]) -> Server | None:
+    """The server whose child is the same as a new process, from the arguments of `Popen`; None if there is none.
+
+    A child has the interpreter, the imports and the variables of the server, and is at home where it starts.
+    """
+    command, environment, cwd = [*map(str, given["args"])], given["env"], str(given["cwd"] or os.getcwd())
+    if sys.platform != "linux" or not environment or given["preexec_fn"]:
+        return None
+    first = command[command[1:2] == ["-u"] :][1]
+    runs = first == "-c" or first.endswith(".py") or command[1:3] == TORCHRUN
+    if command[0] != str(WANDB) and not (command[0] == sys.executable and runs):
+        return None
+    server = SERVERS.get(environment.get("OMP_NUM_THREADS"))
+    before = (server.environment if server else {}) | {"HOME": cwd}
+    if environment.get("PYTHONPATH") == str(REPO):  # nothing there is run at the start
+        before["PYTHONPATH"] = str(REPO)
+    changed = {name for name, _ in before.items() ^ environment.items()}
+    return server if all(map(HARMLESS.fullmatch, changed)) else None
+
+
+class Popen(subprocess.Popen):
+    """`subprocess.Popen`, whose child may have been forked by a server."""
+
+    signature = inspect.signature(subprocess.Popen._execute_child)
+
+    def _execute_child(self, *arguments: Any) -> None:  # which starts the process
+        given = self.signature.bind(self, *arguments).arguments
+        server = server_for(given)
+        if server is None:
+            super()._execute_child(*arguments)
+            return
+        command = [*map(str, given["args"])]
+        pipes = [given[name] for name in ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")]
+        streams = [number if pipe == -1 else pipe for number, pipe in enumerate((pipes[0], pipes[3], pipes[5]))]
+        request = {
+            "arguments": command[1:] if command[0] == sys.executable else command,
+            "cwd": str(given["cwd"] or os.getcwd()),
+            "environment": dict(given["env"]),
+        }
+        self.pid, self._child_created = server.fork(request, streams), True
+        self._close_pipe_fds(*pipes)
+
+
+def run(
+    command: list[Any], popen: type = Popen, timeout: float | None = None, **options: Any
+) -> subprocess.CompletedProcess:
+    """`subprocess.run`, by default with that `Popen`; captures both streams by default."""
+    with popen(command, **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}) as process:
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except BaseException:
+            process.kill()
+            raise
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+# ---------------------------------------------------------------------------------------------- in the server
+
+
+def do_imports() -> dict[str, str]:
+    """Import all that scripts need, as they do it; returns the variables which that sets."""
+    os.environ |= {"GOMP_SPINCOUNT": "1000", "OTEL_SDK_DISABLED": "true"}  # as harness/script.py does
+    before = dict(os.environ)
+    gc.disable()
+    sys.path[0] = str(REPO)
+    for name in MODULES:
+        with contextlib.suppress(ImportError):  # another version has no such module
+            importlib.import_module(name)
+    with contextlib.suppress(ImportError, AttributeError):
+        remember_what_is_installed()
+    for name, module in [*sys.modules.items()]:  # a child imports the project's own modules, from where it finds them
+        if name != "__main__" and str(getattr(module, "__file__", "")).startswith(f"{REPO}/"):
+            del sys.modules[name]
+    gc.collect()
+    gc.freeze()
+    return {name: value for name, value in os.environ.items() if before.get(name) != value}
+
+
+def remember_what_is_installed() -> None:
+    """Compute once what W&B and the ONNX exporter compute in each run, from the installed libraries alone."""
+    import wandb.util
+    from torch.onnx._internal.exporter import _registration
+
+    packages = [*wandb.util.working_set()]
+    wandb.util.working_set = lambda: packages
+    operators = functools.cache(_registration.ONNXRegistry.from_torchlib)
+    operators(opset_version=_registration._constants.TORCHLIB_OPSET)
+    _registration.ONNXRegistry.from_torchlib = staticmethod(operators)
+
+
+def name_process(name: str) -> None:
+    Path("/proc/self/comm").write_text(name)
+
+
+def serve(listener: socket.socket, lifeline: socket.socket) -> dict[str, Any]:
+    """Fork for each request; returns the request, in the child."""
+    name_process("forking")
+    while True:
+        ready, *_ = select.select([listener, lifeline], [], [])
+        if lifeline in ready:
+            os._exit(0)
+        connection, _ = listener.accept()
+        message, streams, *_ = socket.recv_fds(connection, 1 << 20, 3)
+        reading, writing = os.pipe()
+        between = os.fork()
+        if not between:  # a process that ends at once, so that the one that asked adopts its child
+            child = os.fork()
+            if child:
+                os.write(writing, str(child).encode())
+                os._exit(0)
+            for number, stream in enumerate(streams):
+                os.dup2(stream, number)
+            for number in (reading, writing, *streams):
+                os.close(number)
+            for opened in (connection, listener, lifeline):
+                opened.close()
+            return json.loads(message)
+        os.waitpid(between, 0)
+        connection.send(os.read(reading, 100))
+        connection.close()
+        for number in (reading, writing, *streams):
+            os.close(number)
+
+
+def fork_from_torchrun(environment: dict[str, str]) -> None:
+    """Let the processes that torchrun starts here be forked too, by a server of its own, which is a child of it."""
+    global HARMLESS
+    from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
+
+    HARMLESS = re.compile(f"{HARMLESS.pattern}|{SET_BY_TORCHRUN}")
+    server = SERVERS[environment.get("OMP_NUM_THREADS")] = Server(environment)
+    subprocess_handler.Popen = Popen
+    listener, lifeline = server.listen()
+    if not os.fork():
+        server.lifeline.close()
+        become(**serve(listener, lifeline), imported={})
+        sys.exit()
+    listener.close()
+    lifeline.close()
+
+
+def become(arguments: list[str], cwd: str, environment: dict[str, str], imported: dict[str, str]) -> None:
+    """Do what `python *arguments` does, in this process."""
+    name_process("python")
+    os.setsid()
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(imported | environment)
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        old, mode, buffering = getattr(sys, name), "w" if number else "r", 1 if number == 2 else -1
+        new = open(number, mode, buffering, encoding=old.encoding, errors=old.errors, closefd=False)  # noqa: SIM115
+        setattr(sys, name, new)
+        setattr(sys, f"__{name}__", new)
+    if arguments[0] == "-u":  # as torchrun starts Python
+        arguments = arguments[1:]
+        sys.stdout.reconfigure(write_through=True)
+    main = sys.modules["__main__"] = types.ModuleType("__main__")
+    name, sys.argv, sys.orig_argv = arguments[0], arguments, [sys.executable, *arguments]
+    if name == "-m":
+        sys.path[0], sys.argv = cwd, arguments[1:]
+    elif name == "-c":
+        program, sys.argv = arguments[1], ["-c", *arguments[2:]]
+        sys.path[0], name = "", "<string>"
+    else:
+        sys.path[0] = str(Path(name).resolve().parent)
+        program, main.__file__ = Path(name).read_text(), name
+    if arguments[:2] == TORCHRUN:
+        fork_from_torchrun(environment)
+        runpy.run_module(TORCHRUN[1], run_name="__main__", alter_sys=True)
+        return
+    sys.path[1:1] = filter(None, [environment.get("PYTHONPATH")])
+    gc.enable()
+    exec(compile(program, name, "exec"), main.__dict__)
+
+
+if __name__ == "__main__":
+    variables = do_imports()
+    sockets = (socket.socket(fileno=int(number)) for number in sys.argv[1:])
+    become(**serve(*sockets), imported=variables)
