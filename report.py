@@ -46,8 +46,8 @@ def print_table(header: list[str], rows: list[list[Any]]) -> None:
 
 def check_output(path: Path) -> None:
     """Raise `UserError` if the page would replace something that is not a report."""
-    if path.is_dir():
-        raise UserError(f"--output {path} is a directory; name a file in it")
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise UserError(f"--output {path} is not a file; choose another name")
     if path.exists() and MARK.encode() not in path.open("rb").read(200):
         raise UserError(f"--output {path} is not a report; choose another name")
 

@@ -114,7 +114,7 @@ class Checkpoints:
 
 def load(output_dir: Path, settings: SharedSettings) -> dict[str, Any] | None:
     """The newest readable checkpoint, or None; `settings` become those of the run. Raises `UserError`."""
-    paths = [path for path in (output_dir / CHECKPOINT, output_dir / PREVIOUS_CHECKPOINT) if path.exists()]
+    paths = [path for path in (output_dir / CHECKPOINT, output_dir / PREVIOUS_CHECKPOINT) if path.is_file()]
     problems = []
     for path in paths:
         try:

@@ -45,7 +45,9 @@ def output_directory(settings: SharedSettings) -> Iterator[Path]:
             write_json(path / CONFIG, dataclasses.asdict(settings))
         try:
             yield path
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, FileNotFoundError) and not path.exists():
+                raise UserError(f"--output_dir {path} was removed while the run was at work there", 1) from None
             if new_run and not any((path / name).exists() for name in RESULTS - before):
                 (path / CONFIG).unlink(missing_ok=True)
             raise

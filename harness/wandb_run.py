@@ -40,8 +40,7 @@ def tolerate_wandb_errors(run: wandb.Run) -> Iterator[None]:
     except Exception as error:
         if _is_from_agent(error):
             raise
-        modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
-        if not any(module.startswith("wandb.") for module in modules) and not disk_error(error):
+        if not _is_raised_by_wandb(error) and not disk_error(error):
             raise
         if isinstance(error, ConnectionError):
             lost_runs.add(run.id)
@@ -51,6 +50,25 @@ def tolerate_wandb_errors(run: wandb.Run) -> Iterator[None]:
                 f"W&B has failed: {error or type(error).__name__}",
                 "Training continues. The journal has every number; the same command with --resume logs them again.",
             )
+
+
+@contextlib.contextmanager
+def _starting() -> Iterator[None]:
+    """Whatever W&B raises before a run has started becomes a `UserError`, unless it says itself what is wrong."""
+    try:
+        yield
+    except Exception as error:
+        if not _is_raised_by_wandb(error) or type(error).__module__.startswith(("harness", "wandb", "pydantic")):
+            raise
+        with contextlib.suppress(Exception):
+            wandb.teardown()  # or it complains at exit
+        problem = f"W&B can't start: {error or type(error).__name__}"
+        raise UserError(f"{problem}; see its environment variables and settings, or use --wandb disabled") from None
+
+
+def _is_raised_by_wandb(error: Exception) -> bool:
+    modules = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(module.startswith("wandb.") for module in modules)
 
 
 def logs_to_wandb(function: Callable[..., None]) -> Callable[..., None]:
@@ -70,6 +88,7 @@ def _is_from_agent(error: Exception) -> bool:
     return type(error) is Exception and not error.args and not in_main_thread()
 
 
+@_starting()
 def wandb_mode(choice: str) -> str:
     """The mode for `wandb.init` that `--wandb` stands for. Never prompts.
 
@@ -110,6 +129,7 @@ def init_options(settings: SharedSettings, mode: str, requests: StopRequests, re
     }
 
 
+@_starting()
 def start(init: Callable[[str], wandb.Run], settings: SharedSettings, resuming: bool) -> tuple[wandb.Run, int]:
     """The W&B run that `init(mode)` starts, and the last step that W&B already has of it, -1 if none.
 
@@ -123,8 +143,6 @@ def start(init: Callable[[str], wandb.Run], settings: SharedSettings, resuming: 
             if not wandb_internals.synced_marker(log).exists():
                 wandb_internals.repair(log)
         run = init(settings.wandb)
-    except (FileNotFoundError, RuntimeError) as error:
-        raise UserError(f"W&B can't start: {error}; change WANDB_DIR, or use --wandb disabled") from None
     except wandb.errors.CommError as error:
         if settings.wandb != "online":
             raise

@@ -19,6 +19,7 @@ from reporting.markup import paragraph, picture, table
 from reporting.runs import Run, text
 from tasks.digits import MNIST_SHA256, TORCHVISION_CLASS, ImageSet, load_digits, split_digits
 
+csv.field_size_limit(2**31 - 1)  # the default is 131,072 characters
 MAX_CLASSES = 1000  # a confusion matrix of more is too large for a page
 
 
