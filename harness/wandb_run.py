@@ -58,7 +58,7 @@ def _starting() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not _is_raised_by_wandb(error) or type(error).__module__.startswith(("harness", "wandb", "pydantic")):
+        if not _is_raised_by_wandb(error) or type(error).__module__.startswith(("harness", "wandb.errors", "pydantic")):
             raise
         with contextlib.suppress(Exception):
             wandb.teardown()  # or it complains at exit
