@@ -47,7 +47,7 @@ def tolerate_wandb_errors(run: wandb.Run) -> Iterator[None]:
         if run.id not in reported_runs:
             reported_runs.add(run.id)
             warn_loudly(
-                f"W&B has failed: {error or type(error).__name__}",
+                f"W&B has failed: {str(error) or type(error).__name__}",
                 "Training continues. The journal has every number; the same command with --resume logs them again.",
             )
 
@@ -62,7 +62,7 @@ def _starting() -> Iterator[None]:
             raise
         with contextlib.suppress(Exception):
             wandb.teardown()  # or it complains at exit
-        problem = f"W&B can't start: {error or type(error).__name__}"
+        problem = f"W&B can't start: {str(error) or type(error).__name__}"
         raise UserError(f"{problem}; see its environment variables and settings, or use --wandb disabled") from None
 
 
