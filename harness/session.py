@@ -64,7 +64,8 @@ def open_session(settings: SharedSettings, task: str, load: Load, init: Init) ->
     `wandb.agent`, which goes on with other runs, that is only printed.
     """
     try:
-        with distributed.joined(), handling_signals(settings.stop_timeout) as requests:
+        last_wait = wandb_run.FINISH_TIMEOUT[settings.log_model]
+        with distributed.joined(settings.peer_timeout, last_wait), handling_signals(settings.stop_timeout) as requests:
             if distributed.rank() == 0:
                 _identify(settings, task)
                 opened = _open_on_rank_0(settings, load, init, requests)
@@ -73,6 +74,8 @@ def open_session(settings: SharedSettings, task: str, load: Load, init: Init) ->
             with opened as session:
                 yield session
     except Stopped as stopped:
+        if stopped.ends_launcher:
+            distributed.stop_launcher()
         if in_main_thread():
             raise Stopped(f"{stopped.reason}. To go on: {resume_command(settings)}", stopped.status) from None
         print(stopped)
@@ -80,6 +83,8 @@ def open_session(settings: SharedSettings, task: str, load: Load, init: Init) ->
 
 def resume_command(settings: SharedSettings) -> str:
     """What to type to resume this run."""
+    if int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1:
+        return "the same command on every host" + ("" if settings.resume else " with --resume and its --output_dir")
     processes = os.environ.get("LOCAL_WORLD_SIZE")  # set by torchrun
     launcher = ["torchrun", "--nproc-per-node", processes] if processes else ["python"]
     named = any(word.partition("=")[0] == "--output_dir" for word in sys.argv)
