@@ -5,11 +5,12 @@ prunes trials. Its storage holds the whole state, so the same command resumes an
 accept --output_dir and --resume, and write history.jsonl and metrics.json as train_mnist.py and train_cola.py do.
 """
 
+import contextlib
 import csv
 import dataclasses
+import os
 import shlex
 import signal
-import socket
 import sys
 import time
 from collections import Counter
@@ -31,9 +32,9 @@ except ImportError:
 
 from optuna.trial import FrozenTrial, TrialState
 
-from harness.sweep import trials
+from harness.sweep import study, trials
 from harness.sweep.file import read_sweep
-from harness.sweep.study import count_trials, open_study, ranked_trials
+from harness.sweep.study import count_trials, ranked_trials
 from harness.sweep.trials import Search
 
 POLL_INTERVAL = 0.1  # seconds
@@ -75,10 +76,10 @@ def run_trials(search: Search) -> None:
 
 def last_error(search: Search) -> str:
     """The last error of a trial, and where its log is."""
-    failed = [trial.user_attrs for trial in search.study.get_trials(deepcopy=False) if "error" in trial.user_attrs]
+    failed = [trial for trial in search.study.get_trials(deepcopy=False) if "error" in trial.user_attrs]
     if not failed:
         return "all were pruned"
-    return f"last error: {failed[-1]['error']} ({search.sweep.directory / failed[-1]['run']}.log)"
+    return f"last error: {failed[-1].user_attrs['error']} ({trials.find_files(search, failed[-1], '.log')})"
 
 
 def outcome(metric: str, trial: FrozenTrial) -> str:
@@ -105,16 +106,17 @@ def report(search: Search) -> None:
         parameters = [trial.user_attrs["parameters"].get(name) for name in sweep.searched]
         seconds = trial.duration and round(trial.duration.total_seconds(), 1)
         outcome = [len(trial.intermediate_values), seconds, trial.user_attrs.get("error")]
-        files = directory / trial.user_attrs["run"]
+        files = trials.find_files(search, trial)
         rows.append([trial.number, trial.state.name.lower(), trial.value, *parameters, *outcome, files])
     write_csv(directory / "trials.csv", rows)
     counts = Counter(trial.state for trial in started)
     summary = ", ".join(f"{counts[state]} {state.name.lower()}" for state in TrialState if counts[state])
     print(f"{summary}; all trials: {directory}/trials.csv")
     for trial in started:
-        owner = trial.user_attrs["place"]
-        if trial.state == TrialState.RUNNING and owner != search.location:
-            print(f"trial {trial.number} belongs to {owner}; run the same command there to resume it")
+        if trial.state == TrialState.RUNNING and trial.user_attrs["place"] != search.place:
+            print(
+                f"trial {trial.number} is not finished; only {trial.user_attrs['host']} has its files and can resume it"
+            )
     if not ranked:
         return
     table = [["trial", sweep.metric, *sweep.searched]]
@@ -129,7 +131,8 @@ def report(search: Search) -> None:
         write_csv(directory / "importances.csv", [("parameter", "importance"), *importances.items()])
     command = trials.trial_command(sweep, ranked[0].user_attrs["parameters"], "python")
     print(f"to repeat the best run: {shlex.join(command).removeprefix('/usr/bin/env ')}")
-    print(f"its files: {directory / ranked[0].user_attrs['run']} | to upload all: wandb sync wandb/offline-run-*")
+    upload = " | to upload all that ran here: wandb sync wandb/offline-run-*" if os.path.isdir("wandb") else ""
+    print(f"its files: {trials.find_files(search, ranked[0])}{upload}")
 
 
 def parameter_importances(study: optuna.Study, complete: list[FrozenTrial]) -> dict[str, float]:
@@ -160,23 +163,25 @@ def main(argv: list[str] | None = None) -> None:
     try:
         if not options.storage:
             sweep.directory.mkdir(parents=True, exist_ok=True)
-        study = open_study(sweep, options.storage or f"sqlite:///{sweep.directory}/study.db")
+        opened = study.open_study(sweep, options.storage or f"sqlite:///{sweep.directory}/study.db")
         sweep.directory.mkdir(parents=True, exist_ok=True)  # not earlier: an unusable storage leaves no directory
     except FileExistsError:
         raise UserError(f"{sweep.directory} is a file, not a directory") from None
-    # A run can only be resumed where its files are. The default storage lies beside them, so it has one location.
-    location = f"{socket.gethostname()}:{Path.cwd()}" if options.storage else "this directory"
+    place = trials.read_place(sweep.directory)  # a run can only be resumed where its files are
     gpus = trials.visible_gpus() if options.jobs > 1 else []  # a single run may use all of them
-    search = Search(sweep, study, trial_count, options.jobs, options.seed, location, gpus)
+    search = Search(sweep, opened[0], trial_count, options.jobs, options.seed, opened[1], place, gpus)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         run_trials(search)
-    except (KeyboardInterrupt, SystemExit):
-        print("Stopping the runs; the same command resumes them.")
-        raise
-    finally:
+    except BaseException as error:
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            print("Stopping the runs; the same command resumes them.", flush=True)
+        study.patience = 0.0
         trials.stop_runs(search.running)
-        report(search)
+        with contextlib.suppress(UserError):  # a storage that does not answer
+            report(search)
+        raise
+    report(search)
 
 
 if __name__ == "__main__":

@@ -10,12 +10,12 @@ import re
 import secrets
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
-from datetime import datetime
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
@@ -27,10 +27,8 @@ from harness.sweep.file import Sweep
 from harness.sweep.study import sampler, suggest
 
 STOP_TIMEOUT = 30  # seconds; a run takes at most its --stop_timeout, and a little to close W&B
-CLAIM_TIMEOUT = 60  # seconds; a trial that nobody has claimed by then may be taken over
 MAX_ATTEMPTS = 3  # per epoch, for a run that something else keeps stopping
 STOP_STATUSES = (130, 143, -signal.SIGINT, -signal.SIGTERM)  # exit statuses after which a run can be resumed
-TRIAL_ID = "_trial_id"  # Optuna does not document how to go on with a trial of an earlier process
 
 
 @dataclasses.dataclass
@@ -55,7 +53,8 @@ class Search:
     trial_count: int
     jobs: int
     seed: int | None
-    location: str  # where the files of this search's runs are
+    trial_id: Callable[[int], int]  # by trial number
+    place: str  # stands for the directory that has the files of this search's runs
     gpus: list[str]  # to be shared by the runs
     running: dict[int, Run] = dataclasses.field(default_factory=dict)  # by trial number
     attempts: Counter[tuple[int, int]] = dataclasses.field(default_factory=Counter)  # by trial number and epoch
@@ -114,38 +113,36 @@ def visible_gpus() -> list[str]:
 
 def next_run(search: Search) -> Literal["started", "wait", "done"]:
     """Resume a trial that was left unfinished here, or start a new one; "wait" if only other processes have some."""
-    study, count, here = search.study, search.trial_count, search.location
+    study, count = search.study, search.trial_count
     known = study.get_trials(deepcopy=False)
     # With one seed for all trials, a resumed search would draw the same parameters again.
     seed = None if search.seed is None else (search.seed * 1_000_003 + len(known)) % 2**32
     study.sampler = sampler(search.sweep, seed)
     running = [trial for trial in known[:count] if trial.state == TrialState.RUNNING]
-    unfinished = [trial for trial in running if trial.user_attrs.get("place", here) == here]
-    for trial in unfinished:
-        age = (datetime.now() - trial.datetime_start).total_seconds()
-        if ("run" in trial.user_attrs or age >= CLAIM_TIMEOUT) and start_run(search, trial):
-            return "started"
+    unfinished = [trial for trial in running if trial.user_attrs.get("place") == search.place]
+    if any(start_run(search, trial) for trial in unfinished):
+        return "started"
     if len(known) >= count:
         return "wait" if unfinished else "done"
-    trial = study.ask()
-    # If another process has created the last trial, only a larger --count will run this one.
-    return "started" if trial.number < count and start_run(search, trial) else "wait"
+    # Unlike study.ask(), this creates a trial that has a place, so that no other search takes it. The next call runs
+    # it, unless another process has created the last one: then only a larger --count will.
+    study.add_trial(optuna.create_trial(state=TrialState.RUNNING, user_attrs={"place": search.place}))
+    return "started"
 
 
-def start_run(search: Search, trial: optuna.Trial | FrozenTrial) -> bool:
-    """Start or resume a trial's run, unless it is not ours. Raises `UserError` if the command can't be started."""
+def start_run(search: Search, known: FrozenTrial) -> bool:
+    """Start or resume a trial's run, unless it is at work. Raises `UserError` if the command can't be started."""
     sweep = search.sweep
+    lock = (sweep.directory / f"trial-{known.number}.lock").open("a")
+    if not claim(search.study, known.number, lock):
+        lock.close()
+        return False
+    trial = optuna.Trial(search.study, search.trial_id(known.number))
     # A W&B run id, also used as the name of the output directory.
     run_id = trial.user_attrs.get("run") or f"{secrets.token_hex(3)}-{trial.number}"
     output_dir = sweep.directory / run_id
-    reported = set(trial.intermediate_values) if isinstance(trial, FrozenTrial) else set()
-    lock = output_dir.with_suffix(".lock").open("a")
-    trial = claim(search.study, trial, lock)
-    if trial is None:
-        lock.close()
-        return False
-    trial.set_user_attr("place", search.location)
-    trial.set_user_attr("run", run_id)  # from now on the lock tells whether the trial is running
+    trial.set_user_attr("run", run_id)
+    trial.set_user_attr("host", f"{socket.gethostname()}:{Path.cwd()}")
     searched = {name: suggest(trial, name, distribution) for name, distribution in sweep.searched.items()}
     trial.set_user_attr("parameters", searched)
     used = Counter(run.gpu for run in search.running.values())
@@ -164,26 +161,42 @@ def start_run(search: Search, trial: optuna.Trial | FrozenTrial) -> bool:
             )
         except OSError as error:  # for example, a script without #!
             raise UserError(f"command: {command[0]}: {error.strerror}") from None
-    search.running[trial.number] = Run(trial, process, output_dir, lock, reported, gpu)
+    search.running[trial.number] = Run(trial, process, output_dir, lock, set(known.intermediate_values), gpu)
     return True
 
 
-def claim(study: optuna.Study, trial: optuna.Trial | FrozenTrial, lock: TextIO) -> optuna.Trial | None:
-    """Lock a trial and reopen it if it is an earlier process's; None if it is running, finished or can't be resumed."""
+def claim(study: optuna.Study, number: int, lock: TextIO) -> bool:
+    """Lock a trial, unless it is running, possibly since a search that was killed, or finished."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:  # running, possibly since a search that was killed
-        return None
-    if study.get_trials(deepcopy=False)[trial.number].state != TrialState.RUNNING:
-        return None
-    if isinstance(trial, optuna.Trial):
-        return trial
-    if hasattr(trial, TRIAL_ID):
-        return optuna.Trial(study, getattr(trial, TRIAL_ID))
-    print(f"optuna {optuna.__version__} differs from the versions that this was tested with: ", end="")
-    print(f"trial {trial.number}, which was interrupted, can't be resumed and counts as failed.")
-    study.tell(trial.number, state=TrialState.FAIL)
-    return None
+    except BlockingIOError:
+        return False
+    return study.get_trials(deepcopy=False)[number].state == TrialState.RUNNING
+
+
+def read_place(directory: Path) -> str:
+    """The random name of a directory, by which a shared storage knows whose runs it has, whatever the host is called.
+
+    The first call chooses it.
+    """
+    with (directory / "place").open("a+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        if not (place := file.read()):
+            place = secrets.token_hex(8)
+            file.write(place)
+        return place
+
+
+def find_files(search: Search, trial: FrozenTrial, suffix: str = "") -> str | None:
+    """The directory of a trial's run, or its file with a suffix, after the name of its host if that is another one.
+
+    None if there is nothing.
+    """
+    path = f"{search.sweep.directory / trial.user_attrs['run']}{suffix}"
+    if trial.user_attrs["place"] != search.place:
+        return f"{trial.user_attrs['host']}/{path}"
+    return path if os.path.exists(path) else None
 
 
 def run_environment(search: Search, trial_number: int, run_id: str, gpu: str | None) -> dict[str, str]:
