@@ -114,9 +114,7 @@ def report(search: Search) -> None:
     print(f"{summary}; all trials: {directory}/trials.csv")
     for trial in started:
         if trial.state == TrialState.RUNNING and trial.user_attrs["place"] != search.place:
-            print(
-                f"trial {trial.number} is not finished; only {trial.user_attrs['host']} has its files and can resume it"
-            )
+            print(f"trial {trial.number} is unfinished; its files are on {trial.user_attrs['host']}, which resumes it")
     if not ranked:
         return
     table = [["trial", sweep.metric, *sweep.searched]]

@@ -92,7 +92,7 @@ def test_searches_outlive_failures_of_their_database(server, tmp_path):
     for process in processes:
         out = process.communicate(timeout=100)[0]
         assert process.returncode == 0 and "Traceback" not in out and PASSWORD not in out, out
-        assert 1 <= out.count("The storage does not answer (") <= 2, out  # a line for each time that it was away
+        assert 1 <= out.count("the storage does not answer (") <= 2, out  # a line for each time that it was away
     assert sorted(line for place in places for line in read_lines(place / "visits.txt")) == sorted(CELLS)
     assert sum(len(read_lines(place / "starts.txt")) for place in places) == len(CELLS)
 
@@ -106,7 +106,7 @@ def test_a_search_without_its_database_can_be_stopped_and_gives_up(server, tmp_p
     process.send_signal(signal.SIGTERM)
     out = process.communicate(timeout=10)[0]
     assert process.returncode == 143 and "Traceback" not in out, out
-    assert [line[:20] for line in out.splitlines()] == ["The storage does not", "Stopping the runs; t"]
+    assert [line[:20] for line in out.splitlines()] == ["the storage does not", "Stopping the runs; t"]
 
     server("start")
     program = f"import sys; sys.path.insert(0, {str(REPO)!r}); import sweep_offline\n"

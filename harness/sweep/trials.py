@@ -71,15 +71,10 @@ def trial_command(sweep: Sweep, searched: dict[str, Any], interpreter: str) -> l
         mapping[inner] = sweep.lists.get(value, value) if name in searched else value
     pairs = [f"{name}={value}" for name, value in arguments.items()]
     switches = [name if value is True else f"{name}={value}" for name, value in arguments.items() if value is not False]
-    macros = {
-        "${env}": ["/usr/bin/env"],
-        "${interpreter}": [interpreter],
-        "${program}": [sweep.program],
-        "${args}": [f"--{pair}" for pair in pairs],
-        "${args_no_hyphens}": pairs,
-        "${args_no_boolean_flags}": [f"--{switch}" for switch in switches],
-        "${args_json}": [json.dumps(arguments)],
-    }
+    macros = {"${env}": ["/usr/bin/env"], "${interpreter}": [interpreter], "${program}": [sweep.program]}
+    macros |= {"${args}": [f"--{pair}" for pair in pairs], "${args_no_hyphens}": pairs}
+    macros |= {"${args_no_boolean_flags}": [f"--{switch}" for switch in switches]}
+    macros |= {"${args_json}": [json.dumps(arguments)]}
     command = []
     for word in sweep.command:
         word = re.sub(r"\$\{envvar:([A-Z0-9_]*)\}", lambda match: os.environ.get(match[1], match[1]), word)
@@ -104,11 +99,10 @@ def visible_gpus() -> list[str]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return [gpu.strip() for gpu in visible.split(",") if gpu.strip()]
-    try:
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
         listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30).stdout
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    return re.findall(r"^GPU (\d+):", listed, re.MULTILINE)
+        return re.findall(r"^GPU (\d+):", listed, re.MULTILINE)
+    return []
 
 
 def next_run(search: Search) -> Literal["started", "wait", "done"]:
@@ -134,8 +128,11 @@ def start_run(search: Search, known: FrozenTrial) -> bool:
     """Start or resume a trial's run, unless it is at work. Raises `UserError` if the command can't be started."""
     sweep = search.sweep
     lock = (sweep.directory / f"trial-{known.number}.lock").open("a")
-    if not claim(search.study, known.number, lock):
-        lock.close()
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:  # running, possibly since a search that was killed
+        return False
+    if search.study.get_trials(deepcopy=False)[known.number].state != TrialState.RUNNING:
         return False
     trial = optuna.Trial(search.study, search.trial_id(known.number))
     # A W&B run id, also used as the name of the output directory.
@@ -150,49 +147,30 @@ def start_run(search: Search, known: FrozenTrial) -> bool:
     command = [*trial_command(sweep, searched, sys.executable), "--output_dir", str(output_dir), "--resume"]
     with output_dir.with_suffix(".log").open("ab") as log:
         try:
-            process = subprocess.Popen(
-                command,
-                env=run_environment(search, trial.number, run_id, gpu),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # so that Ctrl-C reaches only this process, which stops its runs
-                pass_fds=(lock.fileno(),),  # so that a run that outlives this process keeps the lock
-            )
+            streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
+            # Ctrl-C reaches only this process, which stops its runs; a run that outlives it keeps the lock.
+            apart = {"start_new_session": True, "pass_fds": (lock.fileno(),)}
+            environment = run_environment(search, trial.number, run_id, gpu)
+            process = subprocess.Popen(command, env=environment, **streams, **apart)
         except OSError as error:  # for example, a script without #!
             raise UserError(f"command: {command[0]}: {error.strerror}") from None
     search.running[trial.number] = Run(trial, process, output_dir, lock, set(known.intermediate_values), gpu)
     return True
 
 
-def claim(study: optuna.Study, number: int, lock: TextIO) -> bool:
-    """Lock a trial, unless it is running, possibly since a search that was killed, or finished."""
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return study.get_trials(deepcopy=False)[number].state == TrialState.RUNNING
-
-
 def read_place(directory: Path) -> str:
-    """The random name of a directory, by which a shared storage knows whose runs it has, whatever the host is called.
-
-    The first call chooses it.
-    """
+    """The random name by which a storage knows a directory, whatever its host is called; the first call chooses it."""
     with (directory / "place").open("a+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)
-        if not (place := file.read()):
-            place = secrets.token_hex(8)
-            file.write(place)
+        place = file.read() or secrets.token_hex(8)
+        file.truncate(0)
+        file.write(place)
         return place
 
 
 def find_files(search: Search, trial: FrozenTrial, suffix: str = "") -> str | None:
-    """The directory of a trial's run, or its file with a suffix, after the name of its host if that is another one.
-
-    None if there is nothing.
-    """
+    """The directory of a trial's run, or its file with a suffix; on another host, after its name. None if it's gone."""
     path = f"{search.sweep.directory / trial.user_attrs['run']}{suffix}"
     if trial.user_attrs["place"] != search.place:
         return f"{trial.user_attrs['host']}/{path}"
@@ -204,15 +182,10 @@ def run_environment(search: Search, trial_number: int, run_id: str, gpu: str | N
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = str(max(1, cores // search.jobs))
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_SWEEP")}
-    chosen = {
-        "WANDB_MODE": "offline",
-        "WANDB_PROJECT": search.sweep.project,
-        "WANDB_ENTITY": search.sweep.entity,
-        "WANDB_RUN_GROUP": search.sweep.name,
-        "WANDB_NAME": f"{search.sweep.name}-{trial_number}",
-        "WANDB_RUN_ID": run_id,
-        "CUDA_VISIBLE_DEVICES": gpu,
-    }
+    sweep = search.sweep
+    chosen = {"WANDB_PROJECT": sweep.project, "WANDB_ENTITY": sweep.entity, "WANDB_RUN_GROUP": sweep.name}
+    chosen |= {"WANDB_MODE": "offline", "WANDB_NAME": f"{sweep.name}-{trial_number}", "WANDB_RUN_ID": run_id}
+    chosen["CUDA_VISIBLE_DEVICES"] = gpu
     defaults = {"OMP_NUM_THREADS": threads, "RAYON_NUM_THREADS": threads}  # the tokenizers use the latter
     return defaults | inherited | {name: value for name, value in chosen.items() if value}
 
@@ -224,8 +197,7 @@ def watch_runs(search: Search) -> Iterator[FrozenTrial]:
         last = report_progress(search.sweep.metric, run)
         if ended:
             trial = record_outcome(search, run, last)
-            del search.running[number]
-            run.lock.close()
+            search.running.pop(number).lock.close()
             if trial:
                 yield trial
 
@@ -233,9 +205,7 @@ def watch_runs(search: Search) -> Iterator[FrozenTrial]:
 def report_progress(metric: str, run: Run) -> float | None:
     """Report new values of the metric to Optuna and stop the run if it should be pruned; returns the latest value."""
     journal = run.output_dir / "history.jsonl"
-    if not journal.exists():
-        return None
-    lines = journal.read_text().split("\n")[:-1]  # the last one may be incomplete
+    lines = journal.read_text().split("\n")[:-1] if journal.exists() else []  # the last one may be incomplete
     rows = [json.loads(line) for line in lines if json.dumps(metric) in line]
     values = [row[metric] for row in rows if metric in row]
     for epoch, value in enumerate(values, 1):
