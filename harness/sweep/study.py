@@ -1,7 +1,6 @@
 """A sweep as an Optuna study: its storage, sampler and pruner."""
 
 import dataclasses
-import functools
 import json
 import math
 import re
@@ -37,21 +36,19 @@ def sampler(sweep: Sweep, seed: int | None) -> optuna.samplers.BaseSampler:
     if sweep.method == "bayes":
         return optuna.samplers.TPESampler(seed=seed, n_startup_trials=5, multivariate=True, constant_liar=True)
     independent = optuna.samplers.RandomSampler(seed)
+
+    def grid_value(_: optuna.Study, trial: FrozenTrial, name: str, space: BaseDistribution) -> Any:
+        """A value of cell n for trial n: trial numbers are unique in a storage, so no cell is visited twice."""
+        cell, index = trial.number, 0
+        for other in sorted(sweep.searched):
+            cell, index = divmod(cell, value_count(sweep.searched[other]))
+            if other == name:
+                break
+        return space.choices[index] if isinstance(space, CategoricalDistribution) else space.low + index * space.step
+
     if sweep.method == "grid":
-        independent.sample_independent = functools.partial(_grid_value, sweep.searched)
+        independent.sample_independent = grid_value
     return independent
-
-
-def _grid_value(
-    searched: dict[str, BaseDistribution], _: optuna.Study, trial: FrozenTrial, name: str, space: BaseDistribution
-) -> Any:
-    """A value of cell n for trial n: trial numbers are unique in a storage, so no cell is visited twice."""
-    cell, index = trial.number, 0
-    for other in sorted(searched):
-        cell, index = divmod(cell, value_count(searched[other]))
-        if other == name:
-            break
-    return space.choices[index] if isinstance(space, CategoricalDistribution) else space.low + index * space.step
 
 
 def pruner(early: dict[str, Any] | None) -> optuna.pruners.BasePruner:
@@ -63,31 +60,31 @@ def pruner(early: dict[str, Any] | None) -> optuna.pruners.BasePruner:
     return optuna.pruners.HyperbandPruner(shortest, longest or "auto", eta)
 
 
-def open_study(sweep: Sweep, url: str, until: float | None = None) -> tuple[optuna.Study, Callable[[int], int]]:
+def open_study(sweep: Sweep, url: str, attempts: int = 5) -> tuple[optuna.Study, Callable[[int], int]]:
     """The sweep's study and, by trial number, Optuna's trial ids. Raises `UserError` if its storage can't be used."""
-    until = until or time.monotonic() + 5
     shown_url = re.sub(":.*@", ":***@", url).partition("?")[0]  # without the password
     address = re.sub("^postgres(ql)?:", "postgresql+psycopg:", url)  # SQLAlchemy's default depends on its version
-    libpq = re.match(r"postgresql\+psycopg2?:", address)
-    limits = {"timeout": 100} if address.startswith("sqlite") else POSTGRESQL if libpq else {}
+    limits = {"timeout": 100} if url.startswith("sqlite") else POSTGRESQL if "+psycopg" in address else {}
     engine = {"pool_pre_ping": True, "connect_args": limits}
     try:
-        storage = optuna.storages.get_storage(optuna.storages.RDBStorage(address, engine_kwargs=engine))
-        goal = {"study_name": sweep.name, "direction": sweep.direction}
-        study = optuna.create_study(storage=storage, **goal, load_if_exists=True)
+        store = optuna.storages.get_storage(optuna.storages.RDBStorage(address, engine_kwargs=engine))
+        study = optuna.create_study(
+            storage=store, study_name=sweep.name, direction=sweep.direction, load_if_exists=True
+        )
     except ValueError:  # its message may quote a part of the password
         raise UserError(f"--storage {shown_url}: not a valid URL") from None
     except ImportError as error:
         driver = getattr(error.__cause__ or error, "name", None)
-        problem = f"{driver}, the driver, can't be imported; pip install -r requirements-sweep.txt brings psycopg"
-        raise UserError(f"--storage {shown_url}: {problem}") from None
+        raise UserError(f"--storage {shown_url}: no driver {driver}; requirements-sweep.txt has psycopg") from None
     except (*FAILURES, sqlalchemy.exc.SQLAlchemyError, RuntimeError) as error:
-        if isinstance(error, FAILURES) and time.monotonic() < until:  # of two that create the tables, one fails
+        reason = _reason(error).replace(url, shown_url)
+        unreachable = re.search("timeout|resolve|translate", reason)  # which takes seconds to find out
+        if isinstance(error, FAILURES) and attempts > 1 and not unreachable:  # of two that create the tables, one fails
             time.sleep(1)
-            return open_study(sweep, url, until)
-        raise UserError(f"--storage {shown_url}: {_reason(error).replace(url, shown_url)}") from None
+            return open_study(sweep, url, attempts - 1)
+        raise UserError(f"--storage {shown_url}: {reason}") from None
     for name in filter(re.compile("[a-z]").match, vars(optuna.storages.BaseStorage)):
-        setattr(storage, name, _patient(getattr(storage, name)))
+        setattr(store, name, _patient(getattr(store, name)))
     fields = dataclasses.asdict(sweep) | {"searched": {k: distribution_to_json(v) for k, v in sweep.searched.items()}}
     definition = {name: value for name, value in fields.items() if name not in ("command", "run_cap", "lists")}
     used = bool(study.get_trials(deepcopy=False))  # read first: another process may be creating the study
@@ -102,8 +99,8 @@ def open_study(sweep: Sweep, url: str, until: float | None = None) -> tuple[optu
         advice = "to start a new search, change name: in the file; to resume the old one, undo the change"
         raise UserError(f"the sweep {sweep.name!r} was started with different {' and '.join(changed)}; {advice}")
     study.pruner = pruner(sweep.early_terminate)
-    study_id = storage.get_study_id_from_name(sweep.name)
-    return study, functools.partial(storage.get_trial_id_from_study_id_trial_number, study_id)
+    study_id = store.get_study_id_from_name(sweep.name)
+    return study, lambda number: store.get_trial_id_from_study_id_trial_number(study_id, number)
 
 
 def _reason(error: BaseException) -> str:
@@ -122,11 +119,11 @@ def _patient(method: Callable[..., Any]) -> Callable[..., Any]:
         while True:
             try:
                 return method(*arguments, **options)
-            except FAILURES + WRITTEN as error:
-                if isinstance(error, WRITTEN) and failures:  # what failed has arrived all the same
+            except WRITTEN:
+                if failures:  # what failed has arrived all the same
                     return True
-                if isinstance(error, WRITTEN):
-                    raise
+                raise
+            except FAILURES as error:
                 failures, reason = failures + 1, f"the storage does not answer ({_reason(error)})"
             if time.monotonic() - began > patience:
                 patience = 0.0
@@ -162,6 +159,5 @@ def suggest(trial: optuna.Trial, name: str, space: BaseDistribution) -> Any:
 
 def ranked_trials(study: optuna.Study) -> list[FrozenTrial]:
     """The complete trials, best first."""
-    maximize = study.direction == optuna.study.StudyDirection.MAXIMIZE
     complete = study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
-    return sorted(complete, key=lambda trial: trial.value, reverse=maximize)
+    return sorted(complete, key=lambda trial: trial.value, reverse=study.direction.name == "MAXIMIZE")

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import json
 import math
 import os
@@ -65,16 +66,13 @@ def trial_command(sweep: Sweep, searched: dict[str, Any], interpreter: str) -> l
     arguments: dict[str, Any] = {}
     for name, value in {**sweep.constants, **searched}.items():
         *outer, inner = name.split("/")
-        mapping = arguments
-        for part in outer:
-            mapping = mapping.setdefault(part, {})
+        mapping = functools.reduce(lambda mapping, part: mapping.setdefault(part, {}), outer, arguments)
         mapping[inner] = sweep.lists.get(value, value) if name in searched else value
     pairs = [f"{name}={value}" for name, value in arguments.items()]
     switches = [name if value is True else f"{name}={value}" for name, value in arguments.items() if value is not False]
     macros = {"${env}": ["/usr/bin/env"], "${interpreter}": [interpreter], "${program}": [sweep.program]}
     macros |= {"${args}": [f"--{pair}" for pair in pairs], "${args_no_hyphens}": pairs}
-    macros |= {"${args_no_boolean_flags}": [f"--{switch}" for switch in switches]}
-    macros |= {"${args_json}": [json.dumps(arguments)]}
+    macros |= {"${args_no_boolean_flags}": [f"--{word}" for word in switches], "${args_json}": [json.dumps(arguments)]}
     command = []
     for word in sweep.command:
         word = re.sub(r"\$\{envvar:([A-Z0-9_]*)\}", lambda match: os.environ.get(match[1], match[1]), word)
@@ -112,14 +110,13 @@ def next_run(search: Search) -> Literal["started", "wait", "done"]:
     # With one seed for all trials, a resumed search would draw the same parameters again.
     seed = None if search.seed is None else (search.seed * 1_000_003 + len(known)) % 2**32
     study.sampler = sampler(search.sweep, seed)
-    running = [trial for trial in known[:count] if trial.state == TrialState.RUNNING]
-    unfinished = [trial for trial in running if trial.user_attrs.get("place") == search.place]
+    here = [trial for trial in known[:count] if trial.user_attrs.get("place") == search.place]
+    unfinished = [trial for trial in here if trial.state == TrialState.RUNNING]
     if any(start_run(search, trial) for trial in unfinished):
         return "started"
     if len(known) >= count:
         return "wait" if unfinished else "done"
-    # Unlike study.ask(), this creates a trial that has a place, so that no other search takes it. The next call runs
-    # it, unless another process has created the last one: then only a larger --count will.
+    # Unlike study.ask(), this gives the trial a place from the start, so that no other search takes it.
     study.add_trial(optuna.create_trial(state=TrialState.RUNNING, user_attrs={"place": search.place}))
     return "started"
 
@@ -135,15 +132,13 @@ def start_run(search: Search, known: FrozenTrial) -> bool:
     if search.study.get_trials(deepcopy=False)[known.number].state != TrialState.RUNNING:
         return False
     trial = optuna.Trial(search.study, search.trial_id(known.number))
-    # A W&B run id, also used as the name of the output directory.
-    run_id = trial.user_attrs.get("run") or f"{secrets.token_hex(3)}-{trial.number}"
+    run_id = trial.user_attrs.get("run") or f"{secrets.token_hex(3)}-{trial.number}"  # W&B's, and the directory's name
     output_dir = sweep.directory / run_id
     trial.set_user_attr("run", run_id)
     trial.set_user_attr("host", f"{socket.gethostname()}:{Path.cwd()}")
     searched = {name: suggest(trial, name, distribution) for name, distribution in sweep.searched.items()}
     trial.set_user_attr("parameters", searched)
-    used = Counter(run.gpu for run in search.running.values())
-    gpu = min(search.gpus, key=lambda gpu: used[gpu], default=None)
+    gpu = min(search.gpus, key=[run.gpu for run in search.running.values()].count, default=None)
     command = [*trial_command(sweep, searched, sys.executable), "--output_dir", str(output_dir), "--resume"]
     with output_dir.with_suffix(".log").open("ab") as log:
         try:
@@ -181,8 +176,7 @@ def run_environment(search: Search, trial_number: int, run_id: str, gpu: str | N
     """The environment of a run: W&B offline, a GPU, and a share of the processor's threads."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = str(max(1, cores // search.jobs))
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_SWEEP")}
-    sweep = search.sweep
+    inherited, sweep = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_SWEEP")}, search.sweep
     chosen = {"WANDB_PROJECT": sweep.project, "WANDB_ENTITY": sweep.entity, "WANDB_RUN_GROUP": sweep.name}
     chosen |= {"WANDB_MODE": "offline", "WANDB_NAME": f"{sweep.name}-{trial_number}", "WANDB_RUN_ID": run_id}
     chosen["CUDA_VISIBLE_DEVICES"] = gpu
@@ -196,31 +190,25 @@ def watch_runs(search: Search) -> Iterator[FrozenTrial]:
         ended = run.process.poll() is not None
         last = report_progress(search.sweep.metric, run)
         if ended:
-            trial = record_outcome(search, run, last)
-            search.running.pop(number).lock.close()
-            if trial:
-                yield trial
+            with search.running.pop(number).lock:
+                if trial := record_outcome(search, run, last):
+                    yield trial
 
 
 def report_progress(metric: str, run: Run) -> float | None:
     """Report new values of the metric to Optuna and stop the run if it should be pruned; returns the latest value."""
     journal = run.output_dir / "history.jsonl"
     lines = journal.read_text().split("\n")[:-1] if journal.exists() else []  # the last one may be incomplete
-    rows = [json.loads(line) for line in lines if json.dumps(metric) in line]
+    rows = (json.loads(line) for line in lines if json.dumps(metric) in line)
     values = [row[metric] for row in rows if metric in row]
     for epoch, value in enumerate(values, 1):
-        if is_finite(value) and epoch not in run.reported:
+        if isinstance(value, (int, float)) and math.isfinite(value) and epoch not in run.reported:
             run.reported.add(epoch)
             run.trial.report(value, epoch)
             if not run.pruned and run.trial.should_prune():
                 run.pruned = True
                 send_signal(run, signal.SIGTERM)
     return values[-1] if values else None
-
-
-def is_finite(value: Any) -> bool:
-    """Whether this is a number other than NaN and infinity."""
-    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def send_signal(run: Run, number: signal.Signals) -> None:
@@ -234,9 +222,8 @@ def record_outcome(search: Search, run: Run, last: float | None) -> FrozenTrial 
     if run.process.returncode in STOP_STATUSES:
         if run.pruned:
             return search.study.tell(run.trial, state=TrialState.PRUNED)
-        attempt = run.trial.number, len(run.reported)
-        search.attempts[attempt] += 1
-        if search.attempts[attempt] < MAX_ATTEMPTS:
+        search.attempts[run.trial.number, len(run.reported)] += 1
+        if search.attempts[run.trial.number, len(run.reported)] < MAX_ATTEMPTS:
             return None
     value, error = read_result(search.sweep.metric, run, last)
     if error is None:
@@ -259,7 +246,7 @@ def read_result(metric: str, run: Run, last: float | None) -> tuple[float | None
     except (FileNotFoundError, ValueError, AttributeError):
         return None, "the run left no readable metrics.json"
     value = last if value is None else value  # metrics.json holds the best epoch's value, if there is one
-    if is_finite(value):
+    if isinstance(value, (int, float)) and math.isfinite(value):
         return value, None
     return None, f"the run has no metric {metric}" if value is None else f"{metric} is {value!r}"
 
