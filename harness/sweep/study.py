@@ -1,6 +1,7 @@
 """A sweep as an Optuna study: its storage, sampler and pruner."""
 
 import dataclasses
+import functools
 import json
 import math
 import re
@@ -65,12 +66,10 @@ def open_study(sweep: Sweep, url: str, attempts: int = 5) -> tuple[optuna.Study,
     shown_url = re.sub(":.*@", ":***@", url).partition("?")[0]  # without the password
     address = re.sub("^postgres(ql)?:", "postgresql+psycopg:", url)  # SQLAlchemy's default depends on its version
     limits = {"timeout": 100} if url.startswith("sqlite") else POSTGRESQL if "+psycopg" in address else {}
-    engine = {"pool_pre_ping": True, "connect_args": limits}
+    engine, name = {"pool_pre_ping": True, "connect_args": limits}, sweep.name
     try:
         store = optuna.storages.get_storage(optuna.storages.RDBStorage(address, engine_kwargs=engine))
-        study = optuna.create_study(
-            storage=store, study_name=sweep.name, direction=sweep.direction, load_if_exists=True
-        )
+        study = optuna.create_study(storage=store, study_name=name, direction=sweep.direction, load_if_exists=True)
     except ValueError:  # its message may quote a part of the password
         raise UserError(f"--storage {shown_url}: not a valid URL") from None
     except ImportError as error:
@@ -83,8 +82,8 @@ def open_study(sweep: Sweep, url: str, attempts: int = 5) -> tuple[optuna.Study,
             time.sleep(1)
             return open_study(sweep, url, attempts - 1)
         raise UserError(f"--storage {shown_url}: {reason}") from None
-    for name in filter(re.compile("[a-z]").match, vars(optuna.storages.BaseStorage)):
-        setattr(store, name, _patient(getattr(store, name)))
+    for method in filter(re.compile("[a-z]").match, vars(optuna.storages.BaseStorage)):
+        setattr(store, method, _patient(getattr(store, method)))
     fields = dataclasses.asdict(sweep) | {"searched": {k: distribution_to_json(v) for k, v in sweep.searched.items()}}
     definition = {name: value for name, value in fields.items() if name not in ("command", "run_cap", "lists")}
     used = bool(study.get_trials(deepcopy=False))  # read first: another process may be creating the study
@@ -99,8 +98,7 @@ def open_study(sweep: Sweep, url: str, attempts: int = 5) -> tuple[optuna.Study,
         advice = "to start a new search, change name: in the file; to resume the old one, undo the change"
         raise UserError(f"the sweep {sweep.name!r} was started with different {' and '.join(changed)}; {advice}")
     study.pruner = pruner(sweep.early_terminate)
-    study_id = store.get_study_id_from_name(sweep.name)
-    return study, lambda number: store.get_trial_id_from_study_id_trial_number(study_id, number)
+    return study, functools.partial(store.get_trial_id_from_study_id_trial_number, store.get_study_id_from_name(name))
 
 
 def _reason(error: BaseException) -> str:
