@@ -5,11 +5,12 @@ prunes trials. Its storage holds the whole state, so the same command resumes an
 accept --output_dir and --resume, and write history.jsonl and metrics.json as train_mnist.py and train_cola.py do.
 """
 
+import contextlib
 import csv
 import dataclasses
+import os
 import shlex
 import signal
-import socket
 import sys
 import time
 from collections import Counter
@@ -31,14 +32,12 @@ except ImportError:
 
 from optuna.trial import FrozenTrial, TrialState
 
-from harness.sweep import trials
+from harness.sweep import study, trials
 from harness.sweep.file import read_sweep
-from harness.sweep.study import count_trials, open_study, ranked_trials
-from harness.sweep.trials import Search
+from harness.sweep.study import count_trials, ranked_trials
+from harness.sweep.trials import Search, find_files
 
-POLL_INTERVAL = 0.1  # seconds
 MAX_INITIAL_FAILURES = 3
-MIN_TRIALS_FOR_IMPORTANCES = 20
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -67,7 +66,7 @@ def run_trials(search: Search) -> None:
             state = trials.next_run(search)
         if state == "wait" != before and not search.running:
             print("Waiting for a run that another process has started.", flush=True)
-        time.sleep(POLL_INTERVAL)
+        time.sleep(0.1)
     known = search.study.get_trials(deepcopy=False)[: search.trial_count]
     if all(trial.state.is_finished() for trial in known) and not ranked_trials(search.study):
         raise UserError(f"no trial completed; {last_error(search)}", 1)
@@ -75,10 +74,9 @@ def run_trials(search: Search) -> None:
 
 def last_error(search: Search) -> str:
     """The last error of a trial, and where its log is."""
-    failed = [trial.user_attrs for trial in search.study.get_trials(deepcopy=False) if "error" in trial.user_attrs]
-    if not failed:
-        return "all were pruned"
-    return f"last error: {failed[-1]['error']} ({search.sweep.directory / failed[-1]['run']}.log)"
+    failed = [trial for trial in search.study.get_trials(deepcopy=False) if "error" in trial.user_attrs]
+    error = failed and f"{failed[-1].user_attrs['error']} ({find_files(search, failed[-1], '.log')})"
+    return f"last error: {error}" if failed else "all were pruned"
 
 
 def outcome(metric: str, trial: FrozenTrial) -> str:
@@ -86,8 +84,8 @@ def outcome(metric: str, trial: FrozenTrial) -> str:
     value = "no value" if trial.value is None else f"{metric} {trial.value:.4f}"
     after = f" after {len(trial.intermediate_values)} epochs" if trial.state == TrialState.PRUNED else ""
     parameters = " ".join(f"{name}={rounded(value)}" for name, value in trial.user_attrs["parameters"].items())
-    result = f"{trial.state.name.lower()}{after}, {trial.user_attrs.get('error', value)}"
-    return f"trial {trial.number}: {result} | {parameters}"
+    state, value = trial.state.name.lower(), trial.user_attrs.get("error", value)
+    return f"trial {trial.number}: {state}{after}, {value} | {parameters}"
 
 
 def rounded(value: Any) -> str:
@@ -104,17 +102,15 @@ def report(search: Search) -> None:
     for trial in [*ranked, *(trial for trial in started if trial.state != TrialState.COMPLETE)]:
         parameters = [trial.user_attrs["parameters"].get(name) for name in sweep.searched]
         seconds = trial.duration and round(trial.duration.total_seconds(), 1)
-        outcome = [len(trial.intermediate_values), seconds, trial.user_attrs.get("error")]
-        files = directory / trial.user_attrs["run"]
-        rows.append([trial.number, trial.state.name.lower(), trial.value, *parameters, *outcome, files])
+        outcome = [len(trial.intermediate_values), seconds, trial.user_attrs.get("error"), find_files(search, trial)]
+        rows.append([trial.number, trial.state.name.lower(), trial.value, *parameters, *outcome])
     write_csv(directory / "trials.csv", rows)
     counts = Counter(trial.state for trial in started)
     summary = ", ".join(f"{counts[state]} {state.name.lower()}" for state in TrialState if counts[state])
     print(f"{summary}; all trials: {directory}/trials.csv")
     for trial in started:
-        owner = trial.user_attrs["place"]
-        if trial.state == TrialState.RUNNING and owner != search.location:
-            print(f"trial {trial.number} belongs to {owner}; run the same command there to resume it")
+        if trial.state == TrialState.RUNNING and trial.user_attrs["place"] != search.place:
+            print(f"trial {trial.number} is unfinished; its files are on {trial.user_attrs['host']}, which resumes it")
     if not ranked:
         return
     table = [["trial", sweep.metric, *sweep.searched]]
@@ -122,23 +118,17 @@ def report(search: Search) -> None:
         values = [trial.user_attrs["parameters"][name] for name in sweep.searched]
         table.append([str(trial.number), f"{trial.value:.4f}", *map(rounded, values)])
     widths = [max(map(len, column)) for column in zip(*table)]
-    for row in table:
-        print("  ".join(cell.rjust(width) for cell, width in zip(row, widths)))
-    if importances := parameter_importances(search.study, ranked):
+    print(*("  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in table), sep="\n")
+    if len(ranked) >= 20 and len({trial.value for trial in ranked}) > 1:  # fewer can't tell
+        # Each parameter's share in reaching the better half. Optuna's default is the best tenth: two trials of twenty.
+        evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=0.5)
+        importances = optuna.importance.get_param_importances(search.study, evaluator=evaluator)
         print("importance: " + ", ".join(f"{name} {share:.0%}" for name, share in importances.items()))
         write_csv(directory / "importances.csv", [("parameter", "importance"), *importances.items()])
     command = trials.trial_command(sweep, ranked[0].user_attrs["parameters"], "python")
     print(f"to repeat the best run: {shlex.join(command).removeprefix('/usr/bin/env ')}")
-    print(f"its files: {directory / ranked[0].user_attrs['run']} | to upload all: wandb sync wandb/offline-run-*")
-
-
-def parameter_importances(study: optuna.Study, complete: list[FrozenTrial]) -> dict[str, float]:
-    """Each parameter's share in reaching the better half of the values; empty if there are too few to tell."""
-    if len(complete) < MIN_TRIALS_FOR_IMPORTANCES or len({trial.value for trial in complete}) == 1:
-        return {}
-    # Optuna's default, the best tenth, is two trials of twenty; its other evaluators need scikit-learn.
-    evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=0.5)
-    return optuna.importance.get_param_importances(study, evaluator=evaluator)
+    upload = " | to upload all that ran here: wandb sync wandb/offline-run-*" if os.path.isdir("wandb") else ""
+    print(f"its files: {find_files(search, ranked[0])}{upload}")
 
 
 def write_csv(path: Path, rows: Iterable[Iterable[Any]]) -> None:
@@ -160,23 +150,25 @@ def main(argv: list[str] | None = None) -> None:
     try:
         if not options.storage:
             sweep.directory.mkdir(parents=True, exist_ok=True)
-        study = open_study(sweep, options.storage or f"sqlite:///{sweep.directory}/study.db")
+        opened = study.open_study(sweep, options.storage or f"sqlite:///{sweep.directory}/study.db")
         sweep.directory.mkdir(parents=True, exist_ok=True)  # not earlier: an unusable storage leaves no directory
     except FileExistsError:
         raise UserError(f"{sweep.directory} is a file, not a directory") from None
-    # A run can only be resumed where its files are. The default storage lies beside them, so it has one location.
-    location = f"{socket.gethostname()}:{Path.cwd()}" if options.storage else "this directory"
+    place = trials.read_place(sweep.directory)  # a run can only be resumed where its files are
     gpus = trials.visible_gpus() if options.jobs > 1 else []  # a single run may use all of them
-    search = Search(sweep, study, trial_count, options.jobs, options.seed, location, gpus)
+    search = Search(sweep, opened[0], trial_count, options.jobs, options.seed, opened[1], place, gpus)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         run_trials(search)
-    except (KeyboardInterrupt, SystemExit):
-        print("Stopping the runs; the same command resumes them.")
-        raise
-    finally:
+    except BaseException as error:
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            print("Stopping the runs; the same command resumes them.", flush=True)
+        study.patience = 0.0
         trials.stop_runs(search.running)
-        report(search)
+        with contextlib.suppress(UserError):  # a storage that does not answer
+            report(search)
+        raise
+    report(search)
 
 
 if __name__ == "__main__":

@@ -86,12 +86,15 @@ class Checkpoints:
         progress, settings, requests = self._progress, self._session.settings, self._session.stop_requests
         # Ranks agree on stopping, but not after every batch: communication takes time.
         agree = distributed.world_size() == 1 or progress.row_is_due
-        stopping = agree and any(distributed.gather(requests.first is not None))
+        stops = distributed.gather(requests.first and requests.first.status) if agree else []
+        stopping = [status for status in stops if status is not None]
         if stopping or progress.epoch_ends or progress.batch % settings.checkpoint_every == 0:
             self._save()
         if stopping:
-            first = requests.first or Stopped("another process", 0)
-            raise Stopped(f"{first.reason} at step {progress.step}, saved", first.status)
+            status = max(stopping)
+            requests.add("a signal to another process" if status else "another process", status)
+            reason = f"{requests.first.reason} at step {progress.step}, saved"
+            raise Stopped(reason, status, ends_launcher=status > 0 and requests.signal is None)
 
     def _save(self) -> None:
         """Write `checkpoint.pt` and keep the one before; rank 0 writes, the others contribute their state."""

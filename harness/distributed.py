@@ -6,8 +6,11 @@ models identical. Rank 0 alone writes files, logs to W&B and prints.
 
 import contextlib
 import os
+import re
+import signal
 import socket
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -30,21 +33,29 @@ def world_size() -> int:
 
 
 @contextlib.contextmanager
-def joined() -> Iterator[None]:
-    """Join the other processes, if torchrun or another launcher that sets its variables started several."""
+def joined(timeout: float, last_wait: float) -> Iterator[None]:
+    """Join the other processes, if torchrun or another launcher that sets its variables started several.
+
+    A process waits `timeout` seconds for the others, and at the end `last_wait` more for rank 0 to finish. Raises
+    `UserError` for variables that can't be right, and `Stopped` if the others do not answer.
+    """
     launched = all(name in os.environ for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"))
     if not launched or os.environ.get("WORLD_SIZE", "1") == "1":
         yield
         return
     _check_environment()
-    store, number, count = next(dist.rendezvous("env://"))
-    # A prefix per restart (torchrun --max-restarts): the store still holds the addresses of dead processes.
-    store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=store, rank=number, world_size=count)
+    limit, backend = timedelta(seconds=timeout), "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    with _communicating():
+        store, number, count = next(dist.rendezvous("env://", timeout=limit))
+        # A prefix per restart (torchrun --max-restarts): the store still holds the addresses of dead processes.
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=limit)
+        end = dist.new_group(backend="gloo", timeout=limit + timedelta(seconds=last_wait))
     if rank() == 0:
         print(f"{world_size()} processes train together.")
     yield
+    with _communicating():
+        dist.barrier(end)  # exit status 0 before rank 0 has finished would be taken for success, and not restarted
     dist.destroy_process_group()  # not after an error: the other ranks may still have to report theirs
 
 
@@ -64,23 +75,39 @@ def _check_environment() -> None:
 
 @contextlib.contextmanager
 def deferring_to_rank_0() -> Iterator[None]:
-    """On the other ranks: wait for rank 0 to report an error first; torchrun kills all once one has failed."""
+    """On the other ranks: wait for rank 0 to report an error first; torchrun kills all once one has failed.
+
+    Raises the error again in the first process of a host, which reports it there, and else `Stopped`.
+    """
     try:
         yield
-    except (Stopped, UserError):
+    except (Stopped, UserError) as error:
         with contextlib.suppress(Stopped):
             broadcast()  # returns when rank 0 exits
-        raise Stopped("rank 0", 0) from None
+        if os.environ.get("LOCAL_RANK") == "0":
+            raise
+        raise Stopped("rank 0", error.status) from None
+
+
+def stop_launcher() -> None:
+    """End torchrun on this host, which would restart its processes, or wait minutes for other hosts."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ["LOCAL_RANK"] == "0":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun passes it on to its processes
+        os.kill(os.getppid(), signal.SIGTERM)
 
 
 @contextlib.contextmanager
 def _communicating() -> Iterator[None]:
-    """Turn errors of gloo or NCCL, which usually mean that another process has exited, into `Stopped`."""
+    """Turn errors of gloo or NCCL, which mean that another process has exited or does not answer, into `Stopped`."""
     try:
         yield
     except RuntimeError as error:
-        reason = str(error).partition("\n")[0].rpartition("] ")[2][:80]
-        raise Stopped(f"a communication failure between processes ({reason})", 1) from error
+        reason = str(error).partition("\n")[0].rpartition("] ")[2].partition(". ")[0][:80]
+        silent = re.search("timed? ?out", reason, re.IGNORECASE)
+        reason += "; --peer_timeout is the limit" if silent else ""
+        # While a host does not answer, a restart does not help, and torchrun would wait for it a quarter of an hour.
+        ends_launcher = bool(silent) and int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1
+        raise Stopped(f"a communication failure between processes ({reason})", 1, ends_launcher) from error
 
 
 def share_of(items: Items) -> Items:

@@ -15,11 +15,14 @@ class UserError(Exception):
 
 
 class Stopped(BaseException):
-    """The run was asked to stop, by a signal or by W&B, and can be resumed; `status` is its exit status."""
+    """The run was asked to stop, by a signal or by W&B, and can be resumed; `status` is its exit status.
 
-    def __init__(self, reason: str, status: int):
+    `ends_launcher`: torchrun does not know of it, and is not to restart the run.
+    """
+
+    def __init__(self, reason: str, status: int, ends_launcher: bool = False):
         super().__init__(f"stopped by {reason}")
-        self.reason, self.status = reason, status
+        self.reason, self.status, self.ends_launcher = reason, status, ends_launcher
 
 
 def disk_error(error: Exception) -> OSError | None:

@@ -19,7 +19,7 @@ from harness.errors import UserError
 # The identity of a run and where it writes: fixed before W&B's config is read, which can't change them.
 RUN_OPTIONS = (
     *("output_dir", "resume", "wandb", "project", "entity", "name", "id", "job_type", "group", "notes", "tags"),
-    *("save_code", "stop_timeout"),
+    *("save_code", "stop_timeout", "peer_timeout"),
 )
 LISTS = (list[int], list[str])
 BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
@@ -59,6 +59,7 @@ class SharedSettings:
     patience: int = option(0, "stop after this many epochs without improvement; 0: never", at_least=0)
     checkpoint_every: int = option(500, "batches between checkpoints; every epoch also ends with one", at_least=1)
     stop_timeout: float = option(25, "seconds to save in after a signal, before the run stops where it is", above=0)
+    peer_timeout: float = option(300, "seconds that torchrun's processes wait for each other", above=0, below=1e6)
     log_every: int = option(10, "batches between rows of training metrics", at_least=1)
     watch: str = option("all", "histograms of the weights", choices=("off", "gradients", "parameters", "all"))
     watch_every: int | None = option(None, "batches between histograms [once an epoch]", at_least=1)

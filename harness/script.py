@@ -67,8 +67,8 @@ def status_of(action: Callable[[], Any]) -> int:
         return 0
     except Stopped as stopped:
         message, status = str(stopped), stopped.status
-        if not _is_rank_0():
-            return status  # rank 0 reports it
+        if not _is_rank_0() and os.environ.get("LOCAL_RANK") != "0":
+            return status  # rank 0 reports it, and on other hosts the first process
     except KeyboardInterrupt:
         message, status = "interrupted", 130
     except BrokenPipeError:

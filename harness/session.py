@@ -6,6 +6,7 @@ import os
 import platform
 import secrets
 import shlex
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -18,7 +19,7 @@ import wandb
 
 from harness import checkpoints, distributed, wandb_run
 from harness.device import find_device, find_precision
-from harness.directory import CONFIG, JOURNAL, METRICS, newest_unfinished, output_directory
+from harness.directory import CHECKPOINT, CONFIG, JOURNAL, METRICS, newest_unfinished, output_directory
 from harness.errors import Stopped, UserError
 from harness.files import read_json, write_json
 from harness.history import History, rewind
@@ -64,15 +65,18 @@ def open_session(settings: SharedSettings, task: str, load: Load, init: Init) ->
     `wandb.agent`, which goes on with other runs, that is only printed.
     """
     try:
-        with distributed.joined(), handling_signals(settings.stop_timeout) as requests:
+        last_wait = wandb_run.FINISH_TIMEOUT[settings.log_model]
+        with distributed.joined(settings.peer_timeout, last_wait), handling_signals(settings.stop_timeout) as requests:
             if distributed.rank() == 0:
                 _identify(settings, task)
                 opened = _open_on_rank_0(settings, load, init, requests)
             else:
-                opened = _open(load, requests)
+                opened = _open(settings, load, requests)
             with opened as session:
                 yield session
     except Stopped as stopped:
+        if stopped.ends_launcher:
+            distributed.stop_launcher()
         if in_main_thread():
             raise Stopped(f"{stopped.reason}. To go on: {resume_command(settings)}", stopped.status) from None
         print(stopped)
@@ -80,6 +84,8 @@ def open_session(settings: SharedSettings, task: str, load: Load, init: Init) ->
 
 def resume_command(settings: SharedSettings) -> str:
     """What to type to resume this run."""
+    if int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1:
+        return "the same command on every host" + ("" if settings.resume else " with --resume and its --output_dir")
     processes = os.environ.get("LOCAL_WORLD_SIZE")  # set by torchrun
     launcher = ["torchrun", "--nproc-per-node", processes] if processes else ["python"]
     named = any(word.partition("=")[0] == "--output_dir" for word in sys.argv)
@@ -90,6 +96,7 @@ def resume_command(settings: SharedSettings) -> str:
 @contextlib.contextmanager
 def _open_on_rank_0(settings: SharedSettings, load: Load, init: Init, requests: StopRequests) -> Iterator[Session]:
     started = time.perf_counter()
+    _check_leader(settings)
     with output_directory(settings) as output_dir:
         checkpoint = checkpoints.load(output_dir, settings)
         if metrics := _finished_before(output_dir, settings, checkpoint):
@@ -129,8 +136,10 @@ def _open_on_rank_0(settings: SharedSettings, load: Load, init: Init, requests: 
 
 
 @contextlib.contextmanager
-def _open(load: Load, requests: StopRequests) -> Iterator[Session]:
+def _open(requested: SharedSettings, load: Load, requests: StopRequests) -> Iterator[Session]:
     """On the other ranks: the settings and the checkpoint of rank 0; nothing is printed, logged or written."""
+    with distributed.deferring_to_rank_0():
+        _check_leader(requested)
     begun = distributed.broadcast()
     if not begun:  # it was finished before
         yield Session(None)
@@ -140,6 +149,17 @@ def _open(load: Load, requests: StopRequests) -> Iterator[Session]:
         data, run = load(settings), wandb.init(mode="disabled")
         with distributed.deferring_to_rank_0():
             yield Session(settings, data, run, History(run, None), checkpoint, requests)
+
+
+def _check_leader(settings: SharedSettings) -> None:
+    """Raise `UserError`, on all ranks, if a run is to be resumed whose checkpoint is on another host than rank 0's."""
+    found = bool(settings.output_dir) and Path(settings.output_dir, CHECKPOINT).exists()
+    leader, *others = distributed.gather((socket.gethostname(), found and settings.resume))
+    hosts = [host for host, found in others if found and not leader[1]]
+    if hosts:
+        problem = f"is on {hosts[0]}, and {leader[0]}, which has process 0, can't read it"
+        advice = f"--output_dir belongs where all hosts share it, or --node-rank 0 on {hosts[0]}"
+        raise UserError(f"--resume: the checkpoint of {settings.output_dir} {problem}: {advice}")
 
 
 def _identify(settings: SharedSettings, task: str) -> None:

@@ -221,26 +221,6 @@ def test_starts_at_the_same_time(workdir):
     assert sorted(read_lines(workdir / "visits.txt")) == sorted(CELLS[:3])
 
 
-def test_what_optuna_does_not_document_may_change(workdir):
-    """An interrupted trial is then lost, which one line says; the other cells of the grid are visited once."""
-    process = start_search(workdir, GRID)
-    while not read_lines(workdir / "starts.txt"):
-        time.sleep(0.02)
-    process.kill()
-    process.communicate()
-    program = (
-        f"import sys; sys.path.insert(0, {str(REPO)!r}); import sweep_offline\n"
-        "sweep_offline.trials.TRIAL_ID = '_gone'; sweep_offline.main(['s.yaml', '--jobs', '2'])"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=workdir, env=clean_environment(workdir), capture_output=True, text=True
-    )
-    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
-    assert done.stdout.count("trial 0, which was interrupted, can't be resumed and counts as failed") == 1
-    assert "11 complete, 1 fail" in done.stdout
-    assert Counter(read_lines(workdir / "visits.txt")) | Counter(CELLS[:1]) == Counter(CELLS)
-
-
 def test_ctrl_c_stops_runs_that_can_be_resumed(workdir):
     slow = GRID.replace("0.5", "4")
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -342,7 +322,7 @@ def recorded_search(cwd: Path, sweep: str, count: int, state: TrialState) -> Non
     (cwd / "s.yaml").write_text(sweep)
     parsed = sweep_file.read_sweep(Path("s.yaml"))
     parsed.directory.mkdir(parents=True)
-    study = sweep_study.open_study(parsed, f"sqlite:///{parsed.directory}/study.db")
+    study, _ = sweep_study.open_study(parsed, f"sqlite:///{parsed.directory}/study.db")
     study.sampler = sweep_study.sampler(parsed, 0)
     for number in range(count):
         trial = study.ask(parsed.searched)

@@ -14,10 +14,10 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from harness.errors import UserError
 
 KEYS = "program name project entity description method metric parameters early_terminate command run_cap".split()
-RANGES = "uniform int_uniform log_uniform log_uniform_values inv_log_uniform inv_log_uniform_values".split()
+RANGES = "q_uniform uniform int_uniform log_uniform log_uniform_values inv_log_uniform inv_log_uniform_values".split()
 # W&B's distributions that Optuna draws exactly, and the keys that they need.
-DISTRIBUTIONS = {"constant": ["value"], "categorical": ["values"], "q_uniform": ["min", "max"]}
-DISTRIBUTIONS |= {kind: ["min", "max"] for kind in RANGES}
+DISTRIBUTIONS = {"constant": ["value"], "categorical": ["values"], **{kind: ["min", "max"] for kind in RANGES}}
+MOST = 10**9  # trials or epochs
 STORABLE = (int, float, str, type(None))  # types of categorical values that Optuna can store
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # with line separators and lone surrogates
 
@@ -72,13 +72,21 @@ def _build_sweep(defaults: dict[str, Any], content: Any) -> Sweep:
     metric, goal = content["metric"].get("name"), content["metric"].get("goal", "minimize")
     _check(isinstance(metric, str), "metric.name", "the name of a logged metric", metric)
     _check(goal in ("minimize", "maximize"), "metric.goal", "minimize or maximize", goal)
-    if content["run_cap"] is not None:
-        _check_count("run_cap", content["run_cap"])
-    if content["early_terminate"] is not None:
-        _check_hyperband("early_terminate", content["early_terminate"])
+    cap = content["run_cap"]
+    _check(cap is None or (type(cap) is int and 0 < cap <= MOST), "run_cap", f"a whole number from 1 to {MOST}", cap)
+    if (early := content["early_terminate"]) is not None:
+        key = "early_terminate"
+        _check_keys(key, early, ["type", "min_iter", "max_iter", "s", "eta"])
+        _check(early.get("type") == "hyperband", f"{key}.type", "hyperband", early.get("type"))
+        for name in early.keys() - {"type"}:
+            lowest, highest = 2 if name == "eta" else 1, 100 if name == "s" else MOST
+            valid = type(early[name]) is int and lowest <= early[name] <= highest
+            _check(valid, f"{key}.{name}", f"a whole number from {lowest} to {highest}", early[name])
+        enough = "min_iter" in early or {"max_iter", "s"} <= early.keys()
+        _check(enough, key, "given min_iter, or max_iter and s", early)
+        _check(early.get("min_iter", 1) <= early.get("max_iter", math.inf), key, "given min_iter below max_iter", early)
     kept = ("name", "program", "project", "entity", "method", "run_cap", "early_terminate")
-    command = [str(word) for word in command]
-    sweep = Sweep(**{key: content[key] for key in kept}, metric=metric, direction=goal, command=command)
+    sweep = Sweep(**{key: content[key] for key in kept}, metric=metric, direction=goal, command=list(map(str, command)))
     for name, parameter in _flatten("parameters", content["parameters"]):
         parsed = _distribution(f"parameters.{name.replace('/', '.')}", parameter, sweep.method)
         (sweep.searched if isinstance(parsed, BaseDistribution) else sweep.constants)[name] = parsed
@@ -92,17 +100,11 @@ def _check(valid: bool, key: str, expected: str, value: Any) -> None:
         raise ValueError(f"{key}: must be {expected}, not {value!r}")
 
 
-def _check_count(key: str, value: Any, lowest: int = 1, highest: int = 10**9) -> None:
-    valid = _is_integer(value) and lowest <= value <= highest
-    _check(valid, key, f"a whole number from {lowest} to {highest}", value)
-
-
 def _check_keys(key: str, value: Any, allowed: Iterable[str]) -> None:
     _check(isinstance(value, dict), key, f"a mapping with {', '.join(allowed)}", value)
-    for name in value:
-        if name not in allowed:
-            location = name if key == "the file" else f"{key}.{name}"
-            raise ValueError(f"{location}: unknown key; expected one of {', '.join(allowed)}")
+    for name in (name for name in value if name not in allowed):
+        location = name if key == "the file" else f"{key}.{name}"
+        raise ValueError(f"{location}: unknown key; expected one of {', '.join(allowed)}")
 
 
 def _check_values(key: str, value: Any) -> None:
@@ -117,19 +119,6 @@ def _check_values(key: str, value: Any) -> None:
         raise ValueError(f"{key}: {value} is neither text nor a number")
     elif isinstance(value, str) and CONTROL.search(value):
         raise ValueError(f"{key}: {value!r} has a control character")
-
-
-def _check_hyperband(key: str, early: Any) -> None:
-    _check_keys(key, early, ["type", "min_iter", "max_iter", "s", "eta"])
-    _check(early.get("type") == "hyperband", f"{key}.type", "hyperband", early.get("type"))
-    for name in early.keys() - {"type"}:
-        _check_count(f"{key}.{name}", early[name], 2 if name == "eta" else 1, 100 if name == "s" else 10**9)
-    _check("min_iter" in early or {"max_iter", "s"} <= early.keys(), key, "given min_iter, or max_iter and s", early)
-    _check(early.get("min_iter", 1) <= early.get("max_iter", math.inf), key, "given min_iter below max_iter", early)
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _flatten(key: str, parameters: Any, prefix: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
@@ -148,7 +137,7 @@ def _flatten(key: str, parameters: Any, prefix: str = "") -> Iterator[tuple[str,
 
 def _distribution(key: str, parameter: dict[str, Any], method: str) -> BaseDistribution | Any:
     """A parameter's distribution, or its value if it is a constant."""
-    whole = _is_integer(parameter.get("min")) or _is_integer(parameter.get("max"))
+    whole = type(parameter.get("min")) is int or type(parameter.get("max")) is int
     kinds = {"value": "constant", "values": "categorical", "min": "int_uniform" if whole else "uniform"}
     implied = next((kind for name, kind in kinds.items() if name in parameter), "uniform")  # as for W&B
     kind = parameter.get("distribution", implied)
@@ -163,7 +152,7 @@ def _distribution(key: str, parameter: dict[str, Any], method: str) -> BaseDistr
         _check(isinstance(values, list) and values != [], f"{key}.values", "a non-empty list", values)
         return CategoricalDistribution([value if isinstance(value, STORABLE) else str(value) for value in values])
     for name in parameter.keys() - {"distribution"}:
-        number = _is_integer(parameter[name]) or isinstance(parameter[name], float)
+        number = type(parameter[name]) is int or isinstance(parameter[name], float)
         _check(number, f"{key}.{name}", "a number (YAML reads 1e-4 as text: write 0.0001)", parameter[name])
     try:
         distribution = _range(kind, parameter["min"], parameter["max"], parameter.get("q", 1))
@@ -180,7 +169,7 @@ def _range(kind: str, low: float, high: float, q: float) -> FloatDistribution | 
     if not (float(high) - float(low)) / q < 1e15:
         raise OverflowError
     if kind == "int_uniform":
-        if not (_is_integer(low) and _is_integer(high)):
+        if not (type(low) is int and type(high) is int):
             raise ValueError("write min and max both as whole numbers or both with a decimal point")
         return IntDistribution(low, high)
     if kind == "uniform":
@@ -189,9 +178,8 @@ def _range(kind: str, low: float, high: float, q: float) -> FloatDistribution | 
         first, last = math.ceil(low / q - 1e-9), math.floor(high / q + 1e-9)
         if first > last:
             raise ValueError(f"no multiple of {q} lies between {low} and {high}")
-        if _is_integer(q):
-            return IntDistribution(first * q, last * q, step=q)
-        return FloatDistribution(round(first * q, 12), round(last * q, 12), step=q)
+        kind_of = IntDistribution if type(q) is int else FloatDistribution
+        return kind_of(round(first * q, 12), round(last * q, 12), step=q)
     if kind in ("log_uniform", "inv_log_uniform"):  # W&B's bounds are exponents here
         low, high = (math.exp(low), math.exp(high)) if kind == "log_uniform" else (math.exp(-high), math.exp(-low))
     return FloatDistribution(low, high, log=True)

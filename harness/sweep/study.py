@@ -1,10 +1,12 @@
 """A sweep as an Optuna study: its storage, sampler and pruner."""
 
 import dataclasses
+import functools
 import json
 import math
 import re
 import time
+from collections.abc import Callable
 from typing import Any
 
 import optuna
@@ -16,30 +18,11 @@ from harness.errors import UserError
 from harness.sweep.file import Sweep
 
 MAX_CELLS = 100_000  # of a grid without --count
-RACES = (
-    sqlalchemy.exc.DBAPIError,
-    optuna.exceptions.StorageInternalError,
-)  # one of two processes that create the tables fails
-
-
-class GridSampler(optuna.samplers.RandomSampler):
-    """Assigns cell n to trial n. Trial numbers are unique in a storage, so no cell is visited twice."""
-
-    def __init__(self, searched: dict[str, BaseDistribution]):
-        super().__init__()
-        self.searched = searched
-
-    def sample_independent(
-        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
-    ) -> Any:
-        cell = trial.number
-        for name in sorted(self.searched):
-            cell, index = divmod(cell, value_count(self.searched[name]))
-            if name == param_name:
-                break
-        if isinstance(param_distribution, CategoricalDistribution):
-            return param_distribution.choices[index]
-        return param_distribution.low + index * param_distribution.step
+FAILURES = (sqlalchemy.exc.DBAPIError, optuna.exceptions.StorageInternalError)
+WRITTEN = (sqlalchemy.exc.IntegrityError, optuna.exceptions.UpdateFinishedTrialError)
+POSTGRESQL = {"connect_timeout": 5, "tcp_user_timeout": 10_000}  # libpq's limits, in seconds and in milliseconds
+POSTGRESQL |= {"keepalives_idle": 5, "keepalives_interval": 2, "keepalives_count": 3}
+patience = 300.0  # seconds that a search waits for a storage that has failed; 0 once the search is to end
 
 
 def value_count(distribution: BaseDistribution) -> int:
@@ -51,11 +34,22 @@ def value_count(distribution: BaseDistribution) -> int:
 
 def sampler(sweep: Sweep, seed: int | None) -> optuna.samplers.BaseSampler:
     """The sampler for the sweep's method."""
+    if sweep.method == "bayes":
+        return optuna.samplers.TPESampler(seed=seed, n_startup_trials=5, multivariate=True, constant_liar=True)
+    independent = optuna.samplers.RandomSampler(seed)
+
+    def grid_value(_: optuna.Study, trial: FrozenTrial, name: str, space: BaseDistribution) -> Any:
+        """A value of cell n for trial n: trial numbers are unique in a storage, so no cell is visited twice."""
+        cell, index = trial.number, 0
+        for other in sorted(sweep.searched):
+            cell, index = divmod(cell, value_count(sweep.searched[other]))
+            if other == name:
+                break
+        return space.choices[index] if isinstance(space, CategoricalDistribution) else space.low + index * space.step
+
     if sweep.method == "grid":
-        return GridSampler(sweep.searched)
-    if sweep.method == "random":
-        return optuna.samplers.RandomSampler(seed)
-    return optuna.samplers.TPESampler(seed=seed, n_startup_trials=5, multivariate=True, constant_liar=True)
+        independent.sample_independent = grid_value
+    return independent
 
 
 def pruner(early: dict[str, Any] | None) -> optuna.pruners.BasePruner:
@@ -67,22 +61,29 @@ def pruner(early: dict[str, Any] | None) -> optuna.pruners.BasePruner:
     return optuna.pruners.HyperbandPruner(shortest, longest or "auto", eta)
 
 
-def open_study(sweep: Sweep, url: str, attempts: int = 5) -> optuna.Study:
-    """Open or create the sweep's study. Raises `UserError` if the storage is unusable or holds a different sweep."""
-    shown_url = re.sub(":.*@", ":***@", url)  # without the password
-    options = {"connect_args": {"timeout": 100}} if url.startswith("sqlite") else {}
+def open_study(sweep: Sweep, url: str, attempts: int = 5) -> tuple[optuna.Study, Callable[[int], int]]:
+    """The sweep's study and, by trial number, Optuna's trial ids. Raises `UserError` if its storage can't be used."""
+    shown_url = re.sub(":.*@", ":***@", url).partition("?")[0]  # without the password
+    address = re.sub("^postgres(ql)?:", "postgresql+psycopg:", url)  # SQLAlchemy's default depends on its version
+    limits = {"timeout": 100} if url.startswith("sqlite") else POSTGRESQL if "+psycopg" in address else {}
+    engine, name = {"pool_pre_ping": True, "connect_args": limits}, sweep.name
     try:
-        storage = optuna.storages.RDBStorage(url, engine_kwargs=options)
-        study = optuna.create_study(
-            storage=storage, study_name=sweep.name, direction=sweep.direction, load_if_exists=True
-        )
+        store = optuna.storages.get_storage(optuna.storages.RDBStorage(address, engine_kwargs=engine))
+        study = optuna.create_study(storage=store, study_name=name, direction=sweep.direction, load_if_exists=True)
     except ValueError:  # its message may quote a part of the password
         raise UserError(f"--storage {shown_url}: not a valid URL") from None
-    except (*RACES, sqlalchemy.exc.SQLAlchemyError, ImportError, RuntimeError) as error:
-        if isinstance(error, RACES) and attempts > 1:
+    except ImportError as error:
+        driver = getattr(error.__cause__ or error, "name", None)
+        raise UserError(f"--storage {shown_url}: no driver {driver}; requirements-sweep.txt has psycopg") from None
+    except (*FAILURES, sqlalchemy.exc.SQLAlchemyError, RuntimeError) as error:
+        reason = _reason(error).replace(url, shown_url)
+        unreachable = re.search("timeout|resolve|translate", reason)  # which takes seconds to find out
+        if isinstance(error, FAILURES) and attempts > 1 and not unreachable:  # of two that create the tables, one fails
             time.sleep(1)
             return open_study(sweep, url, attempts - 1)
-        raise UserError(f"--storage {shown_url}: {str(error).splitlines()[0].replace(url, shown_url)}") from None
+        raise UserError(f"--storage {shown_url}: {reason}") from None
+    for method in filter(re.compile("[a-z]").match, vars(optuna.storages.BaseStorage)):
+        setattr(store, method, _patient(getattr(store, method)))
     fields = dataclasses.asdict(sweep) | {"searched": {k: distribution_to_json(v) for k, v in sweep.searched.items()}}
     definition = {name: value for name, value in fields.items() if name not in ("command", "run_cap", "lists")}
     used = bool(study.get_trials(deepcopy=False))  # read first: another process may be creating the study
@@ -94,12 +95,42 @@ def open_study(sweep: Sweep, url: str, attempts: int = 5) -> optuna.Study:
         stored = study.user_attrs["sweep"]
     changed = [name for name, value in json.loads(json.dumps(definition)).items() if stored.get(name) != value]
     if changed:
-        raise UserError(
-            f"the sweep {sweep.name!r} was started with different {' and '.join(changed)}; "
-            "to start a new search, change name: in the file; to resume the old one, undo the change"
-        )
+        advice = "to start a new search, change name: in the file; to resume the old one, undo the change"
+        raise UserError(f"the sweep {sweep.name!r} was started with different {' and '.join(changed)}; {advice}")
     study.pruner = pruner(sweep.early_terminate)
-    return study
+    return study, functools.partial(store.get_trial_id_from_study_id_trial_number, store.get_study_id_from_name(name))
+
+
+def _reason(error: BaseException) -> str:
+    """What the driver says in its first line, without the part of a URL that may hold a password."""
+    while error.__cause__:
+        error = error.__cause__
+    return re.sub(r"\S*@", "***@", str(error).splitlines()[0])
+
+
+def _patient(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A storage's method, repeated while it fails, for `patience` seconds; then it raises `UserError`."""
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        global patience
+        began, failures = time.monotonic(), 0
+        while True:
+            try:
+                return method(*arguments, **options)
+            except WRITTEN:
+                if failures:  # what failed has arrived all the same
+                    return True
+                raise
+            except FAILURES as error:
+                failures, reason = failures + 1, f"the storage does not answer ({_reason(error)})"
+            if time.monotonic() - began > patience:
+                patience = 0.0
+                raise UserError(f"{reason}; the same command goes on with the search", 1)
+            if failures == 2:  # a dropped connection fails once
+                print(f"{reason}: the search waits up to {patience:g} seconds, and its runs go on.", flush=True)
+            time.sleep(0.2)
+
+    return call
 
 
 def count_trials(sweep: Sweep, count: int | None) -> int:
@@ -119,14 +150,12 @@ def suggest(trial: optuna.Trial, name: str, space: BaseDistribution) -> Any:
     """The trial's value of a parameter; the first call draws it."""
     if isinstance(space, CategoricalDistribution):
         return trial.suggest_categorical(name, space.choices)
-    if isinstance(space, IntDistribution):
-        return trial.suggest_int(name, space.low, space.high, step=space.step)
-    value = trial.suggest_float(name, space.low, space.high, step=space.step, log=space.log)
+    draw = trial.suggest_int if isinstance(space, IntDistribution) else trial.suggest_float
+    value = draw(name, space.low, space.high, step=space.step, log=space.log)
     return round(value, 12) if space.step else value
 
 
 def ranked_trials(study: optuna.Study) -> list[FrozenTrial]:
     """The complete trials, best first."""
-    maximize = study.direction == optuna.study.StudyDirection.MAXIMIZE
     complete = study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
-    return sorted(complete, key=lambda trial: trial.value, reverse=maximize)
+    return sorted(complete, key=lambda trial: trial.value, reverse=study.direction.name == "MAXIMIZE")

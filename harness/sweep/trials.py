@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import json
 import math
 import os
@@ -10,12 +11,12 @@ import re
 import secrets
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
-from datetime import datetime
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
@@ -27,10 +28,8 @@ from harness.sweep.file import Sweep
 from harness.sweep.study import sampler, suggest
 
 STOP_TIMEOUT = 30  # seconds; a run takes at most its --stop_timeout, and a little to close W&B
-CLAIM_TIMEOUT = 60  # seconds; a trial that nobody has claimed by then may be taken over
 MAX_ATTEMPTS = 3  # per epoch, for a run that something else keeps stopping
 STOP_STATUSES = (130, 143, -signal.SIGINT, -signal.SIGTERM)  # exit statuses after which a run can be resumed
-TRIAL_ID = "_trial_id"  # Optuna does not document how to go on with a trial of an earlier process
 
 
 @dataclasses.dataclass
@@ -55,7 +54,8 @@ class Search:
     trial_count: int
     jobs: int
     seed: int | None
-    location: str  # where the files of this search's runs are
+    trial_id: Callable[[int], int]  # by trial number
+    place: str  # stands for the directory that has the files of this search's runs
     gpus: list[str]  # to be shared by the runs
     running: dict[int, Run] = dataclasses.field(default_factory=dict)  # by trial number
     attempts: Counter[tuple[int, int]] = dataclasses.field(default_factory=Counter)  # by trial number and epoch
@@ -66,21 +66,13 @@ def trial_command(sweep: Sweep, searched: dict[str, Any], interpreter: str) -> l
     arguments: dict[str, Any] = {}
     for name, value in {**sweep.constants, **searched}.items():
         *outer, inner = name.split("/")
-        mapping = arguments
-        for part in outer:
-            mapping = mapping.setdefault(part, {})
+        mapping = functools.reduce(lambda mapping, part: mapping.setdefault(part, {}), outer, arguments)
         mapping[inner] = sweep.lists.get(value, value) if name in searched else value
     pairs = [f"{name}={value}" for name, value in arguments.items()]
     switches = [name if value is True else f"{name}={value}" for name, value in arguments.items() if value is not False]
-    macros = {
-        "${env}": ["/usr/bin/env"],
-        "${interpreter}": [interpreter],
-        "${program}": [sweep.program],
-        "${args}": [f"--{pair}" for pair in pairs],
-        "${args_no_hyphens}": pairs,
-        "${args_no_boolean_flags}": [f"--{switch}" for switch in switches],
-        "${args_json}": [json.dumps(arguments)],
-    }
+    macros = {"${env}": ["/usr/bin/env"], "${interpreter}": [interpreter], "${program}": [sweep.program]}
+    macros |= {"${args}": [f"--{pair}" for pair in pairs], "${args_no_hyphens}": pairs}
+    macros |= {"${args_no_boolean_flags}": [f"--{word}" for word in switches], "${args_json}": [json.dumps(arguments)]}
     command = []
     for word in sweep.command:
         word = re.sub(r"\$\{envvar:([A-Z0-9_]*)\}", lambda match: os.environ.get(match[1], match[1]), word)
@@ -105,101 +97,89 @@ def visible_gpus() -> list[str]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return [gpu.strip() for gpu in visible.split(",") if gpu.strip()]
-    try:
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
         listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30).stdout
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    return re.findall(r"^GPU (\d+):", listed, re.MULTILINE)
+        return re.findall(r"^GPU (\d+):", listed, re.MULTILINE)
+    return []
 
 
 def next_run(search: Search) -> Literal["started", "wait", "done"]:
     """Resume a trial that was left unfinished here, or start a new one; "wait" if only other processes have some."""
-    study, count, here = search.study, search.trial_count, search.location
+    study, count = search.study, search.trial_count
     known = study.get_trials(deepcopy=False)
     # With one seed for all trials, a resumed search would draw the same parameters again.
     seed = None if search.seed is None else (search.seed * 1_000_003 + len(known)) % 2**32
     study.sampler = sampler(search.sweep, seed)
-    running = [trial for trial in known[:count] if trial.state == TrialState.RUNNING]
-    unfinished = [trial for trial in running if trial.user_attrs.get("place", here) == here]
-    for trial in unfinished:
-        age = (datetime.now() - trial.datetime_start).total_seconds()
-        if ("run" in trial.user_attrs or age >= CLAIM_TIMEOUT) and start_run(search, trial):
-            return "started"
+    here = [trial for trial in known[:count] if trial.user_attrs.get("place") == search.place]
+    unfinished = [trial for trial in here if trial.state == TrialState.RUNNING]
+    if any(start_run(search, trial) for trial in unfinished):
+        return "started"
     if len(known) >= count:
         return "wait" if unfinished else "done"
-    trial = study.ask()
-    # If another process has created the last trial, only a larger --count will run this one.
-    return "started" if trial.number < count and start_run(search, trial) else "wait"
+    # Unlike study.ask(), this gives the trial a place from the start, so that no other search takes it.
+    study.add_trial(optuna.create_trial(state=TrialState.RUNNING, user_attrs={"place": search.place}))
+    return "started"
 
 
-def start_run(search: Search, trial: optuna.Trial | FrozenTrial) -> bool:
-    """Start or resume a trial's run, unless it is not ours. Raises `UserError` if the command can't be started."""
+def start_run(search: Search, known: FrozenTrial) -> bool:
+    """Start or resume a trial's run, unless it is at work. Raises `UserError` if the command can't be started."""
     sweep = search.sweep
-    # A W&B run id, also used as the name of the output directory.
-    run_id = trial.user_attrs.get("run") or f"{secrets.token_hex(3)}-{trial.number}"
-    output_dir = sweep.directory / run_id
-    reported = set(trial.intermediate_values) if isinstance(trial, FrozenTrial) else set()
-    lock = output_dir.with_suffix(".lock").open("a")
-    trial = claim(search.study, trial, lock)
-    if trial is None:
-        lock.close()
-        return False
-    trial.set_user_attr("place", search.location)
-    trial.set_user_attr("run", run_id)  # from now on the lock tells whether the trial is running
-    searched = {name: suggest(trial, name, distribution) for name, distribution in sweep.searched.items()}
-    trial.set_user_attr("parameters", searched)
-    used = Counter(run.gpu for run in search.running.values())
-    gpu = min(search.gpus, key=lambda gpu: used[gpu], default=None)
-    command = [*trial_command(sweep, searched, sys.executable), "--output_dir", str(output_dir), "--resume"]
-    with output_dir.with_suffix(".log").open("ab") as log:
-        try:
-            process = subprocess.Popen(
-                command,
-                env=run_environment(search, trial.number, run_id, gpu),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # so that Ctrl-C reaches only this process, which stops its runs
-                pass_fds=(lock.fileno(),),  # so that a run that outlives this process keeps the lock
-            )
-        except OSError as error:  # for example, a script without #!
-            raise UserError(f"command: {command[0]}: {error.strerror}") from None
-    search.running[trial.number] = Run(trial, process, output_dir, lock, reported, gpu)
-    return True
-
-
-def claim(study: optuna.Study, trial: optuna.Trial | FrozenTrial, lock: TextIO) -> optuna.Trial | None:
-    """Lock a trial and reopen it if it is an earlier process's; None if it is running, finished or can't be resumed."""
+    lock = (sweep.directory / f"trial-{known.number}.lock").open("a")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:  # running, possibly since a search that was killed
-        return None
-    if study.get_trials(deepcopy=False)[trial.number].state != TrialState.RUNNING:
-        return None
-    if isinstance(trial, optuna.Trial):
-        return trial
-    if hasattr(trial, TRIAL_ID):
-        return optuna.Trial(study, getattr(trial, TRIAL_ID))
-    print(f"optuna {optuna.__version__} differs from the versions that this was tested with: ", end="")
-    print(f"trial {trial.number}, which was interrupted, can't be resumed and counts as failed.")
-    study.tell(trial.number, state=TrialState.FAIL)
-    return None
+        return False
+    if search.study.get_trials(deepcopy=False)[known.number].state != TrialState.RUNNING:
+        return False
+    trial = optuna.Trial(search.study, search.trial_id(known.number))
+    run_id = trial.user_attrs.get("run") or f"{secrets.token_hex(3)}-{trial.number}"  # W&B's, and the directory's name
+    output_dir = sweep.directory / run_id
+    trial.set_user_attr("run", run_id)
+    trial.set_user_attr("host", f"{socket.gethostname()}:{Path.cwd()}")
+    searched = {name: suggest(trial, name, distribution) for name, distribution in sweep.searched.items()}
+    trial.set_user_attr("parameters", searched)
+    gpu = min(search.gpus, key=[run.gpu for run in search.running.values()].count, default=None)
+    command = [*trial_command(sweep, searched, sys.executable), "--output_dir", str(output_dir), "--resume"]
+    with output_dir.with_suffix(".log").open("ab") as log:
+        try:
+            streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
+            # Ctrl-C reaches only this process, which stops its runs; a run that outlives it keeps the lock.
+            apart = {"start_new_session": True, "pass_fds": (lock.fileno(),)}
+            environment = run_environment(search, trial.number, run_id, gpu)
+            process = subprocess.Popen(command, env=environment, **streams, **apart)
+        except OSError as error:  # for example, a script without #!
+            raise UserError(f"command: {command[0]}: {error.strerror}") from None
+    search.running[trial.number] = Run(trial, process, output_dir, lock, set(known.intermediate_values), gpu)
+    return True
+
+
+def read_place(directory: Path) -> str:
+    """The random name by which a storage knows a directory, whatever its host is called; the first call chooses it."""
+    with (directory / "place").open("a+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        place = file.read() or secrets.token_hex(8)
+        file.truncate(0)
+        file.write(place)
+        return place
+
+
+def find_files(search: Search, trial: FrozenTrial, suffix: str = "") -> str | None:
+    """The directory of a trial's run, or its file with a suffix; on another host, after its name. None if it's gone."""
+    path = f"{search.sweep.directory / trial.user_attrs['run']}{suffix}"
+    if trial.user_attrs["place"] != search.place:
+        return f"{trial.user_attrs['host']}/{path}"
+    return path if os.path.exists(path) else None
 
 
 def run_environment(search: Search, trial_number: int, run_id: str, gpu: str | None) -> dict[str, str]:
     """The environment of a run: W&B offline, a GPU, and a share of the processor's threads."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = str(max(1, cores // search.jobs))
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_SWEEP")}
-    chosen = {
-        "WANDB_MODE": "offline",
-        "WANDB_PROJECT": search.sweep.project,
-        "WANDB_ENTITY": search.sweep.entity,
-        "WANDB_RUN_GROUP": search.sweep.name,
-        "WANDB_NAME": f"{search.sweep.name}-{trial_number}",
-        "WANDB_RUN_ID": run_id,
-        "CUDA_VISIBLE_DEVICES": gpu,
-    }
+    inherited, sweep = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_SWEEP")}, search.sweep
+    chosen = {"WANDB_PROJECT": sweep.project, "WANDB_ENTITY": sweep.entity, "WANDB_RUN_GROUP": sweep.name}
+    chosen |= {"WANDB_MODE": "offline", "WANDB_NAME": f"{sweep.name}-{trial_number}", "WANDB_RUN_ID": run_id}
+    chosen["CUDA_VISIBLE_DEVICES"] = gpu
     defaults = {"OMP_NUM_THREADS": threads, "RAYON_NUM_THREADS": threads}  # the tokenizers use the latter
     return defaults | inherited | {name: value for name, value in chosen.items() if value}
 
@@ -210,34 +190,25 @@ def watch_runs(search: Search) -> Iterator[FrozenTrial]:
         ended = run.process.poll() is not None
         last = report_progress(search.sweep.metric, run)
         if ended:
-            trial = record_outcome(search, run, last)
-            del search.running[number]
-            run.lock.close()
-            if trial:
-                yield trial
+            with search.running.pop(number).lock:
+                if trial := record_outcome(search, run, last):
+                    yield trial
 
 
 def report_progress(metric: str, run: Run) -> float | None:
     """Report new values of the metric to Optuna and stop the run if it should be pruned; returns the latest value."""
     journal = run.output_dir / "history.jsonl"
-    if not journal.exists():
-        return None
-    lines = journal.read_text().split("\n")[:-1]  # the last one may be incomplete
-    rows = [json.loads(line) for line in lines if json.dumps(metric) in line]
+    lines = journal.read_text().split("\n")[:-1] if journal.exists() else []  # the last one may be incomplete
+    rows = (json.loads(line) for line in lines if json.dumps(metric) in line)
     values = [row[metric] for row in rows if metric in row]
     for epoch, value in enumerate(values, 1):
-        if is_finite(value) and epoch not in run.reported:
+        if isinstance(value, (int, float)) and math.isfinite(value) and epoch not in run.reported:
             run.reported.add(epoch)
             run.trial.report(value, epoch)
             if not run.pruned and run.trial.should_prune():
                 run.pruned = True
                 send_signal(run, signal.SIGTERM)
     return values[-1] if values else None
-
-
-def is_finite(value: Any) -> bool:
-    """Whether this is a number other than NaN and infinity."""
-    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def send_signal(run: Run, number: signal.Signals) -> None:
@@ -251,9 +222,8 @@ def record_outcome(search: Search, run: Run, last: float | None) -> FrozenTrial 
     if run.process.returncode in STOP_STATUSES:
         if run.pruned:
             return search.study.tell(run.trial, state=TrialState.PRUNED)
-        attempt = run.trial.number, len(run.reported)
-        search.attempts[attempt] += 1
-        if search.attempts[attempt] < MAX_ATTEMPTS:
+        search.attempts[run.trial.number, len(run.reported)] += 1
+        if search.attempts[run.trial.number, len(run.reported)] < MAX_ATTEMPTS:
             return None
     value, error = read_result(search.sweep.metric, run, last)
     if error is None:
@@ -276,7 +246,7 @@ def read_result(metric: str, run: Run, last: float | None) -> tuple[float | None
     except (FileNotFoundError, ValueError, AttributeError):
         return None, "the run left no readable metrics.json"
     value = last if value is None else value  # metrics.json holds the best epoch's value, if there is one
-    if is_finite(value):
+    if isinstance(value, (int, float)) and math.isfinite(value):
         return value, None
     return None, f"the run has no metric {metric}" if value is None else f"{metric} is {value!r}"
 

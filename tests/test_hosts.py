@@ -1,0 +1,153 @@
+"""torchrun over two hosts, each a network namespace with a name, an address and a directory of its own."""
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import killing, test_parallel
+from tests.conftest import clean_environment
+
+SCRIPT = "train_mnist.py"
+
+
+class Hosts:
+    """Two namespaces, joined by a link; `dirs` are the hosts' directories."""
+
+    def __init__(self, directory: Path):
+        self.names = [f"t{os.getpid()}-{number}" for number in (0, 1)]
+        self.dirs = [directory / "host0", directory / "host1"]
+
+    def create(self) -> None:
+        """Raises `CalledProcessError` or `OSError` if namespaces are not allowed."""
+        for name, cwd in zip(self.names, self.dirs):
+            ip("netns", "add", name)
+            files = Path("/etc/netns", name)  # the hosts find each other's names without a name server
+            files.mkdir(parents=True)
+            (files / "hosts").write_text("127.0.0.1 localhost\n10.77.0.1 host0\n10.77.0.2 host1\n")
+            (files / "resolv.conf").touch()
+            cwd.mkdir()
+        ip(*f"link add v0 netns {self.names[0]} type veth peer name v0 netns {self.names[1]}".split())
+        for number, name in enumerate(self.names, 1):
+            ip("-n", name, *f"address add 10.77.0.{number}/24 dev v0".split())
+            for device in ("lo", "v0"):
+                ip("-n", name, "link", "set", device, "up")
+
+    def start(self, *more: str, ranks: tuple[int, int] = (0, 1), restarts: int = 0) -> list[subprocess.Popen]:
+        """Start the run that `killing` defines with one process on each host; `ranks` are the hosts'."""
+        started = []
+        for host, (name, cwd) in enumerate(zip(self.names, self.dirs)):
+            launcher = f"--nnodes 2 --node-rank {ranks[host]} --master-addr 10.77.0.{ranks.index(0) + 1}"
+            named = ["unshare", "--uts", "sh", "-c", f'hostname host{host}; exec "$@"', "-"]
+            torchrun = [sys.executable, "-m", "torch.distributed.run", *launcher.split()]
+            torchrun += ["--master-port", "29511", "--max-restarts", str(restarts), killing.REPO / SCRIPT]
+            arguments = [*killing.ARGUMENTS[SCRIPT].split(), "--output_dir", "out", "--id", "same", *more]
+            started.append(
+                subprocess.Popen(
+                    ["ip", "netns", "exec", name, *named, *torchrun, *arguments],
+                    cwd=cwd,
+                    env=clean_environment(cwd, OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="v0"),
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                )
+            )
+        return started
+
+    def worker(self, host: int) -> int:
+        """The process id of the training process on a host."""
+        for pid in self.processes(self.names[host]):
+            words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+            if words[0] == sys.executable and str(killing.REPO / SCRIPT) in words and "-m" not in words:
+                return pid
+        raise AssertionError("no process trains there")
+
+    def processes(self, name: str) -> list[int]:
+        return [int(pid) for pid in ip("netns", "pids", name).split()]
+
+    def remove(self) -> None:
+        for name in self.names:
+            with contextlib.suppress(subprocess.CalledProcessError):
+                for pid in self.processes(name):
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+                ip("netns", "delete", name)
+            shutil.rmtree(f"/etc/netns/{name}", ignore_errors=True)
+
+
+def ip(*arguments: str) -> str:
+    """The output of iproute2's command."""
+    return subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True).stdout
+
+
+@pytest.fixture
+def hosts(tmp_path: Path) -> Iterator[Hosts]:
+    if not shutil.which("ip") or not shutil.which("unshare"):
+        pytest.skip("needs ip (iproute2) and unshare, for network namespaces")
+    hosts = Hosts(tmp_path)
+    try:
+        hosts.create()
+    except (subprocess.CalledProcessError, OSError) as error:
+        hosts.remove()
+        pytest.skip(f"network namespaces are not allowed here: {getattr(error, 'stderr', None) or error}")
+    yield hosts
+    hosts.remove()
+
+
+def ends(processes: list[subprocess.Popen], seconds: float) -> tuple[list[int], list[str]]:
+    """The exit statuses and the output of both hosts, which end within `seconds`."""
+    deadline = time.monotonic() + seconds
+    printed = [process.communicate(timeout=max(0.1, deadline - time.monotonic()))[0].decode() for process in processes]
+    return [process.returncode for process in processes], printed
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The results of two processes on one host."""
+    cwd = tmp_path_factory.mktemp("reference")
+    killing.finish(test_parallel.start(SCRIPT, cwd))
+    return cwd / "out"
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_process_is_restarted_on_both_hosts(victim, hosts, reference):
+    processes = hosts.start("--resume", restarts=1)
+    test_parallel.wait_for_rows(hosts.dirs[0], 5)
+    os.kill(hosts.worker(victim), signal.SIGKILL)
+    statuses, printed = ends(processes, 60)
+    assert statuses == [0, 0], printed
+    assert "Resuming out at epoch" in printed[0]
+    assert (victim == 1) == ("process 1: stopped by a communication failure" not in printed[1])
+    assert killing.differences(reference, hosts.dirs[0] / "out") == []
+    assert not (hosts.dirs[1] / "out").exists()
+
+
+def test_what_ends_a_run_ends_it_on_both_hosts(hosts):
+    """SIGTERM on one host, a resume whose checkpoint is on the other one, and a link that is cut for good."""
+    processes = hosts.start("--epochs", "99", restarts=1)
+    test_parallel.wait_for_rows(hosts.dirs[0], 5)
+    os.kill(processes[1].pid, signal.SIGTERM)
+    statuses, printed = ends(processes, 20)
+    assert 0 not in statuses and "stopped by a signal to another process at step" in printed[0], printed
+    assert "process 1: stopped by SIGTERM at step" in printed[1]
+    step = torch.load(hosts.dirs[0] / "out/checkpoint.pt", weights_only=True)["position"]["step"]
+
+    statuses, printed = ends(hosts.start("--epochs", "99", "--resume", ranks=(1, 0)), 40)
+    assert 0 not in statuses and "the checkpoint of out is on host0, and host1, which has process 0" in printed[1]
+    assert not (hosts.dirs[1] / "out").exists()
+
+    processes = hosts.start("--epochs", "99", "--resume", "--peer_timeout", "8", restarts=1)
+    test_parallel.wait_for_rows(hosts.dirs[0], step // (48 * 10) + 5)
+    ip(*f"-n {hosts.names[0]} link set v0 down".split())
+    statuses, printed = ends(processes, 30)
+    assert 0 not in statuses, printed
+    for text in printed:
+        assert "stopped by a communication failure between processes (Timed out waiting 8000ms" in text
+        assert "--peer_timeout is the limit). To go on: the same command on every host" in text
