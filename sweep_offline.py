@@ -148,6 +148,9 @@ def main(argv: list[str] | None = None) -> None:
     trial_count = count_trials(sweep, options.count)
     trials.check_command(sweep)
     try:
+        names = {*os.listdir(sweep.directory)} if sweep.directory.is_dir() else set()
+        if names and names.isdisjoint({"place", "study.db"}):
+            raise UserError(f"{sweep.directory} is of something else: choose another name for the sweep")
         if not options.storage:
             sweep.directory.mkdir(parents=True, exist_ok=True)
         opened = study.open_study(sweep, options.storage or f"sqlite:///{sweep.directory}/study.db")

@@ -115,8 +115,8 @@ def _check_values(key: str, value: Any) -> None:
     elif isinstance(value, list):
         for inner in value:
             _check_values(key, inner)
-    elif not isinstance(value, STORABLE) or value != value:  # a date or .nan, for example
-        raise ValueError(f"{key}: {value} is neither text nor a number")
+    elif not isinstance(value, STORABLE) or value != value or (type(value) is int and abs(value) >= 2**53):
+        raise ValueError(f"{key}: {str(value)[:99]} is neither text nor a number that a float holds")  # such as a date
     elif isinstance(value, str) and CONTROL.search(value):
         raise ValueError(f"{key}: {value!r} has a control character")
 

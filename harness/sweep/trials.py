@@ -5,7 +5,6 @@ import dataclasses
 import fcntl
 import functools
 import json
-import math
 import os
 import re
 import secrets
@@ -198,17 +197,23 @@ def watch_runs(search: Search) -> Iterator[FrozenTrial]:
 def report_progress(metric: str, run: Run) -> float | None:
     """Report new values of the metric to Optuna and stop the run if it should be pruned; returns the latest value."""
     journal = run.output_dir / "history.jsonl"
-    lines = journal.read_text().split("\n")[:-1] if journal.exists() else []  # the last one may be incomplete
-    rows = (json.loads(line) for line in lines if json.dumps(metric) in line)
-    values = [row[metric] for row in rows if metric in row]
+    lines = journal.read_text(errors="replace").split("\n")[:-1] if journal.is_file() else []  # the last may be cut
+    values = []
+    for line in (line for line in lines if json.dumps(metric) in line):
+        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):  # another program's journal
+            values.append(json.loads(line)[metric])
     for epoch, value in enumerate(values, 1):
-        if isinstance(value, (int, float)) and math.isfinite(value) and epoch not in run.reported:
+        if is_finite(value) and epoch not in run.reported:
             run.reported.add(epoch)
             run.trial.report(value, epoch)
             if not run.pruned and run.trial.should_prune():
                 run.pruned = True
                 send_signal(run, signal.SIGTERM)
     return values[-1] if values else None
+
+
+def is_finite(value: Any) -> bool:  # also of integers that no float can hold
+    return isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
 
 
 def send_signal(run: Run, number: signal.Signals) -> None:
@@ -236,17 +241,16 @@ def read_result(metric: str, run: Run, last: float | None) -> tuple[float | None
     """The final value of a run's metric, and what is wrong with the run if it failed."""
     status = run.process.returncode
     if status < 0:
-        return None, f"killed by {signal.Signals(-status).name}"
+        return None, f"killed by {signal.strsignal(-status) or f'signal {-status}'}"
     if status > 0:
         log = run.output_dir.with_suffix(".log").read_text(errors="replace")
         messages = [line for line in log.splitlines() if line.strip() and not line.startswith("wandb:")]
         return None, messages[-1] if messages else f"exit status {status}"
-    try:
-        value = json.loads((run.output_dir / "metrics.json").read_text()).get(metric)
-    except (FileNotFoundError, ValueError, AttributeError):
+    try:  # metrics.json holds the best epoch's value, if there is one
+        value = json.loads((run.output_dir / "metrics.json").read_text()).get(metric, last)
+    except (OSError, ValueError, AttributeError, RecursionError):
         return None, "the run left no readable metrics.json"
-    value = last if value is None else value  # metrics.json holds the best epoch's value, if there is one
-    if isinstance(value, (int, float)) and math.isfinite(value):
+    if is_finite(value):
         return value, None
     return None, f"the run has no metric {metric}" if value is None else f"{metric} is {value!r}"
 
