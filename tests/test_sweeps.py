@@ -299,6 +299,21 @@ def test_directories_on_one_machine_that_share_a_storage(workdir):
     assert "6 complete" in run_search(workdir, sweep, "--storage", storage)
 
 
+def test_a_directory_that_comes_back_elsewhere_resumes_its_trial(workdir):
+    """As in a pod with another name: its files tell whose trials it has."""
+    place, sweep, storage = workdir / "before", GRID.replace("0.5", "3"), f"sqlite:///{workdir}/shared.db"
+    place.mkdir()
+    shutil.copy(workdir / "objective.py", place)
+    process = start_search(place, sweep, "--storage", storage, "--count", "1")
+    while not read_lines(place / "starts.txt"):
+        time.sleep(0.02)
+    process.terminate()
+    process.communicate()
+    place = place.rename(workdir / "after")
+    assert "1 complete" in run_search(place, sweep, "--storage", storage, "--count", "1")
+    assert len(read_lines(place / "starts.txt")) == 2 and len(read_lines(place / "visits.txt")) == 1
+
+
 def test_the_direction_the_threads_the_group_and_the_best_command(workdir):
     out = run_search(workdir, GRID.replace("maximize", "minimize"), "--count", "4", "--jobs", "2")
     best = trial_rows(workdir)[0]
