@@ -62,15 +62,17 @@ def joined(timeout: float, last_wait: float) -> Iterator[None]:
 def _check_environment() -> None:
     """Raise `UserError` for variables with which the processes would wait for each other forever."""
     for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"):
-        if not (value := os.environ[name]).isdecimal():
+        if not (value := os.environ[name]).isdecimal() or len(value) > 9:
             raise UserError(f"{name} must be a whole number, got {value!r}: start with torchrun, or unset it")
     number, count, address = (os.environ[name] for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"))
     if int(number) >= int(count):
         raise UserError(f"RANK is {number}, but WORLD_SIZE {count}: ranks count from 0")
+    if int(os.environ["MASTER_PORT"]) > 65535:
+        raise UserError(f"MASTER_PORT must be at most 65535, got {os.environ['MASTER_PORT']}")
     try:
         socket.getaddrinfo(address, None)
-    except OSError as error:
-        raise UserError(f"MASTER_ADDR {address} can't be resolved: {error.strerror}") from None
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"MASTER_ADDR {address} can't be resolved: {error}") from None
 
 
 @contextlib.contextmanager
