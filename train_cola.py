@@ -130,8 +130,8 @@ def prepare(session: Session) -> Task:
 @logs_to_wandb
 def log_dataset(run: wandb.Run, corpus: Corpus) -> None:
     artifact = wandb.Artifact(corpus.name, type="dataset")
-    for file in corpus.files:
-        artifact.add_file(str(file))
+    for number, file in enumerate(corpus.files):
+        artifact.add_file(str(file), name=f"{number}-{file.name}")  # both may be called data.tsv
     if not corpus.files:
         for name, part in (("train", corpus.train), ("valid", corpus.valid)):
             with artifact.new_file(f"{name}.tsv", encoding="utf-8") as file:

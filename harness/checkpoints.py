@@ -161,8 +161,8 @@ def _read(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         file.seek(length)
         magic, checksum = SEAL.unpack(file.read().ljust(SEAL.size))
-        if magic == SEAL_MAGIC and _checksum(file, length) != checksum:
-            raise ValueError("it is damaged")
+        if magic != SEAL_MAGIC or _checksum(file, length) != checksum:
+            raise ValueError("it is damaged, or not a checkpoint of this script")
     state = torch.load(path, map_location="cpu", weights_only=True)
     missing = [name for name in CONTENT if name not in state] if isinstance(state, dict) else CONTENT
     if missing:

@@ -58,7 +58,7 @@ class SharedSettings:
 
     patience: int = option(0, "stop after this many epochs without improvement; 0: never", at_least=0)
     checkpoint_every: int = option(500, "batches between checkpoints; every epoch also ends with one", at_least=1)
-    stop_timeout: float = option(25, "seconds to save in after a signal, before the run stops where it is", above=0)
+    stop_timeout: float = option(25, "seconds to save in after a signal, before it stops there", above=0, below=1e6)
     peer_timeout: float = option(300, "seconds that torchrun's processes wait for each other", above=0, below=1e6)
     log_every: int = option(10, "batches between rows of training metrics", at_least=1)
     watch: str = option("all", "histograms of the weights", choices=("off", "gradients", "parameters", "all"))

@@ -84,6 +84,7 @@ def status_of(action: Callable[[], Any]) -> int:
     with contextlib.suppress(OSError):
         sys.stdout.flush()  # keeps this line last if both streams go to one file
     line = re.sub(r"\s*\n\s*", " ", message.strip())
+    line = line if len(line) < 2000 else f"{line[:1000]} … {line[-500:]}"
     print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
     return status
 

@@ -41,7 +41,7 @@ class StopRequests:
 
     def on_timeout(self, *_: Any) -> None:
         self._late = True
-        if not self._writing:
+        if self.first and not self._writing:
             self._raise_late()
 
     @contextlib.contextmanager

@@ -72,7 +72,7 @@ def sweep_charts(study: Any, directory: Path) -> dict[str, Any]:
 
 def read_importances(directory: Path) -> list[tuple[str, float]]:
     """The importances that sweep_offline.py has computed at the end of the search; empty before."""
-    with contextlib.suppress(OSError, ValueError), (directory / "importances.csv").open(newline="") as file:
+    with contextlib.suppress(OSError, ValueError, csv.Error), (directory / "importances.csv").open(newline="") as file:
         return [(name, float(share)) for name, share in list(csv.reader(file))[1:]]
     return []
 

@@ -14,7 +14,7 @@ from tokenizers.pre_tokenizers import BertPreTokenizer
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from harness.errors import UserError, warn_loudly
+from harness.errors import Stopped, UserError, warn_loudly
 from tasks.batching import TokenSet, inputs_of, tokenise, tokens_of
 from tasks.downloads import one_line, why_unreachable
 
@@ -72,7 +72,9 @@ def load_model(name: str, sentences: list[str], class_names: list[str], max_leng
     try:
         model, tokenizer = _from_scratch(sentences, labels) if name == "scratch" else _load_pretrained(name, labels)
         _prepare(model, tokenizer, max_length)
-    except Exception as error:  # there is no end to what the libraries raise when they read a broken model
+    except (KeyboardInterrupt, SystemExit, Stopped):
+        raise
+    except BaseException as error:  # there is no end to what the libraries raise, Rust's panics included
         reason = one_line(error)
         small = [file for file in Path(name).glob("*") if file.is_file() and file.stat().st_size < 1000]
         if pointers := [file.name for file in small if file.read_bytes().startswith(b"version https://git-lfs")]:

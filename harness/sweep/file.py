@@ -4,6 +4,7 @@ import dataclasses
 import math
 import os
 import re
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,8 @@ class Sweep:
     @property
     def directory(self) -> Path:
         """The directory for the files of the sweep's runs."""
-        return Path("runs", f"sweep-{re.sub(r'[^A-Za-z0-9_.-]+', '-', self.name)}")
+        name = re.sub(r"[^A-Za-z0-9_.-]+", "-", self.name)
+        return Path("runs", f"sweep-{name}{f'-{zlib.crc32(self.name.encode()):x}' if name != self.name else ''}")
 
 
 def read_sweep(path: Path) -> Sweep:

@@ -243,8 +243,9 @@ def read_result(metric: str, run: Run, last: float | None) -> tuple[float | None
     if status < 0:
         return None, f"killed by {signal.strsignal(-status) or f'signal {-status}'}"
     if status > 0:
-        log = run.output_dir.with_suffix(".log").read_text(errors="replace")
-        messages = [line for line in log.splitlines() if line.strip() and not line.startswith("wandb:")]
+        log = run.output_dir.with_suffix(".log")
+        lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
+        messages = [line for line in lines if line.strip() and not line.startswith("wandb:")]
         return None, messages[-1] if messages else f"exit status {status}"
     try:  # metrics.json holds the best epoch's value, if there is one
         value = json.loads((run.output_dir / "metrics.json").read_text()).get(metric, last)
