@@ -34,7 +34,7 @@ def call(script: str, *arguments: object, cwd: Path, real: bool = False, **envir
     """Run a project script in `cwd`; return its `status`, `out` and `err`. `real`: in a new interpreter."""
     command = [sys.executable, REPO / script, *map(str, arguments)]
     popen = subprocess.Popen if real else forking.Popen
-    done = forking.run(command, popen, cwd=cwd, env=clean_environment(cwd, **environment), text=True, timeout=200)
+    done = forking.run(command, popen, cwd=cwd, env=clean_environment(cwd, **environment), text=True, timeout=600)
     return SimpleNamespace(status=done.returncode, out=done.stdout, err=done.stderr)
 
 
