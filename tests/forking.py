@@ -65,14 +65,16 @@ class Server:
         listener, lifeline = self.listen()
         with listener, lifeline:
             numbers = listener.fileno(), lifeline.fileno()
-            subprocess.Popen(
+            self.process = subprocess.Popen(
                 [sys.executable, __file__, *map(str, numbers)],
                 env=self.environment,
                 pass_fds=numbers,
                 start_new_session=True,
                 stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-            ).returncode = 0  # nobody waits for it
+                stdout=subprocess.PIPE,  # no file: the streams of a child must not seek
+                stderr=subprocess.STDOUT,
+            )
+            self.process.returncode = 0  # nobody waits for it
 
     def fork(self, request: dict[str, Any], streams: list[int]) -> int:
         """The id of the new process, which is a child of this one."""
@@ -249,11 +251,7 @@ def become(arguments: list[str], cwd: str, environment: dict[str, str], imported
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(imported | environment)
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
-        old, mode, buffering = getattr(sys, name), "w" if number else "r", 1 if number == 2 else -1
-        new = open(number, mode, buffering, encoding=old.encoding, errors=old.errors, closefd=False)  # noqa: SIM115
-        setattr(sys, name, new)
-        setattr(sys, f"__{name}__", new)
+    sys.stdout.reconfigure(line_buffering=os.isatty(1))  # not replaced: W&B captures what it found on import
     if arguments[0] == "-u":  # as torchrun starts Python
         arguments = arguments[1:]
         sys.stdout.reconfigure(write_through=True)
