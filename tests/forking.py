@@ -19,6 +19,7 @@ import select
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import types
 from collections.abc import Mapping
@@ -109,7 +110,7 @@ def server_for(given: dict[str, Any]) -> Server | None:
     A child has the interpreter, the imports and the variables of the server, and is at home where it starts.
     """
     command, environment, cwd = [*map(str, given["args"])], given["env"], str(given["cwd"] or os.getcwd())
-    if sys.platform != "linux" or not environment or given["preexec_fn"]:
+    if sys.platform != "linux" or not environment or given["preexec_fn"] or not "".join(command).isascii():
         return None
     first = command[command[1:2] == ["-u"] :][1]
     runs = first == "-c" or first.endswith(".py") or command[1:3] == TORCHRUN
@@ -251,6 +252,8 @@ def become(arguments: list[str], cwd: str, environment: dict[str, str], imported
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(imported | environment)
+    if media := sys.modules.get("wandb.sdk.data_types._private"):  # or the first child to end would remove it for all
+        media.MEDIA_TMP.name = tempfile.mkdtemp("wandb-media")
     sys.stdout.reconfigure(line_buffering=os.isatty(1))  # not replaced: W&B captures what it found on import
     if arguments[0] == "-u":  # as torchrun starts Python
         arguments = arguments[1:]

@@ -438,7 +438,7 @@ ODD_ENVIRONMENT = {
         TORCHRUN | {"MASTER_ADDR": "no.such.host.invalid"},
         "MASTER_ADDR no.such.host.invalid can't be resolved",
     ),
-    "service": ({"WANDB_SERVICE": "garbage"}, "W&B: Failed to parse WANDB_SERVICE='garbage'"),
+    "service": ({"WANDB_SERVICE": "garbage"}, "W&B can't start: Failed to parse WANDB_SERVICE='garbage'"),
     "mode": ({"WANDB_MODE": "bogus"}, "W&B: WANDB_MODE: Input should be"),
 }
 

@@ -182,7 +182,7 @@ def test_user_error_is_reported_once(tmp_path):
     "case, message",
     {
         "no data": "train_cola.py: process 1: error: can't read sentences.tsv",
-        "no model": "train_cola.py: process 1: error: --model bert can't be loaded",
+        "no model": "train_cola.py: process 1: error: --model bert can't be used",
         "other data": "train_cola.py: error: the processes do not have the same data and model",
     }.items(),
 )

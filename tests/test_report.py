@@ -208,7 +208,7 @@ def test_without_plotly_the_table_is_printed(tmp_path):
         (["absent"], "absent does not exist"),
         (["a/config.json"], "a/config.json is not a directory"),
         (["a", "--output", "a/config.json"], "is not a report"),
-        (["a", "--output", "empty"], "is a directory"),
+        (["a", "--output", "empty"], "is not a file"),
         (["a", "--output", "a/config.json/b.html"], "can't write"),
         ([], "RUN_DIRECTORY"),
         (["a", "--outptu", "x"], "--outptu"),

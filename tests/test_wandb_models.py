@@ -160,12 +160,12 @@ UNUSABLE = {
     "wandb:tester/cola/model-first:none": "artifact membership 'model-first:none' not found in 'tester/cola'",
     "wandb:tester/none/model-first:best": "project 'none' not found under entity 'tester'",
     "wandb:a/b/c/d": "Invalid artifact path: 'a/b/c/d'",
-    "wandb:tester/mnist/model-digits:best": "it can't be loaded: Unrecognized model in it.",
+    "wandb:tester/mnist/model-digits:best": "it can't be used: Unrecognized model in it.",
     not_stored: "404 Client Error: Not Found for url: http://127.0.0.1",
-    not_listed: "it can't be loaded: Error no file named model.safetensors",
+    not_listed: "it can't be used: Error no file named model.safetensors",
     changed_since: "Digest mismatch for file: model.safetensors",
     cut_since: "Digest mismatch for file: model.safetensors",
-    logged_damaged: "it can't be loaded: the file of its weights is damaged",
+    logged_damaged: "it can't be used: the file of its weights is damaged",
 }
 
 
