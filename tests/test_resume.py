@@ -166,6 +166,7 @@ def test_changed_data_is_refused(copied, references):
     state = torch.load(copied / "out/checkpoint.pt", weights_only=True)
     (copied / "out/metrics.json").unlink()
     torch.save(state | {"data": state["data"] ^ 1}, copied / "out/checkpoint.pt")
+    checkpoints._seal(copied / "out/checkpoint.pt")
     refused = resume(copied)
     assert refused.status == 2 and "the data are not those" in refused.out.splitlines()[-1]
 
