@@ -102,7 +102,7 @@ class Progress:
 
     def warn(self, title: str, text: str) -> None:
         """Print a warning, and send it as an alert if the run is online."""
-        self.bar.write(f"WARNING: epoch {self.epoch}: {text}")
+        self.bar.write(f"WARNING: after epoch {self.epoch}, {text}")
         if not (self._run.offline or self._run.disabled):
             self._run.alert(title=title, text=text, level=wandb.AlertLevel.WARN)
 
