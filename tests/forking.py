@@ -4,6 +4,7 @@ Users start a new interpreter, and so does `Popen` here unless `forkable` says t
 a process of its own, because a child would miss the threads of the tests' process.
 """
 
+import atexit
 import contextlib
 import ctypes
 import functools
@@ -280,4 +281,16 @@ def become(arguments: list[str], cwd: str, environment: dict[str, str], imported
 if __name__ == "__main__":
     variables = do_imports()
     sockets = (socket.socket(fileno=int(number)) for number in sys.argv[1:])
-    become(**serve(*sockets), imported=variables)
+    status: Any = None
+    try:
+        become(**serve(*sockets), imported=variables)
+    except SystemExit as ended:
+        status = ended.code
+    if isinstance(status, str):
+        print(status, file=sys.stderr)
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(1 if isinstance(status, str) else status or 0)  # libraries that were imported needlessly would complain

@@ -183,7 +183,7 @@ def test_artifacts(small_cola, own_files):
     assert {entry["path"] for entry in dataset["manifest"]["contents"]} == {"train.tsv", "valid.tsv"}
     artifacts = [record["artifact"] for record in own_files.records if record["type"] == "artifact"]
     (dataset,) = (artifact for artifact in artifacts if artifact["type"] == "dataset")
-    assert {entry["path"] for entry in dataset["manifest"]["contents"]} == {"t.csv", "v.csv"}
+    assert {entry["path"] for entry in dataset["manifest"]["contents"]} == {"0-t.csv", "1-v.csv"}
     assert not [artifact for artifact in artifacts if artifact["type"] == "model"]
 
 
