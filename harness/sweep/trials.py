@@ -167,7 +167,7 @@ def find_files(search: Search, trial: FrozenTrial, suffix: str = "") -> str | No
     """The directory of a trial's run, or its file with a suffix; on another host, after its name. None if it's gone."""
     path = f"{search.sweep.directory / trial.user_attrs['run']}{suffix}"
     if trial.user_attrs["place"] != search.place:
-        return f"{trial.user_attrs['host']}/{path}"
+        return f"{trial.user_attrs.get('host', 'elsewhere')}/{path}"
     return path if os.path.exists(path) else None
 
 
