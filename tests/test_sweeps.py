@@ -557,7 +557,7 @@ MISTAKES = {
     "a date": ("{values: [1, 2, 3, 4]}", "{value: 2021-01-01}", "x.value: 2021-01-01 is neither text"),
     "an invalid date": ("{values: [1, 2, 3, 4]}", "{value: 2021-13-45}", "s.yaml: month must be in 1..12"),
     "recursive": ("{values: [1, 2, 3, 4]}", "&p {parameters: {a: *p}}", "maximum recursion depth exceeded"),
-    "huge": ("{min: -2, max: 0}", f"{{distribution: uniform, min: 0, max: {'9' * 400}}}", "y: min, max"),
+    "huge": ("{min: -2, max: 0}", f"{{distribution: uniform, min: 0, max: {'9' * 400}}}", "y.max: 9999"),
     "envvar": ("parameters:", "command: ['${envvar:home}']\nparameters:", "command: unknown macro ${envvar:home}"),
     "min_iter": ("parameters:", "early_terminate: {type: hyperband, min_iter: 9, max_iter: 3}\nparameters:", "_iter b"),
     "a large s": ("parameters:", "early_terminate: {type: hyperband, max_iter: 27, s: 100000000}\nparameters:",
