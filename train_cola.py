@@ -77,7 +77,7 @@ def load(settings: Settings) -> tuple[Corpus, tuple[PreTrainedModel, PreTrainedT
     """The corpus and, unless W&B has it, the model. Resolves the settings left open; raises `UserError`."""
     corpus = load_corpus(settings.dataset, settings.data_dir, settings.train_file, settings.valid_file)
     check_batches(settings, examples=len(corpus.train.labels), held_out=len(corpus.valid.labels))
-    logits = torch.zeros(len(corpus.valid.labels), len(corpus.class_names))
+    logits = torch.zeros(len(corpus.valid.labels), len(corpus.class_names))  # any: only the names are needed
     if settings.monitor not in metrics.evaluation(logits, torch.tensor(corpus.valid.labels)).named("valid"):
         raise UserError(f"--monitor {settings.monitor} needs two classes, both in the validation data")
     settings.dataset, settings.model = corpus.name, encoders.find_model(settings.model)
@@ -190,6 +190,8 @@ def attributions(task: Task, result: metrics.Evaluation) -> str:
 def log_charts(run: wandb.Run, task: Task, result: metrics.Evaluation, progress: Progress) -> None:
     """Log the charts and tables of the validation sentences, and warn of a model that predicts one class only."""
     names, valid = task.corpus.class_names, task.corpus.valid
+    if warning := viz.one_class_warning(result, names):  # first: W&B may fail
+        progress.warn("One class only", warning)
     picture = viz.confusion_matrix_picture(result.confusion.counts, names, "valid")
     per_source = viz.per_source_table(result, valid.sources)
     charts = {
@@ -205,8 +207,6 @@ def log_charts(run: wandb.Run, task: Task, result: metrics.Evaluation, progress:
         "valid/attributions": wandb.Html(attributions(task, result), inject=False),
     }
     run.log(charts, step=progress.step)
-    if warning := viz.one_class_warning(result, names):
-        progress.warn("One class only", warning)
 
 
 def write_curves(session: Session, best_epoch: int) -> None:

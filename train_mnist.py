@@ -151,6 +151,8 @@ def evaluate(model: ConvNet, part: ImageSet) -> Evaluation:
 @logs_to_wandb
 def log_charts(run: wandb.Run, data: Digits, name: str, result: Evaluation, progress: Progress) -> None:
     """Log the charts and tables of `name`, "valid" or "test", and warn of a model that predicts one class only."""
+    if warning := viz.one_class_warning(result, data.class_names):
+        progress.warn("One class only", warning)
     images, classes = getattr(data, name).images.cpu(), data.class_names
     picture = viz.confusion_matrix_picture(result.confusion.counts, classes, name)
     charts = {
@@ -161,8 +163,6 @@ def log_charts(run: wandb.Run, data: Digits, name: str, result: Evaluation, prog
         f"{name}/logits": wandb.Histogram(result.logits.numpy()),
     }
     run.log(charts, step=progress.step)
-    if warning := viz.one_class_warning(result, classes):
-        progress.warn("One class only", warning)
 
 
 def write_curves(session: Session, best_epoch: int) -> None:

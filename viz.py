@@ -48,14 +48,12 @@ def confusion_matrix_chart(result: Evaluation, class_names: list[str]) -> wandb.
     place = {label: i for i, label in enumerate(shown)}
     pairs = zip(result.labels.tolist(), result.predictions.tolist())
     pairs = [(place[label], place[prediction]) for label, prediction in pairs if {label, prediction} <= place.keys()]
-    title = "Confusion matrix" + (
-        f" of the {MAX_CLASSES} most confused classes" if len(shown) < len(class_names) else ""
-    )
+    part = f" of the {MAX_CLASSES} most confused classes" if len(shown) < len(class_names) else ""
     return wandb.plot.confusion_matrix(
         y_true=[label for label, _ in pairs],
         preds=[prediction for _, prediction in pairs],
         class_names=[class_names[label] for label in shown],
-        title=title,
+        title=f"Confusion matrix{part}",
     )
 
 
@@ -168,8 +166,8 @@ def _line_chart(curves: list[tuple[str, Tensor, Tensor]], title: str, x_name: st
     """Lines of at most 1,000 points each."""
     kept = [torch.linspace(0, len(x) - 1, min(len(x), 1000)).round().long() for _, x, _ in curves]
     return wandb.plot.line_series(
-        xs=[x[points].tolist() for (_, x, _), points in zip(curves, kept)]
-        or [[]],  # it wants one, even if no class has a curve
+        # It wants a line even if no class has a curve.
+        xs=[x[points].tolist() for (_, x, _), points in zip(curves, kept)] or [[]],
         ys=[y[points].tolist() for (_, _, y), points in zip(curves, kept)] or [[]],
         keys=[name for name, _, _ in curves] or [""],
         title=title,

@@ -17,9 +17,7 @@ from harness.options import SharedSettings, parse
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EMFILE)
 PATH_ERRORS = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
-ALLOCATION_ERRORS = re.compile(
-    "out of memory|can't allocate memory|storage size calculation", re.IGNORECASE
-)  # of torch
+ALLOCATION_ERRORS = re.compile("out of memory|can't allocate memory|storage size calculation", re.IGNORECASE)
 
 
 def check_options(settings_class: type[SharedSettings]) -> None:

@@ -79,9 +79,7 @@ def load_model(name: str, sentences: list[str], class_names: list[str], max_leng
         small = [file for file in Path(name).glob("*") if file.is_file() and file.stat().st_size < 1000]
         if pointers := [file.name for file in small if file.read_bytes().startswith(b"version https://git-lfs")]:
             reason = f"{min(pointers)} is a git LFS pointer, not the file itself: run `git lfs pull`"
-        elif (
-            isinstance(error, SafetensorError) or "Weights only load failed" in reason
-        ):  # the latter's advice is unsafe
+        elif isinstance(error, SafetensorError) or "Weights only load failed" in reason:  # whose advice is unsafe
             reason = "the file of its weights is damaged"
         elif " " not in reason:  # KeyError: 'vocab'
             reason = f"{type(error).__name__}: {reason}"

@@ -43,6 +43,9 @@ for epoch in range(done + 1, options.epochs + 1):
     time.sleep(options.seconds / options.epochs)
     with journal.open("a") as file:
         file.write(json.dumps({"step": epoch, metric: value - (options.epochs - epoch)}) + "\n")
+if options.fail == "garbage":
+    journal.write_bytes(b'\xff\n{"score"\n["score"]\n{"score": ["score"]}\n{"score": 1' + b"0" * 400 + b"}\n")
+    value = 10**400
 if not (options.output_dir / "metrics.json").exists():
     (options.output_dir / "metrics.json").write_text(json.dumps({metric: value}))
     with Path("visits.txt").open("a") as file:

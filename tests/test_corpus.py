@@ -230,6 +230,14 @@ def test_both_parts_share_rules_but_no_sentences():
         assert max(counts.values()) - min(counts.values()) <= 1
 
 
+def test_labels_of_any_length_are_in_numeric_order(tmp_path):
+    labels = ["b", "1" + "0" * 5000, "9" * 5000, "10", "9", "01", "1", "a"]
+    for part in "tv":
+        (tmp_path / part).write_text("sentence\tlabel\n" + "".join(f"s\t{label}\n" for label in labels))
+    corpus = load_corpus("files", ".", str(tmp_path / "t"), str(tmp_path / "v"))
+    assert corpus.class_names == ["01", "1", "9", "10", "9" * 5000, "1" + "0" * 5000, "a", "b"]
+
+
 def test_pairs_break_the_rule_they_are_labelled_with():
     """Check each rule independently, by a property that holds for every acceptable sentence and no unacceptable one."""
     plural = {f"{noun}s" for noun in grammar.NOUNS}

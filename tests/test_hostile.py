@@ -434,6 +434,10 @@ ODD_ENVIRONMENT = {
     "rank out of range": (TORCHRUN | {"RANK": "5"}, "RANK is 5, but WORLD_SIZE 2"),
     "world size": (TORCHRUN | {"WORLD_SIZE": "two"}, "WORLD_SIZE must be a whole number, got 'two'"),
     "port": (TORCHRUN | {"MASTER_PORT": "x"}, "MASTER_PORT must be a whole number, got 'x'"),
+    "port too high": (TORCHRUN | {"MASTER_PORT": "70000"}, "MASTER_PORT must be at most 65535, got 70000"),
+    "address of long words": (TORCHRUN | {"MASTER_ADDR": "a" * 100}, "can't be resolved"),
+    "no directory for W&B": ({"WANDB_DIR": "/proc"}, "W&B can't start: [Errno 2]"),
+    "name of no text": ({"WANDB_NAME": "a\udcff"}, "W&B can't start: 'utf-8' codec can't encode"),
     "address": (
         TORCHRUN | {"MASTER_ADDR": "no.such.host.invalid"},
         "MASTER_ADDR no.such.host.invalid can't be resolved",

@@ -113,3 +113,28 @@ def test_two_processes_on_one_new_directory(tmp_path):
         (line,) = errors[loser].splitlines()
         assert "another process is at work there" in line or "already holds another run" in line
         assert (tmp_path / f"new/{attempt}/metrics.json").exists()
+
+
+def test_a_directory_that_is_taken_away_is_one_line(tmp_path):
+    process = start(tmp_path, *LONG, "--output_dir", "out")
+    while not (tmp_path / "out/curves.png").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    (tmp_path / "out").rename(tmp_path / "moved")
+    out, err = process.communicate(timeout=100)
+    assert process.returncode == 1 and "Traceback" not in out + err
+    assert err.splitlines()[-1] == (
+        "train_mnist.py: error: --output_dir out was removed while the run was at work there"
+    )
+
+
+def test_a_slash_in_an_id_leaves_nothing_behind(tmp_path):
+    done = call("train_mnist.py", *QUICK, "--id", "../../x", cwd=tmp_path)
+    assert done.status == 2 and done.err.splitlines()[-1].endswith("--id: must not contain a slash, got '../../x'")
+    assert not list(tmp_path.rglob("mnist-*"))
+
+
+def test_long_values_are_shortened(tmp_path):
+    done = call("train_mnist.py", "--epochs", "9" * 100_000, cwd=tmp_path)
+    (line,) = done.err.splitlines()
+    assert done.status == 2 and len(line) < 2000 and "--epochs: " in line

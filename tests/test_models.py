@@ -395,3 +395,9 @@ def test_interrupted_download_is_not_a_cached_model(name, bert, tmp_path):
     server.server_close()
     done = find()  # from the cache
     assert done.returncode == 0 and done.stdout == f"{name or encoders.BERT_TINY}\n", done.stderr
+
+
+def test_a_panic_of_the_tokenizer_is_one_line(bert):
+    """Raised by Rust, as a BaseException."""
+    change(bert / "tokenizer.json", normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"})
+    assert refusal(bert).startswith("be used: ")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import optuna
 import pytest
 import scipy.stats
 import torch
@@ -269,6 +270,8 @@ def test_runs_that_have_not_finished(tmp_path, capsys):
         ("metrics.json", "{"),
         ("metrics.json", '{"class_names": ["only one"]}'),
         ("history.jsonl", ""),
+        ("config.json", "[" * 200_000),
+        ("metrics.json", '{"seconds": ' + "9" * 400 + ', "valid/loss": ' + "9" * 400 + "}"),
         ("history.jsonl", '[]\n{"step": "x"}\n{"no": 1}\n{"step": NaN}\n\x00\xff\n{"step": 1, "valid/loss": 1e999}\n'),
         ("history.jsonl", '{"step": 1, "valid/loss": null, "a": ' + "9" * 400 + "}\n"),
         ("predictions.csv", ""),
@@ -293,6 +296,36 @@ def test_missing_files(file, tmp_path):
     (odd / file).unlink()
     for directories in ([odd], [odd, fine]):
         page_of(*directories, output=tmp_path / "report.html")
+
+
+@pytest.mark.parametrize("file", ["config.json", "metrics.json", "history.jsonl", "predictions.csv"])
+def test_pipes_are_not_waited_for(file, tmp_path):
+    odd = make_run(tmp_path / "odd")
+    (odd / file).unlink()
+    os.mkfifo(odd / file)
+    page_of(odd, make_run(tmp_path / "fine", seed=2), output=tmp_path / "report.html")
+
+
+def test_links_are_not_replaced(tmp_path):
+    make_run(tmp_path / "a")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="link is not a file"):
+        report.main([str(tmp_path / "a"), "--output", str(tmp_path / "link")])
+    assert (tmp_path / "link").is_symlink()
+
+
+def test_long_sentences_are_read(tmp_path):
+    run = make_run(tmp_path / "a", sentence="x" * 200_000)
+    assert "can't be read" not in page_of(run, output=tmp_path / "report.html")
+
+
+@pytest.mark.parametrize("directions", [["minimize"], ["minimize", "maximize"]])
+def test_a_foreign_study_is_said_to_be_one(directions, tmp_path, capsys):
+    make_run(tmp_path / "sweep/a")
+    study = optuna.create_study(storage=f"sqlite:///{tmp_path}/sweep/study.db", study_name="s", directions=directions)
+    study.set_user_attr("sweep", "text")
+    page_of(tmp_path / "sweep", output=tmp_path / "report.html")
+    assert "it is not of sweep_offline.py" in capsys.readouterr().out
 
 
 def test_only_the_same_examples_are_compared(tmp_path):

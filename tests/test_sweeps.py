@@ -272,6 +272,29 @@ def test_a_run_without_a_valid_metric_fails(failure, error, workdir):
     assert len(read_lines(workdir / "starts.txt")) == (6 if failure == "stop" else 2)
 
 
+def test_the_files_of_another_program_fail_its_trial_only(workdir):
+    """Rows that are no JSON, no text or no numbers, and a value that no float holds."""
+    sweep = GRID.replace("seconds: {value: 0.5}", "fail: {values: [garbage, no]}").replace("[1, 2, 3, 4]", "[1]")
+    assert "3 complete, 3 fail" in run_search(workdir, sweep)
+    assert {row["error"] for row in trial_rows(workdir) if row["state"] == "fail"} == {f"score is {10**400}"}
+
+
+def test_a_directory_of_something_else_is_refused(workdir):
+    foreign = workdir / "runs/sweep-s/trials.csv"
+    foreign.parent.mkdir(parents=True)
+    foreign.write_text("mine")
+    out = run_search(workdir, GRID, "--count", "1", status=2)
+    assert out.splitlines()[-1].endswith("runs/sweep-s is of something else: choose another name for the sweep")
+    assert [file.read_text() for file in foreign.parent.iterdir()] == ["mine"]
+
+
+def test_names_that_differ_have_directories_that_differ(workdir):
+    quick = GRID.replace("0.5", "0")
+    for name in ("a b", "a-b", "日本", "中国"):
+        run_search(workdir, f"name: {name}\n{quick}", "--count", "1")
+    assert len(list((workdir / "runs").iterdir())) == len(list((workdir / "runs").glob("sweep-*/trials.csv"))) == 4
+
+
 def test_the_order_of_the_parameters_does_not_matter(workdir):
     first, second = "x: {values: [1, 2, 3, 4]}", "y: {min: -2, max: 0}"
     quick = GRID.replace("0.5", "0")
@@ -554,6 +577,7 @@ MISTAKES = {
     "distribution is a list": ("{min: -2, max: 0}", "{distribution: [uniform], min: 0, max: 1}", "distribution: must"),
     "not a number": ("[1, 2, 3, 4]", "[1, .nan]", "parameters.x.values: nan is neither text nor a number"),
     "no number at all": ("{min: -2, max: 0}", "{min: .nan, max: 0.5}", "parameters.y.min: nan is neither"),
+    "a number that no float holds": ("[1, 2, 3, 4]", f"[1, {10**400}]", "is neither text nor a number that a float"),
     "a date": ("{values: [1, 2, 3, 4]}", "{value: 2021-01-01}", "x.value: 2021-01-01 is neither text"),
     "an invalid date": ("{values: [1, 2, 3, 4]}", "{value: 2021-13-45}", "s.yaml: month must be in 1..12"),
     "recursive": ("{values: [1, 2, 3, 4]}", "&p {parameters: {a: *p}}", "maximum recursion depth exceeded"),

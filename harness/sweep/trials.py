@@ -164,7 +164,7 @@ def read_place(directory: Path) -> str:
 
 
 def find_files(search: Search, trial: FrozenTrial, suffix: str = "") -> str | None:
-    """The directory of a trial's run, or its file with a suffix; on another host, after its name. None if it's gone."""
+    """The directory of a trial's run, or its file with a suffix, as host:path if elsewhere; None if it is gone."""
     path = f"{search.sweep.directory / trial.user_attrs['run']}{suffix}"
     if trial.user_attrs["place"] != search.place:
         return f"{trial.user_attrs.get('host', 'elsewhere')}/{path}"
