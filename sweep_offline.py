@@ -147,17 +147,15 @@ def main(argv: list[str] | None = None) -> None:
     sweep = read_sweep(Path(file))
     trial_count = count_trials(sweep, options.count)
     trials.check_command(sweep)
-    try:
-        names = {*os.listdir(sweep.directory)} if sweep.directory.is_dir() else set()
-        if names and names.isdisjoint({"place", "study.db"}):
-            raise UserError(f"{sweep.directory} is of something else: choose another name for the sweep")
-        if not options.storage:
-            sweep.directory.mkdir(parents=True, exist_ok=True)
-        opened = study.open_study(sweep, options.storage or f"sqlite:///{sweep.directory}/study.db")
-        sweep.directory.mkdir(parents=True, exist_ok=True)  # not earlier: an unusable storage leaves no directory
-    except FileExistsError:
-        raise UserError(f"{sweep.directory} is a file, not a directory") from None
-    place = trials.read_place(sweep.directory)  # a run can only be resumed where its files are
+    directory = sweep.directory
+    names = os.listdir(directory) if directory.is_dir() else [directory.name] * directory.exists()
+    if names and {"place", "study.db"}.isdisjoint(names):
+        raise UserError(f"{directory} is of something else: choose another name for the sweep")
+    if not options.storage:
+        directory.mkdir(parents=True, exist_ok=True)
+    opened = study.open_study(sweep, options.storage or f"sqlite:///{directory}/study.db")
+    directory.mkdir(parents=True, exist_ok=True)  # not earlier: an unusable storage leaves no directory
+    place = trials.read_place(directory)  # a run can only be resumed where its files are
     gpus = trials.visible_gpus() if options.jobs > 1 else []  # a single run may use all of them
     search = Search(sweep, opened[0], trial_count, options.jobs, options.seed, opened[1], place, gpus)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))

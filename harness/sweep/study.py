@@ -63,6 +63,7 @@ def pruner(early: dict[str, Any] | None) -> optuna.pruners.BasePruner:
 
 def open_study(sweep: Sweep, url: str, attempts: int = 5) -> tuple[optuna.Study, Callable[[int], int]]:
     """The sweep's study and, by trial number, Optuna's trial ids. Raises `UserError` if its storage can't be used."""
+    global patience
     shown_url = re.sub(":.*@", ":***@", url).partition("?")[0]  # without the password
     address = re.sub("^postgres(ql)?:", "postgresql+psycopg:", url)  # SQLAlchemy's default depends on its version
     limits = {"timeout": 100} if url.startswith("sqlite") else POSTGRESQL if "+psycopg" in address else {}
@@ -82,17 +83,18 @@ def open_study(sweep: Sweep, url: str, attempts: int = 5) -> tuple[optuna.Study,
             time.sleep(1)
             return open_study(sweep, url, attempts - 1)
         raise UserError(f"--storage {shown_url}: {reason}") from None
+    if url.startswith("sqlite"):  # a file does not go away: what fails stays damaged
+        patience = 0.0
     for method in filter(re.compile("[a-z]").match, vars(optuna.storages.BaseStorage)):
         setattr(store, method, _patient(getattr(store, method)))
     fields = dataclasses.asdict(sweep) | {"searched": {k: distribution_to_json(v) for k, v in sweep.searched.items()}}
     definition = {name: value for name, value in fields.items() if name not in ("command", "run_cap", "lists")}
     used = bool(study.get_trials(deepcopy=False))  # read first: another process may be creating the study
-    stored = study.user_attrs.get("sweep")
-    if stored is None:
+    if "sweep" not in study.user_attrs:
         if used:
             raise UserError(f"{shown_url} has a study {sweep.name!r} that sweep_offline.py did not create")
         study.set_user_attr("sweep", definition)
-        stored = study.user_attrs["sweep"]
+    stored = study.user_attrs["sweep"]
     changed = [name for name, value in json.loads(json.dumps(definition)).items() if stored.get(name) != value]
     if changed:
         advice = "to start a new search, change name: in the file; to resume the old one, undo the change"

@@ -141,11 +141,10 @@ def start_run(search: Search, known: FrozenTrial) -> bool:
     command = [*trial_command(sweep, searched, sys.executable), "--output_dir", str(output_dir), "--resume"]
     with output_dir.with_suffix(".log").open("ab") as log:
         try:
-            streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
             # Ctrl-C reaches only this process, which stops its runs; a run that outlives it keeps the lock.
-            apart = {"start_new_session": True, "pass_fds": (lock.fileno(),)}
-            environment = run_environment(search, trial.number, run_id, gpu)
-            process = subprocess.Popen(command, env=environment, **streams, **apart)
+            how = {"start_new_session": True, "pass_fds": (lock.fileno(),), "stdin": subprocess.DEVNULL}
+            how |= {"stdout": log, "stderr": subprocess.STDOUT, "env": run_environment(search, trial, run_id, gpu)}
+            process = subprocess.Popen(command, **how)
         except OSError as error:  # for example, a script without #!
             raise UserError(f"command: {command[0]}: {error.strerror}") from None
     search.running[trial.number] = Run(trial, process, output_dir, lock, set(known.intermediate_values), gpu)
@@ -171,13 +170,13 @@ def find_files(search: Search, trial: FrozenTrial, suffix: str = "") -> str | No
     return path if os.path.exists(path) else None
 
 
-def run_environment(search: Search, trial_number: int, run_id: str, gpu: str | None) -> dict[str, str]:
+def run_environment(search: Search, trial: optuna.Trial, run_id: str, gpu: str | None) -> dict[str, str]:
     """The environment of a run: W&B offline, a GPU, and a share of the processor's threads."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = str(max(1, cores // search.jobs))
     inherited, sweep = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_SWEEP")}, search.sweep
     chosen = {"WANDB_PROJECT": sweep.project, "WANDB_ENTITY": sweep.entity, "WANDB_RUN_GROUP": sweep.name}
-    chosen |= {"WANDB_MODE": "offline", "WANDB_NAME": f"{sweep.name}-{trial_number}", "WANDB_RUN_ID": run_id}
+    chosen |= {"WANDB_MODE": "offline", "WANDB_NAME": f"{sweep.name}-{trial.number}", "WANDB_RUN_ID": run_id}
     chosen["CUDA_VISIBLE_DEVICES"] = gpu
     defaults = {"OMP_NUM_THREADS": threads, "RAYON_NUM_THREADS": threads}  # the tokenizers use the latter
     return defaults | inherited | {name: value for name, value in chosen.items() if value}
