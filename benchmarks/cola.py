@@ -1,4 +1,4 @@
-"""Compare CoLA training time with the Lightning tutorial's.
+"""Compare CoLA training time with the Lightning tutorial's and with that of Hugging Face's Trainer.
 
 python -m benchmarks.cola --data_dir DIR --model BERT_TINY
 DIR contains cola_public_1.1.zip; BERT_TINY is a directory or the name of a Hugging Face model.
@@ -24,13 +24,14 @@ def main() -> None:
         options = f"--dataset cola --data_dir {data_dir} --model {model} --epochs {epochs}"
         return pairs.process(pairs.REPO / "train_cola.py", *options.split())
 
-    def peer() -> dict[str, float]:
-        return pairs.process("-m", "benchmarks.peers.cola_lightning", data_dir, model, epochs)
+    def peer(name: str) -> dict[str, float]:
+        return pairs.process("-m", f"benchmarks.peers.{name}", data_dir, model, epochs)
 
-    a, b = pairs.alternate(ours, peer, args.pairs)
-    print(pairs.header("work", ("torch", "transformers", "lightning", "torchmetrics", "wandb")))
-    print(pairs.row(f"CoLA, {epochs} epoch(s) of training and validation", a["training"], b["training"]))
-    print(pairs.row("CoLA, whole process", a["whole process"], b["whole process"]))
+    print(pairs.header("work", ("torch", "transformers", "lightning", "torchmetrics", "accelerate", "wandb")))
+    for name, title in ("cola_lightning", "Lightning tutorial"), ("cola_trainer", "Hugging Face's Trainer"):
+        a, b = pairs.alternate(ours, lambda name=name: peer(name), args.pairs)
+        print(pairs.row(f"{title}, {epochs} epoch(s) of training and validation", a["training"], b["training"]))
+        print(pairs.row(f"{title}, whole process", a["whole process"], b["whole process"]), flush=True)
 
 
 if __name__ == "__main__":

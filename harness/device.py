@@ -1,5 +1,7 @@
 """Where a run computes and how it repeats itself: device, precision, seeds, deterministic algorithms."""
 
+import contextlib
+import ctypes
 import os
 import random
 
@@ -8,6 +10,8 @@ import torch
 
 from harness import distributed
 from harness.errors import UserError
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's names for its parameters
 
 
 def seed_everything(seed: int, deterministic: bool) -> None:
@@ -26,6 +30,14 @@ def seed_everything(seed: int, deterministic: bool) -> None:
 def seed_rank(seed: int) -> None:
     """Seed torch differently on each rank, so that dropout differs. Call it once the model has its weights."""
     torch.manual_seed(seed + distributed.rank())
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep freed memory: to get that of a small batch back from the system takes a fifth of the time."""
+    with contextlib.suppress(AttributeError, OSError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_MMAP_THRESHOLD, 32 << 20)
+        mallopt(M_TRIM_THRESHOLD, 256 << 20)
 
 
 def find_device(name: str) -> torch.device:

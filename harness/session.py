@@ -18,7 +18,7 @@ import torch
 import wandb
 
 from harness import checkpoints, distributed, wandb_run
-from harness.device import find_device, find_precision
+from harness.device import find_device, find_precision, keep_freed_memory
 from harness.directory import CHECKPOINT, CONFIG, JOURNAL, METRICS, newest_unfinished, output_directory
 from harness.errors import Stopped, UserError
 from harness.files import read_json, write_json
@@ -64,6 +64,7 @@ def open_session(settings: SharedSettings, task: str, load: Load, init: Init) ->
     Raises `UserError` for what the user can fix, and `Stopped` if the run was asked to stop; in a thread of
     `wandb.agent`, which goes on with other runs, that is only printed.
     """
+    keep_freed_memory()
     try:
         last_wait = wandb_run.FINISH_TIMEOUT[settings.log_model]
         with distributed.joined(settings.peer_timeout, last_wait), handling_signals(settings.stop_timeout) as requests:
