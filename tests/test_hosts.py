@@ -31,6 +31,7 @@ subprocess.run(["mount", "--make-rslave", "/"], check=True)
 for file in ("hosts", "resolv.conf"):
     subprocess.run(["mount", "--bind", f"/etc/netns/{{name}}/{{file}}", f"/etc/{{file}}"], check=True)
 socket.sethostname(host)
+os.environ["GLOO_SOCKET_IFNAME"] = "v0"
 sys.path.insert(0, {str(killing.REPO)!r})
 from tests import forking
 forking.fork_children(dict(os.environ))
@@ -71,7 +72,7 @@ class Hosts:
                 forking.Popen(
                     [sys.executable, "-c", ON_HOST, name, f"host{host}", *launcher, *arguments],
                     cwd=cwd,
-                    env=clean_environment(cwd, OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="v0"),
+                    env=clean_environment(cwd, OMP_NUM_THREADS="1"),
                     stdout=subprocess.PIPE,
                     stderr=subprocess.STDOUT,
                     start_new_session=True,
