@@ -337,5 +337,5 @@ def test_full_disk_keeps_the_last_checkpoint(tmp_path):
     assert process.returncode == 1
     assert out.splitlines()[-1].startswith("-c: error: ") and "Traceback" not in out
     state = torch.load(tmp_path / "out/checkpoint.pt", weights_only=True)
-    assert 0 < state["position"]["batch"] < 17
+    assert 0 < state["position"]["batch"] <= 17
     assert not list((tmp_path / "out").glob(".*"))
