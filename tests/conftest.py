@@ -19,6 +19,12 @@ REPO = Path(__file__).parent.parent
 DEAD_PROXY = "http://127.0.0.1:9"  # a proxy that refuses every connection, to cut off the network
 
 
+def pytest_configure() -> None:
+    """One thread for each run: there is a worker for each core, and two threads on a core wait for each other."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
 def pytest_collection_finish() -> None:
     forking.remember_environment()  # the imports of the tests have set variables
 

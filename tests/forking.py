@@ -7,6 +7,7 @@ a process of its own, because a child would miss the threads of the tests' proce
 import atexit
 import contextlib
 import ctypes
+import fcntl
 import functools
 import gc
 import importlib
@@ -17,6 +18,7 @@ import re
 import runpy
 import secrets
 import select
+import shutil
 import socket
 import subprocess
 import sys
@@ -29,9 +31,11 @@ from typing import Any
 
 REPO = Path(__file__).parent.parent
 WANDB = Path(sys.executable).with_name("wandb")  # W&B's command line
-# Read by nothing while it is imported. Any other variable may be: OMP_*, HF_*, CUDA_*, LC_*, PYTHON*, RANK, TMPDIR ...
-HARMLESS = re.compile(r"WANDB_\w+|PYTEST_\w+|\w+_proxy|PATH|NETRC|CI|CUBLAS_WORKSPACE_CONFIG")
-SET_BY_TORCHRUN = r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_\w+|TORCH\w+"
+# Read by nothing while it is imported. Any other variable may be: OMP_*, HF_*, CUDA_*, LC_*, PYTHON* ...
+HARMLESS = re.compile(
+    r"WANDB_\w+|PYTEST_\w+|\w+_proxy|PATH|NETRC|CI|CUBLAS_WORKSPACE_CONFIG|RAYON_NUM_THREADS|TMPDIR"
+    r"|(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_\w+|TORCHELASTIC_\w+|TORCH_NCCL_\w+"  # torchrun's
+)
 TORCHRUN = ["-m", "torch.distributed.run"]
 HOME = "/proc/self/cwd"  # the server's: paths that imports derive from it become those of a child
 ADOPT = 36  # PR_SET_CHILD_SUBREAPER
@@ -78,19 +82,25 @@ class Server:
             )
             self.process.returncode = 0  # nobody waits for it
 
-    def fork(self, request: dict[str, Any], streams: list[int]) -> int:
+    def fork(self, request: dict[str, Any], files: list[int]) -> int:
         """The id of the new process, which is a child of this one."""
         prctl = ctypes.CDLL(None).prctl
-        with self.lock, socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
-            if not self.address:
-                self.start()
+        with self.lock:
             prctl(ADOPT, 1)
             try:
-                connection.connect(self.address)
-                socket.send_fds(connection, [json.dumps(request).encode()], streams)
-                return int(connection.recv(100))
+                with contextlib.suppress(OSError, ValueError):
+                    return self.ask(request, files)
+                self.start()  # the first time, or it has died
+                return self.ask(request, files)
             finally:
                 prctl(ADOPT, 0)
+
+    def ask(self, request: dict[str, Any], files: list[int]) -> int:
+        """Raises `OSError` or `ValueError` if the server does not run, or dies."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+            connection.connect(self.address)
+            socket.send_fds(connection, [json.dumps(request).encode()], files)
+            return int(connection.recv(100))
 
 
 SERVERS: dict[str | None, Server] = {}  # by OMP_NUM_THREADS
@@ -105,16 +115,25 @@ def remember_environment() -> None:
 remember_environment()
 
 
+def python_command(given: dict[str, Any]) -> list[str]:
+    """The command in the arguments of `Popen`, without an `env` that finds this interpreter."""
+    command, path = [*map(str, given["args"])], (given["env"] or {}).get("PATH")
+    if command[0] == "/usr/bin/env" and shutil.which(command[1], path=path) == sys.executable:
+        return [sys.executable, *command[2:]]
+    return command
+
+
 def server_for(given: dict[str, Any]) -> Server | None:
     """The server whose child is the same as a new process, from the arguments of `Popen`; None if there is none.
 
     A child has the interpreter, the imports and the variables of the server, and is at home where it starts.
     """
-    command, environment, cwd = [*map(str, given["args"])], given["env"], str(given["cwd"] or os.getcwd())
+    command, environment, cwd = python_command(given), given["env"], str(given["cwd"] or os.getcwd())
     if sys.platform != "linux" or not environment or given["preexec_fn"] or not "".join(command).isascii():
         return None
-    first = command[command[1:2] == ["-u"] :][1]
-    runs = first == "-c" or first.endswith(".py") or command[1:3] == TORCHRUN
+    first = [*command[command[1:2] == ["-u"] :], ""][1]
+    script = first.endswith(".py") and Path(first).name != "objective.py"  # which imports next to nothing
+    runs = first == "-c" or script or command[1:3] == TORCHRUN
     if command[0] != str(WANDB) and not (command[0] == sys.executable and runs):
         return None
     server = SERVERS.get(environment.get("OMP_NUM_THREADS"))
@@ -136,15 +155,16 @@ class Popen(subprocess.Popen):
         if server is None:
             super()._execute_child(*arguments)
             return
-        command = [*map(str, given["args"])]
+        command = python_command(given)
         pipes = [given[name] for name in ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")]
         streams = [number if pipe == -1 else pipe for number, pipe in enumerate((pipes[0], pipes[3], pipes[5]))]
         request = {
             "arguments": command[1:] if command[0] == sys.executable else command,
             "cwd": str(given["cwd"] or os.getcwd()),
             "environment": dict(given["env"]),
+            "passed": [*given["pass_fds"]],
         }
-        self.pid, self._child_created = server.fork(request, streams), True
+        self.pid, self._child_created = server.fork(request, [*streams, *given["pass_fds"]]), True
         self._close_pipe_fds(*pipes)
 
 
@@ -185,14 +205,19 @@ def do_imports() -> dict[str, str]:
 
 def remember_what_is_installed() -> None:
     """Compute once what W&B and the ONNX exporter compute in each run, from the installed libraries alone."""
+    import tqdm
     import wandb.util
     from torch.onnx._internal.exporter import _registration
 
     packages = [*wandb.util.working_set()]
     wandb.util.working_set = lambda: packages
     operators = functools.cache(_registration.ONNXRegistry.from_torchlib)
-    operators(opset_version=_registration._constants.TORCHLIB_OPSET)
     _registration.ONNXRegistry.from_torchlib = staticmethod(operators)
+    train_mnist, interval = sys.modules["train_mnist"], tqdm.tqdm.monitor_interval
+    tqdm.tqdm.monitor_interval = 0  # no thread, which a child would miss
+    with tempfile.TemporaryDirectory() as directory:  # the first export of a process takes a second longer
+        train_mnist.export_onnx(Path(directory, "model.onnx"), train_mnist.ConvNet([1, 1]).eval())
+    tqdm.tqdm.monitor_interval = interval
 
 
 def name_process(name: str) -> None:
@@ -207,7 +232,12 @@ def serve(listener: socket.socket, lifeline: socket.socket) -> dict[str, Any]:
         if lifeline in ready:
             os._exit(0)
         connection, _ = listener.accept()
-        message, streams, *_ = socket.recv_fds(connection, 1 << 20, 3)
+        message, files, *_ = socket.recv_fds(connection, 1 << 20, 9)
+        if not message:  # the one that asked has been killed
+            connection.close()
+            continue
+        request = json.loads(message)
+        passed = request.pop("passed")
         reading, writing = os.pipe()
         between = os.fork()
         if not between:  # a process that ends at once, so that the one that asked adopts its child
@@ -215,33 +245,34 @@ def serve(listener: socket.socket, lifeline: socket.socket) -> dict[str, Any]:
             if child:
                 os.write(writing, str(child).encode())
                 os._exit(0)
-            for number, stream in enumerate(streams):
-                os.dup2(stream, number)
-            for number in (reading, writing, *streams):
-                os.close(number)
             for opened in (connection, listener, lifeline):
                 opened.close()
-            return json.loads(message)
+            apart = [fcntl.fcntl(file, fcntl.F_DUPFD, 500) for file in files]  # from the numbers that they get
+            for number in (reading, writing, *files):
+                os.close(number)
+            for file, number in zip(apart, [0, 1, 2, *passed]):
+                os.dup2(file, number)
+                os.close(file)
+            return request
         os.waitpid(between, 0)
-        connection.send(os.read(reading, 100))
+        with contextlib.suppress(OSError):  # the same
+            connection.send(os.read(reading, 100))
         connection.close()
-        for number in (reading, writing, *streams):
+        for number in (reading, writing, *files):
             os.close(number)
 
 
-def fork_from_torchrun(environment: dict[str, str]) -> None:
-    """Let the processes that torchrun starts here be forked too, by a server of its own, which is a child of it."""
-    global HARMLESS
+def fork_children(environment: dict[str, str]) -> None:
+    """Let the Python processes that this one starts be forked too, by a server of its own, which is a child of it."""
     from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
-    HARMLESS = re.compile(f"{HARMLESS.pattern}|{SET_BY_TORCHRUN}")
     server = SERVERS[environment.get("OMP_NUM_THREADS")] = Server(environment)
-    subprocess_handler.Popen = Popen
     listener, lifeline = server.listen()
     if not os.fork():
         server.lifeline.close()
         become(**serve(listener, lifeline), imported={})
         sys.exit()
+    subprocess.Popen = subprocess_handler.Popen = Popen
     listener.close()
     lifeline.close()
 
@@ -253,6 +284,7 @@ def become(arguments: list[str], cwd: str, environment: dict[str, str], imported
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(imported | environment)
+    tempfile.tempdir = None  # TMPDIR may be another one
     if media := sys.modules.get("wandb.sdk.data_types._private"):  # or the first child to end would remove it for all
         media.MEDIA_TMP.name = tempfile.mkdtemp("wandb-media")
     sys.stdout.reconfigure(line_buffering=os.isatty(1))  # not replaced: W&B captures what it found on import
@@ -269,8 +301,9 @@ def become(arguments: list[str], cwd: str, environment: dict[str, str], imported
     else:
         sys.path[0] = str(Path(name).resolve().parent)
         program, main.__file__ = Path(name).read_text(), name
+    if arguments[:2] == TORCHRUN or Path(name).name == "sweep_offline.py" or sys.argv[1:2] == ["agent"]:
+        fork_children(environment)
     if arguments[:2] == TORCHRUN:
-        fork_from_torchrun(environment)
         runpy.run_module(TORCHRUN[1], run_name="__main__", alter_sys=True)
         return
     sys.path[1:1] = filter(None, [environment.get("PYTHONPATH")])

@@ -36,7 +36,7 @@ SLOW_BATCHES = """
 sum_gradients = distributed.sum_gradients
 def slow(model, calls=[]):
     calls.append(sum_gradients(model))
-    if len(calls) == 12:
+    if len(calls) == 6:
         print("computing", flush=True)
         time.sleep(30)
 distributed.sum_gradients = slow
@@ -92,9 +92,9 @@ def test_a_write_that_has_begun_is_finished(reference, tmp_path):
     out = process.communicate(timeout=100)[0].decode()
     assert process.returncode == 128 + signal.SIGTERM, out
     position = torch.load(tmp_path / "out/checkpoint.pt", weights_only=True)["position"]
-    assert position["batch"] == 7
+    assert position["batch"] == 4
     assert "stopped by SIGTERM, and --stop_timeout 1 seconds have passed" in out
-    assert f"goes on from the checkpoint of step {7 * 48}" in out
+    assert f"goes on from the checkpoint of step {4 * 48}" in out
     assert resume(tmp_path).status == 0
     assert killing.differences(reference.out, tmp_path / "out") == []
 
@@ -105,7 +105,7 @@ def test_a_batch_that_outlasts_the_timeout_is_repeated(reference, tmp_path):
     process.terminate()
     out = process.communicate(timeout=100)[0].decode()
     assert process.returncode == 128 + signal.SIGTERM, out
-    assert f"goes on from the checkpoint of step {7 * 48}" in out
+    assert f"goes on from the checkpoint of step {4 * 48}" in out
     assert resume(tmp_path).status == 0
     assert killing.differences(reference.out, tmp_path / "out") == []
 
@@ -325,11 +325,10 @@ def test_a_model_directory_of_somebody_else_is_not_replaced(tmp_path):
 
 def test_a_home_directory_and_brackets_in_names(tmp_path):
     """As from a YAML file, where no shell expands a tilde; W&B would take brackets for a pattern."""
-    (tmp_path / "settings").mkdir()
     arguments = "--dataset synthetic --slice 50 --valid_size 1000 --max_steps 2 --batch_size 16 --output_dir=~/[a]"
-    done = call("train_mnist.py", *arguments.split(), cwd=tmp_path / "settings", HOME=str(tmp_path))
+    done = call("train_mnist.py", *arguments.split(), cwd=tmp_path)  # which is HOME
     assert done.status == 0, done.err
-    saved = next((tmp_path / "settings/wandb").glob("offline-run-*")) / "files"
+    saved = next((tmp_path / "wandb").glob("offline-run-*")) / "files"
     for name in ("model.pt", "model.onnx"):
         assert (saved / name).read_bytes() == (tmp_path / "[a]" / name).read_bytes()
 
@@ -377,6 +376,7 @@ def test_watch_may_compute_histograms_without_a_deterministic_algorithm(tmp_path
 
         return call_it
 
+    monkeypatch.setattr(train_mnist, "export_onnx", lambda path, model: path.touch())  # it takes most of the time
     monkeypatch.setattr(torch.Tensor, "histc", recording("histc", histc))
     monkeypatch.setattr(torch.nn.functional, "linear", recording("matmul", addmm))
     monkeypatch.chdir(tmp_path)
@@ -458,8 +458,8 @@ def test_odd_environment_variables_are_one_line(case, tmp_path):
 
 @pytest.mark.parametrize(
     "environment",
-    [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C"}, {"PYTHONOPTIMIZE": "2"}],
-    ids=lambda environment: next(iter(environment)),
+    [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONOPTIMIZE": "2"}],
+    ids=lambda environment: "-".join(environment),
 )
 def test_names_need_not_be_ascii(environment, tmp_path):
     done = call("train_mnist.py", *QUICK, "--name", "é", "--output_dir", "ü", cwd=tmp_path, **environment)

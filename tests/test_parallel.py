@@ -23,19 +23,31 @@ SCRIPTS = tuple(killing.ARGUMENTS)
 
 
 def start(
-    script: str, cwd: Path, *more: str, processes: int = 2, restarts: int = 0, **environment: str
+    script: str,
+    cwd: Path,
+    *more: str,
+    processes: int = 2,
+    restarts: int = 0,
+    program: Path | None = None,
+    **environment: str,
 ) -> subprocess.Popen:
-    """Start the run that `killing` defines in several processes, with one thread each."""
+    """Start the run that `killing` defines in several processes, with one thread each; `program` stands for `script`"""
     launcher = f"-m torch.distributed.run --nproc-per-node {processes} --max-restarts {restarts}".split()
     arguments = [*killing.ARGUMENTS[script].split(), "--output_dir", "out", "--id", "same", *more]
     return forking.Popen(
-        [sys.executable, *launcher, killing.REPO / script, *arguments],
+        [sys.executable, *launcher, program or killing.REPO / script, *arguments],
         cwd=cwd,
         env=clean_environment(cwd, OMP_NUM_THREADS="1", **environment),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         start_new_session=True,
     )
+
+
+def as_script(script: str) -> str:
+    """Python code that runs a script of the project as if it had been called itself."""
+    code = f"import runpy, sys\nsys.argv[0] = {str(killing.REPO / script)!r}\nsys.path[0] = {str(killing.REPO)!r}\n"
+    return code + "runpy.run_path(sys.argv[0], run_name='__main__')\n"
 
 
 def rows(out: Path) -> list[dict]:
@@ -47,6 +59,12 @@ def wait_for_rows(cwd: Path, count: int) -> None:
     while not (cwd / "out/history.jsonl").exists() or len(rows(cwd / "out")) < count:
         assert time.monotonic() < deadline, "the run makes no progress"
         time.sleep(0.02)
+
+
+def workers(torchrun: subprocess.Popen) -> list[int]:
+    """The process ids of the training processes that torchrun has started."""
+    found = subprocess.run(["pgrep", "-P", str(torchrun.pid), "python"], capture_output=True, text=True)
+    return [int(pid) for pid in found.stdout.split()]
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +123,7 @@ def test_losses_agree_with_one_process(script, tmp_path):
     """Equal up to rounding at first; then Adam amplifies the differences, as it does with another number of threads."""
     more = ["--precision", "fp32", "--epochs", "1", "--log_every", "1", "--watch", "off"]
     if script == "train_cola.py":
-        more += ["--model", str(bert_without_dropout(tmp_path / "bert")), "--batch_size", "16"]
+        more += ["--model", str(bert_without_dropout(tmp_path / "bert")), "--batch_size", "8"]
     histories = []
     for processes in (1, 3):
         (tmp_path / str(processes)).mkdir()
@@ -124,8 +142,7 @@ def test_losses_agree_with_one_process(script, tmp_path):
 def test_killed_worker_is_restarted(script, victim, references, tmp_path):
     process = start(script, tmp_path, "--resume", restarts=1)
     wait_for_rows(tmp_path, 5)
-    workers = subprocess.run(["pgrep", "-P", str(process.pid), "python"], capture_output=True, text=True)
-    os.kill(int(workers.stdout.split()[victim]), signal.SIGKILL)
+    os.kill(workers(process)[victim], signal.SIGKILL)
     killing.finish(process)
     assert killing.differences(references[script].out, tmp_path / "out") == []
 
@@ -170,7 +187,7 @@ def test_divergence_is_reported_once(tmp_path):
 
 
 def test_user_error_is_reported_once(tmp_path):
-    process = start("train_mnist.py", tmp_path, "--batch_size", "1999", processes=3)
+    process = start("train_mnist.py", tmp_path, "--batch_size", "799", processes=3)
     printed = process.communicate(timeout=200)[0].decode()
     assert process.returncode != 0
     assert printed.count("3 processes can't share the last batch of an epoch, which has 1 of the") == 1, printed
@@ -200,25 +217,26 @@ def test_missing_or_different_files_are_reported(tmp_path, case, message):
     if case == "other data":
         (tmp_path / "1/sentences.tsv").write_text("".join([lines[0], *reversed(lines[1:])]))
     arguments = "--train_file sentences.tsv --valid_file sentences.tsv --model bert --wandb disabled"
-    command = f'cd "$RANK" && exec "{sys.executable}" "{killing.REPO}/train_cola.py" {arguments}'
-    launcher = "-m torch.distributed.run --nproc-per-node 2 --no-python bash -c".split()
-    done = subprocess.run(
-        [sys.executable, *launcher, command],
-        cwd=tmp_path,
-        env=clean_environment(tmp_path),
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    there = tmp_path / "there.py"
+    there.write_text(f"import os\nos.chdir(os.environ['RANK'])\n{as_script('train_cola.py')}")
+    launcher = "-m torch.distributed.run --nproc-per-node 2".split()
+    command = [sys.executable, *launcher, there, *arguments.split()]
+    done = forking.run(command, cwd=tmp_path, env=clean_environment(tmp_path), text=True, timeout=200)
     assert done.returncode != 0
     assert done.stderr.count(message) == 1, done.stderr
 
 
 def test_stop_from_wandb_is_not_a_failure(tmp_path):
     with serving() as server:
-        server.stopped.add("same")  # W&B polls every 15 seconds
+        server.stopped.add("same")
+        polls = tmp_path / "polls.py"  # W&B does so every 15 seconds
+        polls.write_text(
+            "from wandb.sdk.lib import run_stopping\n"
+            f"run_stopping.RunStopChecker.__init__.__kwdefaults__['poll_interval'] = 1\n{as_script('train_mnist.py')}"
+        )
         more = "--wandb online --epochs 1000 --batch_size 2".split()  # few epochs in that time: each uploads tables
-        process = start("train_mnist.py", tmp_path, *more, **server.environment())
+        environment = server.environment() | {"WANDB__FILE_STREAM_TRANSMIT_INTERVAL": "1"}
+        process = start("train_mnist.py", tmp_path, *more, program=polls, **environment)
         printed = killing.finish(process, timeout=200)
         assert server.runs["same"]["exit"] == 0, printed
     assert printed.count("stopped by W&B") == 1, printed

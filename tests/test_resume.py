@@ -3,11 +3,8 @@
 import json
 import os
 import random
-import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -80,6 +77,22 @@ def test_killed_at_random_moments(script, references, tmp_path):
     assert all(killed for killed, _, _ in outcomes)
 
 
+def test_several_threads_give_the_same(tmp_path):
+    """The other runs have one thread each."""
+    threads, outs = "import torch; torch.set_num_threads(2)", []
+    for name in ("whole", "killed"):
+        cwd = tmp_path / name
+        cwd.mkdir()
+        arguments = (clean_environment(cwd), threads, "--wandb", "disabled", "--resume")
+        if name == "killed":
+            process = killing.start_changed("train_mnist.py", cwd, *arguments)
+            wait_for_rows(cwd, 7)
+            assert killing.kill(process, 0, everything=True)
+        killing.finish(killing.start_changed("train_mnist.py", cwd, *arguments))
+        outs.append(cwd / "out")
+    assert killing.differences(*outs) == []
+
+
 def test_killed_online_run_resumes_without_gaps_on_the_server(references, tmp_path):
     reference = references["train_mnist.py"]
     with serving() as server:
@@ -110,7 +123,7 @@ def test_signals_stop_a_run_promptly_and_it_resumes(script, references, tmp_path
 
 def test_stop_at_the_end_of_an_epoch_repeats_its_validation(tmp_path):
     """Every batch is an epoch here. Neither the journal nor W&B may hold a row without its validation metrics."""
-    one_batch = "--batch_size 2000 --epochs 6".split()
+    one_batch = "--batch_size 800 --epochs 6".split()
     outs, histories = [], []
     for name, numbers in (("reference", ()), ("stopped", (signal.SIGTERM, signal.SIGINT))):
         cwd = tmp_path / name
@@ -156,7 +169,7 @@ def test_changed_settings_are_refused_but_not_names_and_tags(copied):
     refused = resume(copied, "--learning_rate", "0.1", "--log_every", "5", "--tags", "new")
     assert refused.status == 2
     last = refused.out.splitlines()[-1]
-    assert "--learning_rate was 0.005, is 0.1" in last and "--log_every was 10, is 5" in last and "tags" not in last
+    assert "--learning_rate was 0.005, is 0.1" in last and "--log_every was 4, is 5" in last and "tags" not in last
     refused = resume(copied, "--project", "another")
     assert refused.status == 2 and "has --project mnist, not another" in refused.out
     assert resume(copied, "--tags", "new", "--notes", "new", "--name", "new").status == 0
@@ -317,22 +330,12 @@ def test_two_damaged_checkpoints_are_an_error_and_change_nothing(copied):
 
 
 def test_full_disk_keeps_the_last_checkpoint(tmp_path):
-    def no_large_files() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (PROBE_BYTES, PROBE_BYTES))
-
-    arguments = (
-        f"{killing.ARGUMENTS['train_mnist.py']} --kernels 64 300 --output_dir out"  # the first checkpoint takes 2.4 MB
-    )
-    done = subprocess.run(
-        [sys.executable, killing.REPO / "train_mnist.py", *arguments.split()],
-        cwd=tmp_path,
-        env=clean_environment(tmp_path),
-        preexec_fn=no_large_files,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("train_mnist.py: error: ") and "Traceback" not in done.stderr
+    limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({PROBE_BYTES}, {PROBE_BYTES}))"
+    larger = "--kernels 64 300".split()  # the first checkpoint takes 2.4 MB
+    process = killing.start_changed("train_mnist.py", tmp_path, clean_environment(tmp_path), limit, *larger)
+    out = process.communicate(timeout=100)[0].decode()
+    assert process.returncode == 1
+    assert out.splitlines()[-1].startswith("-c: error: ") and "Traceback" not in out
     state = torch.load(tmp_path / "out/checkpoint.pt", weights_only=True)
-    assert 0 < state["position"]["batch"] < 63
+    assert 0 < state["position"]["batch"] <= 17
     assert not list((tmp_path / "out").glob(".*"))

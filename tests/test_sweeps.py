@@ -32,7 +32,8 @@ from tests import forking, killing
 from tests.conftest import REPO, clean_environment
 from tests.wandb_server import WandbServer, serving
 
-SMALL = {"train_file": str(killing.SENTENCES), "valid_file": str(killing.SENTENCES), "model": "scratch", "epochs": 2}
+SMALL = {"train_file": str(killing.SHORT), "valid_file": str(killing.SHORT), "model": "scratch", "epochs": 2}
+PROMPT = {"WANDB__FILE_STREAM_TRANSMIT_INTERVAL": "1"}  # W&B sends rows every second, not every 15
 GRID = """
 program: objective.py
 method: grid
@@ -54,9 +55,13 @@ def wandb(*arguments: str, cwd: Path, server: WandbServer) -> str:
     for path in [*REPO.glob("*.py"), REPO / "harness", REPO / "tasks"]:
         if not (cwd / path.name).exists():
             (cwd / path.name).symlink_to(path)
-    environment = clean_environment(cwd, **server.environment())
+    environment = clean_environment(cwd, **server.environment(), **PROMPT)
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"  # the agent starts "python"
-    command = [Path(sys.executable).with_name("wandb"), *arguments]
+    program = (
+        "import sys, wandb.wandb_agent, wandb.cli.cli\nwandb.wandb_agent.Agent.POLL_INTERVAL = 1\n"  # not 5 seconds
+    )
+    program += "sys.exit(wandb.cli.cli.cli())"  # as the command `wandb` does
+    command = [sys.executable, "-c", program, *arguments]
     done = forking.run(command, cwd=cwd, env=environment, stderr=subprocess.STDOUT, text=True, timeout=200)
     assert done.returncode == 0, done.stdout
     return done.stdout
@@ -71,7 +76,7 @@ def test_wandb_sweep_and_wandb_agent(tmp_path):
             SMALL | {"learning_rate": "5e-4", "batch_size": 16.0, "watch": "off"},
             SMALL | {"epochs": 9999, "batch_size": 1},
         ]
-        server.to_stop = {"run0": 3}
+        server.to_stop = {"run0": 25}
         out = wandb("agent", "tester/cola/sweep1", cwd=tmp_path, server=server)
     assert "Traceback" not in out and "Ignoring" not in out
     assert out.count("stopped by the sweep at step ") == out.count(", saved. To go on: python ") == 1
@@ -113,10 +118,8 @@ json.dump(results, open("results.json", "w"))
     ]
     with serving() as server:
         server.trials, server.to_stop = list(trials), {"run2": 3}
-        environment = clean_environment(tmp_path, **server.environment())
-        done = subprocess.run(
-            [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
-        )
+        environment = clean_environment(tmp_path, **server.environment(), **PROMPT)
+        done = forking.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
         assert {run["exit"] for run in server.runs.values()} == {0}
     assert "Traceback" not in done.stderr and "!!" not in done.stderr
@@ -337,7 +340,8 @@ def test_a_directory_that_comes_back_elsewhere_resumes_its_trial(workdir):
     assert len(read_lines(place / "starts.txt")) == 2 and len(read_lines(place / "visits.txt")) == 1
 
 
-def test_the_direction_the_threads_the_group_and_the_best_command(workdir):
+def test_the_direction_the_threads_the_group_and_the_best_command(workdir, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     out = run_search(workdir, GRID.replace("maximize", "minimize"), "--count", "4", "--jobs", "2")
     best = trial_rows(workdir)[0]
     assert (best["x"], best["y"], best["score"]) == ("1", "-2", "-5.0")

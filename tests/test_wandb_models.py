@@ -23,7 +23,7 @@ from tests.conftest import call, clean_environment
 from tests.wandb_server import MANIFEST, WandbServer, serving
 
 SCRIPT, WEIGHTS = "train_cola.py", "model.safetensors"
-SENTENCES = f"--train_file {killing.SENTENCES} --valid_file {killing.SENTENCES} --batch_size 7"
+SENTENCES = f"--train_file {killing.SHORT} --valid_file {killing.SHORT} --batch_size 7"
 NO_SERVER = {"WANDB_BASE_URL": "http://127.0.0.1:9"}
 Files = dict[str, bytes]
 
