@@ -185,14 +185,17 @@ def do_imports() -> dict[str, str]:
 
 def remember_what_is_installed() -> None:
     """Compute once what W&B and the ONNX exporter compute in each run, from the installed libraries alone."""
+    import torch._export.utils
+    import torch.onnx._constants
     import wandb.util
     from torch.onnx._internal.exporter import _registration
 
     packages = [*wandb.util.working_set()]
     wandb.util.working_set = lambda: packages
     operators = functools.cache(_registration.ONNXRegistry.from_torchlib)
-    operators(opset_version=_registration._constants.TORCHLIB_OPSET)
+    operators(opset_version=torch.onnx._constants.ONNX_DEFAULT_OPSET)  # the one that `torch.onnx.export` asks for
     _registration.ONNXRegistry.from_torchlib = staticmethod(operators)
+    torch._export.utils._collect_all_valid_cia_ops()  # looks up every operator
 
 
 def name_process(name: str) -> None:
