@@ -5,9 +5,11 @@ import os
 import struct
 import subprocess
 import sys
+from collections.abc import Generator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -27,6 +29,14 @@ def pytest_configure() -> None:
 
 def pytest_collection_finish() -> None:
     forking.remember_environment()  # the imports of the tests have set variables
+    torch.set_num_threads(1)  # here, not in runs: each core has a worker, and several threads would mostly wait
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol() -> Generator[None, object, object]:
+    """Undo what libraries set while a test runs: with another environment, later runs could not be forked."""
+    with mock.patch.dict(os.environ):
+        return (yield)
 
 
 def clean_environment(home: Path, **changes: str) -> dict[str, str]:
@@ -93,6 +103,4 @@ def small_mnist(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """A `train_mnist.py` run with everything on, shared by many tests."""
     cwd = tmp_path_factory.mktemp("small_mnist")
     arguments = "--dataset synthetic --slice 5 --valid_size 4000 --epochs 3 --log_model all --save_code"
-    return finished_run(
-        "train_mnist.py", cwd, *arguments.split(), "--tags", "one", "two words", "--notes", "a note", real=True
-    )
+    return finished_run("train_mnist.py", cwd, *arguments.split(), "--tags", "one", "two words", "--notes", "a note")

@@ -13,7 +13,9 @@ from conftest import REPO, call, clean_environment
 import train_mnist
 from harness import options
 from harness.errors import UserError
+from tests import killing
 
+DIGITS = f"--dataset mnist --data_dir {killing.FILES.name} --slice 4 --valid_size 1000"  # what is given later wins
 OPTIONS = {
     "--epoch 3": "unknown option --epoch; did you mean --epochs?",
     "--lr 0.1": "unknown option --lr",
@@ -47,16 +49,16 @@ OPTIONS = {
 AFTER_PARSING = {
     "--dataset mnist": "mnist is not in downloads: train-images-idx3-ubyte, ",
     "--dataset kmnist": "can't be downloaded",
-    "--dataset synthetic --valid_size 20000": "--valid_size 20000 leaves no training image of 20000",
-    "--dataset synthetic --slice 1000 --batch_size 16": "--batch_size 16 is more than the 15 training examples",
-    "--dataset synthetic --valid_size 0 --patience 3": "--patience needs examples to judge by",
-    "--dataset synthetic --output_dir /proc/version/x": "--output_dir /proc/version/x: can't write there",
+    "DIGITS --valid_size 20000": "--valid_size 20000 leaves no training image of 5000",
+    "DIGITS --slice 1000 --batch_size 16": "--batch_size 16 is more than the 4 training examples",
+    "DIGITS --valid_size 0 --patience 3": "--patience needs examples to judge by",
+    "DIGITS --output_dir /proc/version/x": "--output_dir /proc/version/x: can't write there",
     "--dataset synthetic --wandb online": "--wandb online: no API key is configured",
-    "--dataset synthetic --project a/b": "W&B: Invalid project name 'a/b'",
-    "--dataset synthetic --id a?b": "W&B: Run ID cannot contain the characters",
-    f"--dataset synthetic --output_dir {'x' * 300}": "File name too long",
+    "DIGITS --project a/b": "W&B: Invalid project name 'a/b'",
+    "DIGITS --id a?b": "W&B: Run ID cannot contain the characters",
+    f"DIGITS --output_dir {'x' * 300}": "File name too long",
     f"--dataset mnist --data_dir {'x' * 300}": "File name too long",
-    f"--dataset synthetic --tags {'x' * 65}": "W&B: ",
+    f"DIGITS --tags {'x' * 65}": "W&B: ",
 }
 if not torch.cuda.is_available():
     AFTER_PARSING["--dataset synthetic --device cuda"] = "--device cuda: not available on this machine"
@@ -77,7 +79,7 @@ def test_bad_option(tmp_path, arguments, message):
 
 @pytest.mark.parametrize("arguments, message", AFTER_PARSING.items())
 def test_errors_found_after_parsing(tmp_path, arguments, message):
-    done = call("train_mnist.py", *arguments.split(), cwd=tmp_path)
+    done = call("train_mnist.py", *arguments.replace("DIGITS", DIGITS).split(), cwd=tmp_path)
     assert_one_line(done, message)
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and "wandb" not in path.parts]
     assert not (tmp_path / "runs").exists()
@@ -107,7 +109,7 @@ def test_full_disk_at_the_start(tmp_path):
 
 
 def test_nonfinite_training_loss_stops_the_run(tmp_path):
-    arguments = "--dataset synthetic --slice 20 --valid_size 2000 --schedule constant --log_every 1 --output_dir out"
+    arguments = f"{DIGITS} --schedule constant --log_every 1 --output_dir out"
     done = call("train_mnist.py", *arguments.split(), "--learning_rate", "1e30", cwd=tmp_path)
     assert done.status == 1 and "Traceback" not in done.err
     rows = [json.loads(line) for line in (tmp_path / "out/history.jsonl").read_text().splitlines()]
@@ -118,8 +120,8 @@ def test_nonfinite_training_loss_stops_the_run(tmp_path):
 
 
 def test_nonfinite_evaluation_loss_stops_the_run(tmp_path):
-    arguments = "--dataset synthetic --slice 20 --schedule constant --max_steps 1 --learning_rate 1e38"
-    for valid_size, name in ((0, "test"), (2000, "validation")):
+    arguments = f"{DIGITS} --schedule constant --max_steps 1 --learning_rate 1e38"
+    for valid_size, name in ((0, "test"), (1000, "validation")):
         done = call(
             "train_mnist.py", *arguments.split(), "--valid_size", valid_size, "--output_dir", name, cwd=tmp_path
         )
@@ -137,7 +139,7 @@ def test_full_disk_during_the_run(tmp_path):
         "        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))\n"
         "sys.addaudithook(hook)\n"
     )
-    arguments = "--dataset synthetic --slice 20 --wandb disabled --output_dir out".split()
+    arguments = f"{DIGITS} --wandb disabled --output_dir out".split()
     done = call("train_mnist.py", *arguments, cwd=tmp_path, PYTHONPATH=str(tmp_path))
     (line,) = done.err.splitlines()
     assert done.status == 1 and line.startswith("train_mnist.py: error: ") and line.endswith("File too large")
@@ -147,16 +149,8 @@ def test_full_disk_during_the_run(tmp_path):
 def test_closed_output_pipe(tmp_path):
     reading, writing = os.pipe()
     os.close(reading)
-    command = [
-        sys.executable,
-        REPO / "train_mnist.py",
-        "--dataset",
-        "synthetic",
-        "--slice",
-        "20",
-        "--wandb",
-        "disabled",
-    ]
+    arguments = f"{DIGITS} --wandb disabled".split()
+    command = [sys.executable, REPO / "train_mnist.py", *arguments]
     environment = clean_environment(tmp_path)
     done = subprocess.run(command, cwd=tmp_path, env=environment, stdout=writing, stderr=subprocess.PIPE, text=True)
     os.close(writing)
@@ -173,9 +167,8 @@ def test_bad_wandb_environment(tmp_path, name, value):
 def test_wandb_disabled_in_its_own_settings(tmp_path):
     command = [sys.executable, "-m", "wandb", "disabled"]
     subprocess.run(command, cwd=tmp_path, env=clean_environment(tmp_path), check=True, capture_output=True)
-    done = call(
-        "train_mnist.py", "--dataset", "synthetic", "--slice", 50, "--max_steps", 1, cwd=tmp_path, WANDB_MODE=""
-    )
+    arguments = f"{DIGITS} --max_steps 1".split()
+    done = call("train_mnist.py", *arguments, cwd=tmp_path, WANDB_MODE="")
     assert done.status == 0 and done.out.splitlines()[-1].endswith("(W&B is disabled)")
 
 

@@ -17,7 +17,7 @@ import torch
 import torchvision
 
 from harness.errors import UserError
-from tasks.digits import MNIST_SHA256, Digits, load_digits, split_digits, synthetic_digits
+from tasks.digits import MNIST_SHA256, load_digits, split_digits, synthetic_digits
 from tasks.downloads import why_unreachable
 
 SIZES = {"train": 30, "t10k": 20}
@@ -173,30 +173,6 @@ def test_synthetic_digits_are_reproducible():
     assert torch.bincount(one.train.labels, minlength=10).min() > 1_800
     distinct = {hashlib.md5(image.numpy().tobytes()).digest() for image in one.train.images}
     assert not any(hashlib.md5(image.numpy().tobytes()).digest() in distinct for image in one.test.images)
-
-
-def accuracy(model: torch.nn.Module, digits: Digits, learning_rate: float) -> float:
-    """Test accuracy after three epochs of training."""
-    torch.manual_seed(0)
-    images, optimizer = digits.train.images / 255, torch.optim.Adam(model.parameters(), learning_rate)
-    for _ in range(3):
-        for batch in torch.randperm(len(images)).split(128):
-            loss = torch.nn.functional.cross_entropy(model(images[batch]), digits.train.labels[batch])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-    with torch.inference_mode():
-        hits = model(digits.test.images / 255).argmax(1) == digits.test.labels
-    return float(hits.float().mean())
-
-
-def test_synthetic_digits_need_more_than_a_linear_model():
-    import train_mnist
-
-    digits = synthetic_digits()
-    linear = accuracy(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 10)), digits, 0.002)
-    convolutional = accuracy(train_mnist.ConvNet([16, 32]), digits, 0.002)
-    assert convolutional > 0.95 and linear < 0.8
 
 
 def test_cli_reports_files_of_different_length(tmp_path):

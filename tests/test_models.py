@@ -4,6 +4,7 @@ import hashlib
 import http.server
 import json
 import math
+import os
 import pickle
 import subprocess
 import sys
@@ -21,7 +22,7 @@ import transformers
 import train_cola
 from harness.errors import UserError
 from tasks import batching, encoders
-from tests import killing
+from tests import forking, killing
 from tests.conftest import REPO, call, clean_environment
 
 SENTENCES = ["The cat sleeps.", "A dog that the boys saw in the garden sleeps on it."]
@@ -347,54 +348,58 @@ FIND = "import sys; from tasks import encoders; name = sys.argv[1] if sys.argv[1
 FIND += "found = encoders.find_model(name); print(found); encoders.load_model(found, ['a b'], ['no', 'yes'], 32)"
 
 
-@pytest.mark.parametrize("name", ["some/model", None])
-def test_interrupted_download_is_not_a_cached_model(name, bert, tmp_path):
+class Hub(http.server.BaseHTTPRequestHandler):
+    """Serves the files in `directory` as any model; breaks off within the weights unless `healthy`."""
+
+    directory: Path
+    healthy: bool
+
+    def do_HEAD(self) -> None:
+        file = self.directory / self.path.rpartition("/")[2]
+        found = "/resolve/" in self.path and file.is_file()
+        self.send_response(200 if found or self.path == "/" else 404)
+        self.content = file.read_bytes() if found else b""
+        if found:
+            self.send_header("ETag", f'"{hashlib.sha256(self.content).hexdigest()}"')
+            self.send_header("X-Repo-Commit", "0" * 40)
+        elif "/resolve/" in self.path:
+            self.send_header("X-Error-Code", "EntryNotFound")
+        self.send_header("Content-Length", str(len(self.content)))
+        self.end_headers()
+
+    def do_GET(self) -> None:
+        self.do_HEAD()
+        cut = self.path.endswith(".safetensors") and not self.healthy
+        self.wfile.write(self.content[: len(self.content) // 2] if cut else self.content)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_interrupted_download_is_not_a_cached_model(bert, tmp_path, monkeypatch):
     """The server breaks off within the weights, at first."""
-    healthy = threading.Event()
-
-    class Hub(http.server.BaseHTTPRequestHandler):
-        def do_HEAD(self) -> None:
-            file = bert / self.path.rpartition("/")[2]
-            found = "/resolve/" in self.path and file.is_file()
-            self.send_response(200 if found or self.path == "/" else 404)
-            self.content = file.read_bytes() if found else b""
-            if found:
-                self.send_header("ETag", f'"{hashlib.sha256(self.content).hexdigest()}"')
-                self.send_header("X-Repo-Commit", "0" * 40)
-            elif "/resolve/" in self.path:
-                self.send_header("X-Error-Code", "EntryNotFound")
-            self.send_header("Content-Length", str(len(self.content)))
-            self.end_headers()
-
-        def do_GET(self) -> None:
-            self.do_HEAD()
-            cut = self.path.endswith(".safetensors") and not healthy.is_set()
-            self.wfile.write(self.content[: len(self.content) // 2] if cut else self.content)
-
-        def log_message(self, *_: object) -> None:
-            pass
-
+    Hub.directory, Hub.healthy = bert, False
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     hub = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "cache")}
+    # They are read on import: the processes are forked from one that was started with them.
+    monkeypatch.setitem(forking.SERVERS, os.environ.get("OMP_NUM_THREADS"), forking.Server(os.environ | hub))
 
-    def find() -> subprocess.CompletedProcess:
+    def find(name: str | None) -> subprocess.CompletedProcess:
         command = [sys.executable, "-c", FIND, *([name] if name else [])]
-        return subprocess.run(command, cwd=REPO, env=clean_environment(tmp_path, **hub), capture_output=True, text=True)
+        environment = clean_environment(tmp_path, PYTHONPATH=str(REPO), **hub)
+        return forking.run(command, cwd=tmp_path, env=environment, text=True)
 
-    done = find()
-    if name:
-        assert done.returncode and "UserError: --model some/model is not a directory, not in the hub" in done.stderr
-    else:
-        assert done.stdout.endswith("scratch\n") and "RANDOM weights" in done.stderr
-    assert list((tmp_path / "cache").rglob("tokenizer.json")), "what came before the weights is cached"
-    healthy.set()
-    done = find()
-    assert done.returncode == 0 and done.stdout == f"{name or encoders.BERT_TINY}\n", done.stderr
+    named, default = find("some/model"), find(None)
+    assert named.returncode and "UserError: --model some/model is not a directory, not in the hub" in named.stderr
+    assert default.stdout.endswith("scratch\n") and "RANDOM weights" in default.stderr
+    assert len([*(tmp_path / "cache").rglob("tokenizer.json")]) == 2, "what came before the weights is cached"
+    Hub.healthy = True
+    downloaded = find("some/model"), find(None)
     server.shutdown()
     server.server_close()
-    done = find()  # from the cache
-    assert done.returncode == 0 and done.stdout == f"{name or encoders.BERT_TINY}\n", done.stderr
+    for done, name in zip((*downloaded, find("some/model"), find(None)), ("some/model", encoders.BERT_TINY) * 2):
+        assert done.returncode == 0 and done.stdout == f"{name}\n", done.stderr  # the last two from the cache
 
 
 def test_a_panic_of_the_tokenizer_is_one_line(bert):

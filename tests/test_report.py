@@ -58,15 +58,6 @@ def make_run(path: Path, finished: bool = True, rows: int = 4, examples: int = 6
     return path
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """As report.py does: several threads on small tensors would mostly wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def page_of(*directories: Path, output: Path) -> str:
     """The text of the page that report.py writes."""
     report.main([*map(str, directories), "--output", str(output)])

@@ -41,20 +41,11 @@ none,Not a doctor arrived.
 """
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """When test processes compete for the CPU, one thread is much faster on small tensors."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="session")
 def small_cola(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """A run with everything on, shared by many tests: one epoch of 96 batches and half of another."""
     cwd = tmp_path_factory.mktemp("small_cola")
-    run = finished_run("train_cola.py", cwd, *SMALL, "--log_model", "all", PYTHONHASHSEED="1")
+    run = finished_run("train_cola.py", cwd, *SMALL, "--log_model", "all")
     run.ends = [row for row in run.history if "valid/loss" in row]
     run.best = next(row for row in run.ends if row["epoch"] == run.metrics["best/epoch"])
     run.rows = predictions(run)
@@ -105,7 +96,6 @@ def weights(directory: Path) -> dict[str, torch.Tensor]:
 # --------------------------------------------------------------------------------------- files and records
 
 
-@pytest.mark.quick
 def test_every_file_is_there(small_cola):
     files = "config.json history.jsonl checkpoint.pt metrics.json predictions.csv confusion_matrix.png model".split()
     files += ["attributions.html", "curves.png", "checkpoint.previous.pt"]
@@ -259,12 +249,18 @@ def test_best_model_is_kept_and_domains_are_reported_separately(tmp_path, monkey
         assert metrics[f"valid_{domain}/mcc"] == last[f"valid_{domain}/mcc"] == pytest.approx(expected, abs=1e-12)
 
 
-def test_same_command_same_weights_same_vocabulary(small_cola, tmp_path):
-    run = finished_run("train_cola.py", tmp_path, *SMALL, "--wandb", "disabled", PYTHONHASHSEED="2")
+def test_same_command_same_weights_same_vocabulary(tmp_path):
+    """With W&B or without, and whatever the order of the sets from which the vocabulary is made."""
+    files = f"--train_file {killing.SENTENCES} --valid_file {killing.SENTENCES}"
+    arguments = f"{files} --model scratch --epochs 2 --batch_size 16 --max_length 32".split()
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    one = finished_run("train_cola.py", tmp_path / "one", *arguments, "--wandb", "offline")
+    two = finished_run("train_cola.py", tmp_path / "two", *arguments, "--wandb", "disabled", PYTHONHASHSEED="2")
     for file in ("model/model.safetensors", "model/tokenizer.json", "predictions.csv"):
-        assert (run.files / file).read_bytes() == (small_cola.files / file).read_bytes(), file
-    assert {file.name for file in run.files.iterdir()} == {file.name for file in small_cola.files.iterdir()}
-    assert not (tmp_path / "wandb").exists()
+        assert (one.files / file).read_bytes() == (two.files / file).read_bytes(), file
+    assert {file.name for file in one.files.iterdir()} == {file.name for file in two.files.iterdir()}
+    assert (tmp_path / "one/wandb").exists() and not (tmp_path / "two/wandb").exists()
 
 
 def test_learning_rate_rises_and_falls(small_cola):
@@ -278,8 +274,18 @@ def test_learning_rate_rises_and_falls(small_cola):
 
 
 def test_defaults_learn_the_built_in_sentences(tmp_path):
-    run = finished_run("train_cola.py", tmp_path, *"--dataset synthetic --model scratch --wandb disabled".split())
-    assert run.metrics["valid/mcc"] >= 0.8
+    """In three epochs of the ten: far more than a bag of words does, and what that can't, such as the word order."""
+    arguments = "--dataset synthetic --model scratch --epochs 3 --wandb disabled"
+    run = finished_run("train_cola.py", tmp_path, *arguments.split())
+    assert run.metrics["valid/mcc"] >= 0.55  # 0.35 for a bag of words
+    rows = predictions(run)
+    counts = Counter(row["source"] for row in rows)
+    hits = Counter(row["source"] for row in rows if row["label"] == row["prediction"])
+    # Agreement and determiners take more epochs. A bag of words gets 50%, 54% and 64% of these right.
+    for rule, share in {"word_order": 0.9, "argument_structure": 0.75, "reflexive": 0.75}.items():
+        assert hits[rule] / counts[rule] >= share, rule
+    losses = [row["valid/loss"] for row in run.journal if "valid/loss" in row]
+    assert losses == sorted(losses, reverse=True)
     assert "WARNING" not in run.out
 
 

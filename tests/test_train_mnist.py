@@ -22,9 +22,10 @@ from PIL import Image
 import train_mnist
 from harness.device import seed_everything
 from metrics import EVALUATION_METRICS
-from tasks.digits import synthetic_digits
+from tasks.digits import Digits, synthetic_digits
+from tests import killing
 
-QUICK = "--dataset synthetic --slice 20 --valid_size 2000 --epochs 1".split()
+QUICK = f"--dataset mnist --data_dir {killing.FILES.name} --slice 4 --valid_size 1000 --epochs 1".split()  # 8 batches
 
 METRICS = {name for name, metric in EVALUATION_METRICS.items() if not metric.two_classes}
 CHARTS = {"confusion_matrix_table", "confusion_matrix_image", "mistakes", "logits", "calibration"}
@@ -276,6 +277,28 @@ def test_convnet_matches_the_tutorial(small_mnist):
     assert sum(p.numel() for p in train_mnist.ConvNet([16, 32]).parameters()) == 416 + 12832 + 15690
 
 
+def accuracy(model: torch.nn.Module, digits: Digits, epochs: int) -> float:
+    """Test accuracy after training."""
+    torch.manual_seed(0)
+    images, optimizer = digits.train.images / 255, torch.optim.Adam(model.parameters(), 0.002)
+    for _ in range(epochs):
+        for batch in torch.randperm(len(images)).split(64):
+            loss = torch.nn.functional.cross_entropy(model(images[batch]), digits.train.labels[batch])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    with torch.inference_mode():
+        hits = model(digits.test.images / 255).argmax(1) == digits.test.labels
+    return float(hits.float().mean())
+
+
+def test_synthetic_digits_need_more_than_a_linear_model():
+    digits = synthetic_digits()
+    linear = accuracy(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 10)), digits, epochs=3)
+    convolutional = accuracy(train_mnist.ConvNet([16, 32]), digits, epochs=2)
+    assert convolutional > 0.95 and linear < 0.8
+
+
 def test_patience_stops_and_keeps_the_first_best_epoch(tmp_path):
     fixed = "--learning_rate 1e-12 --schedule constant --patience 2 --monitor valid/acc --wandb disabled"
     run = finished_run("train_mnist.py", tmp_path, *QUICK, *fixed.split(), "--epochs", 9)
@@ -287,7 +310,7 @@ def test_without_validation_the_last_model_is_tested(tmp_path):
     arguments = "--valid_size 0 --epochs 2 --schedule constant --log_model best --kernels 4 8"
     run = finished_run("train_mnist.py", tmp_path, *QUICK, *arguments.split())
     assert run.metrics["best/epoch"] == 2 and not any(key.startswith("valid/") for key in run.metrics)
-    assert len(predictions(run)) == 200  # the test images
+    assert len(predictions(run)) == 250  # the test images
     rates = {row["train/learning_rate"] for row in run.journal if "train/learning_rate" in row}
     assert rates == {0.005}
     last = torch.load(run.files / "checkpoint.pt", weights_only=True)["model"]
@@ -387,5 +410,5 @@ def test_environment_variables_apply_if_options_are_not_given(tmp_path):
     for record in run.records:
         if record["type"] == "run":
             fields |= record["run"]
-    assert (fields["project"], fields["display_name"], fields["tags"]) == ("theirs", "given", ["x", "y", "synthetic"])
+    assert (fields["project"], fields["display_name"], fields["tags"]) == ("theirs", "given", ["x", "y", "mnist"])
     assert "W&B is offline: no API key is configured" in run.out
