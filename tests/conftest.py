@@ -22,14 +22,13 @@ DEAD_PROXY = "http://127.0.0.1:9"  # a proxy that refuses every connection, to c
 
 
 def pytest_configure() -> None:
-    """One thread for each run: there is a worker for each core, and two threads on a core wait for each other."""
+    """One thread for each run, and for the tests: there is a worker for each core, and more would mostly wait."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 def pytest_collection_finish() -> None:
     forking.remember_environment()  # the imports of the tests have set variables
-    torch.set_num_threads(1)  # here, not in runs: each core has a worker, and several threads would mostly wait
 
 
 @pytest.hookimpl(wrapper=True)
