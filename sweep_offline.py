@@ -148,7 +148,7 @@ def main(argv: list[str] | None = None) -> None:
     trial_count = count_trials(sweep, options.count)
     trials.check_command(sweep)
     directory = sweep.directory
-    names = os.listdir(directory) if directory.is_dir() else [directory.name] * directory.exists()
+    names = os.listdir(directory) if directory.is_dir() else [directory.name] * os.path.lexists(directory)
     if names and {"place", "study.db"}.isdisjoint(names):
         raise UserError(f"{directory} is of something else: choose another name for the sweep")
     if not options.storage:
@@ -166,7 +166,7 @@ def main(argv: list[str] | None = None) -> None:
             print("Stopping the runs; the same command resumes them.", flush=True)
         study.patience = 0.0
         trials.stop_runs(search.running)
-        with contextlib.suppress(UserError):  # a storage that does not answer
+        with contextlib.suppress(UserError, OSError):  # the storage or the directory is gone
             report(search)
         raise
     report(search)

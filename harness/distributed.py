@@ -32,6 +32,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def spans_hosts() -> bool:
+    """Whether torchrun started processes on several hosts."""
+    return os.environ.get("GROUP_WORLD_SIZE", "1") not in ("", "1")
+
+
 @contextlib.contextmanager
 def joined(timeout: float, last_wait: float) -> Iterator[None]:
     """Join the other processes, if torchrun or another launcher that sets its variables started several.
@@ -108,7 +113,7 @@ def _communicating() -> Iterator[None]:
         silent = re.search("timed? ?out", reason, re.IGNORECASE)
         reason += "; --peer_timeout is the limit" if silent else ""
         # While a host does not answer, a restart does not help, and torchrun would wait for it a quarter of an hour.
-        ends_launcher = bool(silent) and int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1
+        ends_launcher = bool(silent) and spans_hosts()
         raise Stopped(f"a communication failure between processes ({reason})", 1, ends_launcher) from error
 
 

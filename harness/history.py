@@ -2,8 +2,9 @@
 
 import json
 import os
+import shutil
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import wandb
 from harness import wandb_internals
 from harness.errors import UserError
 from harness.files import replacing
-from harness.wandb_run import lost_rows, lost_runs, tolerate_wandb_errors
+from harness.wandb_run import lost_runs, tolerate_wandb_errors
 
 
 class History:
@@ -66,7 +67,7 @@ class History:
     def take_over(self, rows: list[dict[str, float]]) -> None:
         """Continue after these rows of the journal; W&B gets those it has lost, with their media if a log has them."""
         self._rows = rows
-        for step, values in lost_rows(self._run, rows, self._wandb_step):
+        for step, values in _lost_rows(self._run, rows, self._wandb_step):
             self._send(values, step)
 
     def state_dict(self) -> dict[str, Any]:
@@ -109,6 +110,32 @@ def rewind(journal: Path, state: Mapping[str, Any]) -> list[dict[str, float]]:
     with replacing(journal) as temporary:
         temporary.write_bytes(content)
     return [json.loads(line) for line in content.splitlines()]
+
+
+def _lost_rows(run: wandb.Run, rows: list[dict[str, float]], last_step: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Steps and values of `rows` after `last_step`, with their media if a W&B log on this machine has them."""
+    if run.disabled or not (rows or last_step >= 0):
+        return
+    logs = [log for log in wandb_internals.log_files(run.id) if log != Path(run.settings.sync_file)]
+    local = wandb_internals.history(logs)
+    if run.offline and last_step >= 0:  # or the summary would lack what earlier processes logged
+        with tolerate_wandb_errors(run):
+            for step in sorted(step for step in local if step <= last_step):
+                run.summary.update({key: value for key, value in local[step][0].items() if key[0] != "_"})
+    lost = [row for row in rows if row["step"] > last_step]
+    if lost and run.offline and not local:
+        print("W&B's own log of this run is not in wandb/: its numbers are logged again.")
+    for row in lost:
+        values, files = local.get(row["step"], (row, Path()))
+        media = [value for value in values.values() if isinstance(value, dict)]
+        names = [name for value in media for name in (*value.get("filenames", ()), value.get("path")) if name]
+        with tolerate_wandb_errors(run):
+            for name in names:
+                if (files / name).exists():
+                    copy = Path(run.dir, name)
+                    copy.parent.mkdir(parents=True, exist_ok=True)
+                    run.save(shutil.copyfile(files / name, copy), base_path=run.dir, policy="now")
+        yield row["step"], {key: value for key, value in values.items() if key != "step" and not key.startswith("_")}
 
 
 def _numbers(row: Mapping[str, Any]) -> dict[str, float]:

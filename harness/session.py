@@ -85,7 +85,7 @@ def open_session(settings: SharedSettings, task: str, load: Load, init: Init) ->
 
 def resume_command(settings: SharedSettings) -> str:
     """What to type to resume this run."""
-    if int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1:
+    if distributed.spans_hosts():
         return "the same command on every host" + ("" if settings.resume else " with --resume and its --output_dir")
     processes = os.environ.get("LOCAL_WORLD_SIZE")  # set by torchrun
     launcher = ["torchrun", "--nproc-per-node", processes] if processes else ["python"]

@@ -5,7 +5,6 @@ import functools
 import logging
 import os
 import queue
-import shutil
 import signal
 import tempfile
 import threading
@@ -21,6 +20,7 @@ from harness.errors import Stopped, UserError, disk_error, warn_loudly
 from harness.options import SharedSettings
 from harness.signals import StopRequests, cancel_timeout, in_main_thread
 
+SERVICE_TIMEOUT = 35  # seconds; W&B waits 30 for its service to start
 INIT_TIMEOUT = 8  # seconds; W&B waits up to ten more before that to confirm the API key
 FINISH_TIMEOUT = {"none": 20, "best": 1800, "all": 1800}  # seconds, by --log_model
 CLOSE_TIMEOUT = 2  # seconds to close the run after a signal
@@ -97,6 +97,9 @@ def wandb_mode(choice: str) -> str:
     """
     if os.environ.get("WANDB_MODE") == "":
         del os.environ["WANDB_MODE"]  # W&B rejects an empty one
+    _find_caches()
+    if choice != "disabled":
+        _start_service()
     mode = wandb.setup().settings.mode if choice == "auto" else choice
     if mode != "online":
         return mode
@@ -110,6 +113,26 @@ def wandb_mode(choice: str) -> str:
         raise UserError(f"--wandb online: {problem}; run `wandb login`, or use --wandb offline")
     print(f"W&B is offline: {problem}.")
     return "offline"
+
+
+def _start_service() -> None:
+    """Start W&B's service. Raises `UserError` if it does not start, which W&B itself may never notice."""
+    errors: list[Exception] = []
+
+    def start() -> None:
+        try:
+            wandb.setup()
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=start, daemon=True)
+    thread.start()
+    thread.join(SERVICE_TIMEOUT)
+    if thread.is_alive():
+        problem = f"W&B's service did not start within {SERVICE_TIMEOUT} seconds"
+        raise UserError(f"{problem}: is there room in the temporary directory? --wandb disabled does without it", 1)
+    if errors:
+        raise errors[0]
 
 
 def init_options(settings: SharedSettings, mode: str, requests: StopRequests, resuming: bool) -> dict[str, Any]:
@@ -136,7 +159,6 @@ def start(init: Callable[[str], wandb.Run], settings: SharedSettings, resuming: 
     If the server can't be reached or refuses, the run is offline, after at most 25 seconds. Artifacts are logged in
     the background, so that training doesn't wait for a server.
     """
-    _find_caches()
     try:
         logs = wandb_internals.log_files(settings.id) if settings.resume and settings.wandb != "disabled" else []
         for log in logs:
@@ -181,32 +203,6 @@ def _find_caches() -> None:
         except OSError as error:
             os.environ[name] = tempfile.mkdtemp(prefix="wandb-")
             print(f"W&B can't write to {directory} ({error.strerror}): {name} is now {os.environ[name]}.")
-
-
-def lost_rows(run: wandb.Run, rows: list[dict[str, float]], last_step: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Steps and values of `rows` after `last_step`, with their media if a W&B log on this machine has them."""
-    if run.disabled or not (rows or last_step >= 0):
-        return
-    logs = [log for log in wandb_internals.log_files(run.id) if log != Path(run.settings.sync_file)]
-    local = wandb_internals.history(logs)
-    if run.offline and last_step >= 0:  # or the summary would lack what earlier processes logged
-        with tolerate_wandb_errors(run):
-            for step in sorted(step for step in local if step <= last_step):
-                run.summary.update({key: value for key, value in local[step][0].items() if key[0] != "_"})
-    lost = [row for row in rows if row["step"] > last_step]
-    if lost and run.offline and not local:
-        print("W&B's own log of this run is not in wandb/: its numbers are logged again.")
-    for row in lost:
-        values, files = local.get(row["step"], (row, Path()))
-        media = [value for value in values.values() if isinstance(value, dict)]
-        names = [name for value in media for name in (*value.get("filenames", ()), value.get("path")) if name]
-        with tolerate_wandb_errors(run):
-            for name in names:
-                if (files / name).exists():
-                    copy = Path(run.dir, name)
-                    copy.parent.mkdir(parents=True, exist_ok=True)
-                    run.save(shutil.copyfile(files / name, copy), base_path=run.dir, policy="now")
-        yield row["step"], {key: value for key, value in values.items() if key != "step" and not key.startswith("_")}
 
 
 def _log_artifacts_in_background(run: wandb.Run) -> None:

@@ -511,6 +511,20 @@ def test_a_full_disk_hidden_by_a_library_is_one_line(write, tmp_path):
     assert (done.returncode, done.stderr) == (1, "-c: error: writing: File too large\n")
 
 
+def test_a_wandb_service_that_does_not_start_is_one_line(tmp_path):
+    """W&B itself waits forever."""
+    program = (
+        "import sys, train_mnist\nfrom harness import script, wandb_run\nwandb_run.SERVICE_TIMEOUT = 2\n"
+        "script.run_script(lambda: train_mnist.main(sys.argv[1:]))"
+    )
+    environment = clean_environment(tmp_path, PYTHONPATH=str(REPO), WANDB__SERVICE_WAIT="0")
+    command = [sys.executable, "-c", program, "--dataset", "synthetic", "--output_dir", "out"]
+    done = forking.run(command, cwd=tmp_path, env=environment, text=True, timeout=100)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("-c: error: W&B's service did not start within 2 seconds")
+    assert not (tmp_path / "out").exists()
+
+
 INTERNALS = {
     'FLUSH_SETTING = "x_gone"': "a crash may lose the last seconds of W&B's log",
     'LOG_METHOD = "_gone"': "the histograms of run.watch may be logged with another step",

@@ -291,6 +291,21 @@ def test_a_directory_of_something_else_is_refused(workdir):
     assert [file.read_text() for file in foreign.parent.iterdir()] == ["mine"]
 
 
+def test_a_directory_that_is_gone_or_damaged_ends_in_one_line(workdir):
+    """Removed under way, a link that leads nowhere, and a damaged database."""
+    (workdir / "gone.py").write_text("import shutil\nshutil.rmtree('runs')\n")
+    out = run_search(workdir, GRID.replace("objective.py", "gone.py"), "--count", "2", status=1)
+    assert "the storage does not answer" in out.splitlines()[-1] and "Traceback" not in out
+    shutil.rmtree(workdir / "runs", ignore_errors=True)
+    (workdir / "runs").mkdir()
+    (workdir / "runs/sweep-s").symlink_to("nowhere")
+    out = run_search(workdir, GRID, "--count", "1", status=2)
+    assert out.splitlines()[-1].endswith("runs/sweep-s is of something else: choose another name for the sweep")
+    (workdir / "runs/nowhere").mkdir()
+    (workdir / "runs/nowhere/study.db").write_bytes(b"no database" * 1000)
+    assert run_search(workdir, GRID, "--count", "1", status=2).splitlines()[-1].endswith("file is not a database")
+
+
 def test_names_that_differ_have_directories_that_differ(workdir):
     quick = GRID.replace("0.5", "0")
     for name in ("a b", "a-b", "日本", "中国"):

@@ -153,7 +153,7 @@ def start_run(search: Search, known: FrozenTrial) -> bool:
 
 def read_place(directory: Path) -> str:
     """The random name by which a storage knows a directory, whatever its host is called; the first call chooses it."""
-    with (directory / "place").open("a+") as file:
+    with (directory / "place").open("a+", errors="replace") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)
         place = file.read() or secrets.token_hex(8)
