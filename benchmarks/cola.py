@@ -24,12 +24,17 @@ def main() -> None:
         options = f"--dataset cola --data_dir {data_dir} --model {model} --epochs {epochs}"
         return pairs.process(pairs.REPO / "train_cola.py", *options.split())
 
-    def peer(name: str) -> dict[str, float]:
-        return pairs.process("-m", f"benchmarks.peers.{name}", data_dir, model, epochs)
+    def peer(name: str, *options: str) -> dict[str, float]:
+        return pairs.process("-m", f"benchmarks.peers.{name}", data_dir, model, epochs, *options)
 
     print(pairs.header("work", ("torch", "transformers", "lightning", "torchmetrics", "accelerate", "wandb")))
-    for name, title in ("cola_lightning", "Lightning tutorial"), ("cola_trainer", "Hugging Face's Trainer"):
-        a, b = pairs.alternate(ours, lambda name=name: peer(name), args.pairs)
+    peers = {
+        "Lightning tutorial": ["cola_lightning"],
+        "Trainer": ["cola_trainer", "random"],
+        "Trainer, batches of similar length": ["cola_trainer", "group_by_length"],
+    }
+    for title, command in peers.items():
+        a, b = pairs.alternate(ours, lambda command=command: peer(*command), args.pairs)
         print(pairs.row(f"{title}, {epochs} epoch(s) of training and validation", a["training"], b["training"]))
         print(pairs.row(f"{title}, whole process", a["whole process"], b["whole process"]), flush=True)
 

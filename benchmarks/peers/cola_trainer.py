@@ -1,6 +1,7 @@
 """Fine-tune on CoLA as Hugging Face does: dynamic padding, AdamW, and `Trainer` without logging and saving.
 
-python -m benchmarks.peers.cola_trainer DATA_DIR MODEL EPOCHS
+python -m benchmarks.peers.cola_trainer DATA_DIR MODEL EPOCHS SAMPLING
+SAMPLING is random, the library's default, or group_by_length, with batches like ours.
 """
 
 import sys
@@ -25,7 +26,7 @@ class Encoded(Dataset):
         return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": self.labels[index]}
 
 
-def main(data_dir: str, name: str, epochs: str) -> None:
+def main(data_dir: str, name: str, epochs: str, sampling: str) -> None:
     corpus, tokenizer = load_corpus("cola", data_dir), transformers.AutoTokenizer.from_pretrained(name)
     train, valid = Encoded(corpus.train, tokenizer), Encoded(corpus.valid, tokenizer)
     options = transformers.TrainingArguments(
@@ -35,8 +36,8 @@ def main(data_dir: str, name: str, epochs: str) -> None:
         per_device_eval_batch_size=64,
         learning_rate=1e-4,
         weight_decay=0.01,
-        warmup_ratio=0.1,
-        train_sampling_strategy="group_by_length",  # batches of similar length, like ours
+        warmup_steps=0.1,  # a share, if below one
+        train_sampling_strategy=sampling,
         eval_strategy="epoch",
         save_strategy="no",
         logging_strategy="no",
