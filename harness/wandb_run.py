@@ -97,8 +97,7 @@ def wandb_mode(choice: str) -> str:
     """
     if os.environ.get("WANDB_MODE") == "":
         del os.environ["WANDB_MODE"]  # W&B rejects an empty one
-    _find_caches()
-    if choice != "disabled":
+    if choice == "auto":
         _start_service()
     mode = wandb.setup().settings.mode if choice == "auto" else choice
     if mode != "online":
@@ -159,6 +158,9 @@ def start(init: Callable[[str], wandb.Run], settings: SharedSettings, resuming: 
     If the server can't be reached or refuses, the run is offline, after at most 25 seconds. Artifacts are logged in
     the background, so that training doesn't wait for a server.
     """
+    _find_caches()
+    if settings.wandb != "disabled":
+        _start_service()
     try:
         logs = wandb_internals.log_files(settings.id) if settings.resume and settings.wandb != "disabled" else []
         for log in logs:
