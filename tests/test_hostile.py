@@ -525,6 +525,21 @@ def test_a_wandb_service_that_does_not_start_is_one_line(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_all_logs_of_a_run_are_found(tmp_path):
+    """W&B appends -1 to the name of a directory if the run was started twice within a second."""
+    directories = ["offline-run-20260101_000000-same", "run-20260101_000000-same-1", "run-20260101_000001-same"]
+    for directory in [*directories, "run-20260101_000000-same-1-other"]:
+        name = "same-1-other" if directory.endswith("other") else "same"
+        (tmp_path / "wandb" / directory).mkdir(parents=True)
+        (tmp_path / "wandb" / directory / f"run-{name}.wandb").touch()
+    program = (
+        "from harness import wandb_internals\nfor log in wandb_internals.log_files('same'): print(log.parent.name)"
+    )
+    environment = clean_environment(tmp_path, PYTHONPATH=str(REPO))
+    done = forking.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, text=True)
+    assert done.stdout.splitlines() == directories, done.stderr
+
+
 INTERNALS = {
     'FLUSH_SETTING = "x_gone"': "a crash may lose the last seconds of W&B's log",
     'LOG_METHOD = "_gone"': "the histograms of run.watch may be logged with another step",
