@@ -148,8 +148,9 @@ def main(argv: list[str] | None = None) -> None:
     trial_count = count_trials(sweep, options.count)
     trials.check_command(sweep)
     directory = sweep.directory
-    names = os.listdir(directory) if directory.is_dir() else [directory.name] * os.path.lexists(directory)
-    if names and {"place", "study.db"}.isdisjoint(names):
+    ours = any((directory / name).exists() for name in ("place", "study.db"))
+    empty = directory.is_dir() and not os.listdir(directory)
+    if os.path.lexists(directory) and not (ours or empty):
         raise UserError(f"{directory} is of something else: choose another name for the sweep")
     if not options.storage:
         directory.mkdir(parents=True, exist_ok=True)

@@ -77,7 +77,7 @@ def load(settings: Settings) -> tuple[Corpus, tuple[PreTrainedModel, PreTrainedT
     """The corpus and, unless W&B has it, the model. Resolves the settings left open; raises `UserError`."""
     corpus = load_corpus(settings.dataset, settings.data_dir, settings.train_file, settings.valid_file)
     check_batches(settings, examples=len(corpus.train.labels), held_out=len(corpus.valid.labels))
-    logits = torch.zeros(len(corpus.valid.labels), len(corpus.class_names))  # any: only the names are needed
+    logits = torch.zeros(len(corpus.valid.labels), len(corpus.class_names))  # any will do: only the names are needed
     if settings.monitor not in metrics.evaluation(logits, torch.tensor(corpus.valid.labels)).named("valid"):
         raise UserError(f"--monitor {settings.monitor} needs two classes, both in the validation data")
     settings.dataset, settings.model = corpus.name, encoders.find_model(settings.model)

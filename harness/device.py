@@ -33,7 +33,7 @@ def seed_rank(seed: int) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep freed memory: to get that of a small batch back from the system takes a fifth of the time."""
+    """Have glibc keep freed memory. Returning it after each batch costs a fifth of a small batch's time."""
     with contextlib.suppress(AttributeError, OSError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(M_MMAP_THRESHOLD, 32 << 20)

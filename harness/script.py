@@ -49,7 +49,7 @@ def run_script(main: Callable[[], Any]) -> None:
     gc.set_threshold(50_000)  # collect rarely: the ONNX exporter is still to be imported
     gc.enable()
     status = status_of(main)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C from here on ends the exit
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # from here on, Ctrl-C just ends the process
     if sys.modules["__main__"].__spec__ or sys.flags.interactive:
         sys.exit(status)  # `python -m cProfile train_mnist.py` and the like still have to report
     getattr(atexit, "_run_exitfuncs", lambda: sys.exit(status))()  # undocumented: without it, the slow way

@@ -75,8 +75,7 @@ def log_files(run_id: str) -> list[Path]:
     """The log files of a run, oldest first."""
     name = glob.escape(run_id)
     files = Path(wandb.setup().settings.wandb_dir).glob(f"*run-*-{name}*/run-{name}.wandb")
-    # Directories are named run-<time>-<id>, with offline- before it if the run was offline, and -1 after it if it is
-    # the second one of that time, which is in seconds.
+    # Directories are named [offline-]run-<time>-<id>; a second one within the same second has -1 appended.
     return sorted(files, key=lambda file: file.parent.name.removeprefix("offline-"))
 
 

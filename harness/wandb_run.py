@@ -97,9 +97,10 @@ def wandb_mode(choice: str) -> str:
     """
     if os.environ.get("WANDB_MODE") == "":
         del os.environ["WANDB_MODE"]  # W&B rejects an empty one
+    mode = choice
     if choice == "auto":
         _start_service()
-    mode = wandb.setup().settings.mode if choice == "auto" else choice
+        mode = wandb.setup().settings.mode
     if mode != "online":
         return mode
     try:
@@ -115,7 +116,7 @@ def wandb_mode(choice: str) -> str:
 
 
 def _start_service() -> None:
-    """Start W&B's service. Raises `UserError` if it does not start, which W&B itself may never notice."""
+    """Start W&B's service. Raises `UserError` if it does not start: W&B itself may then wait forever."""
     errors: list[Exception] = []
 
     def start() -> None:

@@ -511,18 +511,41 @@ def test_a_full_disk_hidden_by_a_library_is_one_line(write, tmp_path):
     assert (done.returncode, done.stderr) == (1, "-c: error: writing: File too large\n")
 
 
-def test_a_wandb_service_that_does_not_start_is_one_line(tmp_path):
+@pytest.mark.parametrize("mode", ["auto", "offline"])
+def test_a_wandb_service_that_does_not_start_is_one_line(mode, tmp_path):
     """W&B itself waits forever."""
     program = (
         "import sys, train_mnist\nfrom harness import script, wandb_run\nwandb_run.SERVICE_TIMEOUT = 2\n"
         "script.run_script(lambda: train_mnist.main(sys.argv[1:]))"
     )
     environment = clean_environment(tmp_path, PYTHONPATH=str(REPO), WANDB__SERVICE_WAIT="0")
-    command = [sys.executable, "-c", program, "--dataset", "synthetic", "--output_dir", "out"]
+    command = [sys.executable, "-c", program, *QUICK, "--wandb", mode]
     done = forking.run(command, cwd=tmp_path, env=environment, text=True, timeout=100)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stderr.splitlines()[-1].startswith("-c: error: W&B's service did not start within 2 seconds")
     assert not (tmp_path / "out").exists()
+
+
+def test_ctrl_c_during_the_exit_shows_no_traceback(tmp_path):
+    program = (
+        "import atexit, os, signal\nfrom harness import script\n"
+        "atexit.register(lambda: os.kill(os.getpid(), signal.SIGINT))\nscript.run_script(lambda: None)"
+    )
+    environment = clean_environment(tmp_path, PYTHONPATH=str(REPO))
+    done = forking.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, text=True)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
+
+
+def test_freed_memory_is_kept_for_the_next_batch(tmp_path):
+    """Of 50 tensors of 2,048 pages, one after another, only the first few touch new pages."""
+    program = (
+        "import resource, torch\nfrom harness.device import keep_freed_memory\nkeep_freed_memory()\n"
+        "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\nbefore = faults()\n"
+        "for _ in range(50): torch.ones(1 << 21)\nprint(faults() - before)"
+    )
+    environment = clean_environment(tmp_path, PYTHONPATH=str(REPO))
+    done = forking.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, text=True)
+    assert int(done.stdout) < 10 * 2048, done.stderr
 
 
 def test_all_logs_of_a_run_are_found(tmp_path):

@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
 
+from harness import distributed
 from tasks import encoders
 from tests import forking, killing
 from tests.conftest import clean_environment, wandb_records
@@ -241,3 +242,11 @@ def test_stop_from_wandb_is_not_a_failure(tmp_path):
         assert server.runs["same"]["exit"] == 0, printed
     assert printed.count("stopped by W&B") == 1, printed
     assert torch.load(tmp_path / "out/checkpoint.pt", weights_only=True)["position"]["epoch"] < 1000
+
+
+@pytest.mark.parametrize(("size", "several"), [(None, False), ("", False), ("1", False), ("2", True)])
+def test_whether_there_are_several_hosts(size, several, monkeypatch):
+    monkeypatch.delenv("GROUP_WORLD_SIZE", raising=False)
+    if size is not None:
+        monkeypatch.setenv("GROUP_WORLD_SIZE", size)
+    assert distributed.spans_hosts() == several

@@ -304,6 +304,10 @@ def test_a_directory_that_is_gone_or_damaged_ends_in_one_line(workdir):
     (workdir / "runs/nowhere").mkdir()
     (workdir / "runs/nowhere/study.db").write_bytes(b"no database" * 1000)
     assert run_search(workdir, GRID, "--count", "1", status=2).splitlines()[-1].endswith("file is not a database")
+    (workdir / "runs/nowhere/study.db").unlink()
+    (workdir / "runs/nowhere/place").write_bytes(b"\xff\xfe")
+    assert "runs/sweep-s/place is damaged" in run_search(workdir, GRID, "--count", "1", status=1).splitlines()[-1]
+    assert (workdir / "runs/nowhere/place").read_bytes() == b"\xff\xfe"
 
 
 def test_names_that_differ_have_directories_that_differ(workdir):

@@ -274,18 +274,8 @@ def test_learning_rate_rises_and_falls(small_cola):
 
 
 def test_defaults_learn_the_built_in_sentences(tmp_path):
-    """In three epochs of the ten: far more than a bag of words does, and what that can't, such as the word order."""
-    arguments = "--dataset synthetic --model scratch --epochs 3 --wandb disabled"
-    run = finished_run("train_cola.py", tmp_path, *arguments.split())
-    assert run.metrics["valid/mcc"] >= 0.55  # 0.35 for a bag of words
-    rows = predictions(run)
-    counts = Counter(row["source"] for row in rows)
-    hits = Counter(row["source"] for row in rows if row["label"] == row["prediction"])
-    # Agreement and determiners take more epochs. A bag of words gets 50%, 54% and 64% of these right.
-    for rule, share in {"word_order": 0.9, "argument_structure": 0.75, "reflexive": 0.75}.items():
-        assert hits[rule] / counts[rule] >= share, rule
-    losses = [row["valid/loss"] for row in run.journal if "valid/loss" in row]
-    assert losses == sorted(losses, reverse=True)
+    run = finished_run("train_cola.py", tmp_path, *"--dataset synthetic --model scratch --wandb disabled".split())
+    assert run.metrics["valid/mcc"] >= 0.8
     assert "WARNING" not in run.out
 
 
