@@ -14,7 +14,6 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +103,8 @@ def report(search: Search) -> None:
         seconds = trial.duration and round(trial.duration.total_seconds(), 1)
         outcome = [len(trial.intermediate_values), seconds, trial.user_attrs.get("error"), find_files(search, trial)]
         rows.append([trial.number, trial.state.name.lower(), trial.value, *parameters, *outcome])
-    write_csv(directory / "trials.csv", rows)
+    with open(directory / "trials.csv", "w", newline="") as file:
+        csv.writer(file).writerows(rows)
     counts = Counter(trial.state for trial in started)
     summary = ", ".join(f"{counts[state]} {state.name.lower()}" for state in TrialState if counts[state])
     print(f"{summary}; all trials: {directory}/trials.csv")
@@ -124,17 +124,12 @@ def report(search: Search) -> None:
         evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=0.5)
         importances = optuna.importance.get_param_importances(search.study, evaluator=evaluator)
         print("importance: " + ", ".join(f"{name} {share:.0%}" for name, share in importances.items()))
-        write_csv(directory / "importances.csv", [("parameter", "importance"), *importances.items()])
+        with open(directory / "importances.csv", "w", newline="") as file:
+            csv.writer(file).writerows([("parameter", "importance"), *importances.items()])
     command = trials.trial_command(sweep, ranked[0].user_attrs["parameters"], "python")
     print(f"to repeat the best run: {shlex.join(command).removeprefix('/usr/bin/env ')}")
     upload = " | to upload all that ran here: wandb sync wandb/offline-run-*" if os.path.isdir("wandb") else ""
     print(f"its files: {find_files(search, ranked[0])}{upload}")
-
-
-def write_csv(path: Path, rows: Iterable[Iterable[Any]]) -> None:
-    """Write rows to a CSV file."""
-    with path.open("w", newline="") as file:
-        csv.writer(file).writerows(rows)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -96,7 +96,7 @@ def _build_sweep(defaults: dict[str, Any], content: Any) -> Sweep:
     return sweep
 
 
-def _check(valid: bool, key: str, expected: str, value: Any) -> None:
+def _check(valid: object, key: str, expected: str, value: Any) -> None:
     """Raise `ValueError`, naming the key and what it must be, if its value is not `valid`."""
     if not valid:
         raise ValueError(f"{key}: must be {expected}, not {value!r}")
@@ -127,8 +127,7 @@ def _flatten(key: str, parameters: Any, prefix: str = "") -> Iterator[tuple[str,
     """Yield each parameter with its name; a parameter with the key `parameters` holds nested ones."""
     _check(isinstance(parameters, dict) and parameters != {}, key, "a mapping of names to parameters", parameters)
     for name, parameter in parameters.items():
-        if not re.fullmatch(r"[A-Za-z_][\w.-]*", str(name)):
-            raise ValueError(f"{key}.{name}: is not a valid option name")
+        _check(re.fullmatch(r"[A-Za-z_][\w.-]*", str(name)), key, "a mapping of option names", name)
         _check(isinstance(parameter, dict), f"{key}.{name}", "a mapping with value, values, or min and max", parameter)
         if "parameters" in parameter:
             _check_keys(f"{key}.{name}", parameter, ["parameters"])
@@ -144,8 +143,7 @@ def _distribution(key: str, parameter: dict[str, Any], method: str) -> BaseDistr
     implied = next((kind for name, kind in kinds.items() if name in parameter), "uniform")  # as for W&B
     kind = parameter.get("distribution", implied)
     _check(kind in list(DISTRIBUTIONS), f"{key}.distribution", f"one of {', '.join(DISTRIBUTIONS)}", kind)
-    if not set(DISTRIBUTIONS[kind]) <= parameter.keys():
-        raise ValueError(f"{key}: needs value, values, or min and max")
+    _check(set(DISTRIBUTIONS[kind]) <= parameter.keys(), key, "given value, values, or min and max", parameter)
     _check_keys(key, parameter, ["distribution", *DISTRIBUTIONS[kind], *(["q"] if kind == "q_uniform" else [])])
     if kind == "constant":
         return parameter["value"]
@@ -174,8 +172,6 @@ def _range(kind: str, low: float, high: float, q: float) -> FloatDistribution | 
         if not (type(low) is int and type(high) is int):
             raise ValueError("write min and max both as whole numbers or both with a decimal point")
         return IntDistribution(low, high)
-    if kind == "uniform":
-        return FloatDistribution(low, high)
     if kind == "q_uniform":
         first, last = math.ceil(low / q - 1e-9), math.floor(high / q + 1e-9)
         if first > last:
@@ -184,4 +180,4 @@ def _range(kind: str, low: float, high: float, q: float) -> FloatDistribution | 
         return kind_of(round(first * q, 12), round(last * q, 12), step=q)
     if kind in ("log_uniform", "inv_log_uniform"):  # W&B's bounds are exponents here
         low, high = (math.exp(low), math.exp(high)) if kind == "log_uniform" else (math.exp(-high), math.exp(-low))
-    return FloatDistribution(low, high, log=True)
+    return FloatDistribution(low, high, log=kind != "uniform")

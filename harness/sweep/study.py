@@ -17,7 +17,6 @@ from optuna.trial import FrozenTrial, TrialState
 from harness.errors import UserError
 from harness.sweep.file import Sweep
 
-MAX_CELLS = 100_000  # of a grid without --count
 FAILURES = (sqlalchemy.exc.DBAPIError, optuna.exceptions.StorageInternalError)
 WRITTEN = (sqlalchemy.exc.IntegrityError, optuna.exceptions.UpdateFinishedTrialError)
 POSTGRESQL = {"connect_timeout": 5, "tcp_user_timeout": 10_000}  # libpq's limits, in seconds and in milliseconds
@@ -139,10 +138,7 @@ def count_trials(sweep: Sweep, count: int | None) -> int:
     """The total number of trials of the search. Raises `UserError` if nothing limits it."""
     limits = [limit for limit in (count, sweep.run_cap) if limit is not None]
     if sweep.method == "grid":
-        cells = math.prod(map(value_count, sweep.searched.values()))
-        if not limits and cells > MAX_CELLS:
-            raise UserError(f"the grid has {cells:,} cells; give --count")
-        limits.append(cells)
+        limits.append(math.prod(map(value_count, sweep.searched.values())))
     if not limits:
         raise UserError(f"method {sweep.method} never ends by itself; give --count")
     return min(limits)

@@ -156,11 +156,10 @@ def read_place(directory: Path) -> str:
     with (directory / "place").open("a+", errors="replace") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)
-        place = file.read() or secrets.token_hex(8)
+        if not (place := file.read()):
+            file.write(place := secrets.token_hex(8))
         if not place.isalnum():
             raise UserError(f"{file.name} is damaged: restore it, or choose another name for the sweep", 1)
-        file.truncate(0)
-        file.write(place)
         return place
 
 
