@@ -37,6 +37,7 @@ class WandbServer(ThreadingHTTPServer):
     """`history[run]` maps line numbers to rows; `mode` is "ok", "error" (500), "forbidden" (401) or "hang"."""
 
     daemon_threads = True
+    request_queue_size = 1000  # W&B opens dozens of connections at once, and tries again seconds after a refused one
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
