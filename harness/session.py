@@ -130,7 +130,7 @@ def _open_on_rank_0(settings: SharedSettings, load: Load, init: Init, requests: 
             session = Session(settings, data, run, history, checkpoint, requests)
             yield session
             history.commit()
-            last_line = wandb_run.where_to_look(run, output_dir)
+            last_line = _where_to_look(run, output_dir)
         session.metrics["seconds"] = time.perf_counter() - started
         write_json(output_dir / METRICS, session.metrics)
     print(last_line)
@@ -218,3 +218,13 @@ def _record(run: wandb.Run, settings: SharedSettings, output_dir: Path) -> None:
             packages = {root, Path(sys.argv[0]).resolve().parent}
             packages |= {init.parent for depth in ("*", "*/*") for init in root.glob(f"{depth}/__init__.py")}
             run.log_code(root, include_fn=lambda p: Path(p).parent in packages and p.endswith((".py", ".yaml")))
+
+
+def _where_to_look(run: wandb.Run, output_dir: Path) -> str:
+    """The last line of a run: where its files are, and how to see them in W&B."""
+    line = f"Files of this run: {output_dir}"
+    if run.disabled:
+        return f"{line} (W&B is disabled)"
+    directory = os.path.relpath(Path(run.dir).parent)
+    upload = f"upload it: wandb sync {directory}" if run.offline else f"on the web: {run.url}"
+    return f"{line} | look at it: wandb leet {directory} | {upload}"

@@ -24,6 +24,7 @@ except ImportError:
     Record = None
 
 FLUSH_SETTING, LOG_METHOD, TORCH_HISTORY = "x_transaction_log_flush_interval", "_log", "_torch"
+SERVICE_PROCESS = ("_connection", "_proc", "_process")  # attributes that lead to it
 BLOCK, HEADER = 32768, b":W&B"
 WHOLE, FIRST, LAST = 1, 2, 4  # kinds of chunks of a record; 3 is one in the middle
 
@@ -69,6 +70,15 @@ def allow_histograms(run: wandb.Run) -> None:
 def _report(loss: str) -> None:
     """Say once what is lost because W&B has changed."""
     print(f"wandb {wandb.__version__} differs from the versions that this was tested with: {loss}.")
+
+
+def kill_service() -> None:
+    """Kill W&B's service, so that what waits for it ends with an error."""
+    process = functools.reduce(lambda owner, name: getattr(owner, name, None), SERVICE_PROCESS, wandb.setup())
+    if process is None:
+        _report("a run may wait for W&B forever")
+    else:
+        process.kill()
 
 
 def log_files(run_id: str) -> list[Path]:

@@ -23,9 +23,11 @@ from harness.signals import StopRequests, cancel_timeout, in_main_thread
 SERVICE_TIMEOUT = 35  # seconds; W&B waits 30 for its service to start
 INIT_TIMEOUT = 8  # seconds; W&B waits up to ten more before that to confirm the API key
 FINISH_TIMEOUT = {"none": 20, "best": 1800, "all": 1800}  # seconds, by --log_model
+KILL_AFTER = 10  # seconds after that until the service is killed
 CLOSE_TIMEOUT = 2  # seconds to close the run after a signal
 CACHE_BYTES = 1 << 20  # a cache that can't take this much counts as full
 ARTIFACT_TIMEOUT = 5  # seconds to hand over artifacts at the end of a run; uploading them comes after that
+NO_ANSWER = ("W&B does not answer.", "The same command with --resume uploads the rest once it does.")
 
 reported_runs: set[str] = set()  # ids of runs in which an error was reported; later ones are its consequences
 lost_runs: set[str] = set()  # ids of runs whose W&B service is gone
@@ -259,12 +261,17 @@ def _finish(run: wandb.Run, status: int) -> None:
         if thread.is_alive():
             reported_runs.add(run.id)  # W&B's later errors are consequences of this one
     online = not (run.offline or run.disabled)
+    killer = threading.Timer(run.settings.finish_timeout + KILL_AFTER, _give_up, [run.id])
+    killer.daemon = True
+    killer.start()
     with tolerate_wandb_errors(run):
         try:
             run.finish(exit_code=status)
         except TimeoutError:
-            warn_loudly("W&B does not answer.", "The same command with --resume uploads the rest once it does.")
+            warn_loudly(*NO_ANSWER)
             return
+        finally:
+            killer.cancel()
         if online and run.id not in reported_runs:
             for log in wandb_internals.log_files(run.id):
                 wandb_internals.synced_marker(log).touch()
@@ -273,19 +280,17 @@ def _finish(run: wandb.Run, status: int) -> None:
             wandb.teardown()  # or it complains at exit
 
 
+def _give_up(run_id: str) -> None:
+    """End W&B's service, which may wait for an upload forever."""
+    warn_loudly(*NO_ANSWER)
+    reported_runs.add(run_id)
+    lost_runs.add(run_id)
+    wandb_internals.kill_service()
+
+
 def is_complete(run_id: str, mode: str, last_step: int) -> bool:
     """Whether W&B has all of a finished run: on its server, or in its log files if the run is offline."""
     logs = wandb_internals.log_files(run_id)
     if mode == "online":
         return all(wandb_internals.synced_marker(log).exists() for log in logs)
     return mode == "disabled" or not logs or last_step in wandb_internals.history(logs)
-
-
-def where_to_look(run: wandb.Run, output_dir: Path) -> str:
-    """The last line of a run: where its files are, and how to see them in W&B."""
-    line = f"Files of this run: {output_dir}"
-    if run.disabled:
-        return f"{line} (W&B is disabled)"
-    directory = os.path.relpath(Path(run.dir).parent)
-    upload = f"upload it: wandb sync {directory}" if run.offline else f"on the web: {run.url}"
-    return f"{line} | look at it: wandb leet {directory} | {upload}"

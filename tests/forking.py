@@ -205,6 +205,7 @@ def do_imports() -> dict[str, str]:
 
 def remember_what_is_installed() -> None:
     """Compute once what W&B and the ONNX exporter compute in each run, from the installed libraries alone."""
+    import torch._export.utils
     import tqdm
     import wandb.util
     from torch.onnx._internal.exporter import _registration
@@ -217,6 +218,7 @@ def remember_what_is_installed() -> None:
     tqdm.tqdm.monitor_interval = 0  # no thread, which a child would miss
     with tempfile.TemporaryDirectory() as directory:  # the first export of a process takes a second longer
         train_mnist.export_onnx(Path(directory, "model.onnx"), train_mnist.ConvNet([1, 1]).eval())
+    torch._export.utils._materialize_cpp_cia_ops = lambda: None  # done by that export
     tqdm.tqdm.monitor_interval = interval
 
 

@@ -26,9 +26,10 @@ FILES = tempfile.TemporaryDirectory()  # the digits of each run, which take a se
 write_mnist(Path(FILES.name), synthetic_digits(train=5000, test=1000))
 SHORT = Path(FILES.name, "short.tsv")  # the first 100 sentences
 SHORT.write_text("".join(SENTENCES.read_text().splitlines(keepends=True)[:101]))
+DIGITS = f"--dataset mnist --data_dir {FILES.name}"
 # Long enough to cross epochs, checkpoints and logged rows: 17 and 15 batches in an epoch, of which the last is shorter.
 ARGUMENTS = {
-    "train_mnist.py": f"--dataset mnist --data_dir {FILES.name} --slice 5 --valid_size 1000 --epochs 3 --batch_size 48 "
+    "train_mnist.py": f"{DIGITS} --slice 5 --valid_size 1000 --epochs 3 --batch_size 48 "
     "--log_every 4 --checkpoint_every 4",
     "train_cola.py": f"--train_file {SHORT} --valid_file {SHORT} --model scratch --epochs 3 --batch_size 7 "
     "--log_every 4 --checkpoint_every 5",

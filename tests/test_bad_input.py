@@ -15,7 +15,7 @@ from harness import options
 from harness.errors import UserError
 from tests import killing
 
-DIGITS = f"--dataset mnist --data_dir {killing.FILES.name} --slice 4 --valid_size 1000"  # what is given later wins
+DIGITS = f"{killing.DIGITS} --slice 4 --valid_size 1000"  # what is given later wins
 OPTIONS = {
     "--epoch 3": "unknown option --epoch; did you mean --epochs?",
     "--lr 0.1": "unknown option --lr",

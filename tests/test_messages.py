@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from harness.errors import warn_loudly
-from tests import forking
+from tests import forking, killing
 from tests.conftest import REPO, call, clean_environment
 
-QUICK = "--dataset synthetic --slice 50 --valid_size 1000 --batch_size 16 --wandb disabled".split()
+QUICK = f"{killing.DIGITS} --slice 20 --valid_size 1000 --batch_size 16 --wandb disabled".split()
 LONG = [*QUICK, "--epochs", "200", "--notes", "it's a note"]
 
 

@@ -25,7 +25,7 @@ from metrics import EVALUATION_METRICS
 from tasks.digits import Digits, synthetic_digits
 from tests import killing
 
-QUICK = f"--dataset mnist --data_dir {killing.FILES.name} --slice 4 --valid_size 1000 --epochs 1".split()  # 8 batches
+QUICK = f"{killing.DIGITS} --slice 4 --valid_size 1000 --epochs 1".split()  # 8 batches
 
 METRICS = {name for name, metric in EVALUATION_METRICS.items() if not metric.two_classes}
 CHARTS = {"confusion_matrix_table", "confusion_matrix_image", "mistakes", "logits", "calibration"}
