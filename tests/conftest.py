@@ -28,9 +28,10 @@ def pytest_configure() -> None:
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_auto_num_workers() -> int:
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """More workers than cores: a third of the tests' time is spent waiting for servers and signals."""
-    return (os.cpu_count() or 1) * 3 // 2
+    cores = os.cpu_count() or 1
+    return cores if config.option.markexpr else cores * 3 // 2
 
 
 def pytest_collection_finish() -> None:

@@ -58,10 +58,10 @@ def test_a_stopped_run_says_what_to_type(number, named, tmp_path):
     resuming = next(line for line in process.stdout if line.startswith("Resuming"))
     process.kill()
     process.communicate()
-    step = int(problem.split()[-2].rstrip(","))  # 380 images, 24 batches an epoch, the last one has 12
-    epochs, examples = divmod(step, 380)
-    place = (epochs, 24) if examples == 0 else (epochs + 1, examples // 16 + 1)
-    assert resuming == f"Resuming {out} at epoch {place[0]}, batch {place[1]} of 24\n"
+    step = int(problem.split()[-2].rstrip(","))  # 200 images, 13 batches an epoch, the last one has 8
+    epochs, examples = divmod(step, 200)
+    place = (epochs, 13) if examples == 0 else (epochs + 1, examples // 16 + 1)
+    assert resuming == f"Resuming {out} at epoch {place[0]}, batch {place[1]} of 13\n"
 
 
 def test_resume_names_the_newest_unfinished_run(tmp_path):

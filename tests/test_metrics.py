@@ -418,10 +418,10 @@ def test_interval_is_that_of_resampled_examples():
     matrix = metrics.ConfusionMatrix(3)
     matrix.update(torch.from_numpy(predictions), torch.from_numpy(labels))
     rng = np.random.default_rng(0)
-    draws = [rng.integers(100, size=100) for _ in range(4000)]
+    draws = [rng.integers(100, size=100) for _ in range(1000)]
     values = [reference.matthews_corrcoef(labels[drawn], predictions[drawn]) for drawn in draws]
     expected = np.quantile(values, [0.05, 0.95])
-    assert metrics.matthews_corrcoef_interval(matrix, 0.9, resamples=20_000) == pytest.approx(expected, abs=0.006)
+    assert metrics.matthews_corrcoef_interval(matrix, 0.9, resamples=20_000) == pytest.approx(expected, abs=0.012)
     assert metrics.matthews_corrcoef_interval(matrix, seed=1) == metrics.matthews_corrcoef_interval(matrix, seed=1)
 
 

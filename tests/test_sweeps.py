@@ -713,7 +713,6 @@ def test_a_sweep_can_be_resumed_when_its_command_is_mended(workdir):
     assert sorted(read_lines(workdir / "visits.txt")) == sorted(CELLS[:3])
 
 
-@pytest.mark.quick
 def test_a_huge_grid_with_a_count(workdir):
     sweep = GRID.replace("0.5", "0").replace("[1, 2, 3, 4]", "[1]").replace("min: -2", "min: -1000000000000")
     assert "2 complete" in run_search(workdir, sweep, "--count", "2")
