@@ -146,7 +146,7 @@ def main(argv: list[str] | None = None) -> None:
     ours = any((directory / name).exists() for name in ("place", "study.db"))
     empty = directory.is_dir() and not os.listdir(directory)
     if os.path.lexists(directory) and not (ours or empty):
-        raise UserError(f"{directory} is of something else: choose another name for the sweep")
+        raise UserError(f"{directory} holds something else: choose another name for the sweep")
     if not options.storage:
         directory.mkdir(parents=True, exist_ok=True)
     opened = study.open_study(sweep, options.storage or f"sqlite:///{directory}/study.db")

@@ -1,8 +1,8 @@
 """Compare MNIST training time with W&B's PyTorch tutorial and the official PyTorch example.
 
 python -m benchmarks.mnist --data_dir DIR
-DIR contains MNIST/raw, as torchvision stores it. Our options for 99.0 % were tuned on the test accuracy; the example
-stops after the first epoch that reaches it.
+DIR contains MNIST/raw, as torchvision stores it. Our options for 99.0% were chosen on 5,000 held-out training images;
+the example stops after the first epoch that reaches it on the test images.
 """
 
 import argparse
@@ -11,14 +11,14 @@ from pathlib import Path
 from benchmarks import pairs
 
 TUTORIAL = "--slice 5 --valid_size 0 --schedule constant --seed 1".split()
-FAST = "--valid_size 0 --max_steps 600 --learning_rate 0.01 --watch off".split()  # reaches 99.0 % in 1.3 epochs
+FAST = "--valid_size 0 --max_steps 500 --learning_rate 0.015 --watch off".split()  # 1.07 epochs
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data_dir", type=Path, required=True)
     parser.add_argument("--pairs", type=int, default=3, help="paired runs [3]")
-    parser.add_argument("--seeds", type=int, default=10, help="seeds for the 99.0 %% check [10]")
+    parser.add_argument("--seeds", type=int, default=10, help="seeds for the 99.0%% check [10]")
     args = parser.parse_args()
     data_dir = args.data_dir.resolve()
 
@@ -31,11 +31,11 @@ def main() -> None:
     a, b = pairs.alternate(lambda: ours(*TUTORIAL), lambda: peer("mnist_tutorial"), args.pairs)
     rows = [pairs.row(f"W&B tutorial on MNIST, {time}", a[time], b[time]) for time in ("whole process", "training")]
     a, b = pairs.alternate(lambda: ours(*FAST), lambda: peer("mnist_example"), args.pairs)
-    rows.append(pairs.row("full MNIST to 99.0 %, training", a["training"], b["training"]))
+    rows.append(pairs.row("full MNIST to 99.0%, training", a["training"], b["training"]))
     accuracies = sorted(ours(*FAST, "--seed", str(seed))["accuracy"] for seed in range(args.seeds))
     print(pairs.header("work", ("torch", "torchvision", "wandb")), *rows, sep="\n")
     passed = sum(accuracy >= 0.99 for accuracy in accuracies)
-    print(f"\n99.0 % reached with {passed} of {args.seeds} seeds, accuracy {accuracies[0]:.2%} to {accuracies[-1]:.2%}")
+    print(f"\n99.0% reached with {passed} of {args.seeds} seeds, accuracy {accuracies[0]:.2%} to {accuracies[-1]:.2%}")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ def seed_rank(seed: int) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep freed memory. Returning it after each batch costs a fifth of a small batch's time."""
+    """Have glibc keep freed memory. Returning it after every batch takes a fifth of a small batch's time."""
     with contextlib.suppress(AttributeError, OSError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(M_MMAP_THRESHOLD, 32 << 20)

@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 from harness.errors import Stopped, UserError, disk_error
 from harness.options import SharedSettings, parse
 
+EXIT_TIMEOUT = 30  # seconds
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EMFILE)
 PATH_ERRORS = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
 ALLOCATION_ERRORS = re.compile("out of memory|can't allocate memory|storage size calculation", re.IGNORECASE)
@@ -52,6 +54,9 @@ def run_script(main: Callable[[], Any]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # from here on, Ctrl-C just ends the process
     if sys.modules["__main__"].__spec__ or sys.flags.interactive:
         sys.exit(status)  # `python -m cProfile train_mnist.py` and the like still have to report
+    limit = threading.Timer(EXIT_TIMEOUT, os._exit, [status])  # W&B's functions for the exit may wait forever
+    limit.daemon = True
+    limit.start()
     getattr(atexit, "_run_exitfuncs", lambda: sys.exit(status))()  # undocumented: without it, the slow way
     for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.flush()

@@ -66,7 +66,7 @@ def open_session(settings: SharedSettings, task: str, load: Load, init: Init) ->
     """
     keep_freed_memory()
     try:
-        last_wait = wandb_run.FINISH_TIMEOUT[settings.log_model]
+        last_wait = wandb_run.FINISH_TIMEOUT[settings.log_model] + wandb_run.KILL_AFTER + wandb_run.ARTIFACT_TIMEOUT
         with distributed.joined(settings.peer_timeout, last_wait), handling_signals(settings.stop_timeout) as requests:
             if distributed.rank() == 0:
                 _identify(settings, task)

@@ -27,7 +27,7 @@ KILL_AFTER = 10  # seconds after that until the service is killed
 CLOSE_TIMEOUT = 2  # seconds to close the run after a signal
 CACHE_BYTES = 1 << 20  # a cache that can't take this much counts as full
 ARTIFACT_TIMEOUT = 5  # seconds to hand over artifacts at the end of a run; uploading them comes after that
-NO_ANSWER = ("W&B does not answer.", "The same command with --resume uploads the rest once it does.")
+NO_ANSWER = ("W&B does not answer.", "The same command with --resume logs the rest once it does.")
 
 reported_runs: set[str] = set()  # ids of runs in which an error was reported; later ones are its consequences
 lost_runs: set[str] = set()  # ids of runs whose W&B service is gone
@@ -147,7 +147,7 @@ def init_options(settings: SharedSettings, mode: str, requests: StopRequests, re
         "settings": wandb.Settings(
             **wandb_internals.settings(),
             init_timeout=INIT_TIMEOUT,
-            finish_timeout=FINISH_TIMEOUT[settings.log_model],
+            finish_timeout=FINISH_TIMEOUT[settings.log_model if mode == "online" else "none"],
             finish_timeout_raises=True,
             stop_fn=lambda: requests.add("W&B", 0),
         ),
@@ -282,10 +282,12 @@ def _finish(run: wandb.Run, status: int) -> None:
 
 def _give_up(run_id: str) -> None:
     """End W&B's service, which may wait for an upload forever."""
-    warn_loudly(*NO_ANSWER)
     reported_runs.add(run_id)
     lost_runs.add(run_id)
-    wandb_internals.kill_service()
+    try:
+        warn_loudly(*NO_ANSWER)
+    finally:
+        wandb_internals.kill_service()
 
 
 def is_complete(run_id: str, mode: str, last_step: int) -> bool:

@@ -287,12 +287,12 @@ def test_a_directory_of_something_else_is_refused(workdir):
     foreign.parent.mkdir(parents=True)
     foreign.write_text("mine")
     out = run_search(workdir, GRID, "--count", "1", status=2)
-    assert out.splitlines()[-1].endswith("runs/sweep-s is of something else: choose another name for the sweep")
+    assert out.splitlines()[-1].endswith("runs/sweep-s holds something else: choose another name for the sweep")
     assert [file.read_text() for file in foreign.parent.iterdir()] == ["mine"]
 
 
 def test_a_directory_that_is_gone_or_damaged_ends_in_one_line(workdir):
-    """Removed under way, a link that leads nowhere, and a damaged database."""
+    """Removed under way, a link that leads nowhere, a damaged database, and a damaged name of the place."""
     (workdir / "gone.py").write_text("import shutil\nshutil.rmtree('runs')\n")
     out = run_search(workdir, GRID.replace("objective.py", "gone.py"), "--count", "2", status=1)
     assert "the storage does not answer" in out.splitlines()[-1] and "Traceback" not in out
@@ -300,7 +300,7 @@ def test_a_directory_that_is_gone_or_damaged_ends_in_one_line(workdir):
     (workdir / "runs").mkdir()
     (workdir / "runs/sweep-s").symlink_to("nowhere")
     out = run_search(workdir, GRID, "--count", "1", status=2)
-    assert out.splitlines()[-1].endswith("runs/sweep-s is of something else: choose another name for the sweep")
+    assert out.splitlines()[-1].endswith("runs/sweep-s holds something else: choose another name for the sweep")
     (workdir / "runs/nowhere").mkdir()
     (workdir / "runs/nowhere/study.db").write_bytes(b"no database" * 1000)
     assert run_search(workdir, GRID, "--count", "1", status=2).splitlines()[-1].endswith("file is not a database")
@@ -574,9 +574,9 @@ MISTAKES = {
     "parameter is a number": ("{values: [1, 2, 3, 4]}", "3", "parameters.x: must be a mapping"),
     "values are not a list": ("[1, 2, 3, 4]", "3", "parameters.x.values: must be a non-empty list"),
     "no values": ("[1, 2, 3, 4]", "[]", "parameters.x.values: must be a non-empty list"),
-    "misspelt key": ("values", "valeus", "parameters.x: must be given value, values, or min"),
+    "misspelt key": ("values", "valeus", "parameters.x: needs value, values, or min and max"),
     "extra key": ("{min: -2, max: 0}", "{min: -2, max: 0, q: 1}", "parameters.y.q: unknown key"),
-    "min alone": (", max: 0", "", "parameters.y: must be given value, values, or min"),
+    "min alone": (", max: 0", "", "parameters.y: needs value, values, or min and max"),
     "min above max": ("min: -2", "min: 2", "parameters.y: `low <= high` must"),
     "a string": ("{min: -2, max: 0}", "{min: 1e-4, max: 1e-2, distribution: uniform}", "write 0.0001"),
     "not finite": ("{min: -2, max: 0}", "{min: 0.0, max: .inf, distribution: uniform}", "y: min, max or q"),
@@ -595,6 +595,7 @@ MISTAKES = {
     "command": ("parameters:", "command: python\nparameters:", "command: must be a list, not 'python'"),
     "macro": ("parameters:", "command: ['${prog}']\nparameters:", "command: unknown macro ${prog}"),
     "run_cap": ("parameters:", "run_cap: many\nparameters:", "run_cap: must be a whole number"),
+    "no option name": ("  x:", '  "a b":', "parameters.a b: must be a valid option name"),
     "name": ("parameters:", "name: ''\nparameters:", "name: must be 1 to 99 characters long"),
     "exponents": ("{min: -2, max: 0}", "{distribution: log_uniform, min: 0, max: 1000}", "y: min, max or q"),
     "distribution is a list": ("{min: -2, max: 0}", "{distribution: [uniform], min: 0, max: 1}", "distribution: must"),

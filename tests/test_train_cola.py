@@ -274,7 +274,7 @@ def test_learning_rate_rises_and_falls(small_cola):
 
 
 def test_defaults_learn_the_built_in_sentences(tmp_path):
-    """In four epochs of the ten: 0.68, far more than a bag of words, which gets 0.35. Ten reach over 0.8."""
+    """Four of the ten epochs reach 0.68, all ten more than 0.8; a bag of words reaches 0.35."""
     arguments = "--dataset synthetic --model scratch --epochs 4 --wandb disabled"
     run = finished_run("train_cola.py", tmp_path, *arguments.split())
     assert run.metrics["valid/mcc"] >= 0.6

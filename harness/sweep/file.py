@@ -127,7 +127,7 @@ def _flatten(key: str, parameters: Any, prefix: str = "") -> Iterator[tuple[str,
     """Yield each parameter with its name; a parameter with the key `parameters` holds nested ones."""
     _check(isinstance(parameters, dict) and parameters != {}, key, "a mapping of names to parameters", parameters)
     for name, parameter in parameters.items():
-        _check(re.fullmatch(r"[A-Za-z_][\w.-]*", str(name)), key, "a mapping of option names", name)
+        _check(re.fullmatch(r"[A-Za-z_][\w.-]*", str(name)), f"{key}.{name}", "a valid option name", name)
         _check(isinstance(parameter, dict), f"{key}.{name}", "a mapping with value, values, or min and max", parameter)
         if "parameters" in parameter:
             _check_keys(f"{key}.{name}", parameter, ["parameters"])
@@ -143,7 +143,8 @@ def _distribution(key: str, parameter: dict[str, Any], method: str) -> BaseDistr
     implied = next((kind for name, kind in kinds.items() if name in parameter), "uniform")  # as for W&B
     kind = parameter.get("distribution", implied)
     _check(kind in list(DISTRIBUTIONS), f"{key}.distribution", f"one of {', '.join(DISTRIBUTIONS)}", kind)
-    _check(set(DISTRIBUTIONS[kind]) <= parameter.keys(), key, "given value, values, or min and max", parameter)
+    if not set(DISTRIBUTIONS[kind]) <= parameter.keys():
+        raise ValueError(f"{key}: needs value, values, or min and max")
     _check_keys(key, parameter, ["distribution", *DISTRIBUTIONS[kind], *(["q"] if kind == "q_uniform" else [])])
     if kind == "constant":
         return parameter["value"]

@@ -156,9 +156,9 @@ def read_place(directory: Path) -> str:
     with (directory / "place").open("a+", errors="replace") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)
-        if not (place := file.read()):
+        if not (place := file.read().strip()):
             file.write(place := secrets.token_hex(8))
-        if not place.isalnum():
+        if not re.fullmatch("[0-9a-f]{16}", place):
             raise UserError(f"{file.name} is damaged: restore it, or choose another name for the sweep", 1)
         return place
 
