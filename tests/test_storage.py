@@ -76,7 +76,7 @@ def start_searches(directory: Path, count: int, url: str, sweep: str) -> tuple[l
 
 
 def test_searches_outlive_failures_of_their_database(server, tmp_path):
-    """Three searches run every cell once while it drops connections, is stopped for five seconds, and restarts."""
+    """Three searches run every cell once while it drops connections, is stopped for ten seconds, and restarts."""
     import psycopg
 
     url = server("restart")
@@ -85,7 +85,7 @@ def test_searches_outlive_failures_of_their_database(server, tmp_path):
         connection.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid()")
     time.sleep(1)
     server("stop")
-    time.sleep(5)
+    time.sleep(10)
     server("start")
     time.sleep(2)
     server("restart")

@@ -697,7 +697,7 @@ def test_a_file_in_the_place_of_the_directory(workdir):
     (workdir / "runs").mkdir()
     (workdir / "runs/sweep-s").touch()
     for options in ([], ["--storage", "sqlite:///shared.db"]):
-        assert "runs/sweep-s is of something else" in run_search(workdir, GRID, *options, status=2)
+        assert "runs/sweep-s holds something else" in run_search(workdir, GRID, *options, status=2)
 
 
 def test_a_sweep_can_be_resumed_when_its_command_is_mended(workdir):
