@@ -536,6 +536,16 @@ def test_ctrl_c_during_the_exit_shows_no_traceback(tmp_path):
     assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
 
 
+def test_an_exit_that_hangs_is_cut_short(tmp_path):
+    program = (
+        "import atexit, time\nfrom harness import script\nscript.EXIT_TIMEOUT = 1\n"
+        "atexit.register(time.sleep, 1000)\nscript.run_script(lambda: print('done'))"
+    )
+    environment = clean_environment(tmp_path, PYTHONPATH=str(REPO))
+    done = forking.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, text=True, timeout=100)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
+
+
 def test_freed_memory_is_kept_for_the_next_batch(tmp_path):
     """Four tensors of 2,048 pages each, 50 times: only the first ones touch new pages."""
     program = (
