@@ -1,11 +1,15 @@
 """Shared helpers: run the scripts as users do, and read what they logged with W&B's own reader."""
 
+import fcntl
 import json
 import os
+import pickle
+import shutil
 import struct
 import subprocess
 import sys
-from collections.abc import Generator
+from collections.abc import Callable, Generator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,11 +33,16 @@ def pytest_configure() -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
-    """Three workers for two cores, since a third of the time is spent waiting; with `-m`, one for each core."""
+    """Two workers for each core, since much of the time is spent waiting; with `-m`, one."""
     if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ:
         return None  # xdist reads it
     cores = os.cpu_count() or 1
-    return cores if config.option.markexpr else cores * 3 // 2
+    return cores if config.option.markexpr else cores * 2
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The tests of W&B's failures wait for minutes: first, so that nobody waits for them at the end."""
+    items.sort(key=lambda item: item.path.name != "test_wandb_fails.py")
 
 
 def pytest_collection_finish() -> None:
@@ -106,9 +115,35 @@ def finished_run(script: str, cwd: Path, *arguments: object, **options: Any) -> 
     return done
 
 
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], Any]) -> Any:
+    """What `make(directory)` returns: the first worker that needs it makes it, the others wait for it and read it."""
+    base = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent  # the directory of all workers
+    directory, made = base / name, base / f"{name}.pickle"
+    with (base / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not made.exists():
+            shutil.rmtree(directory, ignore_errors=True)  # of a worker that failed
+            directory.mkdir()
+            made.write_bytes(pickle.dumps(make(directory)))
+        return pickle.loads(made.read_bytes())
+
+
 @pytest.fixture(scope="session")
 def small_mnist(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """A `train_mnist.py` run with everything on, shared by many tests."""
-    cwd = tmp_path_factory.mktemp("small_mnist")
-    arguments = "--dataset synthetic --slice 5 --valid_size 4000 --epochs 3 --log_model all --save_code"
-    return finished_run("train_mnist.py", cwd, *arguments.split(), "--tags", "one", "two words", "--notes", "a note")
+    arguments = "--dataset synthetic --slice 5 --valid_size 4000 --epochs 3 --log_model all --save_code".split()
+    arguments += ["--tags", "one", "two words", "--notes", "a note"]
+    return made_once(tmp_path_factory, "small_mnist", lambda cwd: finished_run("train_mnist.py", cwd, *arguments))
+
+
+@pytest.fixture(scope="session")
+def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, SimpleNamespace]:
+    """For each script, an uninterrupted run and its history on the server."""
+    from tests import killing  # which imports this module
+
+    return {
+        script: made_once(tmp_path_factory, f"reference-{script}", partial(killing.reference, script))
+        for script in killing.ARGUMENTS
+    }

@@ -25,6 +25,7 @@ import sys
 import tempfile
 import threading
 import types
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -68,12 +69,13 @@ class Server:
         return listener, theirs
 
     def start(self) -> None:
+        self.directory = tempfile.TemporaryDirectory()  # of libraries, and of the bytecode of what the children import
         listener, lifeline = self.listen()
         with listener, lifeline:
             numbers = listener.fileno(), lifeline.fileno()
             self.process = subprocess.Popen(
-                [sys.executable, __file__, *map(str, numbers)],
-                env=self.environment,
+                [sys.executable, __file__, self.directory.name, *map(str, numbers)],
+                env={**self.environment, "TMPDIR": self.directory.name},
                 pass_fds=numbers,
                 start_new_session=True,
                 stdin=subprocess.DEVNULL,
@@ -198,6 +200,8 @@ def do_imports() -> dict[str, str]:
     for name, module in [*sys.modules.items()]:  # a child imports the project's own modules, from where it finds them
         if name != "__main__" and str(getattr(module, "__file__", "")).startswith(f"{REPO}/"):
             del sys.modules[name]
+    for registered in getattr(weakref.finalize, "_registry", ()):
+        registered.atexit = False  # torch has thousands, which take a child a while at its exit
     gc.collect()
     gc.freeze()
     return {name: value for name, value in os.environ.items() if before.get(name) != value}
@@ -207,6 +211,7 @@ def remember_what_is_installed() -> None:
     """Compute once what W&B and the ONNX exporter compute in each run, from the installed libraries alone."""
     import torch._export.utils
     import tqdm
+    import transformers
     import wandb.util
     from torch.onnx._internal.exporter import _registration
 
@@ -216,8 +221,10 @@ def remember_what_is_installed() -> None:
     _registration.ONNXRegistry.from_torchlib = staticmethod(operators)
     train_mnist, interval = sys.modules["train_mnist"], tqdm.tqdm.monitor_interval
     tqdm.tqdm.monitor_interval = 0  # no thread, which a child would miss
-    with tempfile.TemporaryDirectory() as directory:  # the first export of a process takes a second longer
+    with tempfile.TemporaryDirectory() as directory:  # the first ones of a process take longer
         train_mnist.export_onnx(Path(directory, "model.onnx"), train_mnist.ConvNet([1, 1]).eval())
+        bert = transformers.BertConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1)
+        transformers.BertForSequenceClassification(bert).save_pretrained(directory)
     torch._export.utils._materialize_cpp_cia_ops = lambda: None  # done by that export
     tqdm.tqdm.monitor_interval = interval
 
@@ -289,6 +296,7 @@ def become(arguments: list[str], cwd: str, environment: dict[str, str], imported
     tempfile.tempdir = None  # TMPDIR may be another one
     if media := sys.modules.get("wandb.sdk.data_types._private"):  # or the first child to end would remove it for all
         media.MEDIA_TMP.name = tempfile.mkdtemp("wandb-media")
+        atexit.register(shutil.rmtree, media.MEDIA_TMP.name, ignore_errors=True)
     sys.stdout.reconfigure(line_buffering=os.isatty(1))  # not replaced: W&B captures what it found on import
     if arguments[0] == "-u":  # as torchrun starts Python
         arguments = arguments[1:]
@@ -315,7 +323,9 @@ def become(arguments: list[str], cwd: str, environment: dict[str, str], imported
 
 if __name__ == "__main__":
     variables = do_imports()
-    sockets = (socket.socket(fileno=int(number)) for number in sys.argv[1:])
+    _, sys.pycache_prefix, *numbers = sys.argv
+    sys.dont_write_bytecode = False
+    sockets = (socket.socket(fileno=int(number)) for number in numbers)
     status: Any = None
     try:
         become(**serve(*sockets), imported=variables)

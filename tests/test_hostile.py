@@ -43,12 +43,9 @@ distributed.sum_gradients = slow
 """
 
 
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """A finished run of train_mnist.py."""
-    cwd = tmp_path_factory.mktemp("reference")
-    killing.timed("train_mnist.py", cwd, clean_environment(cwd))
-    return SimpleNamespace(cwd=cwd, out=cwd / "out")
+@pytest.fixture
+def reference(references) -> SimpleNamespace:
+    return references["train_mnist.py"]
 
 
 @pytest.fixture

@@ -122,9 +122,7 @@ def ends(processes: list[subprocess.Popen], seconds: float) -> tuple[list[int], 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The results of two processes on one host."""
-    cwd = tmp_path_factory.mktemp("reference")
-    killing.finish(test_parallel.start(SCRIPT, cwd))
-    return cwd / "out"
+    return test_parallel.uninterrupted(tmp_path_factory, SCRIPT).out
 
 
 @pytest.mark.parametrize("victim", [0, 1])

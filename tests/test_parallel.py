@@ -17,7 +17,7 @@ from transformers import BertConfig, BertForSequenceClassification, BertTokenize
 from harness import distributed
 from tasks import encoders
 from tests import forking, killing
-from tests.conftest import clean_environment, wandb_records
+from tests.conftest import clean_environment, made_once, wandb_records
 from tests.wandb_server import serving
 
 SCRIPTS = tuple(killing.ARGUMENTS)
@@ -68,15 +68,18 @@ def workers(torchrun: subprocess.Popen) -> list[int]:
     return [int(pid) for pid in found.stdout.split()]
 
 
+def uninterrupted(factory: pytest.TempPathFactory, script: str) -> SimpleNamespace:
+    """An uninterrupted run with two processes."""
+
+    def make(cwd: Path) -> SimpleNamespace:
+        return SimpleNamespace(cwd=cwd, out=cwd / "out", printed=killing.finish(start(script, cwd)))
+
+    return made_once(factory, f"two-{script}", make)
+
+
 @pytest.fixture(scope="module")
 def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, SimpleNamespace]:
-    """For each script, an uninterrupted run with two processes."""
-    finished = {}
-    for script in SCRIPTS:
-        cwd = tmp_path_factory.mktemp("two")
-        printed = killing.finish(start(script, cwd))
-        finished[script] = SimpleNamespace(cwd=cwd, out=cwd / "out", printed=printed)
-    return finished
+    return {script: uninterrupted(tmp_path_factory, script) for script in SCRIPTS}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -23,7 +23,7 @@ import metrics
 import report
 from harness.errors import UserError
 from reporting import comparison, runs
-from tests.conftest import REPO, call, finished_run
+from tests.conftest import REPO, call, finished_run, made_once
 
 EVIL = "<script>document.title = 'evil'</script><img src=x onerror=alert(1)>"
 STEPS = [1000, 2000, 3000, 4000]
@@ -381,7 +381,10 @@ def test_two_hundred_runs(tmp_path):
 @pytest.fixture(scope="session")
 def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of a sweep over the stand-in objective, with pruned and failed trials."""
-    cwd = tmp_path_factory.mktemp("sweep")
+    return made_once(tmp_path_factory, "sweep", run_sweep)
+
+
+def run_sweep(cwd: Path) -> Path:
     shutil.copy(REPO / "tests/objective.py", cwd)
     (cwd / "sweep.yaml").write_text(
         """{program: objective.py, name: s, method: random, metric: {name: score, goal: maximize},

@@ -24,19 +24,6 @@ from tests.wandb_server import serving
 SCRIPTS = tuple(killing.ARGUMENTS)
 
 
-@pytest.fixture(scope="module")
-def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, SimpleNamespace]:
-    """For each script, an uninterrupted run and its history on the server."""
-    finished = {}
-    for script in SCRIPTS:
-        cwd = tmp_path_factory.mktemp("reference")
-        duration = killing.timed(script, cwd, clean_environment(cwd))
-        with serving() as server:
-            history = killing.sync(cwd, clean_environment(cwd), server)
-        finished[script] = SimpleNamespace(cwd=cwd, out=cwd / "out", duration=duration, history=history)
-    return finished
-
-
 @pytest.fixture
 def copied(references, tmp_path: Path) -> Path:
     """A copy of the finished train_mnist.py run, for tests to damage."""

@@ -21,7 +21,7 @@ import safetensors.torch
 import sklearn.metrics
 import torch
 import transformers
-from conftest import call, clean_environment, finished_run, merged
+from conftest import call, clean_environment, finished_run, made_once, merged
 
 import train_cola
 from harness import script
@@ -44,8 +44,8 @@ none,Not a doctor arrived.
 @pytest.fixture(scope="session")
 def small_cola(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """A run with everything on, shared by many tests: one epoch of 96 batches and half of another."""
-    cwd = tmp_path_factory.mktemp("small_cola")
-    run = finished_run("train_cola.py", cwd, *SMALL, "--log_model", "all")
+    arguments = (*SMALL, "--log_model", "all")
+    run = made_once(tmp_path_factory, "small_cola", lambda cwd: finished_run("train_cola.py", cwd, *arguments))
     run.ends = [row for row in run.history if "valid/loss" in row]
     run.best = next(row for row in run.ends if row["epoch"] == run.metrics["best/epoch"])
     run.rows = predictions(run)
@@ -55,12 +55,16 @@ def small_cola(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 @pytest.fixture(scope="session")
 def own_files(small_cola, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """The model saved by `small_cola`, trained on a user's three-class file with a negligible learning rate."""
-    cwd = tmp_path_factory.mktemp("own_files")
-    (cwd / "t.csv").write_text(CSV)
-    (cwd / "v.csv").write_text(CSV)
     arguments = "--train_file t.csv --valid_file v.csv --batch_size 2 --max_length 7 --epochs 3 --schedule constant"
     fixed = "--learning_rate 1e-12 --precision fp32 --warmup_ratio 0 --log_every 1"
-    return finished_run("train_cola.py", cwd, *arguments.split(), *fixed.split(), "--model", small_cola.files / "model")
+    model = small_cola.files / "model"
+
+    def make(cwd: Path) -> SimpleNamespace:
+        (cwd / "t.csv").write_text(CSV)
+        (cwd / "v.csv").write_text(CSV)
+        return finished_run("train_cola.py", cwd, *arguments.split(), *fixed.split(), "--model", model)
+
+    return made_once(tmp_path_factory, "own_files", make)
 
 
 def predictions(run: SimpleNamespace) -> list[dict[str, str]]:
@@ -274,10 +278,10 @@ def test_learning_rate_rises_and_falls(small_cola):
 
 
 def test_defaults_learn_the_built_in_sentences(tmp_path):
-    """Four of the ten epochs reach 0.68, all ten more than 0.8; a bag of words reaches 0.35."""
-    arguments = "--dataset synthetic --model scratch --epochs 4 --wandb disabled"
+    """Two of the ten epochs reach 0.55, all ten more than 0.8; a bag of words reaches 0.35."""
+    arguments = "--dataset synthetic --model scratch --epochs 2 --wandb disabled"
     run = finished_run("train_cola.py", tmp_path, *arguments.split())
-    assert run.metrics["valid/mcc"] >= 0.6
+    assert run.metrics["valid/mcc"] >= 0.48
     assert "WARNING" not in run.out
 
 

@@ -23,7 +23,7 @@ import train_mnist
 from harness.device import seed_everything
 from metrics import EVALUATION_METRICS
 from tasks.digits import Digits, synthetic_digits
-from tests import killing
+from tests import forking, killing
 
 QUICK = f"{killing.DIGITS} --slice 4 --valid_size 1000 --epochs 1".split()  # 8 batches
 
@@ -295,8 +295,8 @@ def accuracy(model: torch.nn.Module, digits: Digits, epochs: int) -> float:
 def test_synthetic_digits_need_more_than_a_linear_model():
     digits = synthetic_digits()
     linear = accuracy(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 10)), digits, epochs=3)
-    convolutional = accuracy(train_mnist.ConvNet([16, 32]), digits, epochs=2)
-    assert convolutional > 0.95 and linear < 0.8
+    convolutional = accuracy(train_mnist.ConvNet([16, 32]), digits, epochs=1)
+    assert convolutional > 0.85 and linear < 0.75
 
 
 def test_patience_stops_and_keeps_the_first_best_epoch(tmp_path):
@@ -363,7 +363,7 @@ def test_settings_that_a_sweep_puts_only_in_the_config_are_used(tmp_path):
 def test_main_can_be_imported_and_returns_the_metrics(tmp_path):
     code = f"import train_mnist, json; print(json.dumps(train_mnist.main({[*QUICK, '--output_dir', 'out']})))"
     environment = clean_environment(tmp_path, PYTHONPATH=str(REPO), WANDB_MODE="disabled")
-    out = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, check=True)
+    out = forking.run([sys.executable, "-c", code], cwd=tmp_path, env=environment)
     assert json.loads(out.stdout.splitlines()[-1]) == json.loads((tmp_path / "out/metrics.json").read_text())
     assert not (tmp_path / "wandb").exists()
 

@@ -49,14 +49,9 @@ def fail(when: str, how: str, cwd: Path) -> SimpleNamespace:
     return SimpleNamespace(out=out, seconds=seconds, history=history, cwd=cwd)
 
 
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """A run that is not disturbed."""
-    cwd = tmp_path_factory.mktemp("reference")
-    killing.timed(SCRIPT, cwd, clean_environment(cwd))
-    with serving() as server:
-        history = killing.sync(cwd, clean_environment(cwd), server)
-    return SimpleNamespace(cwd=cwd, history=history)
+@pytest.fixture
+def reference(references) -> SimpleNamespace:
+    return references[SCRIPT]
 
 
 def test_failures_of_the_server(reference, tmp_path):
@@ -67,7 +62,7 @@ def test_failures_of_the_server(reference, tmp_path):
     for (when, how), run in runs.items():
         warning = "!!  W&B can't be used:" if when == "start" else "!!  W&B does not answer."
         assert run.out.count(warning) == 1 and "Traceback" not in run.out, (when, how, run.out)
-        assert killing.differences(reference.cwd / "out", run.cwd / "out") == [], (when, how)
+        assert killing.differences(reference.out, run.cwd / "out") == [], (when, how)
         assert run.history == reference.history, (when, how)
         assert run.seconds < 200, (when, how)
 
@@ -85,7 +80,7 @@ def test_training_survives_a_wandb_service_that_dies_or_hangs(number, warning, r
     (service,) = subprocess.run(command, capture_output=True, text=True).stdout.split()
     os.kill(int(service), number)
     out = killing.finish(process)
-    assert killing.differences(reference.cwd / "out", tmp_path / "out") == []
+    assert killing.differences(reference.out, tmp_path / "out") == []
     assert out.count(warning) == out.count("!!  W&B") == 1 and "Traceback" not in out
     killing.finish(killing.start(SCRIPT, tmp_path, clean_environment(tmp_path), "--resume"))
     with serving() as server:
@@ -112,7 +107,7 @@ def test_signal_while_the_wandb_run_is_closing(reference, tmp_path):
         again.history, again.runs = server.history, server.runs
         killing.finish(killing.start(SCRIPT, tmp_path, clean_environment(tmp_path, **again.environment()), "--resume"))
         assert killing.on_server(again) == reference.history
-    assert killing.differences(reference.cwd / "out", tmp_path / "out") == []
+    assert killing.differences(reference.out, tmp_path / "out") == []
 
 
 def test_stop_button_ends_the_run_cleanly(tmp_path):

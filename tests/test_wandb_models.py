@@ -7,7 +7,6 @@ import json
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,8 +18,8 @@ from safetensors.torch import load, load_file
 import train_cola
 from harness import script
 from tests import killing
-from tests.conftest import call, clean_environment
-from tests.wandb_server import MANIFEST, WandbServer, serving
+from tests.conftest import call, clean_environment, made_once
+from tests.wandb_server import MANIFEST, Artifact, WandbServer, serving
 
 SCRIPT, WEIGHTS = "train_cola.py", "model.safetensors"
 SENTENCES = f"--train_file {killing.SHORT} --valid_file {killing.SHORT} --batch_size 7"
@@ -31,17 +30,20 @@ Files = dict[str, bytes]
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WandbServer]:
     """A server that has the models of two epochs of `train_cola.py`, and one of `train_mnist.py`."""
-    with serving() as server, ThreadPoolExecutor() as pool:
-        server.logged = tmp_path_factory.mktemp("logged")
-        cola = f"{SENTENCES} --model scratch --epochs 2 --id first --log_model all"
-        mnist = "--dataset synthetic --max_steps 2 --id digits --log_model best"
-        runs = [
-            pool.submit(run, name, server, server.logged / name, arguments)
-            for name, arguments in ((SCRIPT, cola), ("train_mnist.py", mnist))
-        ]
-        for done in runs:
-            assert done.result().status == 0, done.result().err
+    with serving() as server:
+        server.logged, server.artifacts = made_once(tmp_path_factory, "logged", log_models)
         yield server
+
+
+def log_models(cwd: Path) -> tuple[Path, dict[str, Artifact]]:
+    """The directory of both runs, and the artifacts that they logged."""
+    cola = f"{SENTENCES} --model scratch --epochs 2 --id first --log_model all"
+    mnist = f"{killing.DIGITS} --valid_size 1000 --max_steps 2 --id digits --log_model best"
+    with serving() as server:
+        for name, arguments in ((SCRIPT, cola), ("train_mnist.py", mnist)):
+            done = run(name, server, cwd / name, arguments)
+            assert done.status == 0, done.err
+        return cwd, server.artifacts
 
 
 def run(name: str, server: WandbServer, cwd: Path, arguments: str, **environment: str) -> SimpleNamespace:
