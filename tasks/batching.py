@@ -43,13 +43,17 @@ def tokenise(
 def by_length(lengths: Tensor, batch_size: int, seed: tuple[int, int]) -> list[Tensor]:
     """One epoch of batches: int64 index tensors that cover every sentence once, in random order.
 
-    Those of a batch are of similar length, for little padding. `lengths` is int64 (sentences,) on the CPU.
+    Those of a batch are of similar length, for little padding. The batch of the longest sentence is the first: if its
+    memory suffices, that of all others does. `lengths` is int64 (sentences,) on the CPU.
     """
     random = np.random.default_rng(seed)
     order = torch.from_numpy(random.permutation(len(lengths)))
     chunks = (chunk[lengths[chunk].argsort(stable=True)] for chunk in order.split(50 * batch_size))
     batches = [batch for chunk in chunks for batch in chunk.split(batch_size)]
-    return [batches[i] for i in random.permutation(len(batches))]
+    batches = [batches[i] for i in random.permutation(len(batches))]
+    longest = max(range(len(batches)), key=lambda i: int(lengths[batches[i]].max()))
+    batches[0], batches[longest] = batches[longest], batches[0]
+    return batches
 
 
 def tokens_of(token_set: TokenSet, index: int) -> Tensor:
@@ -61,8 +65,8 @@ def tokens_of(token_set: TokenSet, index: int) -> Tensor:
 def inputs_of(token_set: TokenSet, indices: Tensor) -> dict[str, Tensor]:
     """The model's inputs for a batch: "input_ids" and "attention_mask", int64 (batch, longest in the batch)."""
     starts, ends = token_set.offsets.take(indices), token_set.offsets.take(indices + 1)
-    # Round up to a multiple of four: kernels are compiled and cached per shape, and rare shapes cost 60 MB.
-    longest = min(-(-int((ends - starts).max()) // 4) * 4, token_set.longest)
+    # Round up to a multiple of eight: kernels are compiled and cached per shape, and rare shapes cost 60 MB.
+    longest = min(-(-int((ends - starts).max()) // 8) * 8, token_set.longest)
     places = starts[:, None] + torch.arange(longest)
     places = (places * (places < ends[:, None])).to(token_set.tokens.device, non_blocking=True)  # at 0 is padding
     return {"input_ids": token_set.tokens[places].long(), "attention_mask": places.sign()}

@@ -303,6 +303,7 @@ def test_batches_by_length():
         assert in_random_order > 2 * cells, "choose other lengths: these prove nothing"
         longest = [int(lengths[batch].max()) for batch in drawn]
         assert abs(np.corrcoef(longest, range(len(longest)))[0, 1]) < 0.3  # not ordered by length
+        assert longest[0] == int(lengths.max())
 
 
 # ------------------------------------------------------------------------------------- tables and charts
@@ -503,7 +504,7 @@ def test_batches_are_padded_and_long_sentences_cost_nothing(small_cola):
     assert [batching.tokens_of(part, i).tolist() for i in (2499, 2500)] == rows and part.tokens.dtype == torch.int32
     for indices in (torch.tensor([2499, 2500]), torch.tensor([0, 7])):
         padded = [rows[i == 2500] for i in indices.tolist()]
-        longest = min(-(-max(map(len, padded)) // 4) * 4, part.longest)
+        longest = min(-(-max(map(len, padded)) // 8) * 8, part.longest)
         inputs = batching.inputs_of(part, indices)
         assert inputs["input_ids"].tolist() == [ids + [tokenizer.pad_token_id] * (longest - len(ids)) for ids in padded]
         assert inputs["attention_mask"].tolist() == [[int(i < len(ids)) for i in range(longest)] for ids in padded]
