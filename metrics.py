@@ -191,7 +191,7 @@ EVALUATION_METRICS = {
 
 
 def lower_is_better(name: str) -> bool:
-    """Whether lower is better for a metric, with or without a prefix ("valid/ece"); otherwise, if it ends in loss."""
+    """Whether lower is better for a metric ("ece") or a key ("valid/ece"); for others, whether they end in loss."""
     name = name.rpartition("/")[2]
     return EVALUATION_METRICS[name].lower_is_better if name in EVALUATION_METRICS else name.endswith("loss")
 

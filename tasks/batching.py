@@ -43,8 +43,8 @@ def tokenise(
 def by_length(lengths: Tensor, batch_size: int, seed: tuple[int, int]) -> list[Tensor]:
     """One epoch of batches: int64 index tensors that cover every sentence once, in random order.
 
-    Those of a batch are of similar length, for little padding. The batch of the longest sentence is the first: if its
-    memory suffices, that of all others does. `lengths` is int64 (sentences,) on the CPU.
+    Sentences in a batch have similar lengths, to keep padding small. The batch with the longest one comes first: later,
+    in fragmented memory, its tensors would need new space. `lengths` is int64 (sentences,) on the CPU.
     """
     random = np.random.default_rng(seed)
     order = torch.from_numpy(random.permutation(len(lengths)))
@@ -63,7 +63,7 @@ def tokens_of(token_set: TokenSet, index: int) -> Tensor:
 
 
 def inputs_of(token_set: TokenSet, indices: Tensor) -> dict[str, Tensor]:
-    """The model's inputs for a batch: "input_ids" and "attention_mask", int64 (batch, longest in the batch)."""
+    """The model's inputs for a batch: "input_ids" and "attention_mask", int64 (batch, longest rounded up)."""
     starts, ends = token_set.offsets.take(indices), token_set.offsets.take(indices + 1)
     # Round up to a multiple of eight: kernels are compiled and cached per shape, and rare shapes cost 60 MB.
     longest = min(-(-int((ends - starts).max()) // 8) * 8, token_set.longest)

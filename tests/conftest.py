@@ -41,7 +41,7 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The tests that mostly wait come first, so that nobody waits for them at the end."""
+    """The tests that mostly wait come first, so that they do not hold up the end."""
     waiting = "test_wandb_fails.py", "test_wandb_models.py", "test_storage.py", "test_hosts.py", "test_models.py"
     items.sort(key=lambda item: item.path.name not in waiting)
 
@@ -125,9 +125,11 @@ def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
     with (base / f"{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not made.exists():
-            shutil.rmtree(directory, ignore_errors=True)  # of a worker that failed
+            shutil.rmtree(directory, ignore_errors=True)  # left by a worker that failed
             directory.mkdir()
-            made.write_bytes(pickle.dumps(make(directory)))
+            new = base / f"{name}.new"
+            new.write_bytes(pickle.dumps(make(directory)))
+            new.replace(made)
         return pickle.loads(made.read_bytes())
 
 

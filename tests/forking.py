@@ -69,7 +69,8 @@ class Server:
         return listener, theirs
 
     def start(self) -> None:
-        self.directory = tempfile.TemporaryDirectory()  # of libraries, and of the bytecode of what the children import
+        # For temporary files of libraries, and the bytecode of what the children import, who may outlive it.
+        self.directory = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         listener, lifeline = self.listen()
         with listener, lifeline:
             numbers = listener.fileno(), lifeline.fileno()
@@ -221,7 +222,7 @@ def remember_what_is_installed() -> None:
     _registration.ONNXRegistry.from_torchlib = staticmethod(operators)
     train_mnist, interval = sys.modules["train_mnist"], tqdm.tqdm.monitor_interval
     tqdm.tqdm.monitor_interval = 0  # no thread, which a child would miss
-    with tempfile.TemporaryDirectory() as directory:  # the first ones of a process take longer
+    with tempfile.TemporaryDirectory() as directory:  # the first export and the first save of a process take longer
         train_mnist.export_onnx(Path(directory, "model.onnx"), train_mnist.ConvNet([1, 1]).eval())
         bert = transformers.BertConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1)
         transformers.BertForSequenceClassification(bert).save_pretrained(directory)
@@ -296,6 +297,7 @@ def become(arguments: list[str], cwd: str, environment: dict[str, str], imported
     tempfile.tempdir = None  # TMPDIR may be another one
     if media := sys.modules.get("wandb.sdk.data_types._private"):  # or the first child to end would remove it for all
         media.MEDIA_TMP.name = tempfile.mkdtemp("wandb-media")
+        atexit.unregister(shutil.rmtree)  # of the parent's, if this is a run of torchrun or of a sweep
         atexit.register(shutil.rmtree, media.MEDIA_TMP.name, ignore_errors=True)
     sys.stdout.reconfigure(line_buffering=os.isatty(1))  # not replaced: W&B captures what it found on import
     if arguments[0] == "-u":  # as torchrun starts Python

@@ -143,12 +143,11 @@ def test_second_ctrl_c_stops_immediately(tmp_path):
     assert process.returncode in (-signal.SIGINT, 130)
 
 
-def test_resuming_a_finished_run_changes_nothing(references):
-    cwd = references["train_mnist.py"].cwd
-    before = {path: path.stat().st_mtime_ns for path in (cwd / "out").iterdir()}
-    done = resume(cwd)
+def test_resuming_a_finished_run_changes_nothing(copied):
+    before = {path: path.stat().st_mtime_ns for path in (copied / "out").iterdir()}
+    done = resume(copied)
     assert done.status == 0 and "out is finished: see out/metrics.json" in done.out
-    assert {path: path.stat().st_mtime_ns for path in (cwd / "out").iterdir()} == before
+    assert {path: path.stat().st_mtime_ns for path in (copied / "out").iterdir()} == before
 
 
 def test_changed_settings_are_refused_but_not_names_and_tags(copied):

@@ -363,8 +363,9 @@ def test_settings_that_a_sweep_puts_only_in_the_config_are_used(tmp_path):
 def test_main_can_be_imported_and_returns_the_metrics(tmp_path):
     code = f"import train_mnist, json; print(json.dumps(train_mnist.main({[*QUICK, '--output_dir', 'out']})))"
     environment = clean_environment(tmp_path, PYTHONPATH=str(REPO), WANDB_MODE="disabled")
-    out = forking.run([sys.executable, "-c", code], cwd=tmp_path, env=environment)
-    assert json.loads(out.stdout.splitlines()[-1]) == json.loads((tmp_path / "out/metrics.json").read_text())
+    done = forking.run([sys.executable, "-c", code], cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == json.loads((tmp_path / "out/metrics.json").read_text())
     assert not (tmp_path / "wandb").exists()
 
 
