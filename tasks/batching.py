@@ -43,8 +43,8 @@ def tokenise(
 def by_length(lengths: Tensor, batch_size: int, seed: tuple[int, int]) -> list[Tensor]:
     """One epoch of batches: int64 index tensors that cover every sentence once, in random order.
 
-    Sentences in a batch have similar lengths, to keep padding small. The batch with the longest one comes first: later,
-    in fragmented memory, its tensors would need new space. `lengths` is int64 (sentences,) on the CPU.
+    Sentences in a batch have similar lengths, to keep padding small. The batch with the longest one comes first: once
+    memory is fragmented, its tensors would take new space. `lengths` is int64 (sentences,) on the CPU.
     """
     random = np.random.default_rng(seed)
     order = torch.from_numpy(random.permutation(len(lengths)))
