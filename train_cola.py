@@ -225,7 +225,7 @@ def train(session: Session, task: Task) -> tuple[Best, Progress]:
     settings, run, device = session.settings, session.run, session.device
     model, train_set = task.model, task.train
     progress = Progress(session, examples=len(train_set.labels))
-    loss_function = nn.CrossEntropyLoss(reduction="sum")
+    loss_function = nn.CrossEntropyLoss(reduction="sum", label_smoothing=settings.label_smoothing)
     optimizer, schedule = make_optimizer(model, settings, progress.total_batches)
     if settings.compile:
         model.forward = torch.compile(model.forward, dynamic=True)  # not model.compile(): it includes watch's hooks

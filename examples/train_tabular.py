@@ -188,7 +188,7 @@ def train(session: Session, model: MLP, data: Spirals) -> tuple[Best, Progress]:
     """Train `model`, from the checkpoint if the run is resumed; returns the best model and the progress."""
     settings, run, device, train_set = session.settings, session.run, session.device, data.train
     progress = Progress(session, examples=len(train_set.labels))
-    loss_function = nn.CrossEntropyLoss(reduction="sum")
+    loss_function = nn.CrossEntropyLoss(reduction="sum", label_smoothing=settings.label_smoothing)
     optimizer, schedule = make_optimizer(model, settings, progress.total_batches)
     if settings.compile:
         model.forward = torch.compile(model.forward)  # not model.compile(), which includes the hooks of run.watch

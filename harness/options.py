@@ -49,6 +49,7 @@ class SharedSettings:
     epochs: int = option(5, "passes over the training data", at_least=1)
     batch_size: int = option(128, "examples in a batch", at_least=1)
     learning_rate: float = option(0.005, "the highest learning rate of the schedule", above=0)
+    label_smoothing: float = option(0.0, "share of each training label spread over all classes", at_least=0, below=1)
     seed: int = option(42, "seeds Python, NumPy, torch and CUDA", at_least=0, below=2**32)
     max_steps: int | None = option(None, "end after this many optimizer steps", at_least=1)
     device: str = option("auto", "device to train on", choices=("auto", "cpu", "cuda", "mps"))

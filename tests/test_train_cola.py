@@ -552,6 +552,23 @@ def test_clipping_and_weight_decay(small_cola, tmp_path):
     assert json.loads((run.files / "model/config.json").read_text())["id2label"] == {"0": "0", "1": "1"}
 
 
+def test_label_smoothing_changes_the_training_loss_only(small_cola, tmp_path):
+    model = shutil.copytree(small_cola.files / "model", tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    (model / "config.json").write_text(json.dumps(config))
+    lines = ["sentence\tlabel", "The boy sleeps.\t0", "The girl wait.\t0", "Boy the sleeps old.\t1"]
+    (tmp_path / "t.tsv").write_text("\n".join(lines))
+    arguments = "--train_file t.tsv --valid_file t.tsv --model model --epochs 1 --learning_rate 1e-12 --batch_size 3"
+    options = f"{arguments} --max_length 32 --precision fp32 --label_smoothing 0.3 --wandb disabled"
+    run = finished_run("train_cola.py", tmp_path, *options.split())
+    labels, _, probabilities = as_arrays(predictions(run), 2)
+    right, every = np.log(probabilities[range(3), labels]).mean(), np.log(probabilities).mean()
+    assert run.metrics["valid/loss"] == pytest.approx(-right, abs=1e-6)
+    assert run.journal[-1]["train/loss_epoch"] == pytest.approx(-0.7 * right - 0.3 * every, abs=1e-5)
+    assert abs(right - every) > 1e-2
+
+
 def test_only_used_rows_of_an_embedding_are_trained(tmp_path):
     """Losses match those of the whole embedding, unused rows keep every bit, and the files hold all rows."""
     config = transformers.BertConfig(

@@ -22,7 +22,7 @@ from PIL import Image
 import train_mnist
 from harness.device import seed_everything
 from metrics import EVALUATION_METRICS
-from tasks.digits import Digits, synthetic_digits
+from tasks.digits import Digits, split_digits, synthetic_digits
 from tests import forking, killing
 
 QUICK = f"{killing.DIGITS} --slice 4 --valid_size 1000 --epochs 1".split()  # 8 batches
@@ -297,6 +297,24 @@ def test_synthetic_digits_need_more_than_a_linear_model():
     linear = accuracy(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 10)), digits, epochs=3)
     convolutional = accuracy(train_mnist.ConvNet([16, 32]), digits, epochs=1)
     assert convolutional > 0.85 and linear < 0.75
+
+
+def test_label_smoothing_changes_the_training_loss_only(tmp_path):
+    one_batch = "--dataset synthetic --slice 20 --valid_size 2000 --epochs 1 --batch_size 700 --precision fp32"
+    fixed = f"{one_batch} --learning_rate 1e-12 --label_smoothing 0.3 --wandb disabled"
+    run = finished_run("train_mnist.py", tmp_path, *fixed.split())
+    model, digits = train_mnist.ConvNet([16, 32]), split_digits(synthetic_digits(), valid_size=2000, every=20)
+    model.load_state_dict(torch.load(run.files / "model.pt", weights_only=True))
+    losses = {}
+    for name in ("train", "valid"):
+        images, labels = getattr(digits, name)
+        with torch.inference_mode():
+            log_probabilities = model(images / 255).log_softmax(1)
+        right = log_probabilities.gather(1, labels[:, None]).mean()
+        losses[name] = float(-right), float(-0.7 * right - 0.3 * log_probabilities.mean())
+    assert run.metrics["valid/loss"] == pytest.approx(losses["valid"][0], abs=1e-5)
+    assert run.journal[0]["train/loss_step"] == pytest.approx(losses["train"][1], abs=1e-5)
+    assert abs(losses["train"][1] - losses["train"][0]) > 1e-4
 
 
 def test_patience_stops_and_keeps_the_first_best_epoch(tmp_path):
