@@ -41,7 +41,7 @@ MAX_INITIAL_FAILURES = 3
 
 @dataclasses.dataclass(kw_only=True)
 class Options:
-    """The options behind the sweep file, with a line of help each."""
+    """The options that follow the sweep file, with a line of help each."""
 
     count: int | None = option(None, "total number of trials [run_cap; for a grid, every cell]", at_least=1)
     jobs: int = option(1, "parallel trials; they share the processor", at_least=1)

@@ -110,7 +110,7 @@ def fetch_model(session: Session) -> tuple[PreTrainedModel, PreTrainedTokenizerB
 
 
 def prepare(session: Session) -> Task:
-    """Tokenize the sentences, and take the model to the device."""
+    """Tokenise the sentences, and take the model to the device."""
     settings, (corpus, loaded) = session.settings, session.data
     model, tokenizer = loaded or fetch_model(session)
     model.to(session.device)
@@ -329,8 +329,8 @@ def conclude(session: Session, task: Task, best: Best, progress: Progress) -> di
         log_model(run, task, valid.named("valid"), ["latest", "best"])
     low, high = metrics.matthews_corrcoef_interval(valid.confusion)
     print(
-        f"best epoch {best.epoch}: Matthews correlation {valid.metrics['mcc']:.3f} (95 % interval {low:.3f} to "
-        f"{high:.3f}), accuracy {valid.metrics['acc']:.2%} where always answering the same gives {share:.2%}"
+        f"best epoch {best.epoch}: Matthews correlation {valid.metrics['mcc']:.3f} (95% interval {low:.3f} to "
+        f"{high:.3f}), accuracy {valid.metrics['acc']:.2%} (always the most frequent class: {share:.2%})"
     )
     identity = {"dataset": corpus.name, "model": session.settings.model, "class_names": corpus.class_names}
     interval = {"valid/majority_share": share, "valid/mcc_low": low, "valid/mcc_high": high}

@@ -29,8 +29,8 @@ def one_class_warning(result: Evaluation, class_names: list[str]) -> str | None:
     """What to say of a model that predicts the same class for every example, which accuracy may not show."""
     if len(result.predictions.unique()) > 1:
         return None
-    share = f"accuracy {result.metrics['acc']:.1%} is the share of that class"
-    return f"the model predicts {class_names[result.predictions[0]]!r} for each of the examples; its {share}"
+    share = f"accuracy, {result.metrics['acc']:.1%}, is the share of that class"
+    return f"the model predicts {class_names[result.predictions[0]]!r} for every example; its {share}"
 
 
 def most_confused_classes(counts: Tensor) -> list[int]:
@@ -244,7 +244,7 @@ def curves_picture(
 ) -> Image.Image:
     """Draw learning curves over the training examples seen, side by side, with the best epoch marked.
 
-    `rows` are those of a run's history, each with `step` and `epoch`. `panels` has by title the keys of a metric in
+    `rows` are those of a run's history, each with `step`. `panels` has by title the keys of a metric in
     training and in validation. The rows of training are averaged to at most 150 points.
     """
     canvas = Image.new("RGB", (len(panels) * CHART[0], CHART[1]), PAPER)
@@ -255,7 +255,7 @@ def curves_picture(
         chart, place = _chart(title, "training examples seen", (0, last_step), (min(values), max(values)))
         draw = ImageDraw.Draw(chart)
         train = [(x, y) for x, y in train if min(values) <= y <= max(values)]
-        best = [(row["step"], row[valid_key]) for row in rows if row["epoch"] == best_epoch and valid_key in row]
+        best = [(row["step"], row[valid_key]) for row in rows if row.get("epoch") == best_epoch and valid_key in row]
         for x, y in best:
             draw.line((place(x, y)[0], TOP, place(x, y)[0], CHART[1] - BOTTOM), fill=DEEP, width=4)
         for points, colour in ((train, MIDDLE), (valid, WARM)):

@@ -11,7 +11,7 @@ from pathlib import Path
 from benchmarks import pairs
 
 TUTORIAL = "--slice 5 --valid_size 0 --schedule constant --seed 1".split()
-FAST = "--valid_size 0 --max_steps 300 --learning_rate 0.015 --label_smoothing 0.1 --watch off".split()
+FAST = "--valid_size 0 --max_steps 450 --learning_rate 0.015 --label_smoothing 0.05 --watch off".split()
 
 
 def main() -> None:

@@ -263,7 +263,7 @@ def log_model(run: wandb.Run, weights: dict[str, Tensor], metadata: dict[str, fl
 
 
 def conclude(session: Session, best: Best, progress: Progress) -> dict[str, Any]:
-    """Test and export the best model, write its predictions on the images held out; returns metrics.json's content."""
+    """Test and export the best model, write its predictions; returns the content of metrics.json."""
     settings, run, data, output_dir = session.settings, session.run, session.data, session.output_dir
     model = make_model(settings, session.device)
     model.load_state_dict(best.weights)

@@ -5,6 +5,7 @@ import os
 import random
 import struct
 import textwrap
+import time
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from harness.session import Session
 
 SEAL, SEAL_MAGIC = struct.Struct("<4sI"), b"seal"  # ends a checkpoint: magic bytes, and the CRC-32 of all before
-CONTENT = ("model", "position", "history", "processes", "settings", "data")  # beside what a script adds
+CONTENT = ("model", "position", "history", "processes", "settings", "data", "seconds")  # beside what a script adds
 # Settings that do not affect the numbers of a run, and placeholders that are resolved at start-up.
 MAY_CHANGE = (*RUN_OPTIONS, "data_dir", "checkpoint_every", "watch", "watch_every", "log_model")
 PLACEHOLDERS = {"dataset": "auto", "device": "auto", "precision": "auto", "model": None, "learning_rate": None}
@@ -105,6 +106,7 @@ class Checkpoints:
         state = {name: thing.state_dict() for name, thing in self._stateful.items()}
         settings = dataclasses.asdict(self._session.settings)
         state |= {"processes": processes, "settings": settings, "data": self._fingerprint}
+        state["seconds"] = time.perf_counter() - self._session.started
         path = self._session.output_dir / CHECKPOINT
         with self._session.stop_requests.writing(self._progress.step), temporary_beside(path) as temporary:
             save_tensors(temporary, state)
@@ -206,11 +208,13 @@ def fingerprint(data: Any, checksum: int = 0) -> int:
 def _random_state() -> dict[str, Any]:
     """The state of every global random generator, in types that `weights_only` loads."""
     kind, keys, *rest = np.random.get_state()
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
     return {
         "python": random.getstate(),
         "numpy": (kind, keys.tolist(), *rest),
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,  # of this rank's device
+        # Of this rank's device, by kind: "cuda" or "mps".
+        "accelerator": {accelerator.type: torch.get_device_module(accelerator).get_rng_state()} if accelerator else {},
     }
 
 
@@ -218,5 +222,6 @@ def _set_random_state(state: Mapping[str, Any]) -> None:
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator and accelerator.type in state["accelerator"]:
+        torch.get_device_module(accelerator).set_rng_state(state["accelerator"][accelerator.type])

@@ -4,6 +4,8 @@ import os
 import re
 import sys
 import textwrap
+import traceback
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -32,6 +34,12 @@ def disk_error(error: Exception) -> OSError | None:
     if match := re.search(r"\(os error (\d+)\)", str(error)):
         return OSError(int(match[1]), os.strerror(int(match[1])))
     return error if isinstance(error, OSError) else None
+
+
+def frames(error: Exception) -> list[tuple[str, str]]:
+    """Module, and file and line, of each frame that an exception has passed, the outermost first."""
+    walked = traceback.walk_tb(error.__traceback__)
+    return [(f.f_globals.get("__name__", ""), f"{Path(f.f_code.co_filename).name}:{line}") for f, line in walked]
 
 
 def warn_loudly(*lines: str) -> None:

@@ -41,9 +41,13 @@ def replacing(path: Path) -> Iterator[Path]:
     """A temporary name to write to; at the end of the block it replaces `path` atomically."""
     with temporary_beside(path) as temporary:
         yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
+        _flush(temporary)
         os.replace(temporary, path)
+
+
+def _flush(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 @contextlib.contextmanager
@@ -53,6 +57,8 @@ def replacing_directory(path: Path) -> Iterator[Path]:
         temporary = parent / path.name
         temporary.mkdir(parents=True)
         yield temporary
+        for file in filter(Path.is_file, temporary.rglob("*")):
+            _flush(file)
         if path.exists():
             ours = {file.name for file in temporary.iterdir()}
             theirs = {file.name for file in path.iterdir()} - ours if path.is_dir() else {path.name}

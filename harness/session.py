@@ -41,6 +41,7 @@ class Session:
     history: History | None = None  # replaces `run.log`
     checkpoint: Mapping[str, Any] | None = None  # to resume from; None for a new run
     stop_requests: StopRequests | None = None
+    started: float = 0.0  # on the clock of `time.perf_counter`, earlier by what the run took before it was resumed
     metrics: dict[str, Any] = dataclasses.field(default_factory=dict)  # content of metrics.json
 
     @property
@@ -90,8 +91,9 @@ def resume_command(settings: SharedSettings) -> str:
     processes = os.environ.get("LOCAL_WORLD_SIZE")  # set by torchrun
     launcher = ["torchrun", "--nproc-per-node", processes] if processes else ["python"]
     named = any(word.partition("=")[0] == "--output_dir" for word in sys.argv)
-    more = [] if named else ["--output_dir", str(settings.output_dir)]
-    return shlex.join([*launcher, *sys.argv, *more, *([] if settings.resume else ["--resume"])])
+    more = [] if named or not settings.output_dir else ["--output_dir", settings.output_dir]
+    more += ["--resume"] if settings.output_dir and not settings.resume else []
+    return shlex.join([*launcher, *sys.argv, *more])
 
 
 @contextlib.contextmanager
@@ -100,6 +102,7 @@ def _open_on_rank_0(settings: SharedSettings, load: Load, init: Init, requests: 
     _check_leader(settings)
     with output_directory(settings) as output_dir:
         checkpoint = checkpoints.load(output_dir, settings)
+        started -= checkpoint["seconds"] if checkpoint else 0
         if metrics := _finished_before(output_dir, settings, checkpoint):
             distributed.broadcast(None)
             yield Session(settings, metrics=metrics)
@@ -127,7 +130,7 @@ def _open_on_rank_0(settings: SharedSettings, load: Load, init: Init, requests: 
             history = History(run, output_dir / JOURNAL, wandb_step)
             history.take_over(rows)
             distributed.broadcast((settings, checkpoint))
-            session = Session(settings, data, run, history, checkpoint, requests)
+            session = Session(settings, data, run, history, checkpoint, requests, started)
             yield session
             history.commit()
             last_line = _where_to_look(run, output_dir)

@@ -70,7 +70,7 @@ def comparable_runs(runs: list[Run]) -> tuple[list[list[Predicted]], dict[str, l
 
 
 def difference(a: Predictions, b: Predictions, name: str) -> tuple[float, float, float]:
-    """The difference a - b of a metric such as "mcc", and its 95 % interval; NaN if it can't be computed from these."""
+    """The difference a - b of a metric such as "mcc", and its 95% interval; NaN if it can't be computed from these."""
     if name == "loss":
         return float((a.losses - b.losses).mean()), *paired_bootstrap(a.losses, b.losses)
     figures = [
@@ -105,7 +105,7 @@ def pair(a: Predicted, b: Predicted) -> str:
     gap, *interval = difference(of_a, of_b, metric.rpartition("/")[2])
     test = mcnemar_exact(of_a.correct, of_b.correct)
     words = (
-        f"{metric} of {name_a} minus that of {name_b} is {gap:+.4g}, 95 % interval {interval[0]:+.4g} to "
+        f"{metric} of {name_a} minus that of {name_b} is {gap:+.4g}, 95% interval {interval[0]:+.4g} to "
         f"{interval[1]:+.4g} (paired bootstrap). " if math.isfinite(gap) else ""
     )  # fmt: skip
     words += (
@@ -127,7 +127,7 @@ def best_of_many(best: Predicted, others: list[Predicted]) -> str:
         shown = cell(interval[0], f"{interval[0]:+.4g} to {interval[1]:+.4g}") if math.isfinite(gap) else None
         words = verdict("The best", "This one", run.monitor, interval)
         rows.append([other.label, gap, shown, *mcnemar_exact(of.correct, of_other.correct), words])
-    header = ["run", f"{run.monitor}, best minus this", "95 % interval", "only the best is right", "only this is right"]
+    header = ["run", f"{run.monitor}, best minus this", "95% interval", "only the best is right", "only this is right"]
     lead = f"The best by {run.monitor}, {text(run.label)}, beside each other run on the same "
     method = (
         "Intervals are by paired bootstrap over the examples, p by McNemar's exact test of which examples are right. "
@@ -150,7 +150,8 @@ def compare_seeds(seeds: dict[str, list[Run]]) -> list[str]:
         ranked.sort(key=lambda group: mean(group[1]), reverse=not lower_is_better(metric))
         (best, values), *others = ranked
         for name, other in others[:MOST_GROUPS]:
-            p, least = permutation_test(values, other), 2 / math.comb(len(values) + len(other), len(values))
+            p, splits = permutation_test(values, other), math.comb(len(values) + len(other), len(values))
+            least = (1 + (len(values) == len(other))) / splits  # swapping two groups of one size changes nothing
             found = f"{best} is better in {metric} than {name}"
             none = f"no evidence of a difference in {metric} between {best} and {name}"
             few = f"; with so few runs it can't be below {least:.2g}" if least > 0.05 else ""

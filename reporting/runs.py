@@ -170,13 +170,17 @@ def differing(runs: list[Run]) -> list[str]:
 
 
 def groups(runs: list[Run]) -> dict[str, list[Run]]:
-    """Runs that differ in nothing but the seed, two or more together, by what sets the group apart from the others."""
-    by_settings: dict[str, list[Run]] = {}
-    for run in runs:
+    """Runs that differ in nothing but the seed, two or more together, by what sets the group apart from the others.
+
+    One run per seed, a finished one if there is one: runs with the same seed are the same.
+    """
+    by_settings: dict[str, dict[str, Run]] = {}
+    for run in sorted(runs, key=lambda run: run.metrics is None):
         rest = {name: value for name, value in run.settings.items() if name not in ("seed", "name", "notes", "tags")}
         if rest:
-            by_settings.setdefault(json.dumps(rest, sort_keys=True), []).append(run)
-    seeded = [members for members in by_settings.values() if len({str(run.config.get("seed")) for run in members}) > 1]
+            members = by_settings.setdefault(json.dumps(rest, sort_keys=True), {})
+            members.setdefault(str(run.config.get("seed")), run)
+    seeded = [[*members.values()] for members in by_settings.values() if len(members) > 1]
     names = [name for name in differing([members[0] for members in seeded]) if name not in ("seed", "name")]
     named = {}
     for first, *others in seeded:
@@ -220,13 +224,14 @@ def shown_figures(runs: list[Run]) -> list[str]:
 
 
 def seed_table(runs: list[Run], seeds: dict[str, list[Run]]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: mean ± sample standard deviation of the figures of runs that differ in the seed only."""
+    """Header and rows: mean ± sample standard deviation over finished runs that differ in the seed only."""
     figures = shown_figures(runs)
     rows = []
     for name, members in seeds.items():
         row = [name, str(len(members))]
         for figure in figures:
-            values = [run.best[figure] for run in members if math.isfinite(run.best.get(figure, math.nan))]
+            values = [run.best.get(figure, math.nan) for run in members if run.metrics is not None]
+            values = [*filter(math.isfinite, values)]
             few = f" (n = {len(values)})" if len(values) < len(members) else ""
             row.append(f"{mean(values):.4g} ± {stdev(values):.2g}{few}" if len(values) > 1 else "–")
         rows.append(row)

@@ -2,8 +2,11 @@
 
 import json
 import random
+import re
+import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -416,6 +419,7 @@ def test_temporary_files_of_wandb_that_vanish(reference, tmp_path):
     process = start_changed(tmp_path, CLEANED, environment={"TMPDIR": str(tmp_path / "tmp")})
     out = process.communicate(timeout=100)[0].decode()
     assert process.returncode == 0 and out.count("!!  W&B has failed: ") == 1 and "Traceback" not in out, out
+    assert re.search(r"\(\w+\.py:\d+\)", out)  # where
     assert killing.differences(reference.out, tmp_path / "out") == []
     logged = [record["history"]["item"] for record in wandb_records(tmp_path) if record["type"] == "history"]
     rows = [json.loads(line) for line in (tmp_path / "out/history.jsonl").read_text().splitlines()]
@@ -451,6 +455,16 @@ def test_odd_environment_variables_are_one_line(case, tmp_path):
     (line,) = done.err.splitlines()
     assert done.status == 2 and message in line
     assert not (tmp_path / "out").exists()
+
+
+def test_a_process_that_waits_alone_says_what_to_type(tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        environment = TORCHRUN | {"MASTER_PORT": str(free.getsockname()[1])}
+    done = call("train_mnist.py", "--peer_timeout", "1", cwd=tmp_path, **environment)
+    assert done.status == 1 and not list(tmp_path.iterdir())
+    command = shlex.split(done.err.splitlines()[-1].partition("To go on: ")[2])
+    assert command == ["python", str(REPO / "train_mnist.py"), "--peer_timeout", "1"]
 
 
 def test_names_need_not_be_ascii(tmp_path):
@@ -541,6 +555,18 @@ def test_an_exit_that_hangs_is_cut_short(tmp_path):
     environment = clean_environment(tmp_path, PYTHONPATH=str(REPO))
     done = forking.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, text=True, timeout=100)
     assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
+
+
+def test_threads_end_before_the_program(tmp_path):
+    program = (
+        "import threading, time\nfrom concurrent.futures import ThreadPoolExecutor\nfrom harness import script\n"
+        "def work(name): time.sleep(0.5); open(name, 'w').close()\n"
+        "def main(): threading.Thread(target=work, args='a').start(); ThreadPoolExecutor(1).submit(work, 'b')\n"
+        "script.run_script(main)"
+    )
+    command = [sys.executable, "-c", program]
+    assert forking.run(command, cwd=tmp_path, env=clean_environment(tmp_path, PYTHONPATH=str(REPO))).returncode == 0
+    assert {"a", "b"} <= {file.name for file in tmp_path.iterdir()}
 
 
 def test_freed_memory_is_kept_for_the_next_batch(tmp_path):

@@ -175,6 +175,19 @@ def test_table_shows_what_differs(tmp_path, capsys):
     assert "permutation test of the means, p = " in page
 
 
+def test_seeds_count_once_and_unfinished_runs_not_at_all(tmp_path, capsys):
+    runs_of_a_seed = {"a1": (1, True), "a2": (2, True), "again": (2, True), "died": (3, False)}
+    for name, (seed, finished) in runs_of_a_seed.items():
+        make_run(tmp_path / "runs" / name, seed=seed, finished=finished)
+    for seed in range(4, 8):
+        make_run(tmp_path / f"runs/b{seed}", seed=seed, learning_rate=0.1)
+    page = page_of(tmp_path / "runs", output=tmp_path / "report.html")
+    values = [json.loads((tmp_path / f"runs/{n}/metrics.json").read_text())["valid/loss"] for n in ("a1", "a2")]
+    expected = f"{statistics.mean(values):.4g} ± {statistics.stdev(values):.2g}"
+    assert f"{expected} (n = 2)" in capsys.readouterr().out and f"{expected} (n = 2)" in page
+    assert "(n = 4)" in page and f"be below {1 / math.comb(6, 2):.2g}" in page
+
+
 def test_versions_that_differ_are_settings_that_differ(tmp_path):
     paths = [make_run(tmp_path / f"{v}", versions={"torch": v}, seed=i) for i, v in enumerate(("2.9", "2.10"))]
     found = runs.find_runs(paths)

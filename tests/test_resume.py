@@ -104,7 +104,12 @@ def test_signals_stop_a_run_promptly_and_it_resumes(script, references, tmp_path
         assert process.returncode == 128 + number, out
         assert f"{script}: stopped by {number.name} at step " in out and "To go on: python " in out
         assert "Traceback" not in out
+    seconds = torch.load(tmp_path / "out/checkpoint.pt", weights_only=True)["seconds"]
+    started = time.perf_counter()
     killing.finish(killing.start(script, tmp_path, environment, "--resume"))
+    duration = time.perf_counter() - started
+    total = json.loads((tmp_path / "out/metrics.json").read_text())["seconds"]
+    assert 0 < seconds < total < seconds + duration
     assert killing.differences(references[script].out, tmp_path / "out") == []
 
 

@@ -633,7 +633,7 @@ def test_loud_fallback_and_warning_about_constant_predictions(tmp_path):
         assert (used["dataset"], used["model"]) == ("synthetic", "scratch")
     (answer,) = {row["prediction"] for row in predictions(run)}
     (warning,) = [line for line in run.out.splitlines() if line.startswith("WARNING")]
-    assert f"predicts {['unacceptable', 'acceptable'][int(answer)]!r} for each of the examples" in warning
+    assert f"predicts {['unacceptable', 'acceptable'][int(answer)]!r} for every example" in warning
     assert "50.0%" in warning and run.metrics["valid/mcc"] == 0
 
 

@@ -138,6 +138,7 @@ def test_curves_show_validation_and_the_best_epoch():
     [
         [],
         [{"step": 5, "epoch": 1}],
+        [{"step": 5, "something else": 1.0}],
         [{"step": 5, "epoch": 1, "train/loss_step": 0.5}],
         [{"step": 5, "epoch": 1, "valid/loss": 1e-30}, {"step": 10, "epoch": 2, "valid/loss": 1e30}],
         [{"step": 5, "epoch": 1, "valid/loss": 0.0}, {"step": 10, "epoch": 2, "valid/loss": float("nan")}],
