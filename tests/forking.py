@@ -220,6 +220,7 @@ def remember_what_is_installed() -> None:
     wandb.util.working_set = lambda: packages
     operators = functools.cache(_registration.ONNXRegistry.from_torchlib)
     _registration.ONNXRegistry.from_torchlib = staticmethod(operators)
+    tqdm.tqdm.set_lock(threading.RLock())  # all children would share the default one, which a killed child may hold
     train_mnist, interval = sys.modules["train_mnist"], tqdm.tqdm.monitor_interval
     tqdm.tqdm.monitor_interval = 0  # no thread, which a child would miss
     with tempfile.TemporaryDirectory() as directory:  # the first export and the first save of a process take longer
