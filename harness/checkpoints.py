@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from harness.session import Session
 
 SEAL, SEAL_MAGIC = struct.Struct("<4sI"), b"seal"  # ends a checkpoint: magic bytes, and the CRC-32 of all before
-CONTENT = ("model", "position", "history", "processes", "settings", "data", "seconds")  # beside what a script adds
+CONTENT = ("model", "position", "history", "processes", "settings", "data")  # beside what a script adds
 # Settings that do not affect the numbers of a run, and placeholders that are resolved at start-up.
 MAY_CHANGE = (*RUN_OPTIONS, "data_dir", "checkpoint_every", "watch", "watch_every", "log_model")
 PLACEHOLDERS = {"dataset": "auto", "device": "auto", "precision": "auto", "model": None, "learning_rate": None}

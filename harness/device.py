@@ -15,7 +15,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's names for its parameters
 
 
 def seed_everything(seed: int, deterministic: bool) -> None:
-    """Seed Python, NumPy, torch and CUDA; if `deterministic`, allow only algorithms that repeat to the last bit."""
+    """Seed Python, NumPy and torch; if `deterministic`, allow only algorithms that repeat to the last bit."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)  # of every device

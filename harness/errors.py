@@ -36,10 +36,15 @@ def disk_error(error: Exception) -> OSError | None:
     return error if isinstance(error, OSError) else None
 
 
-def frames(error: Exception) -> list[tuple[str, str]]:
-    """Module, and file and line, of each frame that an exception has passed, the outermost first."""
-    walked = traceback.walk_tb(error.__traceback__)
-    return [(f.f_globals.get("__name__", ""), f"{Path(f.f_code.co_filename).name}:{line}") for f, line in walked]
+def place_of(error: Exception) -> str:
+    """File and line of the innermost call, outside of harness/ and installed libraries, that led to an exception."""
+    harness = Path(__file__).parent
+    for frame, line in [*[*traceback.walk_tb(error.__traceback__)][::-1], *traceback.walk_stack(None)]:
+        file = Path(frame.f_code.co_filename)
+        installed = "site-packages" in file.parts or not file.is_relative_to(harness.parent)
+        if not installed and not file.is_relative_to(harness):
+            return f"{file.name}:{line}"
+    return "in the background"
 
 
 def warn_loudly(*lines: str) -> None:

@@ -50,9 +50,9 @@ class SharedSettings:
     batch_size: int = option(128, "examples in a batch", at_least=1)
     learning_rate: float = option(0.005, "the highest learning rate of the schedule", above=0)
     label_smoothing: float = option(
-        0.0, "share of each label spread over all classes; train/loss includes it", at_least=0, below=1
+        0.0, "share of each label spread over all classes; the training loss includes it", at_least=0, below=1
     )
-    seed: int = option(42, "seeds Python, NumPy, torch and CUDA", at_least=0, below=2**32)
+    seed: int = option(42, "seeds Python, NumPy and torch", at_least=0, below=2**32)
     max_steps: int | None = option(None, "end after this many optimizer steps", at_least=1)
     device: str = option("auto", "device to train on", choices=("auto", "cpu", "cuda", "mps"))
     precision: str = option("auto", "auto: bf16 if the hardware supports it", choices=("auto", "fp32", "bf16"))
@@ -61,7 +61,7 @@ class SharedSettings:
 
     patience: int = option(0, "stop after this many epochs without improvement; 0: never", at_least=0)
     checkpoint_every: int = option(500, "batches between checkpoints; every epoch also ends with one", at_least=1)
-    stop_timeout: float = option(25, "seconds after a signal to finish the batch and save in", above=0, below=1e6)
+    stop_timeout: float = option(25, "seconds allowed after a signal to finish the batch and save", above=0, below=1e6)
     peer_timeout: float = option(300, "seconds that torchrun's processes wait for each other", above=0, below=1e6)
     log_every: int = option(10, "batches between rows of training metrics", at_least=1)
     watch: str = option("all", "what to log histograms of", choices=("off", "gradients", "parameters", "all"))

@@ -54,11 +54,12 @@ def run_script(main: Callable[[], Any]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # from here on, Ctrl-C just ends the process
     if sys.modules["__main__"].__spec__ or sys.flags.interactive:
         sys.exit(status)  # `python -m cProfile train_mnist.py` and the like still have to report
-    getattr(threading, "_shutdown", lambda: None)()  # undocumented: waits for threads, as Python does at its end
-    limit = threading.Timer(EXIT_TIMEOUT, os._exit, [status])  # W&B's functions for the exit may wait forever
+    limit = threading.Timer(EXIT_TIMEOUT, os._exit, [status])  # threads and W&B's functions may wait forever
     limit.daemon = True
     limit.start()
-    getattr(atexit, "_run_exitfuncs", lambda: sys.exit(status))()  # undocumented too: without it, the slow way
+    if status == 0:
+        getattr(threading, "_shutdown", lambda: None)()  # undocumented: waits for threads, as Python does
+    getattr(atexit, "_run_exitfuncs", lambda: sys.exit(status))()  # undocumented: without it, the slow way
     for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.flush()
     os._exit(status)  # skips tearing down every module, which takes nearly a second

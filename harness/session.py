@@ -87,7 +87,8 @@ def open_session(settings: SharedSettings, task: str, load: Load, init: Init) ->
 def resume_command(settings: SharedSettings) -> str:
     """What to type to resume this run."""
     if distributed.spans_hosts():
-        return "the same command on every host" + ("" if settings.resume else " with --resume and its --output_dir")
+        more = " with --resume and its --output_dir" if settings.output_dir and not settings.resume else ""
+        return f"the same command on every host{more}"
     processes = os.environ.get("LOCAL_WORLD_SIZE")  # set by torchrun
     launcher = ["torchrun", "--nproc-per-node", processes] if processes else ["python"]
     named = any(word.partition("=")[0] == "--output_dir" for word in sys.argv)

@@ -8,6 +8,7 @@ import queue
 import signal
 import tempfile
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import wandb
 
 from harness import distributed, wandb_internals
-from harness.errors import Stopped, UserError, disk_error, frames, warn_loudly
+from harness.errors import Stopped, UserError, disk_error, place_of, warn_loudly
 from harness.options import SharedSettings
 from harness.signals import StopRequests, cancel_timeout, in_main_thread
 
@@ -47,9 +48,8 @@ def tolerate_wandb_errors(run: wandb.Run) -> Iterator[None]:
             lost_runs.add(run.id)
         if run.id not in reported_runs:
             reported_runs.add(run.id)
-            place = [place for module, place in frames(error) if not module.startswith(("wandb.", "contextlib"))][-1]
             warn_loudly(
-                f"W&B has failed: {str(error) or type(error).__name__} ({place})",
+                f"W&B has failed: {str(error) or type(error).__name__} ({place_of(error)})",
                 "Training continues. The journal has every number; the same command with --resume logs them again.",
             )
 
@@ -69,7 +69,8 @@ def _starting() -> Iterator[None]:
 
 
 def _is_raised_by_wandb(error: Exception) -> bool:
-    return any(module.startswith("wandb.") for module, _ in frames(error))
+    modules = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(module.startswith("wandb.") for module in modules)
 
 
 def logs_to_wandb(function: Callable[..., None]) -> Callable[..., None]:

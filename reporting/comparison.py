@@ -18,7 +18,7 @@ from metrics import (
 )
 from reporting.markup import cell, counted, details, paragraph, table
 from reporting.predictions import Predictions, read_predictions, show_examples
-from reporting.runs import Run, text
+from reporting.runs import Run, one_per_seed, text
 
 MOST_COMPARED = 20  # runs per metric: each comparison takes about half a second
 MOST_GROUPS = 5  # of seeds
@@ -142,7 +142,7 @@ def compare_seeds(seeds: dict[str, list[Run]]) -> list[str]:
     kinds: dict[tuple[str, str], list[tuple[str, list[float]]]] = {}
     for name, members in seeds.items():
         metric = members[0].monitor
-        values = [run.best.get(metric, math.nan) for run in members if run.metrics is not None]
+        values = [run.best.get(metric, math.nan) for run in one_per_seed(members)]
         if len(values) > 1 and all(map(math.isfinite, values)):
             kinds.setdefault((metric, text(members[0].config.get("dataset"))), []).append((text(name), values))
     sentences = []

@@ -80,7 +80,9 @@ def show_runs(runs: list[Run], seeds: dict[str, list[Run]]) -> str:
     best = 0 if len({run.monitor for run in runs}) == 1 < len(runs) else None
     parts = ["<h2>Runs</h2>", paragraph(remark, "soft"), table(header, rows, best)]
     if seeds:
-        remark = "Mean ± sample standard deviation over the runs that differ in nothing but the seed."
+        remark = (
+            "Mean ± sample standard deviation over finished runs that differ in nothing but the seed, one per seed."
+        )
         parts += ["<h2>Over seeds</h2>", paragraph(remark, "soft"), table(*seed_table(runs, seeds))]
     return "".join(parts)
 

@@ -170,17 +170,13 @@ def differing(runs: list[Run]) -> list[str]:
 
 
 def groups(runs: list[Run]) -> dict[str, list[Run]]:
-    """Runs that differ in nothing but the seed, two or more together, by what sets the group apart from the others.
-
-    One run per seed, a finished one if there is one: runs with the same seed are the same.
-    """
-    by_settings: dict[str, dict[str, Run]] = {}
-    for run in sorted(runs, key=lambda run: run.metrics is None):
+    """Runs that differ in nothing but the seed, two or more together, by what sets the group apart from the others."""
+    by_settings: dict[str, list[Run]] = {}
+    for run in runs:
         rest = {name: value for name, value in run.settings.items() if name not in ("seed", "name", "notes", "tags")}
         if rest:
-            members = by_settings.setdefault(json.dumps(rest, sort_keys=True), {})
-            members.setdefault(str(run.config.get("seed")), run)
-    seeded = [[*members.values()] for members in by_settings.values() if len(members) > 1]
+            by_settings.setdefault(json.dumps(rest, sort_keys=True), []).append(run)
+    seeded = [members for members in by_settings.values() if len({str(run.config.get("seed")) for run in members}) > 1]
     names = [name for name in differing([members[0] for members in seeded]) if name not in ("seed", "name")]
     named = {}
     for first, *others in seeded:
@@ -188,6 +184,12 @@ def groups(runs: list[Run]) -> dict[str, list[Run]]:
         label = label or (f"{first.label} and other seeds" if len(others) + 1 < len(runs) else "all seeds")
         named[label if label not in named else f"{label}, {first.label}"] = [first, *others]
     return named
+
+
+def one_per_seed(members: list[Run]) -> list[Run]:
+    """The finished runs of a group, for each seed the last by name: a run that was repeated counts once."""
+    finished = sorted((run for run in members if run.metrics is not None), key=lambda run: str(run.path))
+    return [*{str(run.config.get("seed")): run for run in finished}.values()]
 
 
 def text(value: Any) -> str:
@@ -227,11 +229,11 @@ def seed_table(runs: list[Run], seeds: dict[str, list[Run]]) -> tuple[list[str],
     """Header and rows: mean ± sample standard deviation over finished runs that differ in the seed only."""
     figures = shown_figures(runs)
     rows = []
-    for name, members in seeds.items():
+    for name, group in seeds.items():
+        members = one_per_seed(group)
         row = [name, str(len(members))]
         for figure in figures:
-            values = [run.best.get(figure, math.nan) for run in members if run.metrics is not None]
-            values = [*filter(math.isfinite, values)]
+            values = [run.best[figure] for run in members if math.isfinite(run.best.get(figure, math.nan))]
             few = f" (n = {len(values)})" if len(values) < len(members) else ""
             row.append(f"{mean(values):.4g} ± {stdev(values):.2g}{few}" if len(values) > 1 else "–")
         rows.append(row)

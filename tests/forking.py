@@ -189,6 +189,8 @@ def run(
 
 def do_imports() -> dict[str, str]:
     """Import all that scripts need, as they do it; returns the variables which that sets."""
+    import tqdm
+
     os.environ |= {"GOMP_SPINCOUNT": "1000", "OTEL_SDK_DISABLED": "true"}  # as harness/script.py does
     before = dict(os.environ)
     gc.disable()
@@ -196,6 +198,7 @@ def do_imports() -> dict[str, str]:
     for name in MODULES:
         with contextlib.suppress(ImportError):  # another version has no such module
             importlib.import_module(name)
+    tqdm.tqdm.set_lock(threading.RLock())  # all children would share the default one, which a killed child may hold
     with contextlib.suppress(ImportError, AttributeError):
         remember_what_is_installed()
     for name, module in [*sys.modules.items()]:  # a child imports the project's own modules, from where it finds them
@@ -220,7 +223,6 @@ def remember_what_is_installed() -> None:
     wandb.util.working_set = lambda: packages
     operators = functools.cache(_registration.ONNXRegistry.from_torchlib)
     _registration.ONNXRegistry.from_torchlib = staticmethod(operators)
-    tqdm.tqdm.set_lock(threading.RLock())  # all children would share the default one, which a killed child may hold
     train_mnist, interval = sys.modules["train_mnist"], tqdm.tqdm.monitor_interval
     tqdm.tqdm.monitor_interval = 0  # no thread, which a child would miss
     with tempfile.TemporaryDirectory() as directory:  # the first export and the first save of a process take longer

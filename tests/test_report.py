@@ -184,7 +184,9 @@ def test_seeds_count_once_and_unfinished_runs_not_at_all(tmp_path, capsys):
     page = page_of(tmp_path / "runs", output=tmp_path / "report.html")
     values = [json.loads((tmp_path / f"runs/{n}/metrics.json").read_text())["valid/loss"] for n in ("a1", "a2")]
     expected = f"{statistics.mean(values):.4g} ± {statistics.stdev(values):.2g}"
-    assert f"{expected} (n = 2)" in capsys.readouterr().out and f"{expected} (n = 2)" in page
+    lines = capsys.readouterr().out.splitlines()
+    (group,) = (line for line in lines if line.startswith("learning_rate 0.01  "))
+    assert group.split()[2] == "2" and expected in group and f"{expected} (n = 2)" in page
     assert "(n = 4)" in page and f"be below {1 / math.comb(6, 2):.2g}" in page
 
 

@@ -1,6 +1,7 @@
 """W&B failures never harm training: the server refuses, errors, hangs or dies, W&B's service is killed or frozen."""
 
 import os
+import re
 import signal
 import subprocess
 import time
@@ -82,6 +83,7 @@ def test_training_survives_a_wandb_service_that_dies_or_hangs(number, warning, r
     out = killing.finish(process)
     assert killing.differences(reference.out, tmp_path / "out") == []
     assert out.count(warning) == out.count("!!  W&B") == 1 and "Traceback" not in out
+    assert number == signal.SIGSTOP or re.search(r"\(train_mnist\.py:\d+\)", out), out
     killing.finish(killing.start(SCRIPT, tmp_path, clean_environment(tmp_path), "--resume"))
     with serving() as server:
         steps = [row.get("_step") for row in killing.sync(tmp_path, clean_environment(tmp_path), server)]
