@@ -37,9 +37,13 @@ class ConfusionMatrix:
         accelerator, the range error is raised when a metric or `counts` is read.
         """
         if predictions.shape != labels.shape:
-            raise ValueError(f"predictions {tuple(predictions.shape)} and labels {tuple(labels.shape)} differ in shape")
+            raise ValueError(
+                f"predictions {tuple(predictions.shape)} and labels {tuple(labels.shape)} differ in shape"
+            )
         if not predictions.dtype == labels.dtype == torch.int64:
-            raise ValueError(f"predictions and labels must be int64, got {predictions.dtype} and {labels.dtype}")
+            raise ValueError(
+                f"predictions and labels must be int64, got {predictions.dtype} and {labels.dtype}"
+            )
         rows, columns = labels.clamp(0, self._last), predictions.clamp(0, self._last)
         if not self._counts.is_cpu:
             self._out_of_range += (rows != labels).sum() + (columns != predictions).sum()
@@ -58,7 +62,9 @@ class ConfusionMatrix:
 
     def __add__(self, other: "ConfusionMatrix") -> "ConfusionMatrix":
         if self.num_classes != other.num_classes:
-            raise ValueError(f"can't add matrices with {self.num_classes} and {other.num_classes} classes")
+            raise ValueError(
+                f"can't add matrices with {self.num_classes} and {other.num_classes} classes"
+            )
         merged = ConfusionMatrix(self.num_classes, self._counts.device)
         merged._counts += self._counts + other._counts.to(self._counts.device)
         merged._out_of_range += self._out_of_range + other._out_of_range.to(self._counts.device)
@@ -102,7 +108,9 @@ class ConfusionMatrix:
         _, hits, labelled, predicted = self._read()
         return self._average(2 * hits, labelled + predicted, average)
 
-    def _average(self, numerator: Tensor, denominator: Tensor, average: str | None) -> "float | Tensor":
+    def _average(
+        self, numerator: Tensor, denominator: Tensor, average: str | None
+    ) -> "float | Tensor":
         """Average numerator / denominator over the classes; a class whose denominator is 0 counts as 0.
 
         "macro": unweighted mean over the classes that occur in labels or predictions. "weighted": mean weighted by
@@ -150,7 +158,9 @@ class Evaluation(NamedTuple):
     probabilities: Tensor  # float64 (examples, classes)
     losses: Tensor  # float64 (examples,): cross-entropy in nats
     confusion: ConfusionMatrix
-    metrics: dict[str, float]  # by name: those of EVALUATION_METRICS that are defined for these labels
+    metrics: dict[
+        str, float
+    ]  # by name: those of EVALUATION_METRICS that are defined for these labels
 
     def named(self, prefix: str) -> dict[str, float]:
         """The metrics with prefixed names: "valid/loss", "valid/acc", ... for "valid"."""
@@ -166,7 +176,9 @@ class Evaluation(NamedTuple):
 class Metric(NamedTuple):
     """A figure that is computed whenever a model is evaluated."""
 
-    compute: Callable[[Any], float]  # of a `ConfusionMatrix` if `of_counts`, else of an `Evaluation`
+    compute: Callable[
+        [Any], float
+    ]  # of a `ConfusionMatrix` if `of_counts`, else of an `Evaluation`
     of_counts: bool = True
     lower_is_better: bool = False
     two_classes: bool = False  # defined only if there are two classes, and both occur in the labels
@@ -174,7 +186,9 @@ class Metric(NamedTuple):
 
 # The only place that names these figures: what stands here is logged, saved, compared, and can be monitored.
 EVALUATION_METRICS = {
-    "loss": Metric(lambda result: float(result.losses.mean()), of_counts=False, lower_is_better=True),
+    "loss": Metric(
+        lambda result: float(result.losses.mean()), of_counts=False, lower_is_better=True
+    ),
     "acc": Metric(ConfusionMatrix.accuracy),
     "balanced_acc": Metric(ConfusionMatrix.balanced_accuracy),
     "precision_macro": Metric(lambda confusion: confusion.precision("macro")),
@@ -184,16 +198,24 @@ EVALUATION_METRICS = {
     "recall_micro": Metric(lambda confusion: confusion.recall("micro")),
     "f1_micro": Metric(lambda confusion: confusion.f1("micro")),
     "mcc": Metric(ConfusionMatrix.matthews_corrcoef),
-    "ece": Metric(lambda r: expected_calibration_error(r.probabilities, r.labels), False, lower_is_better=True),
+    "ece": Metric(
+        lambda r: expected_calibration_error(r.probabilities, r.labels), False, lower_is_better=True
+    ),
     "roc_auc": Metric(lambda r: roc_auc(r.probabilities[:, 1], r.labels), False, two_classes=True),
-    "average_precision": Metric(lambda r: average_precision(r.probabilities[:, 1], r.labels), False, two_classes=True),
+    "average_precision": Metric(
+        lambda r: average_precision(r.probabilities[:, 1], r.labels), False, two_classes=True
+    ),
 }
 
 
 def lower_is_better(name: str) -> bool:
     """Whether lower is better for a metric ("ece") or a key ("valid/ece"); for others, whether they end in loss."""
     name = name.rpartition("/")[2]
-    return EVALUATION_METRICS[name].lower_is_better if name in EVALUATION_METRICS else name.endswith("loss")
+    return (
+        EVALUATION_METRICS[name].lower_is_better
+        if name in EVALUATION_METRICS
+        else name.endswith("loss")
+    )
 
 
 def evaluation(logits: Tensor, labels: Tensor) -> Evaluation:
@@ -210,7 +232,9 @@ def evaluation(logits: Tensor, labels: Tensor) -> Evaluation:
     confusion.update(predictions, labels)
     log_probabilities = logits.double().log_softmax(1)
     losses = F.nll_loss(log_probabilities, labels, reduction="none")
-    result = Evaluation(labels, predictions, logits, log_probabilities.exp(), losses, confusion, metrics={})
+    result = Evaluation(
+        labels, predictions, logits, log_probabilities.exp(), losses, confusion, metrics={}
+    )
     if not losses.isfinite().all():  # the model has diverged: nothing else is defined
         result.metrics["loss"] = float(losses.mean())
         return result
@@ -230,10 +254,14 @@ def matthews_corrcoef_interval(
     and Tibshirani, "An introduction to the bootstrap", 1993, chapter 13.
     """
     counts = confusion.counts.cpu()
-    classes = torch.zeros(2, confusion.num_classes, resamples, dtype=torch.float64)  # examples per label, prediction
+    classes = torch.zeros(
+        2, confusion.num_classes, resamples, dtype=torch.float64
+    )  # examples per label, prediction
     hits = torch.zeros(resamples, dtype=torch.float64)
     labels, predictions = counts.nonzero(as_tuple=True)
-    for label, prediction, drawn in zip(labels, predictions, _resample(counts[labels, predictions], resamples, seed)):
+    for label, prediction, drawn in zip(
+        labels, predictions, _resample(counts[labels, predictions], resamples, seed)
+    ):
         classes[0, label] += drawn
         classes[1, prediction] += drawn
         hits += drawn * (label == prediction)
@@ -281,7 +309,11 @@ def roc_curve(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if len(thresholds) > 2:
         bends = (true_positives.diff(n=2) != 0) | (false_positives.diff(n=2) != 0)
         keep = torch.cat([torch.tensor([True]), bends, torch.tensor([True])])
-        thresholds, true_positives, false_positives = thresholds[keep], true_positives[keep], false_positives[keep]
+        thresholds, true_positives, false_positives = (
+            thresholds[keep],
+            true_positives[keep],
+            false_positives[keep],
+        )
     start = torch.zeros(1, dtype=torch.float64)
     false_positives = torch.cat([start, false_positives])
     true_positives = torch.cat([start, true_positives])
@@ -306,7 +338,11 @@ def precision_recall_curve(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tens
     positives = true_positives[-1]
     recall = true_positives / positives if positives > 0 else torch.ones_like(true_positives)
     end = torch.zeros(1, dtype=torch.float64)
-    return torch.cat([precision.flip(0), end + 1]), torch.cat([recall.flip(0), end]), thresholds.flip(0)
+    return (
+        torch.cat([precision.flip(0), end + 1]),
+        torch.cat([recall.flip(0), end]),
+        thresholds.flip(0),
+    )
 
 
 def average_precision(scores: Tensor, labels: Tensor) -> float:
@@ -327,7 +363,9 @@ def expected_calibration_error(probabilities: Tensor, labels: Tensor, bins: int 
     return float((counts * (accuracies - confidences)).abs().sum() / counts.sum())
 
 
-def calibration(probabilities: Tensor, labels: Tensor, bins: int = 15) -> tuple[Tensor, Tensor, Tensor]:
+def calibration(
+    probabilities: Tensor, labels: Tensor, bins: int = 15
+) -> tuple[Tensor, Tensor, Tensor]:
     """How often a model is right, by how sure it is: equal-width bins of the top probability.
 
     `probabilities` is float (n, classes) with rows that sum to 1, `labels` is integer (n,). Returns float64 (bins,):
@@ -349,7 +387,9 @@ def calibration(probabilities: Tensor, labels: Tensor, bins: int = 15) -> tuple[
     if labels.is_floating_point() or (labels < 0).any() or (labels >= probabilities.shape[1]).any():
         raise ValueError(f"labels must be integers in 0..{probabilities.shape[1] - 1}")
     confidence, predictions = probabilities.max(1)
-    edges = torch.arange(bins + 1, dtype=torch.float64) / bins  # linspace may differ from i / bins by rounding
+    edges = (
+        torch.arange(bins + 1, dtype=torch.float64) / bins
+    )  # linspace may differ from i / bins by rounding
     which = torch.bucketize(confidence, edges[1:-1])
     counts, confidences, hits = (
         torch.bincount(which, weights, minlength=bins)
@@ -393,7 +433,9 @@ def paired_bootstrap(
     and 13.
     """
     if a.shape != b.shape or not a.ndim or not len(a) or (statistic is None and a.ndim > 1):
-        raise ValueError(f"expected two tensors (examples,) or (examples, columns), got {a.shape} and {b.shape}")
+        raise ValueError(
+            f"expected two tensors (examples,) or (examples, columns), got {a.shape} and {b.shape}"
+        )
     generator = torch.Generator().manual_seed(seed)
     a, b = a.cpu().double(), b.cpu().double()
     differences = []
@@ -421,8 +463,14 @@ def paired_bootstrap_counts(
     the number of examples. Raises `ValueError` if the shapes differ, a class is negative or there is no example.
     """
     columns = [labels, *predictions]
-    if labels.ndim != 1 or not len(labels) or any(c.shape != labels.shape or c.min() < 0 for c in columns):
-        raise ValueError("expected labels (n,) and two predictions (n,) with classes from 0 and n > 0")
+    if (
+        labels.ndim != 1
+        or not len(labels)
+        or any(c.shape != labels.shape or c.min() < 0 for c in columns)
+    ):
+        raise ValueError(
+            "expected labels (n,) and two predictions (n,) with classes from 0 and n > 0"
+        )
     triples, counts = torch.stack(columns).cpu().unique(dim=1, return_counts=True)
     (label, first, second), classes = triples, max(2, int(triples.max()) + 1)
     drawn = torch.stack(list(_resample(counts, resamples, seed)), 1).long()
@@ -463,7 +511,9 @@ def mcnemar_exact(correct_a: Tensor, correct_b: Tensor) -> McNemar:
     return McNemar(only_a, only_b, min(1.0, 2 * tail / 2**differing))
 
 
-def permutation_test(a: Sequence[float], b: Sequence[float], resamples: int = 20_000, seed: int = 0) -> float:
+def permutation_test(
+    a: Sequence[float], b: Sequence[float], resamples: int = 20_000, seed: int = 0
+) -> float:
     """Two-sided p-value of the difference of two means, for example of the accuracy over the seeds of two settings.
 
     The share of all ways to split the pooled values into groups of these sizes whose means differ at least as much;

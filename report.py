@@ -13,7 +13,9 @@ from harness.files import replacing
 from harness.script import run_script
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends the process without a traceback
+    signal.signal(
+        signal.SIGINT, signal.SIG_DFL
+    )  # Ctrl-C during the imports ends the process without a traceback
 
 import torch
 
@@ -30,9 +32,15 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.error = refuse
     parser.add_argument(
-        "directories", type=Path, nargs="+", metavar="RUN_DIRECTORY", help="of a run, of a sweep, or of several runs"
+        "directories",
+        type=Path,
+        nargs="+",
+        metavar="RUN_DIRECTORY",
+        help="of a run, of a sweep, or of several runs",
     )
-    parser.add_argument("--output", type=Path, default=Path("report.html"), help="the page to write [report.html]")
+    parser.add_argument(
+        "--output", type=Path, default=Path("report.html"), help="the page to write [report.html]"
+    )
     return parser.parse_args(argv)
 
 
@@ -57,7 +65,9 @@ def report(arguments: argparse.Namespace) -> None:
     check_output(arguments.output)
     runs = find_runs(arguments.directories)
     studies, problems = {}, []
-    for directory in dict.fromkeys(path for path in arguments.directories if (path / "study.db").is_file()):
+    for directory in dict.fromkeys(
+        path for path in arguments.directories if (path / "study.db").is_file()
+    ):
         try:
             studies[directory] = open_study(directory, runs)
         except UserError as error:
@@ -74,14 +84,20 @@ def report(arguments: argparse.Namespace) -> None:
     try:
         from reporting.page import make_page
     except ImportError as error:
-        raise UserError(f"no page without plotly ({error}): pip install -r requirements-report.txt") from None
-    page = make_page(runs, [sweep_charts(study, directory) for directory, study in studies.items()], problems)
+        raise UserError(
+            f"no page without plotly ({error}): pip install -r requirements-report.txt"
+        ) from None
+    page = make_page(
+        runs, [sweep_charts(study, directory) for directory, study in studies.items()], problems
+    )
     try:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         with replacing(arguments.output) as temporary:
             temporary.write_text(page, encoding="utf-8", errors="replace")
     except OSError as error:
-        raise UserError(f"--output {arguments.output}: can't write there ({error.strerror})") from None
+        raise UserError(
+            f"--output {arguments.output}: can't write there ({error.strerror})"
+        ) from None
     print(f"\nThe page: {arguments.output} ({len(page) / 1e6:.1f} MB)")
 
 
@@ -94,5 +110,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)  # the tensors are small: several threads would mostly wait for each other
+    torch.set_num_threads(
+        1
+    )  # the tensors are small: several threads would mostly wait for each other
     run_script(main)

@@ -18,19 +18,33 @@ class Settings(options.SharedSettings):
         "auto: CoLA, or built-in sentences if it is not available",
         choices=("auto", "cola", "synthetic", "files"),
     )
-    train_file: str | None = option(None, "your training data: TSV or CSV with columns sentence and label", path=True)
+    train_file: str | None = option(
+        None, "your training data: TSV or CSV with columns sentence and label", path=True
+    )
     valid_file: str | None = option(None, "your validation data", path=True)
-    model: str | None = option(None, "hub name, path, wandb:ENTITY/PROJECT/NAME:ALIAS, scratch [BERT-tiny]", path=True)
+    model: str | None = option(
+        None, "hub name, path, wandb:ENTITY/PROJECT/NAME:ALIAS, scratch [BERT-tiny]", path=True
+    )
     epochs: int = option(10, "passes over the training data", at_least=1)
     batch_size: int = option(64, "sentences in a batch", at_least=1)
-    learning_rate: float | None = option(None, "the highest learning rate [1e-4; 1e-3 for scratch]", above=0)
-    schedule: str = option("linear", "learning rate schedule after the warm-up", choices=("linear", "constant"))
-    warmup_ratio: float = option(0.1, "share of the batches in which the learning rate rises", at_least=0, below=1)
+    learning_rate: float | None = option(
+        None, "the highest learning rate [1e-4; 1e-3 for scratch]", above=0
+    )
+    schedule: str = option(
+        "linear", "learning rate schedule after the warm-up", choices=("linear", "constant")
+    )
+    warmup_ratio: float = option(
+        0.1, "share of the batches in which the learning rate rises", at_least=0, below=1
+    )
     weight_decay: float = option(0.01, "of the weights of linear layers", at_least=0)
     clip_norm: float = option(1.0, "largest norm of the gradient; 0: not clipped", at_least=0)
-    max_length: int = option(128, "longest sentence in tokens; longer ones are truncated", at_least=4)
+    max_length: int = option(
+        128, "longest sentence in tokens; longer ones are truncated", at_least=4
+    )
     monitor: str = option(
-        "valid/mcc", "metric that selects the best model", choices=options.metric_names("valid", two_classes=True)
+        "valid/mcc",
+        "metric that selects the best model",
+        choices=options.metric_names("valid", two_classes=True),
     )
 
 
@@ -73,34 +87,62 @@ class Task(NamedTuple):
     valid: batching.TokenSet
 
 
-def load(settings: Settings) -> tuple[Corpus, tuple[PreTrainedModel, PreTrainedTokenizerBase] | None]:
+def load(
+    settings: Settings,
+) -> tuple[Corpus, tuple[PreTrainedModel, PreTrainedTokenizerBase] | None]:
     """The corpus and, unless W&B has it, the model. Resolves the settings left open; raises `UserError`."""
-    corpus = load_corpus(settings.dataset, settings.data_dir, settings.train_file, settings.valid_file)
+    corpus = load_corpus(
+        settings.dataset, settings.data_dir, settings.train_file, settings.valid_file
+    )
     check_batches(settings, examples=len(corpus.train.labels), held_out=len(corpus.valid.labels))
-    logits = torch.zeros(len(corpus.valid.labels), len(corpus.class_names))  # any will do: only the names are needed
-    if settings.monitor not in metrics.evaluation(logits, torch.tensor(corpus.valid.labels)).named("valid"):
-        raise UserError(f"--monitor {settings.monitor} needs two classes, both in the validation data")
+    logits = torch.zeros(
+        len(corpus.valid.labels), len(corpus.class_names)
+    )  # any will do: only the names are needed
+    if settings.monitor not in metrics.evaluation(logits, torch.tensor(corpus.valid.labels)).named(
+        "valid"
+    ):
+        raise UserError(
+            f"--monitor {settings.monitor} needs two classes, both in the validation data"
+        )
     settings.dataset, settings.model = corpus.name, encoders.find_model(settings.model)
-    settings.learning_rate = settings.learning_rate or (1e-3 if settings.model == "scratch" else 1e-4)
-    if (at_wandb := settings.model.startswith("wandb:")) and settings.wandb != "online" and not settings.resume:
-        raise UserError(f"--model {settings.model} is fetched from W&B, but this run is {settings.wandb}")
+    settings.learning_rate = settings.learning_rate or (
+        1e-3 if settings.model == "scratch" else 1e-4
+    )
+    if (
+        (at_wandb := settings.model.startswith("wandb:"))
+        and settings.wandb != "online"
+        and not settings.resume
+    ):
+        raise UserError(
+            f"--model {settings.model} is fetched from W&B, but this run is {settings.wandb}"
+        )
     return corpus, None if at_wandb else load_model(settings, corpus, settings.model)
 
 
-def load_model(settings: Settings, corpus: Corpus, source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_model(
+    settings: Settings, corpus: Corpus, source: str
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model of a directory, the hub or "scratch"; its random weights, such as a new head's, follow the seed."""
     seed_everything(settings.seed, settings.deterministic)
-    return encoders.load_model(source, corpus.train.sentences, corpus.class_names, settings.max_length)
+    return encoders.load_model(
+        source, corpus.train.sentences, corpus.class_names, settings.max_length
+    )
 
 
 def fetch_model(session: Session) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model of the artifact wandb:ENTITY/PROJECT/NAME:ALIAS, from a copy if resumed; raises `UserError`."""
-    name, data, copy = session.settings.model, (session.settings, session.data[0]), session.output_dir / "pretrained"
+    name, data, copy = (
+        session.settings.model,
+        (session.settings, session.data[0]),
+        session.output_dir / "pretrained",
+    )
     if distributed.rank() == 0 and not copy.exists():
         with files.replacing_directory(copy) as directory:
             try:
                 artifact = session.run.use_artifact(name.removeprefix("wandb:"))
-                artifact.verify(artifact.download(str(directory)))  # a download alone checks no checksums
+                artifact.verify(
+                    artifact.download(str(directory))
+                )  # a download alone checks no checksums
                 load_model(*data, str(directory))  # what can't be loaded isn't kept
             except Exception as error:  # there is no end to what W&B raises
                 reason = str(error).replace("--model ", "").replace(str(directory), "it")
@@ -115,15 +157,21 @@ def prepare(session: Session) -> Task:
     model, tokenizer = loaded or fetch_model(session)
     model.to(session.device)
     how = (tokenizer, settings.max_length, session.device)
-    train_set, valid_set = (batching.tokenise(p.sentences, p.labels, *how) for p in (corpus.train, corpus.valid))
+    train_set, valid_set = (
+        batching.tokenise(p.sentences, p.labels, *how) for p in (corpus.train, corpus.valid)
+    )
     weights = f"{model.num_parameters():,} parameters, {len(tokenizer):,} tokens"
     encoders.train_used_rows(model, [train_set.tokens, valid_set.tokens])
     if cut := train_set.cut + valid_set.cut:
-        print(f"{cut} sentences are longer than --max_length {settings.max_length} tokens and are truncated.")
+        print(
+            f"{cut} sentences are longer than --max_length {settings.max_length} tokens and are truncated."
+        )
     share = valid_set.labels.bincount().max() / len(valid_set.labels)
     sizes = f"{len(corpus.train.labels):,} + {len(corpus.valid.labels):,} sentences for training and validation"
     print(f"{corpus.name}: {sizes}, {share:.1%} of the latter in the most frequent class")
-    print(f"{settings.model}: {weights}, on {session.device.type} in {settings.precision}, seed {settings.seed}")
+    print(
+        f"{settings.model}: {weights}, on {session.device.type} in {settings.precision}, seed {settings.seed}"
+    )
     return Task(corpus, model, tokenizer, train_set, valid_set)
 
 
@@ -135,11 +183,15 @@ def log_dataset(run: wandb.Run, corpus: Corpus) -> None:
     if not corpus.files:
         for name, part in (("train", corpus.train), ("valid", corpus.valid)):
             with artifact.new_file(f"{name}.tsv", encoding="utf-8") as file:
-                file.writelines(f"{source}\t{label}\t{sentence}\n" for sentence, label, source in zip(*part))
+                file.writelines(
+                    f"{source}\t{label}\t{sentence}\n" for sentence, label, source in zip(*part)
+                )
     run.log_artifact(artifact)
 
 
-def make_optimizer(model: PreTrainedModel, settings: Settings, batches: int) -> tuple[Optimizer, LRScheduler]:
+def make_optimizer(
+    model: PreTrainedModel, settings: Settings, batches: int
+) -> tuple[Optimizer, LRScheduler]:
     """AdamW, whose weight decay spares biases, LayerNorm and embeddings, and its schedule over all `batches`."""
     warmup = int(settings.warmup_ratio * batches)
 
@@ -150,8 +202,13 @@ def make_optimizer(model: PreTrainedModel, settings: Settings, batches: int) -> 
 
     embeddings = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
     spared = [weight for weight in model.parameters() if weight.ndim == 1 or weight in embeddings]
-    decayed = [weight for weight in model.parameters() if weight.ndim > 1 and weight not in embeddings]
-    groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": spared, "weight_decay": 0.0}]
+    decayed = [
+        weight for weight in model.parameters() if weight.ndim > 1 and weight not in embeddings
+    ]
+    groups = [
+        {"params": decayed, "weight_decay": settings.weight_decay},
+        {"params": spared, "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.AdamW(groups, settings.learning_rate, fused=model.device.type != "mps")
     return optimizer, LambdaLR(optimizer, factor)
 
@@ -166,7 +223,9 @@ def evaluate(model: PreTrainedModel, part: batching.TokenSet) -> metrics.Evaluat
     logits = torch.zeros(len(part.labels), model.config.num_labels, device=part.labels.device)
     batches = part.lengths.argsort(stable=True).split(64)
     for indices in distributed.share_of(batches):
-        output = type(model).forward(model, **batching.inputs_of(part, indices))  # spares the hooks of run.watch
+        output = type(model).forward(
+            model, **batching.inputs_of(part, indices)
+        )  # spares the hooks of run.watch
         logits[indices.to(logits.device)] = output.logits
     distributed.sum_over_ranks(logits)  # the other ranks' logits are zero here
     return metrics.evaluation(logits, part.labels)
@@ -178,11 +237,15 @@ def attributions(task: Task, result: metrics.Evaluation) -> str:
     for i in viz.most_confident_mistakes(result)[:20].tolist():
         label, prediction = int(result.labels[i]), int(result.predictions[i])
         shades = encoders.attribute(task.model, task.valid, i, prediction, label)
-        heading = f"{names[label]} taken for {names[prediction]}, {result.probabilities[i].max():.1%}"
+        heading = (
+            f"{names[label]} taken for {names[prediction]}, {result.probabilities[i].max():.1%}"
+        )
         if shades is None:
             return f"{page}<p>No attributions: this model does not accept embeddings.</p>"
         words = encoders.words_of(task.tokenizer, task.corpus.valid.sentences[i], len(shades))
-        page += viz.shaded_words([(word, float(shades[places].sum())) for word, places in words], heading)
+        page += viz.shaded_words(
+            [(word, float(shades[places].sum())) for word, places in words], heading
+        )
     return page
 
 
@@ -197,13 +260,17 @@ def log_charts(run: wandb.Run, task: Task, result: metrics.Evaluation, progress:
     charts = {
         "valid/confusion_matrix": viz.confusion_matrix_chart(result, names),
         "valid/confusion_matrix_image": wandb.Image(picture),
-        "valid/mistakes": viz.sentence_mistakes_table(result, valid.sentences, valid.sources, names, progress.step),
+        "valid/mistakes": viz.sentence_mistakes_table(
+            result, valid.sentences, valid.sources, names, progress.step
+        ),
         "valid/calibration": wandb.Image(viz.calibration_picture(result, "valid")),
         "valid/logits": wandb.Histogram(result.logits.numpy()),
         "valid/roc": viz.roc_chart(result, names),
         "valid/pr": viz.precision_recall_chart(result, names),
         "valid/per_source": per_source,
-        "valid/per_source_chart": wandb.plot.bar(per_source, "source", "acc", title="Accuracy per source"),
+        "valid/per_source_chart": wandb.plot.bar(
+            per_source, "source", "acc", title="Accuracy per source"
+        ),
         "valid/attributions": wandb.Html(attributions(task, result), inject=False),
     }
     run.log(charts, step=progress.step)
@@ -211,10 +278,16 @@ def log_charts(run: wandb.Run, task: Task, result: metrics.Evaluation, progress:
 
 def write_curves(session: Session, best_epoch: int) -> None:
     """Draw the learning curves of the run so far."""
-    panels = {"loss": ("train/loss_step", "valid/loss"), "accuracy": ("train/acc_step", "valid/acc")}
+    panels = {
+        "loss": ("train/loss_step", "valid/loss"),
+        "accuracy": ("train/acc_step", "valid/acc"),
+    }
     panels["Matthews correlation"] = ("", "valid/mcc")
     if distributed.rank() == 0:
-        files.write_png(session.output_dir / "curves.png", viz.curves_picture(session.history.rows, panels, best_epoch))
+        files.write_png(
+            session.output_dir / "curves.png",
+            viz.curves_picture(session.history.rows, panels, best_epoch),
+        )
 
 
 # ---------------------------------------------------------------------------------------------- training
@@ -228,26 +301,40 @@ def train(session: Session, task: Task) -> tuple[Best, Progress]:
     loss_function = nn.CrossEntropyLoss(reduction="sum", label_smoothing=settings.label_smoothing)
     optimizer, schedule = make_optimizer(model, settings, progress.total_batches)
     if settings.compile:
-        model.forward = torch.compile(model.forward, dynamic=True)  # not model.compile(): it includes watch's hooks
+        model.forward = torch.compile(
+            model.forward, dynamic=True
+        )  # not model.compile(): it includes watch's hooks
     meter, best = Meter(device), Best(settings.monitor, metrics.lower_is_better(settings.monitor))
-    stateful = {"model": model, "optimizer": optimizer, "schedule": schedule, "meter": meter, "best": best}
+    stateful = {
+        "model": model,
+        "optimizer": optimizer,
+        "schedule": schedule,
+        "meter": meter,
+        "best": best,
+    }
     checkpoints = Checkpoints(session, progress, data=[train_set, task.valid], **stateful)
     checkpoints.restore_or_begin()  # a new run saves its first one here
 
     for epoch in progress.epochs():
         model.train()  # from_pretrained returns it in eval mode, without dropout
         # From seed and epoch alone, so that a resumed run repeats them.
-        batches = batching.by_length(train_set.lengths, settings.batch_size, seed=(settings.seed, epoch))
+        batches = batching.by_length(
+            train_set.lengths, settings.batch_size, seed=(settings.seed, epoch)
+        )
         for indices in progress.remaining(batches):  # after a resume, the rest of the epoch
             if progress.watch_starts:
                 run.watch(model, log=settings.watch, log_freq=settings.watch_every)
-            share = distributed.share_of(indices)  # all of them, unless torchrun started several processes
+            share = distributed.share_of(
+                indices
+            )  # all of them, unless torchrun started several processes
             labels = train_set.labels[share.to(device, non_blocking=True)]
 
             with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
                 logits = model(**batching.inputs_of(train_set, share)).logits
                 loss = loss_function(logits, labels)
-            (loss / len(indices)).backward()  # the size of the whole batch: gradients are summed over ranks
+            (
+                loss / len(indices)
+            ).backward()  # the size of the whole batch: gradients are summed over ranks
             distributed.sum_gradients(model)
             grad_norm = nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm or math.inf)
             optimizer.step()
@@ -277,13 +364,18 @@ def train(session: Session, task: Task) -> tuple[Best, Progress]:
         run.log(results, step=progress.step)
         progress.check_finite("validation", valid.metrics["loss"])
         log_charts(run, task, valid, progress)
-        results |= {**valid.named("valid"), "valid/majority_share": valid.confusion.majority_share()}
+        results |= {
+            **valid.named("valid"),
+            "valid/majority_share": valid.confusion.majority_share(),
+        }
         run.log(results, step=progress.step)
         improved = best.offer(epoch, results, model)
         write_curves(session, best.epoch)
         if settings.log_model == "all":
             log_model(run, task, results, ["latest", "best"] if improved else ["latest"])
-        progress.end_epoch(results, "train/loss_epoch", "train/acc_epoch", "valid/loss", "valid/acc", "valid/mcc")
+        progress.end_epoch(
+            results, "train/loss_epoch", "train/acc_epoch", "valid/loss", "valid/acc", "valid/mcc"
+        )
         if 0 < settings.patience <= epoch - best.epoch:
             break
     return best, progress
@@ -311,12 +403,18 @@ def conclude(session: Session, task: Task, best: Best, progress: Progress) -> di
         return {}
     share, domains = valid.confusion.majority_share(), {}
     for domain, rows in corpus.domains.items():
-        domains |= metrics.evaluation(valid.logits[rows], valid.labels[rows]).named(f"valid_{domain}")
+        domains |= metrics.evaluation(valid.logits[rows], valid.labels[rows]).named(
+            f"valid_{domain}"
+        )
     with tolerate_wandb_errors(run):
         run.log({"curves": wandb.Image(str(output_dir / "curves.png"))}, step=progress.step)
-    run.log(domains, step=progress.step, commit=True)  # W&B: an open row would overwrite the summary
+    run.log(
+        domains, step=progress.step, commit=True
+    )  # W&B: an open row would overwrite the summary
     with tolerate_wandb_errors(run):
-        run.summary.update({"best/epoch": best.epoch, **valid.named("best"), "best/majority_share": share})
+        run.summary.update(
+            {"best/epoch": best.epoch, **valid.named("best"), "best/majority_share": share}
+        )
     sentences = {"sentence": corpus.valid.sentences, "source": corpus.valid.sources}
     files.write_csv(output_dir / "predictions.csv", {**valid.columns(), **sentences})
     files.write_text(output_dir / "attributions.html", attributions(task, valid))
@@ -332,7 +430,11 @@ def conclude(session: Session, task: Task, best: Best, progress: Progress) -> di
         f"best epoch {best.epoch}: Matthews correlation {valid.metrics['mcc']:.3f} (95% interval {low:.3f} to "
         f"{high:.3f}), accuracy {valid.metrics['acc']:.2%} (always the most frequent class: {share:.2%})"
     )
-    identity = {"dataset": corpus.name, "model": session.settings.model, "class_names": corpus.class_names}
+    identity = {
+        "dataset": corpus.name,
+        "model": session.settings.model,
+        "class_names": corpus.class_names,
+    }
     interval = {"valid/majority_share": share, "valid/mcc_low": low, "valid/mcc_high": high}
     return {**identity, "best/epoch": best.epoch, **valid.named("valid"), **interval, **domains}
 
@@ -340,7 +442,13 @@ def conclude(session: Session, task: Task, best: Best, progress: Progress) -> di
 def init(settings: Settings, /, **more: Any) -> wandb.Run:
     """Start the W&B run; `more` is what the session adds: id, mode, resume ..."""
     config = dataclasses.asdict(settings)
-    return wandb.init(project=settings.project, name=settings.name, tags=settings.tags or None, config=config, **more)
+    return wandb.init(
+        project=settings.project,
+        name=settings.name,
+        tags=settings.tags or None,
+        config=config,
+        **more,
+    )
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:

@@ -22,8 +22,12 @@ class Settings(options.SharedSettings):
     schedule: str = option("onecycle", "learning rate schedule", choices=("onecycle", "constant"))
     kernels: list[int] = option([16, 32], "channels of the two convolutions", length=2, at_least=1)
     slice: int = option(1, "use every n-th image of each part", at_least=1, below=10**6)
-    valid_size: int = option(5000, "number of training images held out for validation, from the end", at_least=0)
-    monitor: str = option("valid/loss", "metric that selects the best model", choices=options.metric_names("valid"))
+    valid_size: int = option(
+        5000, "number of training images held out for validation, from the end", at_least=0
+    )
+    monitor: str = option(
+        "valid/loss", "metric that selects the best model", choices=options.metric_names("valid")
+    )
 
 
 if __name__ == "__main__":
@@ -57,7 +61,9 @@ from tasks.digits import Digits, ImageSet, load_digits, split_digits
 def load(settings: Settings) -> Digits:
     """The data on the device, in three parts. Resolves `dataset` and `watch_every`; raises `UserError`."""
     device = find_device(settings.device)
-    digits = split_digits(load_digits(settings.dataset, settings.data_dir), settings.valid_size, settings.slice)
+    digits = split_digits(
+        load_digits(settings.dataset, settings.data_dir), settings.valid_size, settings.slice
+    )
     check_batches(settings, examples=len(digits.train.labels), held_out=len(digits.valid.labels))
     settings.dataset = digits.name
     return digits.to(device)
@@ -107,14 +113,22 @@ def make_model(settings: Settings, device: torch.device) -> ConvNet:
     return ConvNet(settings.kernels).to(device, memory_format=torch.channels_last)
 
 
-def make_optimizer(model: ConvNet, settings: Settings, batches: int) -> tuple[Optimizer, LRScheduler]:
+def make_optimizer(
+    model: ConvNet, settings: Settings, batches: int
+) -> tuple[Optimizer, LRScheduler]:
     """Adam and its learning rate schedule over all `batches`."""
-    betas = (0.7, 0.9) if settings.schedule == "onecycle" else (0.9, 0.999)  # a short schedule needs short averages
-    optimizer = torch.optim.Adam(model.parameters(), settings.learning_rate, betas, fused=not model.fc.weight.is_mps)
+    betas = (
+        (0.7, 0.9) if settings.schedule == "onecycle" else (0.9, 0.999)
+    )  # a short schedule needs short averages
+    optimizer = torch.optim.Adam(
+        model.parameters(), settings.learning_rate, betas, fused=not model.fc.weight.is_mps
+    )
     if settings.schedule == "constant":
         return optimizer, ConstantLR(optimizer, factor=1)
     rise = 0.11 if batches == 10 else 0.1  # OneCycleLR divides by rise * batches - 1
-    return optimizer, OneCycleLR(optimizer, settings.learning_rate, batches, pct_start=rise, cycle_momentum=False)
+    return optimizer, OneCycleLR(
+        optimizer, settings.learning_rate, batches, pct_start=rise, cycle_momentum=False
+    )
 
 
 def export_onnx(path: Path, model: ConvNet) -> None:
@@ -143,13 +157,17 @@ def evaluate(model: ConvNet, part: ImageSet) -> Evaluation:
     logits = torch.zeros(len(part.images), model.fc.out_features, device=part.images.device)
     batches = list(zip(part.images.split(200), logits.split(200)))
     for images, slots in distributed.share_of(batches):
-        slots.copy_(type(model).forward(model, pixels(images)))  # model(...) would run the hooks of run.watch
+        slots.copy_(
+            type(model).forward(model, pixels(images))
+        )  # model(...) would run the hooks of run.watch
     distributed.sum_over_ranks(logits)  # the other ranks' logits are zero here
     return evaluation(logits, part.labels)
 
 
 @logs_to_wandb
-def log_charts(run: wandb.Run, data: Digits, name: str, result: Evaluation, progress: Progress) -> None:
+def log_charts(
+    run: wandb.Run, data: Digits, name: str, result: Evaluation, progress: Progress
+) -> None:
     """Log the charts and tables of `name`, "valid" or "test", and warn of a model that predicts one class only."""
     if warning := viz.one_class_warning(result, data.class_names):
         progress.warn("One class only", warning)
@@ -167,16 +185,24 @@ def log_charts(run: wandb.Run, data: Digits, name: str, result: Evaluation, prog
 
 def write_curves(session: Session, best_epoch: int) -> None:
     """Draw the learning curves of the run so far."""
-    panels = {"loss": ("train/loss_step", "valid/loss"), "accuracy": ("train/acc_step", "valid/acc")}
+    panels = {
+        "loss": ("train/loss_step", "valid/loss"),
+        "accuracy": ("train/acc_step", "valid/acc"),
+    }
     if distributed.rank() == 0:
-        files.write_png(session.output_dir / "curves.png", viz.curves_picture(session.history.rows, panels, best_epoch))
+        files.write_png(
+            session.output_dir / "curves.png",
+            viz.curves_picture(session.history.rows, panels, best_epoch),
+        )
 
 
 def write_pictures(output_dir: Path, data: Digits, name: str, result: Evaluation) -> None:
     """Write the confusion matrix and the most confident mistakes as PNG."""
     picture = viz.confusion_matrix_picture(result.confusion.counts, data.class_names, name)
     files.write_png(output_dir / "confusion_matrix.png", picture)
-    picture = viz.digit_mistakes_picture(getattr(data, name).images.cpu(), result, data.class_names, name)
+    picture = viz.digit_mistakes_picture(
+        getattr(data, name).images.cpu(), result, data.class_names, name
+    )
     files.write_png(output_dir / "mistakes.png", picture)
 
 
@@ -186,7 +212,10 @@ def log_inputs(run: wandb.Run, model: ConvNet, data: Digits, indices: Tensor, st
     """Log some training images with the model's predictions."""
     images, labels = data.train.images[indices], data.train.labels[indices]
     predictions = type(model).forward(model.eval(), pixels(images)).argmax(1)
-    run.log({"train/inputs": viz.captioned_digits(images.cpu(), predictions, labels, data.class_names)}, step=step)
+    run.log(
+        {"train/inputs": viz.captioned_digits(images.cpu(), predictions, labels, data.class_names)},
+        step=step,
+    )
 
 
 # ---------------------------------------------------------------------------------------------- training
@@ -199,25 +228,41 @@ def train(session: Session, model: ConvNet, data: Digits) -> tuple[Best, Progres
     loss_function = nn.CrossEntropyLoss(reduction="sum", label_smoothing=settings.label_smoothing)
     optimizer, schedule = make_optimizer(model, settings, progress.total_batches)
     if settings.compile:
-        model.forward = torch.compile(model.forward)  # not model.compile(), which includes the hooks of run.watch
+        model.forward = torch.compile(
+            model.forward
+        )  # not model.compile(), which includes the hooks of run.watch
     meter, best = Meter(device), Best(settings.monitor, lower_is_better(settings.monitor))
-    stateful = {"model": model, "optimizer": optimizer, "schedule": schedule, "meter": meter, "best": best}
+    stateful = {
+        "model": model,
+        "optimizer": optimizer,
+        "schedule": schedule,
+        "meter": meter,
+        "best": best,
+    }
     checkpoints = Checkpoints(session, progress, data=data, **stateful)
     checkpoints.restore_or_begin()  # a new run saves its first one here
 
     for epoch in progress.epochs():
         model.train()
-        batches = shuffled(len(train_set.labels), settings.seed, epoch).to(device).split(settings.batch_size)
+        batches = (
+            shuffled(len(train_set.labels), settings.seed, epoch)
+            .to(device)
+            .split(settings.batch_size)
+        )
         for indices in progress.remaining(batches):  # after a resume, the rest of the epoch
             if progress.watch_starts:
                 run.watch(model, log=settings.watch, log_freq=settings.watch_every)
-            share = distributed.share_of(indices)  # all of them, unless torchrun started several processes
+            share = distributed.share_of(
+                indices
+            )  # all of them, unless torchrun started several processes
             images, labels = train_set.images[share], train_set.labels[share]
 
             with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
                 logits = model(pixels(images))
                 loss = loss_function(logits, labels)
-            (loss / len(indices)).backward()  # the size of the whole batch: gradients are summed over ranks
+            (
+                loss / len(indices)
+            ).backward()  # the size of the whole batch: gradients are summed over ranks
             distributed.sum_gradients(model)
             optimizer.step()
             optimizer.zero_grad()
@@ -253,8 +298,12 @@ def train(session: Session, model: ConvNet, data: Digits) -> tuple[Best, Progres
         improved = best.offer(epoch, results, model)
         write_curves(session, best.epoch)
         if settings.log_model == "all":
-            log_model(run, model.state_dict(), results, ["latest", "best"] if improved else ["latest"])
-        progress.end_epoch(results, "train/loss_epoch", "train/acc_epoch", "valid/loss", "valid/acc")
+            log_model(
+                run, model.state_dict(), results, ["latest", "best"] if improved else ["latest"]
+            )
+        progress.end_epoch(
+            results, "train/loss_epoch", "train/acc_epoch", "valid/loss", "valid/acc"
+        )
         if 0 < settings.patience <= epoch - best.epoch:
             break
     return best, progress
@@ -264,7 +313,9 @@ def train(session: Session, model: ConvNet, data: Digits) -> tuple[Best, Progres
 
 
 @logs_to_wandb
-def log_model(run: wandb.Run, weights: dict[str, Tensor], metadata: dict[str, float], aliases: list[str]) -> None:
+def log_model(
+    run: wandb.Run, weights: dict[str, Tensor], metadata: dict[str, float], aliases: list[str]
+) -> None:
     artifact = wandb.Artifact(f"model-{run.id}", type="model", metadata=metadata)
     with artifact.new_file("model.pt", mode="wb") as file:
         torch.save({name: weight.cpu() for name, weight in weights.items()}, file)
@@ -273,17 +324,27 @@ def log_model(run: wandb.Run, weights: dict[str, Tensor], metadata: dict[str, fl
 
 def conclude(session: Session, best: Best, progress: Progress) -> dict[str, Any]:
     """Test and export the best model, write its predictions; returns the content of metrics.json."""
-    settings, run, data, output_dir = session.settings, session.run, session.data, session.output_dir
+    settings, run, data, output_dir = (
+        session.settings,
+        session.run,
+        session.data,
+        session.output_dir,
+    )
     model = make_model(settings, session.device)
     model.load_state_dict(best.weights)
-    test, valid = evaluate(model, data.test), evaluate(model, data.valid) if len(data.valid.labels) else None
+    test, valid = (
+        evaluate(model, data.test),
+        evaluate(model, data.valid) if len(data.valid.labels) else None,
+    )
     progress.check_finite("test", test.metrics["loss"])
     if distributed.rank() > 0:
         return {}
     log_charts(run, data, "test", test, progress)
     with tolerate_wandb_errors(run):
         run.log({"curves": wandb.Image(str(output_dir / "curves.png"))}, step=progress.step)
-    run.log(test.named("test"), step=progress.step, commit=True)  # W&B: an open row would overwrite the summary
+    run.log(
+        test.named("test"), step=progress.step, commit=True
+    )  # W&B: an open row would overwrite the summary
     name, shown = ("valid", valid) if valid else ("test", test)
     results = test.named("test") | shown.named(name)
     files.write_csv(output_dir / "predictions.csv", shown.columns())
@@ -293,19 +354,38 @@ def conclude(session: Session, best: Best, progress: Progress) -> dict[str, Any]
     with tolerate_wandb_errors(run):
         run.summary.update({"best/epoch": best.epoch, **(valid.named("best") if valid else {})})
         for file in ("model.pt", "model.onnx") if not run.disabled else ():
-            copy = shutil.copy(output_dir / file, run.dir)  # W&B would only link to it, and warn of that
+            copy = shutil.copy(
+                output_dir / file, run.dir
+            )  # W&B would only link to it, and warn of that
             run.save(copy, base_path=run.dir, policy="now", glob=False)
     if settings.log_model == "best":
         log_model(run, best.weights, results, ["latest", "best"])
-    print(f"test accuracy {results['test/acc']:.2%} of {len(data.test.labels):,} images, best epoch {best.epoch}")
-    identity = {"dataset": data.name, "model": f"ConvNet {settings.kernels}", "class_names": data.class_names}
-    return {**identity, "best/epoch": best.epoch, **results, f"{name}/majority_share": shown.confusion.majority_share()}
+    print(
+        f"test accuracy {results['test/acc']:.2%} of {len(data.test.labels):,} images, best epoch {best.epoch}"
+    )
+    identity = {
+        "dataset": data.name,
+        "model": f"ConvNet {settings.kernels}",
+        "class_names": data.class_names,
+    }
+    return {
+        **identity,
+        "best/epoch": best.epoch,
+        **results,
+        f"{name}/majority_share": shown.confusion.majority_share(),
+    }
 
 
 def init(settings: Settings, /, **more: Any) -> wandb.Run:
     """Start the W&B run; `more` is what the session adds: id, mode, resume ..."""
     config = dataclasses.asdict(settings)
-    return wandb.init(project=settings.project, name=settings.name, tags=settings.tags or None, config=config, **more)
+    return wandb.init(
+        project=settings.project,
+        name=settings.name,
+        tags=settings.tags or None,
+        config=config,
+        **more,
+    )
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -317,10 +397,14 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             seed_everything(settings.seed, settings.deterministic)
             model = make_model(settings, device)
             seed_rank(settings.seed)
-            sizes = " + ".join(f"{len(part.labels):,}" for part in (data.train, data.valid, data.test))
+            sizes = " + ".join(
+                f"{len(part.labels):,}" for part in (data.train, data.valid, data.test)
+            )
             print(f"{data.name}: {sizes} images for training, validation and test\n{model}")
             parameters = sum(parameter.numel() for parameter in model.parameters())
-            print(f"{parameters:,} parameters on {device.type} in {settings.precision}, seed {settings.seed}")
+            print(
+                f"{parameters:,} parameters on {device.type} in {settings.precision}, seed {settings.seed}"
+            )
             best, progress = train(session, model, data)
             session.metrics = conclude(session, best, progress)
     return session.metrics

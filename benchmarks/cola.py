@@ -27,7 +27,11 @@ def main() -> None:
     def peer(name: str, *options: str) -> dict[str, float]:
         return pairs.process("-m", f"benchmarks.peers.{name}", data_dir, model, epochs, *options)
 
-    print(pairs.header("work", ("torch", "transformers", "lightning", "torchmetrics", "accelerate", "wandb")))
+    print(
+        pairs.header(
+            "work", ("torch", "transformers", "lightning", "torchmetrics", "accelerate", "wandb")
+        )
+    )
     peers = {
         "Lightning tutorial": ["cola_lightning"],
         "Trainer": ["cola_trainer", "random"],
@@ -35,8 +39,16 @@ def main() -> None:
     }
     for title, command in peers.items():
         a, b = pairs.alternate(ours, lambda command=command: peer(*command), args.pairs)
-        print(pairs.row(f"{title}, {epochs} epoch(s) of training and validation", a["training"], b["training"]))
-        print(pairs.row(f"{title}, whole process", a["whole process"], b["whole process"]), flush=True)
+        print(
+            pairs.row(
+                f"{title}, {epochs} epoch(s) of training and validation",
+                a["training"],
+                b["training"],
+            )
+        )
+        print(
+            pairs.row(f"{title}, whole process", a["whole process"], b["whole process"]), flush=True
+        )
 
 
 if __name__ == "__main__":

@@ -35,7 +35,9 @@ def memory(script: str, options: list[str]) -> float:
     """Rise of peak resident memory from the imports to the end of training, in MB."""
     with tempfile.TemporaryDirectory() as cwd:
         command = [sys.executable, "-c", MEMORY.format(script=script), *options]
-        done = subprocess.run(command, cwd=cwd, env=pairs.OFFLINE, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            command, cwd=cwd, env=pairs.OFFLINE, capture_output=True, text=True, check=True
+        )
     return float(re.search(r"^memory ([\d.]+)", done.stdout, re.MULTILINE)[1])
 
 
@@ -49,10 +51,20 @@ def seconds_to_first_step(options: list[str]) -> float:
     """Seconds from process start until the journal has its first row, which is that of the first step."""
     with tempfile.TemporaryDirectory() as cwd:
         journal = Path(cwd, "out/history.jsonl")
-        command = [pairs.REPO / "train_mnist.py", *options, "--output_dir", "out", "--log_every", "1"]
+        command = [
+            pairs.REPO / "train_mnist.py",
+            *options,
+            "--output_dir",
+            "out",
+            "--log_every",
+            "1",
+        ]
         started = time.perf_counter()
         run = subprocess.Popen(
-            [sys.executable, *map(str, command)], cwd=cwd, env=pairs.OFFLINE, stdout=subprocess.DEVNULL
+            [sys.executable, *map(str, command)],
+            cwd=cwd,
+            env=pairs.OFFLINE,
+            stdout=subprocess.DEVNULL,
         )
         while not (journal.exists() and journal.stat().st_size):
             if run.poll() is not None:
@@ -74,10 +86,16 @@ def main() -> None:
     data = ["--data_dir", str(args.data_dir.resolve())]
     mnist, cola = [*data, "--dataset", "mnist"], [*data, "--dataset", "cola", "--model", model]
 
-    import_torch = statistics.median(seconds("-c", "import os, torch; os._exit(0)") for _ in range(args.times))
+    import_torch = statistics.median(
+        seconds("-c", "import os, torch; os._exit(0)") for _ in range(args.times)
+    )
     first_step = statistics.median(seconds_to_first_step(mnist) for _ in range(args.times))
-    show_help = statistics.median(seconds(pairs.REPO / "train_cola.py", "--help") for _ in range(args.times))
-    reject_option = statistics.median(seconds(pairs.REPO / "train_cola.py", "--epoch", "3") for _ in range(args.times))
+    show_help = statistics.median(
+        seconds(pairs.REPO / "train_cola.py", "--help") for _ in range(args.times)
+    )
+    reject_option = statistics.median(
+        seconds(pairs.REPO / "train_cola.py", "--epoch", "3") for _ in range(args.times)
+    )
     megabytes = {
         "train_mnist.py": memory("train_mnist", [*mnist, "--epochs", "2"]),
         "train_cola.py": memory("train_cola", [*cola, "--epochs", "2"]),
@@ -90,7 +108,11 @@ def main() -> None:
             for script, mb in megabytes.items()
         ),
     ]
-    print(pairs.header("footprint of a run", ("torch", "transformers", "wandb"), ("measured",)), *rows, sep="\n")
+    print(
+        pairs.header("footprint of a run", ("torch", "transformers", "wandb"), ("measured",)),
+        *rows,
+        sep="\n",
+    )
 
 
 if __name__ == "__main__":

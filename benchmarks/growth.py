@@ -27,7 +27,11 @@ HEADS = {
     "classes": ("metrics and charts", "memory"),
     "epochs": ("a run", "each epoch", "journal", "W&B's log", "resume"),
 }
-CASES = {"sentences": (10_000, 100_000, 1_000_000), "classes": (2, 30, 1000), "epochs": (10, 100, 1000)}
+CASES = {
+    "sentences": (10_000, 100_000, 1_000_000),
+    "classes": (2, 30, 1000),
+    "epochs": (10, 100, 1000),
+}
 
 
 def megabytes(which: str) -> float:
@@ -46,7 +50,9 @@ class Timer:
         return f"{self.last - before:.2f} s"
 
 
-def charts(result: metrics.Evaluation, sentences: list[str], sources: list[str], class_names: list[str]) -> None:
+def charts(
+    result: metrics.Evaluation, sentences: list[str], sources: list[str], class_names: list[str]
+) -> None:
     """What an epoch of train_cola.py draws, but for the attributions."""
     viz.confusion_matrix_chart(result, class_names)
     viz.confusion_matrix_picture(result.confusion.counts, class_names, "valid")
@@ -64,7 +70,9 @@ def sentences(count: int) -> list[str]:
     for name, lines in (("train", count), ("valid", count // 10)):
         with open(f"{name}.tsv", "w") as file:
             file.write("sentence\tlabel\n")
-            file.writelines(f"{' '.join(rng.choices(WORDS, k=10))}\t{i % 2}\n" for i in range(lines))
+            file.writelines(
+                f"{' '.join(rng.choices(WORDS, k=10))}\t{i % 2}\n" for i in range(lines)
+            )
     _, tokenizer = encoders.load_model("scratch", WORDS * 2, ["0", "1"], max_length=128)
     before, timer = megabytes("VmRSS"), Timer()
     corpus = load_corpus("files", ".", "train.tsv", "valid.tsv")
@@ -89,25 +97,48 @@ def classes(count: int) -> list[str]:
     logits = torch.nn.functional.one_hot(labels, count) + 0.3 * torch.randn(len(labels), count)
     before, timer = megabytes("VmRSS"), Timer()
     result = metrics.evaluation(logits, labels)
-    charts(result, ["a sentence"] * len(labels), ["a source"] * len(labels), [f"class {i}" for i in range(count)])
+    charts(
+        result,
+        ["a sentence"] * len(labels),
+        ["a source"] * len(labels),
+        [f"class {i}" for i in range(count)],
+    )
     return [timer(), f"{megabytes('VmHWM') - before:,.0f} MB"]
 
 
 def epochs(count: int) -> list[str]:
     """A run of `count` epochs, stopped in its last tenth and resumed; 25 batches and a row per epoch."""
     options = f"--dataset synthetic --slice 40 --valid_size 4000 --batch_size 16 --epochs {count} --output_dir out"
-    command = [sys.executable, pairs.REPO / "train_mnist.py", *options.split(), "--log_every", "25", "--resume"]
+    command = [
+        sys.executable,
+        pairs.REPO / "train_mnist.py",
+        *options.split(),
+        "--log_every",
+        "25",
+        "--resume",
+    ]
     timer, journal = Timer(), Path("out/history.jsonl")
-    process = subprocess.Popen(command, env=pairs.OFFLINE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while process.poll() is None and not (journal.exists() and journal.read_bytes().count(b"\n") >= 0.9 * count):
+    process = subprocess.Popen(
+        command, env=pairs.OFFLINE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while process.poll() is None and not (
+        journal.exists() and journal.read_bytes().count(b"\n") >= 0.9 * count
+    ):
         time.sleep(0.2)
     process.send_signal(signal.SIGTERM)
     assert process.wait() == 143
     before = timer.last
-    columns = [timer(), f"{1000 * (timer.last - before) / count:.0f} ms", f"{journal.stat().st_size / 1e6:.1f} MB"]
+    columns = [
+        timer(),
+        f"{1000 * (timer.last - before) / count:.0f} ms",
+        f"{journal.stat().st_size / 1e6:.1f} MB",
+    ]
     log = sum(file.stat().st_size for file in Path("wandb").glob("offline-run-*/*.wandb"))
     columns.append(f"{log / 1e6:.1f} MB")
-    size, process = journal.stat().st_size, subprocess.Popen(command, env=pairs.OFFLINE, stdout=subprocess.DEVNULL)
+    size, process = (
+        journal.stat().st_size,
+        subprocess.Popen(command, env=pairs.OFFLINE, stdout=subprocess.DEVNULL),
+    )
     timer()
     while journal.stat().st_size <= size:
         time.sleep(0.01)
@@ -119,7 +150,12 @@ def epochs(count: int) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--case", nargs=2, metavar=("TABLE", "SIZE"), help="measure one case here, and print its row")
+    parser.add_argument(
+        "--case",
+        nargs=2,
+        metavar=("TABLE", "SIZE"),
+        help="measure one case here, and print its row",
+    )
     args = parser.parse_args()
     if args.case:
         torch.manual_seed(0)

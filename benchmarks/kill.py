@@ -15,10 +15,14 @@ from tests.wandb_server import serving
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--runs", type=int, default=50, help="runs to kill, half for each script [50]")
+    parser.add_argument(
+        "--runs", type=int, default=50, help="runs to kill, half for each script [50]"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the random moments [0]")
     parser.add_argument(
-        "--hostile", action="store_true", help="also SIGTERM, slow disks, damaged checkpoints, unwritable caches ..."
+        "--hostile",
+        action="store_true",
+        help="also SIGTERM, slow disks, damaged checkpoints, unwritable caches ...",
     )
     args = parser.parse_args()
     rng, same_files, same_curve, total = random.Random(args.seed), 0, 0, 0
@@ -38,11 +42,18 @@ def main() -> None:
                 differ = killing.differences(reference / "out", cwd / "out")
                 if args.hostile:
                     total, same_files = total + 1, same_files + (not differ)
-                    print(f"{script} {number + 1}: {', '.join(killed)}; files {differ or 'identical'}", flush=True)
+                    print(
+                        f"{script} {number + 1}: {', '.join(killed)}; files {differ or 'identical'}",
+                        flush=True,
+                    )
                     continue
                 with serving() as server:
                     curve = killing.sync(cwd, environment, server)
-                total, same_files, same_curve = total + 1, same_files + (not differ), same_curve + (curve == expected)
+                total, same_files, same_curve = (
+                    total + 1,
+                    same_files + (not differ),
+                    same_curve + (curve == expected),
+                )
                 print(
                     f"{script} {number + 1}: killed {', '.join(killed)} of {duration:.1f} s; files "
                     f"{'differ: ' + ', '.join(differ) if differ else 'identical'}; W&B history of {len(curve)} rows "

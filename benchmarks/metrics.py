@@ -12,7 +12,9 @@ from metrics import ConfusionMatrix
 
 KIND = {"task": "multiclass", "num_classes": 2}
 BATCHES = 1000
-DATA = [(torch.randint(0, 2, (64,)), torch.randint(0, 2, (64,))) for _ in range(BATCHES)]  # predictions, labels
+DATA = [
+    (torch.randint(0, 2, (64,)), torch.randint(0, 2, (64,))) for _ in range(BATCHES)
+]  # predictions, labels
 
 
 def ours() -> None:
@@ -55,7 +57,9 @@ def scikit_learn() -> None:
     for predictions, labels in ((p.numpy(), t.numpy()) for p, t in DATA):
         sklearn.metrics.accuracy_score(labels, predictions)
         for average in ("macro", "micro"):
-            sklearn.metrics.precision_recall_fscore_support(labels, predictions, average=average, zero_division=0)
+            sklearn.metrics.precision_recall_fscore_support(
+                labels, predictions, average=average, zero_division=0
+            )
 
 
 def timed(work: Callable[[], None]) -> pairs.Measure:

@@ -23,19 +23,26 @@ def main() -> None:
     data_dir = args.data_dir.resolve()
 
     def ours(*options: str) -> dict[str, float]:
-        return pairs.process(pairs.REPO / "train_mnist.py", "--dataset", "mnist", "--data_dir", data_dir, *options)
+        return pairs.process(
+            pairs.REPO / "train_mnist.py", "--dataset", "mnist", "--data_dir", data_dir, *options
+        )
 
     def peer(name: str) -> dict[str, float]:
         return pairs.process("-m", f"benchmarks.peers.{name}", data_dir)
 
     a, b = pairs.alternate(lambda: ours(*TUTORIAL), lambda: peer("mnist_tutorial"), args.pairs)
-    rows = [pairs.row(f"W&B tutorial on MNIST, {time}", a[time], b[time]) for time in ("whole process", "training")]
+    rows = [
+        pairs.row(f"W&B tutorial on MNIST, {time}", a[time], b[time])
+        for time in ("whole process", "training")
+    ]
     a, b = pairs.alternate(lambda: ours(*FAST), lambda: peer("mnist_example"), args.pairs)
     rows.append(pairs.row("full MNIST to 99.0%, training", a["training"], b["training"]))
     accuracies = sorted(ours(*FAST, "--seed", str(seed))["accuracy"] for seed in range(args.seeds))
     print(pairs.header("work", ("torch", "torchvision", "wandb")), *rows, sep="\n")
     passed = sum(accuracy >= 0.99 for accuracy in accuracies)
-    print(f"\n99.0% reached with {passed} of {args.seeds} seeds, accuracy {accuracies[0]:.2%} to {accuracies[-1]:.2%}")
+    print(
+        f"\n99.0% reached with {passed} of {args.seeds} seeds, accuracy {accuracies[0]:.2%} to {accuracies[-1]:.2%}"
+    )
 
 
 if __name__ == "__main__":

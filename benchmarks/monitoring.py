@@ -38,7 +38,9 @@ def bare(data_dir: str) -> dict[str, float]:
     torch.empty(31 << 20, dtype=torch.uint8)
     started = time.perf_counter()
     for epoch in range(1, EPOCHS + 1):
-        order = torch.from_numpy(np.random.default_rng((settings.seed, epoch)).permutation(examples))
+        order = torch.from_numpy(
+            np.random.default_rng((settings.seed, epoch)).permutation(examples)
+        )
         for indices in order.split(settings.batch_size):
             images, labels = train_set.images[indices], train_set.labels[indices]
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
@@ -54,7 +56,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data_dir", type=Path, required=True)
     parser.add_argument("--pairs", type=int, default=5, help="paired runs [5]")
-    parser.add_argument("--bare", action="store_true", help=argparse.SUPPRESS)  # one run, in a separate process
+    parser.add_argument(
+        "--bare", action="store_true", help=argparse.SUPPRESS
+    )  # one run, in a separate process
     args = parser.parse_args()
     data_dir = str(args.data_dir.resolve())
     if args.bare:
@@ -67,7 +71,9 @@ def main() -> None:
 
     def bare_loop() -> dict[str, float]:
         # harness/script.py sets the same for train_mnist.py.
-        return pairs.process("-m", "benchmarks.monitoring", "--data_dir", data_dir, "--bare", GOMP_SPINCOUNT="1000")
+        return pairs.process(
+            "-m", "benchmarks.monitoring", "--data_dir", data_dir, "--bare", GOMP_SPINCOUNT="1000"
+        )
 
     enabled, disabled = pairs.alternate(ours, lambda: ours("--wandb", "disabled"), args.pairs)
     quiet = "--wandb disabled --valid_size 0 --watch off --log_every 1000000".split()

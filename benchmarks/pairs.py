@@ -18,14 +18,21 @@ OFFLINE = os.environ | {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "PYTHON
 Measure = Callable[[], dict[str, float]]  # makes one run and returns its measurements by name
 
 
-def alternate(ours: Measure, peer: Measure, pairs: int) -> tuple[dict[str, float], dict[str, float]]:
+def alternate(
+    ours: Measure, peer: Measure, pairs: int
+) -> tuple[dict[str, float], dict[str, float]]:
     """Medians of each side's measurements over the pairs."""
     measured: tuple[list, list] = ([], [])
     for number in range(pairs):
         for measure, results in zip((ours, peer), measured):
             results.append(measure())
-        print(f"pair {number + 1}: {measured[0][-1]} {measured[1][-1]}", file=sys.stderr, flush=True)
-    return tuple({name: statistics.median(r[name] for r in results) for name in results[0]} for results in measured)
+        print(
+            f"pair {number + 1}: {measured[0][-1]} {measured[1][-1]}", file=sys.stderr, flush=True
+        )
+    return tuple(
+        {name: statistics.median(r[name] for r in results) for name in results[0]}
+        for results in measured
+    )
 
 
 def process(*command: str | Path, **environment: str) -> dict[str, float]:
@@ -33,7 +40,9 @@ def process(*command: str | Path, **environment: str) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as cwd:
         command = [sys.executable, *map(str, command)]
         started = time.perf_counter()
-        done = subprocess.run(command, cwd=cwd, env=OFFLINE | environment, capture_output=True, text=True)
+        done = subprocess.run(
+            command, cwd=cwd, env=OFFLINE | environment, capture_output=True, text=True
+        )
         seconds = time.perf_counter() - started
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
@@ -44,15 +53,22 @@ def reported(output: str) -> dict[str, float]:
     """Training time (s) and accuracy from the epoch lines of our scripts, or from the last line of a peer."""
     if epochs := re.findall(r"^epoch \d+: .* ([\d.]+) s$", output, re.MULTILINE):
         accuracy = re.findall(r"test accuracy ([\d.]+)%", output)
-        return {"training": sum(map(float, epochs))} | ({"accuracy": float(accuracy[0]) / 100} if accuracy else {})
-    return {name: float(number) for name, number in re.findall(r"(training|accuracy|epochs) ([\d.]+)", output)}
+        return {"training": sum(map(float, epochs))} | (
+            {"accuracy": float(accuracy[0]) / 100} if accuracy else {}
+        )
+    return {
+        name: float(number)
+        for name, number in re.findall(r"(training|accuracy|epochs) ([\d.]+)", output)
+    }
 
 
 def row(work: str, ours: float, peer: float, unit: str = "s") -> str:
     return f"| {work} | {ours:.3g} {unit} | {peer:.3g} {unit} | {peer / ours:.2f} |"
 
 
-def header(title: str, libraries: tuple[str, ...], columns: tuple[str, ...] = ("ours", "peer", "speedup")) -> str:
+def header(
+    title: str, libraries: tuple[str, ...], columns: tuple[str, ...] = ("ours", "peer", "speedup")
+) -> str:
     """The machine and versions, then the heading of a Markdown table."""
     processor = platform.processor() or platform.machine()
     if shutil.which("lscpu"):

@@ -19,7 +19,10 @@ def main() -> None:
     args = parser.parse_args()
     model = str(Path(args.model).resolve()) if Path(args.model).is_dir() else args.model
     data_dir = str(args.data_dir.resolve())
-    mnist, cola = f"--dataset mnist --data_dir {data_dir}", f"--dataset cola --data_dir {data_dir} --model {model}"
+    mnist, cola = (
+        f"--dataset mnist --data_dir {data_dir}",
+        f"--dataset cola --data_dir {data_dir} --model {model}",
+    )
     workloads = {
         "MNIST, 2 epochs": ("train_mnist.py", f"{mnist} --epochs 2"),
         "MNIST with `--kernels 64 128`, half an epoch": (
@@ -31,17 +34,25 @@ def main() -> None:
 
     def run(script: str, options: str, processes: int, threads: int) -> dict[str, float]:
         launcher = f"-m torch.distributed.run --nproc-per-node {processes}".split()
-        return pairs.process(*launcher, pairs.REPO / script, *options.split(), OMP_NUM_THREADS=str(threads))
+        return pairs.process(
+            *launcher, pairs.REPO / script, *options.split(), OMP_NUM_THREADS=str(threads)
+        )
 
     rows, several = [], args.processes
     for work, (script, options) in workloads.items():
         for threads in (1, several):
             a, b = pairs.alternate(
                 lambda script=script, options=options: run(script, options, several, 1),
-                lambda script=script, options=options, threads=threads: run(script, options, 1, threads),
+                lambda script=script, options=options, threads=threads: run(
+                    script, options, 1, threads
+                ),
                 args.pairs,
             )
-            rows.append(pairs.row(f"{work}, one process with {threads} thread(s)", a["training"], b["training"]))
+            rows.append(
+                pairs.row(
+                    f"{work}, one process with {threads} thread(s)", a["training"], b["training"]
+                )
+            )
     columns = (f"{several} processes, one thread each", "one process", "speedup")
     print(pairs.header("work", ("torch", "transformers", "wandb"), columns), *rows, sep="\n")
 

@@ -21,7 +21,9 @@ from benchmarks import pairs
 from harness.device import keep_freed_memory
 
 BATCH, SIDE = 128, 2048
-FORWARD = 2 * BATCH * (28 * 28 * 16 * 25 + 14 * 14 * 32 * 16 * 25 + 10 * 7 * 7 * 32)  # FLOP; backward: twice as many
+FORWARD = (
+    2 * BATCH * (28 * 28 * 16 * 25 + 14 * 14 * 32 * 16 * 25 + 10 * 7 * 7 * 32)
+)  # FLOP; backward: twice as many
 
 
 def milliseconds(action: Callable[[], object], repeats: int = 200) -> float:
@@ -62,7 +64,9 @@ def training_batch(data_dir: Path) -> float:
         command = [sys.executable, pairs.REPO / "train_mnist.py", *options.split()]
         subprocess.run(command, cwd=cwd, env=pairs.OFFLINE, check=True, capture_output=True)
         rows = map(json.loads, Path(cwd, "out/history.jsonl").read_text().splitlines())
-        rates = [row["train/examples_per_second"] for row in rows if "train/examples_per_second" in row]
+        rates = [
+            row["train/examples_per_second"] for row in rows if "train/examples_per_second" in row
+        ]
     return 1000 * BATCH / statistics.median(rates)
 
 
@@ -78,9 +82,13 @@ def main() -> None:
         print("{:.2f} {:.2f} {:.2f}".format(*rounds[-1]), file=sys.stderr, flush=True)
     product, block, batch = map(statistics.median, zip(*rounds))
     print(pairs.header("work", ("torch",), ("time", "GFLOP/s")))
-    print(f"| product of two {SIDE}² matrices in bf16 | {product:.1f} ms | {2 * SIDE**3 / product / 1e6:.0f} |")
+    print(
+        f"| product of two {SIDE}² matrices in bf16 | {product:.1f} ms | {2 * SIDE**3 / product / 1e6:.0f} |"
+    )
     print(f"| both convolutions with pooling and ReLU, forward and backward | {block:.2f} ms | |")
-    print(f"| a batch of {BATCH} of train_mnist.py | {batch:.2f} ms | {3 * FORWARD / batch / 1e6:.0f} |")
+    print(
+        f"| a batch of {BATCH} of train_mnist.py | {batch:.2f} ms | {3 * FORWARD / batch / 1e6:.0f} |"
+    )
 
 
 if __name__ == "__main__":

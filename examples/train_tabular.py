@@ -7,7 +7,9 @@ import dataclasses
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a copy beside train_mnist.py does not need this
+sys.path.insert(
+    0, str(Path(__file__).resolve().parent.parent)
+)  # a copy beside train_mnist.py does not need this
 
 from harness import options, script
 from harness.options import option
@@ -18,12 +20,16 @@ from harness.options import option
 @dataclasses.dataclass(kw_only=True)
 class Settings(options.SharedSettings):
     dataset: str = option("spirals", "the only one there is", choices=("spirals",))
-    examples: int = option(6000, "points on the spirals; a sixth of them each for validation and test", at_least=600)
+    examples: int = option(
+        6000, "points on the spirals; a sixth of them each for validation and test", at_least=600
+    )
     noise: float = option(0.1, "standard deviation of the points around their spiral", at_least=0)
     hidden: list[int] = option([64, 64], "units of the two hidden layers", length=2, at_least=1)
     epochs: int = option(10, "passes over the training data", at_least=1)
     schedule: str = option("onecycle", "learning rate schedule", choices=("onecycle", "constant"))
-    monitor: str = option("valid/loss", "metric that selects the best model", choices=options.metric_names("valid"))
+    monitor: str = option(
+        "valid/loss", "metric that selects the best model", choices=options.metric_names("valid")
+    )
 
 
 if __name__ == "__main__":
@@ -79,7 +85,10 @@ def load(settings: Settings) -> Spirals:
     features += settings.noise * torch.randn(features.shape, generator=generator)
     held_out = settings.examples // 6
     sizes = [settings.examples - 2 * held_out, held_out, held_out]
-    parts = (Points(*part) for part in zip(features.to(device).split(sizes), labels.to(device).split(sizes)))
+    parts = (
+        Points(*part)
+        for part in zip(features.to(device).split(sizes), labels.to(device).split(sizes))
+    )
     check_batches(settings, examples=sizes[0], held_out=held_out)
     return Spirals("spirals", *parts, class_names=["red", "green", "blue"])
 
@@ -106,7 +115,12 @@ class MLP(nn.Module):
 
     def __init__(self, hidden: list[int]):
         super().__init__()
-        hidden_layers = (nn.Linear(2, hidden[0]), nn.ReLU(), nn.Linear(hidden[0], hidden[1]), nn.ReLU())
+        hidden_layers = (
+            nn.Linear(2, hidden[0]),
+            nn.ReLU(),
+            nn.Linear(hidden[0], hidden[1]),
+            nn.ReLU(),
+        )
         self.layers = nn.Sequential(*hidden_layers, nn.Linear(hidden[1], 3))
 
     def forward(self, features: Tensor) -> Tensor:
@@ -146,16 +160,24 @@ def export_onnx(path: Path, model: MLP) -> None:
 def evaluate(model: MLP, part: Points) -> Evaluation:
     """Predict every point; small enough for each rank to predict all of them."""
     model.eval()
-    return evaluation(type(model).forward(model, part.features), part.labels)  # spares the hooks of run.watch
+    return evaluation(
+        type(model).forward(model, part.features), part.labels
+    )  # spares the hooks of run.watch
 
 
 @logs_to_wandb
-def log_charts(run: wandb.Run, data: Spirals, name: str, result: Evaluation, progress: Progress) -> None:
+def log_charts(
+    run: wandb.Run, data: Spirals, name: str, result: Evaluation, progress: Progress
+) -> None:
     """Log the charts and tables of `name`, "valid" or "test"."""
     points, classes = getattr(data, name).features, data.class_names
     mistakes = wandb.Table(columns=["x", "y", "label", "prediction", "probability", "step"])
     for i in viz.most_confident_mistakes(result).tolist():
-        outcome = classes[result.labels[i]], classes[result.predictions[i]], float(result.probabilities[i].max())
+        outcome = (
+            classes[result.labels[i]],
+            classes[result.predictions[i]],
+            float(result.probabilities[i].max()),
+        )
         mistakes.add_data(*points[i].tolist(), *outcome, progress.step)
     picture = viz.confusion_matrix_picture(result.confusion.counts, classes, name)
     charts = {
@@ -170,9 +192,15 @@ def log_charts(run: wandb.Run, data: Spirals, name: str, result: Evaluation, pro
 
 def write_curves(session: Session, best_epoch: int) -> None:
     """Draw the learning curves of the run so far."""
-    panels = {"loss": ("train/loss_step", "valid/loss"), "accuracy": ("train/acc_step", "valid/acc")}
+    panels = {
+        "loss": ("train/loss_step", "valid/loss"),
+        "accuracy": ("train/acc_step", "valid/acc"),
+    }
     if distributed.rank() == 0:
-        files.write_png(session.output_dir / "curves.png", viz.curves_picture(session.history.rows, panels, best_epoch))
+        files.write_png(
+            session.output_dir / "curves.png",
+            viz.curves_picture(session.history.rows, panels, best_epoch),
+        )
 
 
 def write_pictures(output_dir: Path, data: Spirals, name: str, result: Evaluation) -> None:
@@ -191,25 +219,41 @@ def train(session: Session, model: MLP, data: Spirals) -> tuple[Best, Progress]:
     loss_function = nn.CrossEntropyLoss(reduction="sum", label_smoothing=settings.label_smoothing)
     optimizer, schedule = make_optimizer(model, settings, progress.total_batches)
     if settings.compile:
-        model.forward = torch.compile(model.forward)  # not model.compile(), which includes the hooks of run.watch
+        model.forward = torch.compile(
+            model.forward
+        )  # not model.compile(), which includes the hooks of run.watch
     meter, best = Meter(device), Best(settings.monitor, lower_is_better(settings.monitor))
-    stateful = {"model": model, "optimizer": optimizer, "schedule": schedule, "meter": meter, "best": best}
+    stateful = {
+        "model": model,
+        "optimizer": optimizer,
+        "schedule": schedule,
+        "meter": meter,
+        "best": best,
+    }
     checkpoints = Checkpoints(session, progress, data=data, **stateful)
     checkpoints.restore_or_begin()  # a new run saves its first one here
 
     for epoch in progress.epochs():
         model.train()
-        batches = shuffled(len(train_set.labels), settings.seed, epoch).to(device).split(settings.batch_size)
+        batches = (
+            shuffled(len(train_set.labels), settings.seed, epoch)
+            .to(device)
+            .split(settings.batch_size)
+        )
         for indices in progress.remaining(batches):  # after a resume, the rest of the epoch
             if progress.watch_starts:
                 run.watch(model, log=settings.watch, log_freq=settings.watch_every)
-            share = distributed.share_of(indices)  # all of them, unless torchrun started several processes
+            share = distributed.share_of(
+                indices
+            )  # all of them, unless torchrun started several processes
             features, labels = train_set.features[share], train_set.labels[share]
 
             with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
                 logits = model(features)
                 loss = loss_function(logits, labels)
-            (loss / len(indices)).backward()  # the size of the whole batch: gradients are summed over ranks
+            (
+                loss / len(indices)
+            ).backward()  # the size of the whole batch: gradients are summed over ranks
             distributed.sum_gradients(model)
             optimizer.step()
             optimizer.zero_grad()
@@ -244,8 +288,12 @@ def train(session: Session, model: MLP, data: Spirals) -> tuple[Best, Progress]:
         improved = best.offer(epoch, results, model)
         write_curves(session, best.epoch)
         if settings.log_model == "all":
-            log_model(run, model.state_dict(), results, ["latest", "best"] if improved else ["latest"])
-        progress.end_epoch(results, "train/loss_epoch", "train/acc_epoch", "valid/loss", "valid/acc")
+            log_model(
+                run, model.state_dict(), results, ["latest", "best"] if improved else ["latest"]
+            )
+        progress.end_epoch(
+            results, "train/loss_epoch", "train/acc_epoch", "valid/loss", "valid/acc"
+        )
         if 0 < settings.patience <= epoch - best.epoch:
             break
     return best, progress
@@ -255,7 +303,9 @@ def train(session: Session, model: MLP, data: Spirals) -> tuple[Best, Progress]:
 
 
 @logs_to_wandb
-def log_model(run: wandb.Run, weights: dict[str, Tensor], metadata: dict[str, float], aliases: list[str]) -> None:
+def log_model(
+    run: wandb.Run, weights: dict[str, Tensor], metadata: dict[str, float], aliases: list[str]
+) -> None:
     artifact = wandb.Artifact(f"model-{run.id}", type="model", metadata=metadata)
     with artifact.new_file("model.pt", mode="wb") as file:
         torch.save({name: weight.cpu() for name, weight in weights.items()}, file)
@@ -264,17 +314,27 @@ def log_model(run: wandb.Run, weights: dict[str, Tensor], metadata: dict[str, fl
 
 def conclude(session: Session, best: Best, progress: Progress) -> dict[str, Any]:
     """Test and export the best model, write its predictions; returns the content of metrics.json."""
-    settings, run, data, output_dir = session.settings, session.run, session.data, session.output_dir
+    settings, run, data, output_dir = (
+        session.settings,
+        session.run,
+        session.data,
+        session.output_dir,
+    )
     model = make_model(settings, session.device)
     model.load_state_dict(best.weights)
-    test, valid = evaluate(model, data.test), evaluate(model, data.valid) if len(data.valid.labels) else None
+    test, valid = (
+        evaluate(model, data.test),
+        evaluate(model, data.valid) if len(data.valid.labels) else None,
+    )
     progress.check_finite("test", test.metrics["loss"])
     if distributed.rank() > 0:
         return {}
     log_charts(run, data, "test", test, progress)
     with tolerate_wandb_errors(run):
         run.log({"curves": wandb.Image(str(output_dir / "curves.png"))}, step=progress.step)
-    run.log(test.named("test"), step=progress.step, commit=True)  # W&B: an open row would overwrite the summary
+    run.log(
+        test.named("test"), step=progress.step, commit=True
+    )  # W&B: an open row would overwrite the summary
     name, shown = ("valid", valid) if valid else ("test", test)
     results = test.named("test") | shown.named(name)
     files.write_csv(output_dir / "predictions.csv", shown.columns())
@@ -284,19 +344,38 @@ def conclude(session: Session, best: Best, progress: Progress) -> dict[str, Any]
     with tolerate_wandb_errors(run):
         run.summary.update({"best/epoch": best.epoch, **(valid.named("best") if valid else {})})
         for file in ("model.pt", "model.onnx") if not run.disabled else ():
-            copy = shutil.copy(output_dir / file, run.dir)  # W&B would only link to it, and warn of that
+            copy = shutil.copy(
+                output_dir / file, run.dir
+            )  # W&B would only link to it, and warn of that
             run.save(copy, base_path=run.dir, policy="now", glob=False)
     if settings.log_model == "best":
         log_model(run, best.weights, results, ["latest", "best"])
-    print(f"test accuracy {results['test/acc']:.2%} of {len(data.test.labels):,} points, best epoch {best.epoch}")
-    identity = {"dataset": data.name, "model": f"MLP {settings.hidden}", "class_names": data.class_names}
-    return {**identity, "best/epoch": best.epoch, **results, f"{name}/majority_share": shown.confusion.majority_share()}
+    print(
+        f"test accuracy {results['test/acc']:.2%} of {len(data.test.labels):,} points, best epoch {best.epoch}"
+    )
+    identity = {
+        "dataset": data.name,
+        "model": f"MLP {settings.hidden}",
+        "class_names": data.class_names,
+    }
+    return {
+        **identity,
+        "best/epoch": best.epoch,
+        **results,
+        f"{name}/majority_share": shown.confusion.majority_share(),
+    }
 
 
 def init(settings: Settings, /, **more: Any) -> wandb.Run:
     """Start the W&B run; `more` is what the session adds: id, mode, resume ..."""
     config = dataclasses.asdict(settings)
-    return wandb.init(project=settings.project, name=settings.name, tags=settings.tags or None, config=config, **more)
+    return wandb.init(
+        project=settings.project,
+        name=settings.name,
+        tags=settings.tags or None,
+        config=config,
+        **more,
+    )
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -308,10 +387,14 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             seed_everything(settings.seed, settings.deterministic)
             model = make_model(settings, device)
             seed_rank(settings.seed)
-            sizes = " + ".join(f"{len(part.labels):,}" for part in (data.train, data.valid, data.test))
+            sizes = " + ".join(
+                f"{len(part.labels):,}" for part in (data.train, data.valid, data.test)
+            )
             print(f"{data.name}: {sizes} points for training, validation and test\n{model}")
             parameters = sum(parameter.numel() for parameter in model.parameters())
-            print(f"{parameters:,} parameters on {device.type} in {settings.precision}, seed {settings.seed}")
+            print(
+                f"{parameters:,} parameters on {device.type} in {settings.precision}, seed {settings.seed}"
+            )
             best, progress = train(session, model, data)
             session.metrics = conclude(session, best, progress)
     return session.metrics

@@ -25,11 +25,27 @@ from harness.progress import Meter, Progress
 if TYPE_CHECKING:
     from harness.session import Session
 
-SEAL, SEAL_MAGIC = struct.Struct("<4sI"), b"seal"  # ends a checkpoint: magic bytes, and the CRC-32 of all before
-CONTENT = ("model", "position", "history", "processes", "settings", "data")  # beside what a script adds
+SEAL, SEAL_MAGIC = (
+    struct.Struct("<4sI"),
+    b"seal",
+)  # ends a checkpoint: magic bytes, and the CRC-32 of all before
+CONTENT = (
+    "model",
+    "position",
+    "history",
+    "processes",
+    "settings",
+    "data",
+)  # beside what a script adds
 # Settings that do not affect the numbers of a run, and placeholders that are resolved at start-up.
 MAY_CHANGE = (*RUN_OPTIONS, "data_dir", "checkpoint_every", "watch", "watch_every", "log_model")
-PLACEHOLDERS = {"dataset": "auto", "device": "auto", "precision": "auto", "model": None, "learning_rate": None}
+PLACEHOLDERS = {
+    "dataset": "auto",
+    "device": "auto",
+    "precision": "auto",
+    "model": None,
+    "learning_rate": None,
+}
 
 
 class Checkpoints:
@@ -39,11 +55,23 @@ class Checkpoints:
     """
 
     def __init__(
-        self, session: "Session", progress: Progress, *, data: Any, model: nn.Module, meter: Meter, **stateful: Any
+        self,
+        session: "Session",
+        progress: Progress,
+        *,
+        data: Any,
+        model: nn.Module,
+        meter: Meter,
+        **stateful: Any,
     ):
         """`data`: nested sequences with the tensors to train on. `stateful`: what else has a `state_dict`."""
         self._session, self._progress, self._meter = session, progress, meter
-        self._stateful = {"model": model, **stateful, "position": progress, "history": session.history}
+        self._stateful = {
+            "model": model,
+            **stateful,
+            "position": progress,
+            "history": session.history,
+        }
         self._fingerprint = fingerprint(data)
         if distributed.world_size() > 1:
             checksums = (self._fingerprint, fingerprint(list(model.state_dict().values())))
@@ -63,7 +91,9 @@ class Checkpoints:
             self._restore(checkpoint)
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             problem = f"its checkpoint is not of this model or version ({textwrap.shorten(str(error), 200)})"
-            raise UserError(f"--resume: {self._session.output_dir} can't be resumed: {problem}") from None
+            raise UserError(
+                f"--resume: {self._session.output_dir} can't be resumed: {problem}"
+            ) from None
         self._session.stop_requests.saved_step = self._progress.step
         print(f"Resuming {self._session.output_dir} at {self._progress}")
 
@@ -77,13 +107,19 @@ class Checkpoints:
             self._meter.load_state_dict(meters[rank])
             _set_random_state(processes[rank]["random"])
             return
-        numbers = f"begun with {len(processes)} process(es) and goes on with {distributed.world_size()}"
+        numbers = (
+            f"begun with {len(processes)} process(es) and goes on with {distributed.world_size()}"
+        )
         print(f"The run was {numbers}: the batches are the same; rounding and dropout differ.")
         self._meter.load_state_dict(*meters if rank == 0 else [meters[0] | {"sums": {}}])
 
     def save_if_due(self) -> None:
         """Save every `--checkpoint_every` batches, at the end of an epoch, and on a request to stop: then raise it."""
-        progress, settings, requests = self._progress, self._session.settings, self._session.stop_requests
+        progress, settings, requests = (
+            self._progress,
+            self._session.settings,
+            self._session.stop_requests,
+        )
         # Ranks agree on stopping, but not after every batch: communication takes time.
         agree = distributed.world_size() == 1 or progress.row_is_due
         stops = distributed.gather(requests.first and requests.first.status) if agree else []
@@ -98,9 +134,13 @@ class Checkpoints:
 
     def _save(self) -> None:
         """Write `checkpoint.pt` and keep the one before; rank 0 writes, the others contribute their state."""
-        if not self._progress.epoch_ends:  # at an epoch's end the row still lacks the validation metrics
+        if (
+            not self._progress.epoch_ends
+        ):  # at an epoch's end the row still lacks the validation metrics
             self._session.history.commit()
-        processes = distributed.gather({"meter": self._meter.state_dict(), "random": _random_state()})
+        processes = distributed.gather(
+            {"meter": self._meter.state_dict(), "random": _random_state()}
+        )
         if distributed.rank() > 0:
             return
         state = {name: thing.state_dict() for name, thing in self._stateful.items()}
@@ -108,7 +148,10 @@ class Checkpoints:
         state |= {"processes": processes, "settings": settings, "data": self._fingerprint}
         state["seconds"] = time.perf_counter() - self._session.started
         path = self._session.output_dir / CHECKPOINT
-        with self._session.stop_requests.writing(self._progress.step), temporary_beside(path) as temporary:
+        with (
+            self._session.stop_requests.writing(self._progress.step),
+            temporary_beside(path) as temporary,
+        ):
             save_tensors(temporary, state)
             _seal(temporary)
             if path.exists():
@@ -118,24 +161,38 @@ class Checkpoints:
 
 def load(output_dir: Path, settings: SharedSettings) -> dict[str, Any] | None:
     """The newest readable checkpoint, or None; `settings` become those of the run. Raises `UserError`."""
-    paths = [path for path in (output_dir / CHECKPOINT, output_dir / PREVIOUS_CHECKPOINT) if path.is_file()]
+    paths = [
+        path
+        for path in (output_dir / CHECKPOINT, output_dir / PREVIOUS_CHECKPOINT)
+        if path.is_file()
+    ]
     problems = []
     for path in paths:
         try:
             state = _read(path)
-        except Exception as error:  # zlib, lzma, pickle and others all have their own for damaged files
-            problems.append(f"{path} can't be read: {textwrap.shorten(str(error), 200) or type(error).__name__}")
+        except (
+            Exception
+        ) as error:  # zlib, lzma, pickle and others all have their own for damaged files
+            problems.append(
+                f"{path} can't be read: {textwrap.shorten(str(error), 200) or type(error).__name__}"
+            )
             continue
         if problems:
             warn_loudly(*problems, f"Going on from {path}, which is older.")
-        os.replace(path, output_dir / CHECKPOINT)  # or the next save would keep a damaged one as the previous
+        os.replace(
+            path, output_dir / CHECKPOINT
+        )  # or the next save would keep a damaged one as the previous
         _adopt_settings(settings, state["settings"], output_dir)
         return state
     if problems:
-        raise UserError(f"{'; '.join(problems)}; to start over, give another --output_dir", status=1)
+        raise UserError(
+            f"{'; '.join(problems)}; to start over, give another --output_dir", status=1
+        )
     journal = output_dir / JOURNAL
     if journal.exists() and journal.stat().st_size and not (output_dir / METRICS).exists():
-        raise UserError(f"{output_dir} has lost its checkpoint; give another --output_dir", status=1)
+        raise UserError(
+            f"{output_dir} has lost its checkpoint; give another --output_dir", status=1
+        )
     return None
 
 
@@ -168,7 +225,9 @@ def _read(path: Path) -> dict[str, Any]:
         if magic != SEAL_MAGIC or _checksum(file, length) != checksum:
             raise ValueError("it is damaged, or not a checkpoint of this script")
     state = torch.load(path, map_location="cpu", weights_only=True)
-    missing = [name for name in CONTENT if name not in state] if isinstance(state, dict) else CONTENT
+    missing = (
+        [name for name in CONTENT if name not in state] if isinstance(state, dict) else CONTENT
+    )
     if missing:
         raise ValueError(f"it is not a checkpoint of this script: it has no {missing[0]!r}")
     return state
@@ -201,7 +260,9 @@ def fingerprint(data: Any, checksum: int = 0) -> int:
         for part in data:
             checksum = fingerprint(part, checksum)
     elif not isinstance(data, (str, int, float, Path, type(None))):
-        raise TypeError(f"Checkpoints(data=...) must be tensors in lists and tuples, not {type(data).__name__}")
+        raise TypeError(
+            f"Checkpoints(data=...) must be tensors in lists and tuples, not {type(data).__name__}"
+        )
     return checksum
 
 
@@ -214,7 +275,9 @@ def _random_state() -> dict[str, Any]:
         "numpy": (kind, keys.tolist(), *rest),
         "torch": torch.get_rng_state(),
         # Of this rank's device, by kind: "cuda" or "mps".
-        "accelerator": {accelerator.type: torch.get_device_module(accelerator).get_rng_state()} if accelerator else {},
+        "accelerator": {accelerator.type: torch.get_device_module(accelerator).get_rng_state()}
+        if accelerator
+        else {},
     }
 
 

@@ -20,10 +20,16 @@ def seed_everything(seed: int, deterministic: bool) -> None:
     np.random.seed(seed)
     torch.manual_seed(seed)  # of every device
     if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs it to be deterministic
+        os.environ.setdefault(
+            "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+        )  # cuBLAS needs it to be deterministic
         torch.backends.cudnn.benchmark = False
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs a tenth of the time
-    torch.backends.cudnn.allow_tf32 = False  # convolutions in float32 are TF32 by default, unlike the exported model
+    torch.utils.deterministic.fill_uninitialized_memory = (
+        False  # a debugging aid that costs a tenth of the time
+    )
+    torch.backends.cudnn.allow_tf32 = (
+        False  # convolutions in float32 are TF32 by default, unlike the exported model
+    )
     torch.use_deterministic_algorithms(deterministic)
 
 
@@ -43,16 +49,24 @@ def keep_freed_memory() -> None:
 def find_device(name: str) -> torch.device:
     """The device for `--device`, under torchrun a GPU per process; "auto" is the fastest kind. Raises `UserError`."""
     alone = distributed.world_size() == 1
-    available = {"cuda": torch.cuda.is_available(), "mps": alone and torch.backends.mps.is_available(), "cpu": True}
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": alone and torch.backends.mps.is_available(),
+        "cpu": True,
+    }
     if name == "auto":
         name = next(kind for kind in available if available[kind])
     if not available[name]:
-        raise UserError(f"--device {name}: not available on this machine, or in this build of torch")
+        raise UserError(
+            f"--device {name}: not available on this machine, or in this build of torch"
+        )
     if name != "cuda" or alone:
         return torch.device(name)
     local_processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
     if local_processes > gpus:
-        raise UserError(f"{local_processes} processes on a machine with {gpus} GPUs: start {gpus}, or use --device cpu")
+        raise UserError(
+            f"{local_processes} processes on a machine with {gpus} GPUs: start {gpus}, or use --device cpu"
+        )
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     return torch.device(name, torch.cuda.current_device())
 

@@ -13,7 +13,12 @@ from harness.options import SharedSettings
 
 CONFIG, JOURNAL, METRICS = "config.json", "history.jsonl", "metrics.json"
 CHECKPOINT, PREVIOUS_CHECKPOINT = "checkpoint.pt", "checkpoint.previous.pt"
-RESULTS = {JOURNAL, CHECKPOINT, PREVIOUS_CHECKPOINT, METRICS}  # what a run leaves once it has begun to train
+RESULTS = {
+    JOURNAL,
+    CHECKPOINT,
+    PREVIOUS_CHECKPOINT,
+    METRICS,
+}  # what a run leaves once it has begun to train
 PROBE_BYTES = 8 << 20  # a disk that can't take this much at the start counts as full
 
 
@@ -36,8 +41,12 @@ def output_directory(settings: SharedSettings) -> Iterator[Path]:
                 probe.write_bytes(bytes(PROBE_BYTES))
         except OSError as error:
             status = 1 if settings.resume else 2
-            raise UserError(f"--output_dir {path}: can't write there ({error.strerror})", status) from None
-        for leftover in path.iterdir() if before else ():  # of a process that was killed while writing
+            raise UserError(
+                f"--output_dir {path}: can't write there ({error.strerror})", status
+            ) from None
+        for leftover in (
+            path.iterdir() if before else ()
+        ):  # of a process that was killed while writing
             if TEMPORARY.fullmatch(leftover.name):
                 remove(leftover)
         new_run = not (path / CONFIG).exists()
@@ -47,7 +56,9 @@ def output_directory(settings: SharedSettings) -> Iterator[Path]:
             yield path
         except BaseException as error:
             if isinstance(error, FileNotFoundError) and not path.exists():
-                raise UserError(f"--output_dir {path} was removed while the run was at work there", 1) from None
+                raise UserError(
+                    f"--output_dir {path} was removed while the run was at work there", 1
+                ) from None
             if new_run and not any((path / name).exists() for name in RESULTS - before):
                 (path / CONFIG).unlink(missing_ok=True)
             raise

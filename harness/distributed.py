@@ -49,18 +49,25 @@ def joined(timeout: float, last_wait: float) -> Iterator[None]:
         yield
         return
     _check_environment()
-    limit, backend = timedelta(seconds=timeout), "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    limit, backend = (
+        timedelta(seconds=timeout),
+        "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+    )
     with _communicating():
         store, number, count = next(dist.rendezvous("env://", timeout=limit))
         # A prefix per restart (torchrun --max-restarts): the store still holds the addresses of dead processes.
-        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        store = dist.PrefixStore(
+            f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store
+        )
         dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=limit)
         end = dist.new_group(backend="gloo", timeout=limit + timedelta(seconds=last_wait))
     if rank() == 0:
         print(f"{world_size()} processes train together.")
     yield
     with _communicating():
-        dist.barrier(end)  # exit status 0 before rank 0 has finished would be taken for success, and not restarted
+        dist.barrier(
+            end
+        )  # exit status 0 before rank 0 has finished would be taken for success, and not restarted
     dist.destroy_process_group()  # not after an error: the other ranks may still have to report theirs
 
 
@@ -68,7 +75,9 @@ def _check_environment() -> None:
     """Raise `UserError` for variables with which the processes would wait for each other forever."""
     for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"):
         if not (value := os.environ[name]).isdecimal() or len(value) > 9:
-            raise UserError(f"{name} must be a whole number, got {value!r}: start with torchrun, or unset it")
+            raise UserError(
+                f"{name} must be a whole number, got {value!r}: start with torchrun, or unset it"
+            )
     number, count, address = (os.environ[name] for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"))
     if int(number) >= int(count):
         raise UserError(f"RANK is {number}, but WORLD_SIZE {count}: ranks count from 0")
@@ -114,7 +123,9 @@ def _communicating() -> Iterator[None]:
         reason += "; --peer_timeout is the limit" if silent else ""
         # While a host does not answer, a restart does not help, and torchrun would wait for it a quarter of an hour.
         ends_launcher = bool(silent) and spans_hosts()
-        raise Stopped(f"a communication failure between processes ({reason})", 1, ends_launcher) from error
+        raise Stopped(
+            f"a communication failure between processes ({reason})", 1, ends_launcher
+        ) from error
 
 
 def share_of(items: Items) -> Items:
@@ -126,7 +137,9 @@ def sum_over_ranks(*tensors: Tensor) -> None:
     """Replace float tensors, all on one device, by their sums over all ranks, identical to the last bit."""
     if world_size() == 1:
         return
-    flat = torch.cat([tensor.flatten() for tensor in tensors])  # one all-reduce is much faster than many
+    flat = torch.cat(
+        [tensor.flatten() for tensor in tensors]
+    )  # one all-reduce is much faster than many
     with _communicating():
         dist.all_reduce(flat)
     for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):

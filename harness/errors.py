@@ -39,7 +39,10 @@ def disk_error(error: Exception) -> OSError | None:
 def place_of(error: Exception) -> str:
     """File and line of the innermost call, outside of harness/ and installed libraries, that led to an exception."""
     harness = Path(__file__).parent
-    for frame, line in [*[*traceback.walk_tb(error.__traceback__)][::-1], *traceback.walk_stack(None)]:
+    for frame, line in [
+        *[*traceback.walk_tb(error.__traceback__)][::-1],
+        *traceback.walk_stack(None),
+    ]:
         file = Path(frame.f_code.co_filename)
         installed = "site-packages" in file.parts or not file.is_relative_to(harness.parent)
         if not installed and not file.is_relative_to(harness):

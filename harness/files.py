@@ -15,7 +15,9 @@ from PIL import Image
 
 from harness.errors import UserError
 
-TEMPORARY = re.compile(r"\..+\.\d+\.unfinished")  # names of temporary files: .<name>.<process id>.unfinished
+TEMPORARY = re.compile(
+    r"\..+\.\d+\.unfinished"
+)  # names of temporary files: .<name>.<process id>.unfinished
 
 
 @contextlib.contextmanager
@@ -63,7 +65,9 @@ def replacing_directory(path: Path) -> Iterator[Path]:
             ours = {file.name for file in temporary.iterdir()}
             theirs = {file.name for file in path.iterdir()} - ours if path.is_dir() else {path.name}
             if theirs:
-                raise UserError(f"{path} was not written by this run: move {list_names(theirs)} away", status=1)
+                raise UserError(
+                    f"{path} was not written by this run: move {list_names(theirs)} away", status=1
+                )
             os.replace(path, parent / "before")
         os.replace(temporary, path)
 
@@ -77,7 +81,9 @@ def list_names(names: Iterable[str]) -> str:
 def read_json(path: Path) -> dict[str, Any] | None:
     """The object in a file; None if it can't be read, or holds no object."""
     try:
-        content = json.loads(path.read_text()) if path.is_file() else None  # reading a pipe would wait
+        content = (
+            json.loads(path.read_text()) if path.is_file() else None
+        )  # reading a pipe would wait
     except (OSError, ValueError, RecursionError):
         return None
     return content if isinstance(content, dict) else None

@@ -35,7 +35,9 @@ class History:
             self._log_from_hook = wandb_internals.intercept_hooks(run, self._log)
         run.log = self.log
 
-    def log(self, data: Mapping[str, Any], step: int | None = None, commit: bool | None = None) -> None:
+    def log(
+        self, data: Mapping[str, Any], step: int | None = None, commit: bool | None = None
+    ) -> None:
         """Add numbers, media or charts to the row of `step`, by default the current one; `commit` completes it."""
         if step is not None and step != self.step:
             self.begin_row(step)
@@ -75,7 +77,12 @@ class History:
         with self._journal.open("ab") as journal:
             os.fsync(journal.fileno())
             length = journal.tell()
-        return {"journal": length, "checksum": self._checksum, "step": self.step, "row": _numbers(self._row)}
+        return {
+            "journal": length,
+            "checksum": self._checksum,
+            "step": self.step,
+            "row": _numbers(self._row),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue the row that `state_dict` found incomplete."""
@@ -95,7 +102,9 @@ class History:
             if self._run.id in lost_runs:
                 break
             with tolerate_wandb_errors(self._run):
-                self._log_to_wandb({}, step=step)  # W&B names media files after the row that is open
+                self._log_to_wandb(
+                    {}, step=step
+                )  # W&B names media files after the row that is open
                 self._log_to_wandb(values, step=step, commit=True)
                 break
         self._handing_over = False
@@ -112,7 +121,9 @@ def rewind(journal: Path, state: Mapping[str, Any]) -> list[dict[str, float]]:
     return [json.loads(line) for line in content.splitlines()]
 
 
-def _lost_rows(run: wandb.Run, rows: list[dict[str, float]], last_step: int) -> Iterator[tuple[int, dict[str, Any]]]:
+def _lost_rows(
+    run: wandb.Run, rows: list[dict[str, float]], last_step: int
+) -> Iterator[tuple[int, dict[str, Any]]]:
     """Steps and values of `rows` after `last_step`, with their media if a W&B log on this machine has them."""
     if run.disabled or not (rows or last_step >= 0):
         return
@@ -121,21 +132,35 @@ def _lost_rows(run: wandb.Run, rows: list[dict[str, float]], last_step: int) -> 
     if run.offline and last_step >= 0:  # or the summary would lack what earlier processes logged
         with tolerate_wandb_errors(run):
             for step in sorted(step for step in local if step <= last_step):
-                run.summary.update({key: value for key, value in local[step][0].items() if key[0] != "_"})
+                run.summary.update(
+                    {key: value for key, value in local[step][0].items() if key[0] != "_"}
+                )
     lost = [row for row in rows if row["step"] > last_step]
     if lost and run.offline and not local:
         print("W&B's own log of this run is not in wandb/: its numbers are logged again.")
     for row in lost:
         values, files = local.get(row["step"], (row, Path()))
         media = [value for value in values.values() if isinstance(value, dict)]
-        names = [name for value in media for name in (*value.get("filenames", ()), value.get("path")) if name]
+        names = [
+            name
+            for value in media
+            for name in (*value.get("filenames", ()), value.get("path"))
+            if name
+        ]
         with tolerate_wandb_errors(run):
             for name in names:
                 if (files / name).exists():
                     copy = Path(run.dir, name)
                     copy.parent.mkdir(parents=True, exist_ok=True)
                     run.save(shutil.copyfile(files / name, copy), base_path=run.dir, policy="now")
-        yield row["step"], {key: value for key, value in values.items() if key != "step" and not key.startswith("_")}
+        yield (
+            row["step"],
+            {
+                key: value
+                for key, value in values.items()
+                if key != "step" and not key.startswith("_")
+            },
+        )
 
 
 def _numbers(row: Mapping[str, Any]) -> dict[str, float]:

@@ -18,7 +18,19 @@ from harness.errors import UserError
 
 # The identity of a run and where it writes: fixed before W&B's config is read, which can't change them.
 RUN_OPTIONS = (
-    *("output_dir", "resume", "wandb", "project", "entity", "name", "id", "job_type", "group", "notes", "tags"),
+    *(
+        "output_dir",
+        "resume",
+        "wandb",
+        "project",
+        "entity",
+        "name",
+        "id",
+        "job_type",
+        "group",
+        "notes",
+        "tags",
+    ),
     *("save_code", "stop_timeout", "peer_timeout"),
 )
 LISTS = (list[int], list[str])
@@ -42,33 +54,54 @@ class SharedSettings:
     """The options that every script has, with a line of help each."""
 
     dataset: str = option("auto", "which data to train on")
-    data_dir: str = option("downloads", "directory to read the data from, or to download it to", path=True)
-    output_dir: str | None = option(None, "directory for this run's files [runs/<task>-<run id>]", path=True)
+    data_dir: str = option(
+        "downloads", "directory to read the data from, or to download it to", path=True
+    )
+    output_dir: str | None = option(
+        None, "directory for this run's files [runs/<task>-<run id>]", path=True
+    )
     resume: bool = option(False, "continue the run in --output_dir, if there is one")
 
     epochs: int = option(5, "passes over the training data", at_least=1)
     batch_size: int = option(128, "examples in a batch", at_least=1)
     learning_rate: float = option(0.005, "the highest learning rate of the schedule", above=0)
     label_smoothing: float = option(
-        0.0, "share of each label spread over all classes; the training loss includes it", at_least=0, below=1
+        0.0,
+        "share of each label spread over all classes; the training loss includes it",
+        at_least=0,
+        below=1,
     )
     seed: int = option(42, "seeds Python, NumPy and torch", at_least=0, below=2**32)
     max_steps: int | None = option(None, "end after this many optimizer steps", at_least=1)
     device: str = option("auto", "device to train on", choices=("auto", "cpu", "cuda", "mps"))
-    precision: str = option("auto", "auto: bf16 if the hardware supports it", choices=("auto", "fp32", "bf16"))
+    precision: str = option(
+        "auto", "auto: bf16 if the hardware supports it", choices=("auto", "fp32", "bf16")
+    )
     deterministic: bool = option(True, "use only algorithms that repeat to the last bit")
     compile: bool = option(False, "compile the model with torch.compile")
 
-    patience: int = option(0, "stop after this many epochs without improvement; 0: never", at_least=0)
-    checkpoint_every: int = option(500, "batches between checkpoints; every epoch also ends with one", at_least=1)
-    stop_timeout: float = option(25, "seconds allowed after a signal to finish the batch and save", above=0, below=1e6)
-    peer_timeout: float = option(300, "seconds that torchrun's processes wait for each other", above=0, below=1e6)
+    patience: int = option(
+        0, "stop after this many epochs without improvement; 0: never", at_least=0
+    )
+    checkpoint_every: int = option(
+        500, "batches between checkpoints; every epoch also ends with one", at_least=1
+    )
+    stop_timeout: float = option(
+        25, "seconds allowed after a signal to finish the batch and save", above=0, below=1e6
+    )
+    peer_timeout: float = option(
+        300, "seconds that torchrun's processes wait for each other", above=0, below=1e6
+    )
     log_every: int = option(10, "batches between rows of training metrics", at_least=1)
-    watch: str = option("all", "what to log histograms of", choices=("off", "gradients", "parameters", "all"))
+    watch: str = option(
+        "all", "what to log histograms of", choices=("off", "gradients", "parameters", "all")
+    )
     watch_every: int | None = option(None, "batches between histograms [once an epoch]", at_least=1)
 
     wandb: str = option(
-        "auto", "auto: online if there is an API key, else offline", choices=("auto", "online", "offline", "disabled")
+        "auto",
+        "auto: online if there is an API key, else offline",
+        choices=("auto", "online", "offline", "disabled"),
     )
     project: str | None = option(None, "W&B project")
     entity: str | None = option(None, "W&B user or team")
@@ -79,7 +112,9 @@ class SharedSettings:
     notes: str | None = option(None, "a note about the run")
     tags: list[str] = option([], "tags of the run")
     save_code: bool = option(False, "log the code as an artifact")
-    log_model: str = option("none", "which models to log as artifacts", choices=("none", "best", "all"))
+    log_model: str = option(
+        "none", "which models to log as artifacts", choices=("none", "best", "all")
+    )
 
 
 Settings = TypeVar("Settings", bound=SharedSettings)
@@ -92,8 +127,12 @@ def parse(settings_class: type[Settings], argv: Sequence[str] | None = None) -> 
 
 def from_config(requested: Settings, config: Mapping[str, Any]) -> Settings:
     """`requested`, updated from a run's config, in which a sweep may have set values. Raises `UserError`."""
-    configured = _build(type(requested), {k: v for k, v in config.items() if k not in RUN_OPTIONS}, prefix="config.")
-    return dataclasses.replace(configured, **{name: getattr(requested, name) for name in RUN_OPTIONS})
+    configured = _build(
+        type(requested), {k: v for k, v in config.items() if k not in RUN_OPTIONS}, prefix="config."
+    )
+    return dataclasses.replace(
+        configured, **{name: getattr(requested, name) for name in RUN_OPTIONS}
+    )
 
 
 class _Parser(argparse.ArgumentParser):
@@ -106,7 +145,9 @@ class _Parser(argparse.ArgumentParser):
 def _read(settings_class: type, argv: Sequence[str] | None) -> dict[str, Any]:
     """The options that were given, still as strings."""
     description = (sys.modules[settings_class.__module__].__doc__ or "").strip().partition("\n")[0]
-    parser = _Parser(description=description, usage="%(prog)s [--OPTION VALUE ...]", allow_abbrev=False)
+    parser = _Parser(
+        description=description, usage="%(prog)s [--OPTION VALUE ...]", allow_abbrev=False
+    )
     kinds, defaults = _kinds(settings_class), settings_class()
     for field in dataclasses.fields(settings_class):
         kind, default = kinds[field.name], getattr(defaults, field.name)
@@ -133,7 +174,10 @@ def _read(settings_class: type, argv: Sequence[str] | None) -> dict[str, Any]:
 def _kinds(settings_class: type) -> dict[str, Any]:
     """The declared type of each option, without `| None`."""
     hints = get_type_hints(settings_class)
-    return {name: get_args(hint)[0] if type(None) in get_args(hint) else hint for name, hint in hints.items()}
+    return {
+        name: get_args(hint)[0] if type(None) in get_args(hint) else hint
+        for name, hint in hints.items()
+    }
 
 
 def _build(settings_class: type[Settings], values: Mapping[str, Any], prefix: str) -> Settings:
@@ -143,7 +187,9 @@ def _build(settings_class: type[Settings], values: Mapping[str, Any], prefix: st
             value, optional = values[field.name], field.default is None
             try:
                 none = optional and value in (None, "None")
-                checked[field.name] = None if none else _convert(kinds[field.name], value, field.metadata["limits"])
+                checked[field.name] = (
+                    None if none else _convert(kinds[field.name], value, field.metadata["limits"])
+                )
             except ValueError as error:
                 raise UserError(f"{prefix}{field.name}: {error}") from None
     return settings_class(**checked)
@@ -182,25 +228,37 @@ def _list(kind: type, value: Any, length: int | None = None, **limits: float) ->
     return [_convert(kind, part, limits) for part in parts]
 
 
-def _text(value: Any, choices: Sequence[str] | Callable[[], Sequence[str]] = (), path: bool = False) -> str:
+def _text(
+    value: Any, choices: Sequence[str] | Callable[[], Sequence[str]] = (), path: bool = False
+) -> str:
     if value is None or str(value) == "":
         raise ValueError("must not be empty")
     if "\0" in str(value) or any("\ud800" <= character <= "\udfff" for character in str(value)):
         raise ValueError(f"must be UTF-8 text, got {value!r}")
     choices = choices() if callable(choices) else choices
     if choices and value not in choices:
-        raise ValueError(f"must be one of {', '.join(choices)}; got {value!r}{_nearest(str(value), choices)}")
+        raise ValueError(
+            f"must be one of {', '.join(choices)}; got {value!r}{_nearest(str(value), choices)}"
+        )
     return os.path.expanduser(str(value)) if path else str(value)
 
 
 def _number(
-    kind: type, value: Any, at_least: float = -math.inf, above: float = -math.inf, below: float = math.inf
+    kind: type,
+    value: Any,
+    at_least: float = -math.inf,
+    above: float = -math.inf,
+    below: float = math.inf,
 ) -> float | int:
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
         number = math.nan
-    if isinstance(value, bool) or not math.isfinite(number) or (kind is int and number != int(number)):
+    if (
+        isinstance(value, bool)
+        or not math.isfinite(number)
+        or (kind is int and number != int(number))
+    ):
         raise ValueError(f"must be a {'whole' if kind is int else 'finite'} number, got {value!r}")
     if kind is int and abs(number) >= 2**63:
         raise ValueError(f"is too large, got {value!r}")
@@ -219,6 +277,8 @@ def metric_names(prefix: str, two_classes: bool = False) -> Callable[[], tuple[s
     def names() -> tuple[str, ...]:
         from metrics import EVALUATION_METRICS as metrics
 
-        return tuple(f"{prefix}/{name}" for name in metrics if two_classes or not metrics[name].two_classes)
+        return tuple(
+            f"{prefix}/{name}" for name in metrics if two_classes or not metrics[name].two_classes
+        )
 
     return names

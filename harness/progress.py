@@ -25,11 +25,18 @@ def check_batches(settings: SharedSettings, examples: int, held_out: int) -> Non
     if settings.patience and not held_out:
         raise UserError("--patience needs examples to judge by, but none are held out")
     if settings.batch_size > examples:
-        raise UserError(f"--batch_size {settings.batch_size} is more than the {examples} training examples")
-    smallest, ranks = examples % settings.batch_size or settings.batch_size, distributed.world_size()
+        raise UserError(
+            f"--batch_size {settings.batch_size} is more than the {examples} training examples"
+        )
+    smallest, ranks = (
+        examples % settings.batch_size or settings.batch_size,
+        distributed.world_size(),
+    )
     if smallest < ranks:
         problem = f"can't share the last batch of an epoch, which has {smallest} of the {examples} examples"
-        raise UserError(f"{ranks} processes {problem}: choose another --batch_size, or fewer processes")
+        raise UserError(
+            f"{ranks} processes {problem}: choose another --batch_size, or fewer processes"
+        )
     settings.watch_every = settings.watch_every or math.ceil(examples / settings.batch_size)
 
 
@@ -59,8 +66,16 @@ class Progress:
         """The epochs that are left, the one that was interrupted first, with a progress bar on a terminal."""
         settings, first = self._settings, self.epoch
         # A resumed run logs its histograms in the same batches as one that was never interrupted.
-        self._first_watched = math.ceil(self.batch / settings.watch_every) * settings.watch_every + 1
-        bar = {"total": self.total_batches, "initial": self.batch, "unit": "batch", "disable": None, "file": sys.stdout}
+        self._first_watched = (
+            math.ceil(self.batch / settings.watch_every) * settings.watch_every + 1
+        )
+        bar = {
+            "total": self.total_batches,
+            "initial": self.batch,
+            "unit": "batch",
+            "disable": None,
+            "file": sys.stdout,
+        }
         with self._stop_requests.training(), tqdm(**bar) as self.bar:
             for self.epoch in range(first, settings.epochs + 1):
                 self._epoch_started = self._row_started = time.perf_counter()
@@ -87,7 +102,9 @@ class Progress:
     @property
     def epoch_ends(self) -> bool:
         """Whether this batch is the last of its epoch, or of the run."""
-        return self.batch > 0 and (self.batch % self.batches_per_epoch == 0 or self.batch == self.total_batches)
+        return self.batch > 0 and (
+            self.batch % self.batches_per_epoch == 0 or self.batch == self.total_batches
+        )
 
     @property
     def row_is_due(self) -> bool:
@@ -109,18 +126,27 @@ class Progress:
     def end_epoch(self, results: Mapping[str, float], *names: str) -> None:
         """Print those of the epoch's results that are named, and the seconds that it took."""
         shown = ", ".join(f"{name} {results[name]:.4f}" for name in names if name in results)
-        self.bar.write(f"epoch {self.epoch}: {shown}, {time.perf_counter() - self._epoch_started:.1f} s")
+        self.bar.write(
+            f"epoch {self.epoch}: {shown}, {time.perf_counter() - self._epoch_started:.1f} s"
+        )
 
     def check_finite(self, name: str, loss: float) -> None:
         """Raise `UserError`, with all rows written, if a loss is NaN or infinite. `name` is the part of the data."""
         if not math.isfinite(loss):
             self._history.commit()
             place = f"in epoch {self.epoch} by step {self.step}, learning rate {self._settings.learning_rate:g}"
-            raise UserError(f"the {name} loss is {loss} {place}; a lower --learning_rate may help", status=1)
+            raise UserError(
+                f"the {name} loss is {loss} {place}; a lower --learning_rate may help", status=1
+            )
 
     def state_dict(self) -> dict[str, Any]:
         epoch = math.ceil(self.batch / self.batches_per_epoch)  # 0 before the first batch
-        return {"epoch": epoch, "batch": self.batch, "step": self.step, "epoch_ends": self.epoch_ends}
+        return {
+            "epoch": epoch,
+            "batch": self.batch,
+            "step": self.step,
+            "epoch_ends": self.epoch_ends,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.epoch, self.batch, self.step = max(1, state["epoch"]), state["batch"], state["step"]
@@ -155,14 +181,19 @@ class Meter:
         return _means(epoch)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"sums": {name: value.item() for name, value in self._sums.items()}, "epoch": dict(self._epoch)}
+        return {
+            "sums": {name: value.item() for name, value in self._sums.items()},
+            "epoch": dict(self._epoch),
+        }
 
     def load_state_dict(self, *states: Mapping[str, Any]) -> None:
         """Restore the state of a rank, or of several, whose sums are added up."""
         self._sums, self._epoch = {}, dict(states[0]["epoch"])
         for state in states:
             for name, value in state["sums"].items():
-                self._sums[name] = self._sums.get(name, torch.zeros((), device=self._device)) + value
+                self._sums[name] = (
+                    self._sums.get(name, torch.zeros((), device=self._device)) + value
+                )
 
 
 def _means(sums: Mapping[str, float]) -> dict[str, float]:
@@ -186,7 +217,9 @@ class Best:
         if better:
             self.epoch, self.value = epoch, value
             # On the CPU, so that machines without an accelerator can load what is saved.
-            self.weights = {name: weight.to("cpu", copy=True) for name, weight in model.state_dict().items()}
+            self.weights = {
+                name: weight.to("cpu", copy=True) for name, weight in model.state_dict().items()
+            }
         return better
 
     def state_dict(self) -> dict[str, Any]:

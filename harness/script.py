@@ -18,18 +18,31 @@ from harness.options import SharedSettings, parse
 
 EXIT_TIMEOUT = 30  # seconds
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EMFILE)
-PATH_ERRORS = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
-ALLOCATION_ERRORS = re.compile("out of memory|can't allocate memory|storage size calculation", re.IGNORECASE)
+PATH_ERRORS = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENAMETOOLONG,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ELOOP,
+)
+ALLOCATION_ERRORS = re.compile(
+    "out of memory|can't allocate memory|storage size calculation", re.IGNORECASE
+)
 
 
 def check_options(settings_class: type[SharedSettings]) -> None:
     """Answer `--help` and mistakes in the options, and prepare the process for the slow imports."""
     _open_streams()
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until training starts, Ctrl-C just ends the process
+    signal.signal(
+        signal.SIGINT, signal.SIG_DFL
+    )  # until training starts, Ctrl-C just ends the process
     # Let idle OpenMP threads sleep instead of spinning: on a busy machine spinning slows training down tenfold.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    os.environ.setdefault("OTEL_SDK_DISABLED", "true")  # W&B's telemetry would wait for a server at exit
+    os.environ.setdefault(
+        "OTEL_SDK_DISABLED", "true"
+    )  # W&B's telemetry would wait for a server at exit
     if _is_rank_0() and (status := status_of(lambda: parse(settings_class))):
         sys.exit(status)
     gc.disable()  # imports create many objects and no garbage
@@ -54,12 +67,18 @@ def run_script(main: Callable[[], Any]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # from here on, Ctrl-C just ends the process
     if sys.modules["__main__"].__spec__ or sys.flags.interactive:
         sys.exit(status)  # `python -m cProfile train_mnist.py` and the like still have to report
-    limit = threading.Timer(EXIT_TIMEOUT, os._exit, [status])  # threads and W&B's functions may wait forever
+    limit = threading.Timer(
+        EXIT_TIMEOUT, os._exit, [status]
+    )  # threads and W&B's functions may wait forever
     limit.daemon = True
     limit.start()
     if status == 0:
-        getattr(threading, "_shutdown", lambda: None)()  # undocumented: waits for threads, as Python does
-    getattr(atexit, "_run_exitfuncs", lambda: sys.exit(status))()  # undocumented: without it, the slow way
+        getattr(
+            threading, "_shutdown", lambda: None
+        )()  # undocumented: waits for threads, as Python does
+    getattr(
+        atexit, "_run_exitfuncs", lambda: sys.exit(status)
+    )()  # undocumented: without it, the slow way
     for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.flush()
     os._exit(status)  # skips tearing down every module, which takes nearly a second
@@ -78,7 +97,9 @@ def status_of(action: Callable[[], Any]) -> int:
     except KeyboardInterrupt:
         message, status = "interrupted", 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or closing it would fail again
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # or closing it would fail again
         message, status = "error: output pipe closed", 1
     except Exception as error:
         problem, status = _explained(error)
@@ -110,7 +131,10 @@ def _explained(error: Exception) -> tuple[str | None, int]:
         return f"{place}: {failure.strerror}", 1 if failure.errno in DISK_ERRORS else 2
     if isinstance(error, MemoryError) or ALLOCATION_ERRORS.search(str(error)):
         return "out of memory: a smaller --batch_size, or a smaller model, needs less", 1
-    wandb, pydantic = sys.modules.get("wandb"), sys.modules.get("pydantic_core")  # importing them takes long
+    wandb, pydantic = (
+        sys.modules.get("wandb"),
+        sys.modules.get("pydantic_core"),
+    )  # importing them takes long
     if wandb and (isinstance(error, wandb.errors.Error) or re.search("WANDB_[A-Z]+=", str(error))):
         return f"W&B: {error}", 2
     if pydantic and isinstance(error, pydantic.ValidationError):  # of W&B's settings

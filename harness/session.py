@@ -19,7 +19,14 @@ import wandb
 
 from harness import checkpoints, distributed, wandb_run
 from harness.device import find_device, find_precision, keep_freed_memory
-from harness.directory import CHECKPOINT, CONFIG, JOURNAL, METRICS, newest_unfinished, output_directory
+from harness.directory import (
+    CHECKPOINT,
+    CONFIG,
+    JOURNAL,
+    METRICS,
+    newest_unfinished,
+    output_directory,
+)
 from harness.errors import Stopped, UserError
 from harness.files import read_json, write_json
 from harness.history import History, rewind
@@ -67,8 +74,15 @@ def open_session(settings: SharedSettings, task: str, load: Load, init: Init) ->
     """
     keep_freed_memory()
     try:
-        last_wait = wandb_run.FINISH_TIMEOUT[settings.log_model] + wandb_run.KILL_AFTER + wandb_run.ARTIFACT_TIMEOUT
-        with distributed.joined(settings.peer_timeout, last_wait), handling_signals(settings.stop_timeout) as requests:
+        last_wait = (
+            wandb_run.FINISH_TIMEOUT[settings.log_model]
+            + wandb_run.KILL_AFTER
+            + wandb_run.ARTIFACT_TIMEOUT
+        )
+        with (
+            distributed.joined(settings.peer_timeout, last_wait),
+            handling_signals(settings.stop_timeout) as requests,
+        ):
             if distributed.rank() == 0:
                 _identify(settings, task)
                 opened = _open_on_rank_0(settings, load, init, requests)
@@ -80,14 +94,20 @@ def open_session(settings: SharedSettings, task: str, load: Load, init: Init) ->
         if stopped.ends_launcher:
             distributed.stop_launcher()
         if in_main_thread():
-            raise Stopped(f"{stopped.reason}. To go on: {resume_command(settings)}", stopped.status) from None
+            raise Stopped(
+                f"{stopped.reason}. To go on: {resume_command(settings)}", stopped.status
+            ) from None
         print(stopped)
 
 
 def resume_command(settings: SharedSettings) -> str:
     """What to type to resume this run."""
     if distributed.spans_hosts():
-        more = " with --resume and its --output_dir" if settings.output_dir and not settings.resume else ""
+        more = (
+            " with --resume and its --output_dir"
+            if settings.output_dir and not settings.resume
+            else ""
+        )
         return f"the same command on every host{more}"
     processes = os.environ.get("LOCAL_WORLD_SIZE")  # set by torchrun
     launcher = ["torchrun", "--nproc-per-node", processes] if processes else ["python"]
@@ -98,7 +118,9 @@ def resume_command(settings: SharedSettings) -> str:
 
 
 @contextlib.contextmanager
-def _open_on_rank_0(settings: SharedSettings, load: Load, init: Init, requests: StopRequests) -> Iterator[Session]:
+def _open_on_rank_0(
+    settings: SharedSettings, load: Load, init: Init, requests: StopRequests
+) -> Iterator[Session]:
     started = time.perf_counter()
     _check_leader(settings)
     with output_directory(settings) as output_dir:
@@ -111,7 +133,9 @@ def _open_on_rank_0(settings: SharedSettings, load: Load, init: Init, requests: 
         rows = rewind(output_dir / JOURNAL, checkpoint["history"]) if checkpoint else []
         requested, data, resuming = dataclasses.replace(settings), None, bool(checkpoint)
         if "WANDB_SWEEP_ID" not in os.environ:
-            find_device(settings.device)  # before W&B starts, so that a mistake leaves nothing behind
+            find_device(
+                settings.device
+            )  # before W&B starts, so that a mistake leaves nothing behind
             data = load(settings)
 
         def init_run(mode: str) -> wandb.Run:
@@ -125,7 +149,10 @@ def _open_on_rank_0(settings: SharedSettings, load: Load, init: Init, requests: 
                 settings = configured
                 data = load(settings)
             device = find_device(settings.device)
-            settings.device, settings.precision = device.type, find_precision(settings.precision, device)
+            settings.device, settings.precision = (
+                device.type,
+                find_precision(settings.precision, device),
+            )
             settings.id = run.id
             _record(run, settings, output_dir)
             history = History(run, output_dir / JOURNAL, wandb_step)
@@ -171,13 +198,22 @@ def _identify(settings: SharedSettings, task: str) -> None:
     """Resolve project, entity, run id, output directory and W&B mode. Raises `UserError`."""
     if settings.resume and not settings.output_dir:
         newest = newest_unfinished(task)
-        raise UserError("--resume needs --output_dir" + (f"; the newest unfinished run is {newest}" if newest else ""))
+        raise UserError(
+            "--resume needs --output_dir"
+            + (f"; the newest unfinished run is {newest}" if newest else "")
+        )
     config = read_json(Path(settings.output_dir, CONFIG)) or {} if settings.resume else {}
     before = {name: value for name, value in config.items() if isinstance(value, str)}
-    for name, variable in ("project", "WANDB_PROJECT"), ("entity", "WANDB_ENTITY"), ("id", "WANDB_RUN_ID"):
+    for name, variable in (
+        ("project", "WANDB_PROJECT"),
+        ("entity", "WANDB_ENTITY"),
+        ("id", "WANDB_RUN_ID"),
+    ):
         used, wanted = before.get(name), getattr(settings, name) or os.environ.get(variable)
         if used and wanted and used != wanted:
-            raise UserError(f"--resume: the run in {settings.output_dir} has --{name} {used}, not {wanted}")
+            raise UserError(
+                f"--resume: the run in {settings.output_dir} has --{name} {used}, not {wanted}"
+            )
         setattr(settings, name, used or wanted)
     settings.project = settings.project or task
     settings.id = settings.id or secrets.token_hex(4)
@@ -189,7 +225,9 @@ def _identify(settings: SharedSettings, task: str) -> None:
             raise UserError(f"--{name}: must be one line, got {value!r}")
     settings.wandb = wandb_run.wandb_mode(settings.wandb)
     if "WANDB_SWEEP_ID" in os.environ:
-        settings.project = settings.entity = settings.id = None  # W&B's agent has set them and warns about others
+        settings.project = settings.entity = settings.id = (
+            None  # W&B's agent has set them and warns about others
+        )
 
 
 def _finished_before(
@@ -199,7 +237,9 @@ def _finished_before(
     metrics = read_json(output_dir / METRICS)
     if metrics is None:
         return None
-    if checkpoint and not wandb_run.is_complete(settings.id, settings.wandb, checkpoint["position"]["step"]):
+    if checkpoint and not wandb_run.is_complete(
+        settings.id, settings.wandb, checkpoint["position"]["step"]
+    ):
         print(f"{output_dir} is finished, but W&B does not have all of it: the end is repeated.")
         return None
     print(f"{output_dir} is finished: see {output_dir / METRICS}")
@@ -215,13 +255,20 @@ def _record(run: wandb.Run, settings: SharedSettings, output_dir: Path) -> None:
             versions[library] = version(library)
     write_json(output_dir / CONFIG, used | {"versions": versions})
     with wandb_run.tolerate_wandb_errors(run):
-        run.config.update({k: v for k, v in used.items() if run.config.get(k) != v}, allow_val_change=True)
+        run.config.update(
+            {k: v for k, v in used.items() if run.config.get(k) != v}, allow_val_change=True
+        )
         run.tags = tuple(dict.fromkeys((*(run.tags or ()), settings.dataset)))
         if settings.save_code:
             root = Path(__file__).parent.parent
             packages = {root, Path(sys.argv[0]).resolve().parent}
-            packages |= {init.parent for depth in ("*", "*/*") for init in root.glob(f"{depth}/__init__.py")}
-            run.log_code(root, include_fn=lambda p: Path(p).parent in packages and p.endswith((".py", ".yaml")))
+            packages |= {
+                init.parent for depth in ("*", "*/*") for init in root.glob(f"{depth}/__init__.py")
+            }
+            run.log_code(
+                root,
+                include_fn=lambda p: Path(p).parent in packages and p.endswith((".py", ".yaml")),
+            )
 
 
 def _where_to_look(run: wandb.Run, output_dir: Path) -> str:

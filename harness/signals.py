@@ -68,7 +68,11 @@ class StopRequests:
     def _raise_late(self) -> None:
         if not self._training:
             raise self.first
-        saved = "starts over" if self.saved_step is None else f"goes on from the checkpoint of step {self.saved_step}"
+        saved = (
+            "starts over"
+            if self.saved_step is None
+            else f"goes on from the checkpoint of step {self.saved_step}"
+        )
         late = f"{self.first.reason}, and --stop_timeout {self._timeout:g} seconds have passed: the run {saved}"
         raise Stopped(late, self.first.status)
 

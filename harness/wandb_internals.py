@@ -74,7 +74,9 @@ def _report(loss: str) -> None:
 
 def kill_service() -> None:
     """Kill W&B's service, so that what waits for it ends with an error."""
-    process = functools.reduce(lambda owner, name: getattr(owner, name, None), SERVICE_PROCESS, wandb.setup())
+    process = functools.reduce(
+        lambda owner, name: getattr(owner, name, None), SERVICE_PROCESS, wandb.setup()
+    )
     if process is None:
         _report("a run may wait for W&B forever")
     else:

@@ -26,12 +26,18 @@ FINISH_TIMEOUT = {"none": 20, "best": 1800, "all": 1800}  # seconds, by --log_mo
 KILL_AFTER = 10  # seconds after that until the service is killed
 CLOSE_TIMEOUT = 2  # seconds to close the run after a signal
 CACHE_BYTES = 1 << 20  # a cache that can't take this much counts as full
-ARTIFACT_TIMEOUT = 5  # seconds to hand over artifacts at the end of a run; uploading them comes after that
+ARTIFACT_TIMEOUT = (
+    5  # seconds to hand over artifacts at the end of a run; uploading them comes after that
+)
 NO_ANSWER = ("W&B does not answer.", "The same command with --resume logs the rest once it does.")
 
-reported_runs: set[str] = set()  # ids of runs in which an error was reported; later ones are its consequences
+reported_runs: set[str] = (
+    set()
+)  # ids of runs in which an error was reported; later ones are its consequences
 lost_runs: set[str] = set()  # ids of runs whose W&B service is gone
-_workers: dict[str, tuple[queue.SimpleQueue, threading.Thread]] = {}  # by run id: what logs artifacts
+_workers: dict[
+    str, tuple[queue.SimpleQueue, threading.Thread]
+] = {}  # by run id: what logs artifacts
 
 
 @contextlib.contextmanager
@@ -60,16 +66,22 @@ def _starting() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not _is_raised_by_wandb(error) or type(error).__module__.startswith(("harness", "wandb.errors", "pydantic")):
+        if not _is_raised_by_wandb(error) or type(error).__module__.startswith(
+            ("harness", "wandb.errors", "pydantic")
+        ):
             raise
         with contextlib.suppress(Exception):
             wandb.teardown()  # or it complains at exit
         problem = f"W&B can't start: {str(error) or type(error).__name__}"
-        raise UserError(f"{problem}; see its environment variables and settings, or use --wandb disabled") from None
+        raise UserError(
+            f"{problem}; see its environment variables and settings, or use --wandb disabled"
+        ) from None
 
 
 def _is_raised_by_wandb(error: Exception) -> bool:
-    modules = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))
+    modules = (
+        frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)
+    )
     return any(module.startswith("wandb.") for module in modules)
 
 
@@ -132,15 +144,22 @@ def _start_service() -> None:
     thread.join(SERVICE_TIMEOUT)
     if thread.is_alive():
         problem = f"W&B's service did not start within {SERVICE_TIMEOUT} seconds"
-        raise UserError(f"{problem}: is there room in the temporary directory? --wandb disabled does without it", 1)
+        raise UserError(
+            f"{problem}: is there room in the temporary directory? --wandb disabled does without it",
+            1,
+        )
     if errors:
         raise errors[0]
 
 
-def init_options(settings: SharedSettings, mode: str, requests: StopRequests, resuming: bool) -> dict[str, Any]:
+def init_options(
+    settings: SharedSettings, mode: str, requests: StopRequests, resuming: bool
+) -> dict[str, Any]:
     """Arguments for `wandb.init` beside project, name, tags and config; W&B's stop button adds to `requests`."""
     return {
-        **{name: getattr(settings, name) for name in ("entity", "id", "job_type", "group", "notes")},
+        **{
+            name: getattr(settings, name) for name in ("entity", "id", "job_type", "group", "notes")
+        },
         "mode": mode,
         "save_code": settings.save_code or None,
         "resume": "allow" if resuming and mode == "online" else None,
@@ -155,7 +174,9 @@ def init_options(settings: SharedSettings, mode: str, requests: StopRequests, re
 
 
 @_starting()
-def start(init: Callable[[str], wandb.Run], settings: SharedSettings, resuming: bool) -> tuple[wandb.Run, int]:
+def start(
+    init: Callable[[str], wandb.Run], settings: SharedSettings, resuming: bool
+) -> tuple[wandb.Run, int]:
     """The W&B run that `init(mode)` starts, and the last step that W&B already has of it, -1 if none.
 
     If the server can't be reached or refuses, the run is offline, after at most 25 seconds. Artifacts are logged in
@@ -165,7 +186,11 @@ def start(init: Callable[[str], wandb.Run], settings: SharedSettings, resuming: 
     if settings.wandb != "disabled":
         _start_service()
     try:
-        logs = wandb_internals.log_files(settings.id) if settings.resume and settings.wandb != "disabled" else []
+        logs = (
+            wandb_internals.log_files(settings.id)
+            if settings.resume and settings.wandb != "disabled"
+            else []
+        )
         for log in logs:
             if not wandb_internals.synced_marker(log).exists():
                 wandb_internals.repair(log)
@@ -189,7 +214,9 @@ def start(init: Callable[[str], wandb.Run], settings: SharedSettings, resuming: 
     if not run.offline:
         _log_artifacts_in_background(run)
         return run, run.starting_step - 1 if run.resumed else -1
-    if not resuming:  # a run has a checkpoint before it has rows: any that are there are of another run
+    if (
+        not resuming
+    ):  # a run has a checkpoint before it has rows: any that are there are of another run
         return run, -1
     # Rows of an online process may not have reached the server: they are logged again unless it confirmed them.
     offline = [log for log in logs if log.parent.name.startswith("offline-")]
@@ -199,7 +226,10 @@ def start(init: Callable[[str], wandb.Run], settings: SharedSettings, resuming: 
 
 def _find_caches() -> None:
     """If W&B can't write its caches, as in a container with another user's home, let it use a temporary directory."""
-    caches = {"WANDB_CACHE_DIR": wandb.env.get_cache_dir(), "WANDB_DATA_DIR": wandb.env.get_data_dir()}
+    caches = {
+        "WANDB_CACHE_DIR": wandb.env.get_cache_dir(),
+        "WANDB_DATA_DIR": wandb.env.get_data_dir(),
+    }
     for name, directory in caches.items():
         try:
             Path(directory).mkdir(parents=True, exist_ok=True)
@@ -207,7 +237,9 @@ def _find_caches() -> None:
                 probe.write(bytes(CACHE_BYTES))
         except OSError as error:
             os.environ[name] = tempfile.mkdtemp(prefix="wandb-")
-            print(f"W&B can't write to {directory} ({error.strerror}): {name} is now {os.environ[name]}.")
+            print(
+                f"W&B can't write to {directory} ({error.strerror}): {name} is now {os.environ[name]}."
+            )
 
 
 def _log_artifacts_in_background(run: wandb.Run) -> None:

@@ -12,13 +12,20 @@ from reporting.predictions import Predictions
 from reporting.runs import Run, text
 
 POINTS, SHORT = 300_000, 500  # in all curves together; in a curve that is never thinned
-OVERVIEW = ("valid/loss", "train/loss_step", "valid/acc", "train/acc_step")  # after the monitored metrics
+OVERVIEW = (
+    "valid/loss",
+    "train/loss_step",
+    "valid/acc",
+    "train/acc_step",
+)  # after the monitored metrics
 
 
 def label(words: str, longest: int = 48) -> str:
     """Text for a chart, in which plotly.js would interpret HTML; long words are shortened in the middle."""
     half = longest // 2
-    return html.escape(words if len(words) <= longest else f"{words[:half]}…{words[1 - half :]}", quote=False)
+    return html.escape(
+        words if len(words) <= longest else f"{words[:half]}…{words[1 - half :]}", quote=False
+    )
 
 
 def finite(value: float) -> float | None:
@@ -28,7 +35,9 @@ def finite(value: float) -> float | None:
 
 def curves(runs: list[Run], groups: dict[str, list[Run]]) -> dict[str, Any]:
     """For each metric the curve of every run, and of every group of seeds its mean and standard deviation."""
-    names = dict.fromkeys(name for run in runs for row in run.rows for name in row if name not in ("step", "epoch"))
+    names = dict.fromkeys(
+        name for run in runs for row in run.rows for name in row if name not in ("step", "epoch")
+    )
     total = sum(len(run.rows) * 4 for run in runs)
     every = -(-total // POINTS)
     metrics: dict[str, Any] = {}
@@ -40,7 +49,9 @@ def curves(runs: list[Run], groups: dict[str, list[Run]]) -> dict[str, Any]:
             if rows:
                 x, y = [int(row["step"]) for row in rows], [finite(row[name]) for row in rows]
                 lines.append({"run": i, "x": x, "y": y})
-        bands = [{"group": i, **band(members, name, every)} for i, members in enumerate(groups.values())]
+        bands = [
+            {"group": i, **band(members, name, every)} for i, members in enumerate(groups.values())
+        ]
         metrics[name] = {"runs": lines, "groups": [band for band in bands if band["x"]]}
     monitored = list(dict.fromkeys(run.monitor for run in runs))
     overview = [name for name in dict.fromkeys([*monitored, *OVERVIEW]) if name in metrics][:4]
@@ -70,7 +81,9 @@ def band(runs: list[Run], name: str, every: int) -> dict[str, list[float]]:
     for step, values in thinned(sorted(at.items()), every):
         if len(values) > 1:
             middle = fmean(values)  # statistics.stdev is exact, and far slower
-            deviation = math.sqrt(sum((value - middle) ** 2 for value in values) / (len(values) - 1))
+            deviation = math.sqrt(
+                sum((value - middle) ** 2 for value in values) / (len(values) - 1)
+            )
             points.append((step, finite(middle), finite(deviation), len(values)))
     return dict(zip(("x", "y", "sd", "n"), map(list, zip(*points)))) if points else {"x": []}
 
@@ -78,7 +91,9 @@ def band(runs: list[Run], name: str, every: int) -> dict[str, list[float]]:
 def confusion(predictions: Predictions, class_names: list[str]) -> dict[str, Any]:
     """A confusion matrix with a row per label: shade and hover text give the share of the row."""
     classes = len(class_names)
-    cells = torch.bincount(predictions.labels * classes + predictions.predictions, minlength=classes**2)
+    cells = torch.bincount(
+        predictions.labels * classes + predictions.predictions, minlength=classes**2
+    )
     counts = cells.view(classes, classes)
     shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
     names = [label(text(name), 20) for name in class_names]

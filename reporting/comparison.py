@@ -38,7 +38,11 @@ def compare_runs(runs: list[Run], seeds: dict[str, list[Run]]) -> str:
             parts.append(f"<h3>{html.escape(heading)}</h3>")
         parts.append(pair(best, others[0]) if len(others) == 1 else best_of_many(best, others))
         family = next((members for members in seeds.values() if best[0] in members), [])
-        parts.append(disagreements(best, next((other for other in others if other[0] not in family), others[0])))
+        parts.append(
+            disagreements(
+                best, next((other for other in others if other[0] not in family), others[0])
+            )
+        )
     for reason, names in left_out.items():
         more = f" and {len(names) - 5} more" if len(names) > 5 else ""
         parts.append(paragraph(f"Not compared: {', '.join(names[:5])}{more} ({reason}).", "soft"))
@@ -56,7 +60,10 @@ def comparable_runs(runs: list[Run]) -> tuple[list[list[Predicted]], dict[str, l
         try:
             if run.metrics is None:
                 raise UserError("not finished")
-            if sum(len(members) for (metric, *_), members in sets.items() if metric == run.monitor) >= MOST_COMPARED:
+            if (
+                sum(len(members) for (metric, *_), members in sets.items() if metric == run.monitor)
+                >= MOST_COMPARED
+            ):
                 raise UserError(f"not among the {MOST_COMPARED} best by {run.monitor}")
             predictions = read_predictions(run.path)
             same = (run.monitor, text(run.config.get("dataset")), predictions.examples)
@@ -65,7 +72,9 @@ def comparable_runs(runs: list[Run]) -> tuple[list[list[Predicted]], dict[str, l
             left_out.setdefault(str(reason), []).append(text(run.label))
     alone = [text(members[0][0].label) for members in sets.values() if len(members) == 1]
     if alone:
-        left_out["no other run has predicted the same validation examples and monitors the same metric"] = alone
+        left_out[
+            "no other run has predicted the same validation examples and monitors the same metric"
+        ] = alone
     return [members for members in sets.values() if len(members) > 1], left_out
 
 
@@ -74,7 +83,8 @@ def difference(a: Predictions, b: Predictions, name: str) -> tuple[float, float,
     if name == "loss":
         return float((a.losses - b.losses).mean()), *paired_bootstrap(a.losses, b.losses)
     figures = [
-        evaluation(of.probabilities.clamp(min=1e-300).log(), of.labels).metrics.get(name, math.nan) for of in (a, b)
+        evaluation(of.probabilities.clamp(min=1e-300).log(), of.labels).metrics.get(name, math.nan)
+        for of in (a, b)
     ]
     if not all(map(math.isfinite, figures)):
         return math.nan, math.nan, math.nan
@@ -83,7 +93,9 @@ def difference(a: Predictions, b: Predictions, name: str) -> tuple[float, float,
         interval = paired_bootstrap_counts((a.predictions, b.predictions), a.labels, metric.compute)
     else:
         rows = [torch.cat([of.probabilities, of.labels[:, None]], 1) for of in (a, b)]
-        statistic = lambda rows: evaluation(rows[:, :-1].clamp(min=1e-300).log(), rows[:, -1].long()).metrics[name]  # noqa: E731
+        statistic = lambda rows: evaluation(
+            rows[:, :-1].clamp(min=1e-300).log(), rows[:, -1].long()
+        ).metrics[name]  # noqa: E731
         interval = paired_bootstrap(*rows, statistic, resamples=200)  # it is slow
     return figures[0] - figures[1], *interval
 
@@ -124,10 +136,20 @@ def best_of_many(best: Predicted, others: list[Predicted]) -> str:
     rows = []
     for other, of_other in others:
         gap, *interval = difference(of, of_other, run.monitor.rpartition("/")[2])
-        shown = cell(interval[0], f"{interval[0]:+.4g} to {interval[1]:+.4g}") if math.isfinite(gap) else None
+        shown = (
+            cell(interval[0], f"{interval[0]:+.4g} to {interval[1]:+.4g}")
+            if math.isfinite(gap)
+            else None
+        )
         words = verdict("The best", "This one", run.monitor, interval)
         rows.append([other.label, gap, shown, *mcnemar_exact(of.correct, of_other.correct), words])
-    header = ["run", f"{run.monitor}, best minus this", "95% interval", "only the best is right", "only this is right"]
+    header = [
+        "run",
+        f"{run.monitor}, best minus this",
+        "95% interval",
+        "only the best is right",
+        "only this is right",
+    ]
     lead = f"The best by {run.monitor}, {text(run.label)}, beside each other run on the same "
     method = (
         "Intervals are by paired bootstrap over the examples, p by McNemar's exact test of which examples are right. "
@@ -144,14 +166,21 @@ def compare_seeds(seeds: dict[str, list[Run]]) -> list[str]:
         metric = members[0].monitor
         values = [run.best.get(metric, math.nan) for run in one_per_seed(members)]
         if len(values) > 1 and all(map(math.isfinite, values)):
-            kinds.setdefault((metric, text(members[0].config.get("dataset"))), []).append((text(name), values))
+            kinds.setdefault((metric, text(members[0].config.get("dataset"))), []).append(
+                (text(name), values)
+            )
     sentences = []
     for (metric, _), ranked in kinds.items():
         ranked.sort(key=lambda group: mean(group[1]), reverse=not lower_is_better(metric))
         (best, values), *others = ranked
         for name, other in others[:MOST_GROUPS]:
-            p, splits = permutation_test(values, other), math.comb(len(values) + len(other), len(values))
-            least = (1 + (len(values) == len(other))) / splits  # swapping two groups of one size changes nothing
+            p, splits = (
+                permutation_test(values, other),
+                math.comb(len(values) + len(other), len(values)),
+            )
+            least = (
+                1 + (len(values) == len(other))
+            ) / splits  # swapping two groups of one size changes nothing
             found = f"{best} is better in {metric} than {name}"
             none = f"no evidence of a difference in {metric} between {best} and {name}"
             few = f"; with so few runs it can't be below {least:.2g}" if least > 0.05 else ""
@@ -172,6 +201,14 @@ def disagreements(a: Predicted, b: Predicted) -> str:
         margin = good.probabilities[chosen, labels] - bad.probabilities[chosen, labels]
         chosen = chosen[margin.argsort(descending=True, stable=True)].tolist()
         heading = f"{text(right.label)} right, {text(wrong.label)} wrong: {counted(len(chosen), 'example')}"
-        heading += f", the {MOST_SHOWN} on which they differ most" if len(chosen) > MOST_SHOWN else ""
-        parts.append(details(heading, show_examples(wrong, bad, chosen[:MOST_SHOWN], beside=good), opened=bool(chosen)))
+        heading += (
+            f", the {MOST_SHOWN} on which they differ most" if len(chosen) > MOST_SHOWN else ""
+        )
+        parts.append(
+            details(
+                heading,
+                show_examples(wrong, bad, chosen[:MOST_SHOWN], beside=good),
+                opened=bool(chosen),
+            )
+        )
     return "".join(parts)

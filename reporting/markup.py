@@ -24,24 +24,33 @@ def cell(value: Any, words: str | None = None) -> Markup:
         short = ' class="short"' if len(text(value)) <= 30 else ""
         return Markup(f"<td{short}>{html.escape(text(value))}</td>")
     exact = repr(value).replace("inf", "Infinity")
-    return Markup(f'<td class="number" data-value="{exact}" title="{exact}">{html.escape(words or text(value))}</td>')
+    return Markup(
+        f'<td class="number" data-value="{exact}" title="{exact}">{html.escape(words or text(value))}</td>'
+    )
 
 
 def table(header: list[str], rows: list[list[Any]], best: int | None = None) -> str:
     """A table that a click on its head sorts; the row `best` is bold."""
     head = "".join(f"<th>{html.escape(text(name))}</th>" for name in header)
-    body = "".join(f"<tr{' class=best' * (i == best)}>{''.join(map(cell, row))}</tr>" for i, row in enumerate(rows))
+    body = "".join(
+        f"<tr{' class=best' * (i == best)}>{''.join(map(cell, row))}</tr>"
+        for i, row in enumerate(rows)
+    )
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def details(summary: str, content: str, opened: bool = False) -> str:
     """Markup that a click on its summary shows or hides."""
-    return f"<details{' open' * opened}><summary>{html.escape(summary)}</summary>{content}</details>"
+    return (
+        f"<details{' open' * opened}><summary>{html.escape(summary)}</summary>{content}</details>"
+    )
 
 
 def picture(png: bytes, kind: str) -> str:
     """A PNG file as part of the page, in a CSS class."""
-    return f'<img class="{kind}" alt="" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+    return (
+        f'<img class="{kind}" alt="" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
+    )
 
 
 def counted(number: int, noun: str) -> str:

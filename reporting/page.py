@@ -32,7 +32,10 @@ def make_page(runs: list[Run], sweeps: list[dict[str, Any]], problems: list[str]
     sections.append(every_figure(runs))
     nonce, here = secrets.token_urlsafe(16), Path(__file__).parent
     style, code = ((here / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
-    data = "".join(f'<script type="application/json" id="{name}">{as_json(figures[name])}</script>' for name in figures)
+    data = "".join(
+        f'<script type="application/json" id="{name}">{as_json(figures[name])}</script>'
+        for name in figures
+    )
     return f"""<!doctype html>
 {MARK}
 <html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>
@@ -63,7 +66,10 @@ def overview(runs: list[Run]) -> str:
     states = [run.state.split(" at ")[0].split(":")[0] for run in runs]
     words = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states)) + "."
     best = {run.monitor: run for run in reversed(runs) if run.monitor in run.best}
-    words += "".join(f" Best {metric}: {text(run.best[metric])} ({text(run.label)})." for metric, run in best.items())
+    words += "".join(
+        f" Best {metric}: {text(run.best[metric])} ({text(run.label)})."
+        for metric, run in best.items()
+    )
     notes = (paragraph(f"{text(run.label)}: {note}.", "soft") for run in runs for note in run.notes)
     return paragraph(words) + "".join(notes)
 
@@ -80,9 +86,7 @@ def show_runs(runs: list[Run], seeds: dict[str, list[Run]]) -> str:
     best = 0 if len({run.monitor for run in runs}) == 1 < len(runs) else None
     parts = ["<h2>Runs</h2>", paragraph(remark, "soft"), table(header, rows, best)]
     if seeds:
-        remark = (
-            "Mean ± sample standard deviation over finished runs that differ in nothing but the seed, one per seed."
-        )
+        remark = "Mean ± sample standard deviation over finished runs that differ in nothing but the seed, one per seed."
         parts += ["<h2>Over seeds</h2>", paragraph(remark, "soft"), table(*seed_table(runs, seeds))]
     return "".join(parts)
 
@@ -95,7 +99,9 @@ def show_curves(runs: list[Run], seeds: dict[str, list[Run]], figures: dict[str,
     figures["curves-data"] = curves
     remark = "Drag to zoom, double-click to zoom out. A click in the legend hides or shows a run."
     remark += " Lines with a band are the mean ± standard deviation over seeds." if seeds else ""
-    remark += " Of long curves, only points at equal distances are drawn." if curves["thinned"] else ""
+    remark += (
+        " Of long curves, only points at equal distances are drawn." if curves["thinned"] else ""
+    )
     return f"""<h2>Curves</h2>{paragraph(remark, "soft")}
 <div class="controls"><label>Metric <select id="metric"></select></label>
 <label><input type="checkbox" id="log"> log scale</label>
@@ -108,7 +114,9 @@ def show_sweep(sweep: dict[str, Any], figures: dict[str, Any]) -> str:
     parts = [paragraph(sweep["summary"]), *(place(figures, figure) for figure in sweep["figures"])]
     shares = ", ".join(f"{text(name)} {share:.0%}" for name, share in sweep["importances"])
     none = f"Importances are computed at the end of a search with {sweep['enough']} complete trials or more."
-    return "".join(parts) + (paragraph(f"Importances: {shares}.") if shares else paragraph(none, "soft"))
+    return "".join(parts) + (
+        paragraph(f"Importances: {shares}.") if shares else paragraph(none, "soft")
+    )
 
 
 def show_run(run: Run, figures: dict[str, Any]) -> str:
@@ -116,19 +124,35 @@ def show_run(run: Run, figures: dict[str, Any]) -> str:
     parts = []
     try:
         of = read_predictions(run.path)
-        drawn = charts.confusion(of, run.class_names(of.probabilities.shape[1])), charts.reliability(of)
+        drawn = (
+            charts.confusion(of, run.class_names(of.probabilities.shape[1])),
+            charts.reliability(of),
+        )
         wrong = (~of.correct).nonzero().flatten()
         surest = wrong[of.probabilities[wrong].max(1).values.argsort(descending=True, stable=True)]
-        parts += ['<h2>Predictions</h2><div class="pair">', *(place(figures, chart) for chart in drawn), "</div>"]
-        parts += ["<h2>Most confident mistakes</h2>", paragraph(f"{len(wrong):,} of {len(of.labels):,} are wrong.")]
+        parts += [
+            '<h2>Predictions</h2><div class="pair">',
+            *(place(figures, chart) for chart in drawn),
+            "</div>",
+        ]
+        parts += [
+            "<h2>Most confident mistakes</h2>",
+            paragraph(f"{len(wrong):,} of {len(of.labels):,} are wrong."),
+        ]
         parts.append(show_examples(run, of, surest[:MOST_SHOWN].tolist()))
     except UserError as reason:
         parts.append(paragraph(f"No predictions to show: {reason}.", "soft"))
     if (run.path / "attributions.html").is_file():
-        content = html.escape((run.path / "attributions.html").read_text(encoding="utf-8", errors="replace"))
-        parts.append(f'<h2>Attributions</h2><iframe sandbox title="attributions" srcdoc="{content}"></iframe>')
+        content = html.escape(
+            (run.path / "attributions.html").read_text(encoding="utf-8", errors="replace")
+        )
+        parts.append(
+            f'<h2>Attributions</h2><iframe sandbox title="attributions" srcdoc="{content}"></iframe>'
+        )
     versions = {name: value for name, value in run.settings.items() if name not in run.config}
-    settings = [[name, text(value)] for name, value in (run.config | versions).items() if name != "versions"]
+    settings = [
+        [name, text(value)] for name, value in (run.config | versions).items() if name != "versions"
+    ]
     return "".join(parts) + "<h2>Settings</h2>" + table(["setting", "value"], settings)
 
 

@@ -51,14 +51,23 @@ def read_predictions(path: Path) -> Predictions:
     if not (path / "predictions.csv").is_file():
         raise UserError("no predictions.csv")
     try:
-        with (path / "predictions.csv").open(newline="", encoding="utf-8", errors="replace") as file:
+        with (path / "predictions.csv").open(
+            newline="", encoding="utf-8", errors="replace"
+        ) as file:
             header, *rows = csv.reader(file)
         columns = dict(zip(header, zip(*rows, strict=True)))
-        labels, predictions = (torch.tensor([*map(int, columns[name])]) for name in ("label", "prediction"))
-        cells = [columns[f"probability_{i}"] for i in range(sum(name.startswith("probability_") for name in columns))]
+        labels, predictions = (
+            torch.tensor([*map(int, columns[name])]) for name in ("label", "prediction")
+        )
+        cells = [
+            columns[f"probability_{i}"]
+            for i in range(sum(name.startswith("probability_") for name in columns))
+        ]
         if len(cells) > MAX_CLASSES:
             raise ValueError("too many classes")
-        probabilities = torch.tensor([[*map(float, column)] for column in cells], dtype=torch.float64).T
+        probabilities = torch.tensor(
+            [[*map(float, column)] for column in cells], dtype=torch.float64
+        ).T
         losses = torch.tensor([*map(float, columns["loss"])], dtype=torch.float64)
         ConfusionMatrix(probabilities.shape[1]).update(predictions, labels)  # checks the range
         calibration(probabilities, labels)  # checks the probabilities
@@ -71,7 +80,9 @@ def read_predictions(path: Path) -> Predictions:
 def images_of(run: Run, of: Predictions) -> Tensor | None:
     """The images that a run of train_mnist.py predicted, uint8 (examples, 1, 28, 28); None if they are not here."""
     try:
-        part = _held_out(*(run.config[name] for name in ("dataset", "data_dir", "valid_size", "slice")))
+        part = _held_out(
+            *(run.config[name] for name in ("dataset", "data_dir", "valid_size", "slice"))
+        )
     except (UserError, KeyError, TypeError, ValueError):
         return None
     return part.images if torch.equal(part.labels, of.labels) else None
@@ -86,7 +97,9 @@ def _held_out(name: str, data_dir: str, valid_size: int, every: int) -> ImageSet
     return digits.valid if len(digits.valid.labels) else digits.test
 
 
-def show_examples(run: Run, of: Predictions, indices: list[int], beside: Predictions | None = None) -> str:
+def show_examples(
+    run: Run, of: Predictions, indices: list[int], beside: Predictions | None = None
+) -> str:
     """Examples as images, sentences or numbers, with the label, the prediction and its probability.
 
     `beside` adds a column: the probability that another run gave the label.
@@ -102,8 +115,12 @@ def show_examples(run: Run, of: Predictions, indices: list[int], beside: Predict
         for i in indices:
             buffer = io.BytesIO()
             Image.fromarray(images[i, 0].numpy()).save(buffer, format="png")
-            words = html.escape(f"{text(names[labels[i]])} as {text(names[predictions[i]])}, {confidence[i]:.0%}")
-            figures.append(f"<figure>{picture(buffer.getvalue(), 'small')}<figcaption>{words}</figcaption></figure>")
+            words = html.escape(
+                f"{text(names[labels[i]])} as {text(names[predictions[i]])}, {confidence[i]:.0%}"
+            )
+            figures.append(
+                f"<figure>{picture(buffer.getvalue(), 'small')}<figcaption>{words}</figcaption></figure>"
+            )
         caption = paragraph("Label as prediction, and its probability:", "soft")
         return f'{caption}<div class="images">{"".join(figures)}</div>'
     header, rows = ["label", "prediction", "its probability"], []
@@ -111,5 +128,8 @@ def show_examples(run: Run, of: Predictions, indices: list[int], beside: Predict
         row: list[Any] = [names[labels[i]], names[predictions[i]], confidence[i]]
         row += [float(beside.probabilities[i, labels[i]])] if beside else []
         rows.append([of.sentences[i], *of.sources[i : i + 1], *row] if of.sentences else [i, *row])
-    header = [*(["sentence", "source"][: 1 + bool(of.sources)] if of.sentences else ["example"]), *header]
+    header = [
+        *(["sentence", "source"][: 1 + bool(of.sources)] if of.sentences else ["example"]),
+        *header,
+    ]
     return table([*header, "the other run's probability of the label"] if beside else header, rows)

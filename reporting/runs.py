@@ -17,10 +17,23 @@ from harness.files import read_json
 from harness.options import RUN_OPTIONS
 from metrics import lower_is_better
 
-KEY_FIGURES = ("valid/loss", "valid/acc", "valid/mcc", "test/loss", "test/acc")  # shown beside the monitored one
+KEY_FIGURES = (
+    "valid/loss",
+    "valid/acc",
+    "valid/mcc",
+    "test/loss",
+    "test/acc",
+)  # shown beside the monitored one
 MARK = "<!-- written by report.py -->"  # near the beginning of every page
 IDENTITY = set(RUN_OPTIONS) - {"name", "group", "notes", "tags"}  # what tells nothing about a run
-LOGGING = {"log_every", "watch", "watch_every", "checkpoint_every", "log_model", "data_dir"}  # nor does this
+LOGGING = {
+    "log_every",
+    "watch",
+    "watch_every",
+    "checkpoint_every",
+    "log_model",
+    "data_dir",
+}  # nor does this
 
 
 @dataclass
@@ -57,15 +70,25 @@ class Run:
     @property
     def settings(self) -> dict[str, Any]:
         """The settings that may tell runs apart, and the versions of the libraries as "version of torch"."""
-        settings = {name: value for name, value in self.config.items() if name not in IDENTITY | LOGGING | {"versions"}}
+        settings = {
+            name: value
+            for name, value in self.config.items()
+            if name not in IDENTITY | LOGGING | {"versions"}
+        }
         versions = self.config.get("versions")
         versions = versions if isinstance(versions, dict) else {}
-        return settings | {f"version of {library}": version for library, version in versions.items()}
+        return settings | {
+            f"version of {library}": version for library, version in versions.items()
+        }
 
     def class_names(self, classes: int) -> list[str]:
         """The names of the classes, as far as the run has left them; else their indices."""
         names = (self.metrics or {}).get("class_names")
-        return [*map(str, names if isinstance(names, list) and len(names) == classes else range(classes))]
+        return [
+            *map(
+                str, names if isinstance(names, list) and len(names) == classes else range(classes)
+            )
+        ]
 
 
 def is_number(value: Any) -> bool:
@@ -83,8 +106,14 @@ def find_runs(directories: Iterable[Path]) -> list[Run]:
     found: dict[Path, Path] = {}
     for directory in directories:
         if not directory.is_dir():
-            raise UserError(f"{directory} is not a directory" if directory.exists() else f"{directory} does not exist")
-        children = [directory] if holds_run(directory) else sorted(filter(holds_run, directory.iterdir()))
+            raise UserError(
+                f"{directory} is not a directory"
+                if directory.exists()
+                else f"{directory} does not exist"
+            )
+        children = (
+            [directory] if holds_run(directory) else sorted(filter(holds_run, directory.iterdir()))
+        )
         if not children:
             raise UserError(f"{directory} holds no run: no directory with {CONFIG} or {JOURNAL}")
         found |= {child.resolve(): child for child in children if child.resolve() not in found}
@@ -123,20 +152,28 @@ def read_run(path: Path) -> Run:
     label = str((config or {}).get("name") or path.resolve().name)
     run = Run(path, label, config or {}, rows, metrics, "finished", notes)
     if metrics is None:
-        run.state = f"under way at {run.last_step}" if is_locked(path) else f"died at {run.last_step}"
+        run.state = (
+            f"under way at {run.last_step}" if is_locked(path) else f"died at {run.last_step}"
+        )
     return run
 
 
 def read_journal(path: Path, notes: list[str]) -> list[dict[str, float]]:
     """The numbers of the rows of a journal, which may be damaged or end in the middle of a line."""
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+        lines = (
+            path.read_text(encoding="utf-8", errors="replace").splitlines()
+            if path.is_file()
+            else []
+        )
     except OSError:
         return []
     rows, damaged = [], 0
     for line in lines:
         try:
-            row = {name: float(value) for name, value in json.loads(line).items() if is_number(value)}
+            row = {
+                name: float(value) for name, value in json.loads(line).items() if is_number(value)
+            }
             if not math.isfinite(row["step"]):
                 raise ValueError("no step")
             rows.append(row)
@@ -173,22 +210,38 @@ def groups(runs: list[Run]) -> dict[str, list[Run]]:
     """Runs that differ in nothing but the seed, two or more together, by what sets the group apart from the others."""
     by_settings: dict[str, list[Run]] = {}
     for run in runs:
-        rest = {name: value for name, value in run.settings.items() if name not in ("seed", "name", "notes", "tags")}
+        rest = {
+            name: value
+            for name, value in run.settings.items()
+            if name not in ("seed", "name", "notes", "tags")
+        }
         if rest:
             by_settings.setdefault(json.dumps(rest, sort_keys=True), []).append(run)
-    seeded = [members for members in by_settings.values() if len({str(run.config.get("seed")) for run in members}) > 1]
-    names = [name for name in differing([members[0] for members in seeded]) if name not in ("seed", "name")]
+    seeded = [
+        members
+        for members in by_settings.values()
+        if len({str(run.config.get("seed")) for run in members}) > 1
+    ]
+    names = [
+        name
+        for name in differing([members[0] for members in seeded])
+        if name not in ("seed", "name")
+    ]
     named = {}
     for first, *others in seeded:
         label = ", ".join(f"{name} {text(first.settings.get(name))}" for name in names)
-        label = label or (f"{first.label} and other seeds" if len(others) + 1 < len(runs) else "all seeds")
+        label = label or (
+            f"{first.label} and other seeds" if len(others) + 1 < len(runs) else "all seeds"
+        )
         named[label if label not in named else f"{label}, {first.label}"] = [first, *others]
     return named
 
 
 def one_per_seed(members: list[Run]) -> list[Run]:
     """The finished runs of a group, for each seed the last by name: a run that was repeated counts once."""
-    finished = sorted((run for run in members if run.metrics is not None), key=lambda run: str(run.path))
+    finished = sorted(
+        (run for run in members if run.metrics is not None), key=lambda run: str(run.path)
+    )
     return [*{str(run.config.get("seed")): run for run in finished}.values()]
 
 
@@ -196,7 +249,13 @@ def text(value: Any) -> str:
     """A value of a file as it is shown: numbers to four digits, and no control characters."""
     if isinstance(value, float):
         return f"{value:.4g}"
-    words = "–" if value is None or value == [] else value if isinstance(value, str) else json.dumps(value)
+    words = (
+        "–"
+        if value is None or value == []
+        else value
+        if isinstance(value, str)
+        else json.dumps(value)
+    )
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in words)
 
 
@@ -204,7 +263,13 @@ def seconds(value: float | None) -> str:
     """A duration in the largest unit that fits."""
     if value is None or not math.isfinite(value):
         return text(value)
-    return f"{value:.1f} s" if value < 100 else f"{value / 60:.1f} min" if value < 6000 else f"{value / 3600:.1f} h"
+    return (
+        f"{value:.1f} s"
+        if value < 100
+        else f"{value / 60:.1f} min"
+        if value < 6000
+        else f"{value / 3600:.1f} h"
+    )
 
 
 def run_table(runs: list[Run]) -> tuple[list[str], list[list[Any]]]:
@@ -214,7 +279,12 @@ def run_table(runs: list[Run]) -> tuple[list[str], list[list[Any]]]:
     header = ["run", "state", *settings, "best epoch", *figures, "time"]
     shown = ["epoch", *figures, "seconds"]
     return header, [
-        [run.label, run.state, *(run.settings.get(name) for name in settings), *(run.best.get(name) for name in shown)]
+        [
+            run.label,
+            run.state,
+            *(run.settings.get(name) for name in settings),
+            *(run.best.get(name) for name in shown),
+        ]
         for run in runs
     ]
 
@@ -233,7 +303,9 @@ def seed_table(runs: list[Run], seeds: dict[str, list[Run]]) -> tuple[list[str],
         members = one_per_seed(group)
         row = [name, str(len(members))]
         for figure in figures:
-            values = [run.best[figure] for run in members if math.isfinite(run.best.get(figure, math.nan))]
+            values = [
+                run.best[figure] for run in members if math.isfinite(run.best.get(figure, math.nan))
+            ]
             few = f" (n = {len(values)})" if len(values) < len(members) else ""
             row.append(f"{mean(values):.4g} ± {stdev(values):.2g}{few}" if len(values) > 1 else "–")
         rows.append(row)

@@ -14,7 +14,13 @@ from reporting.charts import finite, label
 from reporting.runs import Run, text
 
 ENOUGH_TRIALS = 20  # complete ones; of fewer, importances are chance
-STATES = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed", "RUNNING": "under way", "WAITING": "waiting"}
+STATES = {
+    "COMPLETE": "complete",
+    "PRUNED": "pruned",
+    "FAIL": "failed",
+    "RUNNING": "under way",
+    "WAITING": "waiting",
+}
 
 
 def open_study(directory: Path, runs: list[Run]) -> Any:
@@ -25,15 +31,21 @@ def open_study(directory: Path, runs: list[Run]) -> Any:
         raise UserError("Optuna is not installed: pip install -r requirements-sweep.txt") from None
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
-        file = quote(str((directory / "study.db").resolve()))  # read only: the search may be under way
-        storage = optuna.storages.RDBStorage(f"sqlite:///file:{file}?mode=ro&uri=true", skip_table_creation=True)
+        file = quote(
+            str((directory / "study.db").resolve())
+        )  # read only: the search may be under way
+        storage = optuna.storages.RDBStorage(
+            f"sqlite:///file:{file}?mode=ro&uri=true", skip_table_creation=True
+        )
         study = optuna.load_study(study_name=None, storage=storage)
         trials = study.get_trials(deepcopy=False)
         if not isinstance(study.user_attrs.get("sweep"), dict) or len(study.directions) > 1:
             raise ValueError("it is not of sweep_offline.py")
     except Exception as error:  # SQLAlchemy's, SQLite's or Optuna's own: the file holds no study
         raise UserError(f"study.db can't be read ({str(error).splitlines()[0][:100]})") from None
-    by_directory = {run.path.name: run for run in runs if run.path.resolve().parent == directory.resolve()}
+    by_directory = {
+        run.path.name: run for run in runs if run.path.resolve().parent == directory.resolve()
+    }
     for trial in trials:
         run = by_directory.get(str(trial.user_attrs.get("run")))
         if run:
@@ -56,9 +68,14 @@ def sweep_charts(study: Any, directory: Path) -> dict[str, Any]:
     trials = study.get_trials(deepcopy=False)
     metric = sweep_metric(study)
     states = [trial.state.name for trial in trials]
-    counts = ", ".join(f"{states.count(state)} {words}" for state, words in STATES.items() if state in states)
+    counts = ", ".join(
+        f"{states.count(state)} {words}" for state, words in STATES.items() if state in states
+    )
     enough = states.count("COMPLETE") >= ENOUGH_TRIALS
-    figures = [history(trials, metric, study.direction.name == "MAXIMIZE"), parameters(trials, metric)]
+    figures = [
+        history(trials, metric, study.direction.name == "MAXIMIZE"),
+        parameters(trials, metric),
+    ]
     if "COMPLETE" in states:
         figures.insert(1, parallel_coordinates(study, metric))
     return {
@@ -72,17 +89,25 @@ def sweep_charts(study: Any, directory: Path) -> dict[str, Any]:
 
 def read_importances(directory: Path) -> list[tuple[str, float]]:
     """The importances that sweep_offline.py has computed at the end of the search; empty before."""
-    with contextlib.suppress(OSError, ValueError, csv.Error), (directory / "importances.csv").open(newline="") as file:
+    with (
+        contextlib.suppress(OSError, ValueError, csv.Error),
+        (directory / "importances.csv").open(newline="") as file,
+    ):
         return [(name, float(share)) for name, share in list(csv.reader(file))[1:]]
     return []
 
 
-def marks(trials: list[Any], metric: str, horizontal: Callable[[Any], Any], **axes: Any) -> list[dict[str, Any]]:
+def marks(
+    trials: list[Any], metric: str, horizontal: Callable[[Any], Any], **axes: Any
+) -> list[dict[str, Any]]:
     """A point for each trial: complete ones, and pruned ones with the last value that they reported."""
     traces = []
     for state, symbol, colour in (("COMPLETE", "circle", "#3b82c4"), ("PRUNED", "x", "#d9662b")):
         shown = [trial for trial in trials if trial.state.name == state and trial.value is not None]
-        names = ["<br>".join(label(f"{k} = {text(v)}") for k, v in trial.params.items()) for trial in shown]
+        names = [
+            "<br>".join(label(f"{k} = {text(v)}") for k, v in trial.params.items())
+            for trial in shown
+        ]
         traces.append({
             "x": [horizontal(trial) for trial in shown], "y": [finite(trial.value) for trial in shown],
             "text": [f"trial {trial.number}<br>{name}" for trial, name in zip(shown, names)], "mode": "markers",
@@ -109,7 +134,10 @@ def parameters(trials: list[Any], metric: str) -> dict[str, Any]:
     columns = min(4, len(spaces)) or 1
     rows = -(-len(spaces) // columns) or 1
     data: list[dict[str, Any]] = []
-    layout: dict[str, Any] = {"title": {"text": f"Each parameter against {label(metric)}"}, "height": 90 + 230 * rows}
+    layout: dict[str, Any] = {
+        "title": {"text": f"Each parameter against {label(metric)}"},
+        "height": 90 + 230 * rows,
+    }
     layout["grid"] = {"rows": rows, "columns": columns, "pattern": "independent"}
     for i, (name, space) in enumerate(spaces.items(), start=1):
         choices = getattr(space, "choices", None)
@@ -129,5 +157,7 @@ def parallel_coordinates(study: Any, metric: str) -> dict[str, Any]:
     from optuna import visualization
 
     figure = json.loads(visualization.plot_parallel_coordinate(study, target_name=metric).to_json())
-    figure["layout"]["title"] = {"text": "Complete trials: a line from each parameter's value to the next"}
+    figure["layout"]["title"] = {
+        "text": "Complete trials: a line from each parameter's value to the next"
+    }
     return figure

@@ -25,19 +25,31 @@ class TokenSet(NamedTuple):
 
 
 def tokenise(
-    sentences: list[str], labels: list[int], tokenizer: PreTrainedTokenizerBase, max_length: int, device: torch.device
+    sentences: list[str],
+    labels: list[int],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    device: torch.device,
 ) -> TokenSet:
     """Tokenise `sentences`, truncate them to `max_length` tokens, and move them to `device` with their labels."""
     parts, lengths, cut = [torch.tensor([tokenizer.pad_token_id], dtype=torch.int32)], [], 0
-    for i in range(0, len(sentences), 1000):  # in chunks: encodings and lists take far more memory than tensors
+    for i in range(
+        0, len(sentences), 1000
+    ):  # in chunks: encodings and lists take far more memory than tensors
         chunk = sentences[i : i + 1000]
         ids = tokenizer(chunk, truncation=True, max_length=max_length)["input_ids"]
         at_limit = [sentence for sentence, tokens in zip(chunk, ids) if len(tokens) == max_length]
-        cut += sum(len(tokens) > max_length for tokens in tokenizer(at_limit)["input_ids"]) if at_limit else 0
+        cut += (
+            sum(len(tokens) > max_length for tokens in tokenizer(at_limit)["input_ids"])
+            if at_limit
+            else 0
+        )
         parts.append(torch.tensor([*itertools.chain(*ids)], dtype=torch.int32))
         lengths += map(len, ids)
     offsets = torch.tensor([1, *lengths]).cumsum(0)
-    return TokenSet(torch.cat(parts).to(device), offsets, torch.tensor(labels).to(device), max(lengths), cut)
+    return TokenSet(
+        torch.cat(parts).to(device), offsets, torch.tensor(labels).to(device), max(lengths), cut
+    )
 
 
 def by_length(lengths: Tensor, batch_size: int, seed: tuple[int, int]) -> list[Tensor]:
@@ -68,5 +80,7 @@ def inputs_of(token_set: TokenSet, indices: Tensor) -> dict[str, Tensor]:
     # Round up to a multiple of eight: kernels are compiled and cached per shape, and rare shapes cost 60 MB.
     longest = min(-(-int((ends - starts).max()) // 8) * 8, token_set.longest)
     places = starts[:, None] + torch.arange(longest)
-    places = (places * (places < ends[:, None])).to(token_set.tokens.device, non_blocking=True)  # at 0 is padding
+    places = (places * (places < ends[:, None])).to(
+        token_set.tokens.device, non_blocking=True
+    )  # at 0 is padding
     return {"input_ids": token_set.tokens[places].long(), "attention_mask": places.sign()}

@@ -34,12 +34,17 @@ class Digits(NamedTuple):
 
     def to(self, device: torch.device | str) -> "Digits":
         """The same data set with all tensors on `device`."""
-        parts = (ImageSet(*(tensor.to(device) for tensor in part)) for part in (self.train, self.valid, self.test))
+        parts = (
+            ImageSet(*(tensor.to(device) for tensor in part))
+            for part in (self.train, self.valid, self.test)
+        )
         return Digits(self.name, *parts, self.class_names, self.files)
 
 
 GLYPH_SIDE = 56  # twice the final size, so that thin strokes survive resampling
-NO_IMAGES = ImageSet(torch.zeros(0, 1, 28, 28, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64))
+NO_IMAGES = ImageSet(
+    torch.zeros(0, 1, 28, 28, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64)
+)
 DIGIT_NAMES = [str(digit) for digit in range(10)]
 MNIST_SHA256 = {  # of the published files, uncompressed
     "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
@@ -47,7 +52,11 @@ MNIST_SHA256 = {  # of the published files, uncompressed
     "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
     "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
 }
-TORCHVISION_CLASS = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "kmnist": "KMNIST"}  # also the folder name
+TORCHVISION_CLASS = {
+    "mnist": "MNIST",
+    "fashion_mnist": "FashionMNIST",
+    "kmnist": "KMNIST",
+}  # also the folder name
 
 
 def load_digits(name: str, data_dir: str) -> Digits:
@@ -70,7 +79,11 @@ def split_digits(digits: Digits, valid_size: int, every: int) -> Digits:
     kept = len(images) - valid_size
     if kept < 1:
         raise UserError(f"--valid_size {valid_size} leaves no training image of {len(images)}")
-    parts = ImageSet(images[:kept], labels[:kept]), ImageSet(images[kept:], labels[kept:]), digits.test
+    parts = (
+        ImageSet(images[:kept], labels[:kept]),
+        ImageSet(images[kept:], labels[kept:]),
+        digits.test,
+    )
     thinned = (ImageSet(images[::every], labels[::every]) for images, labels in parts)
     return Digits(digits.name, *thinned, digits.class_names, digits.files)
 
@@ -84,15 +97,23 @@ def _torchvision_class(name: str) -> Any:
 def _sources(name: str, directory: Path) -> dict[Path, tuple[str, str]]:
     """Where each file is published, compressed, and the MD5 checksum of that."""
     kind = _torchvision_class(name)
-    return {directory / file.removesuffix(".gz"): (kind.mirrors[0] + file, md5) for file, md5 in kind.resources}
+    return {
+        directory / file.removesuffix(".gz"): (kind.mirrors[0] + file, md5)
+        for file, md5 in kind.resources
+    }
 
 
 def _read_digits(name: str, files: list[Path]) -> Digits:
     parts = []
     for image_file, label_file in (files[:2], files[2:]):
-        images, labels = _read_idx(image_file, name, (28, 28))[:, None], _read_idx(label_file, name, ()).long()
+        images, labels = (
+            _read_idx(image_file, name, (28, 28))[:, None],
+            _read_idx(label_file, name, ()).long(),
+        )
         if len(images) != len(labels):
-            raise UserError(f"{image_file} contains {len(images):,} images, but {label_file} {len(labels):,} labels")
+            raise UserError(
+                f"{image_file} contains {len(images):,} images, but {label_file} {len(labels):,} labels"
+            )
         if labels.max() > 9:
             raise UserError(f"{label_file} contains the label {labels.max()}, above 9")
         parts.append(ImageSet(images, labels))
@@ -119,7 +140,9 @@ def synthetic_digits(train: int = 20_000, test: int = 4_000, seed: int = 0) -> D
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(10, (train + test,), generator=generator)
     font = ImageFont.load_default(size=44)
-    glyphs = torch.zeros(3, 10, GLYPH_SIDE, GLYPH_SIDE)  # each digit upright and centered, in three stroke widths
+    glyphs = torch.zeros(
+        3, 10, GLYPH_SIDE, GLYPH_SIDE
+    )  # each digit upright and centered, in three stroke widths
     for stroke_width in range(3):
         for digit in range(10):
             canvas = Image.new("L", (GLYPH_SIDE, GLYPH_SIDE))
@@ -138,12 +161,19 @@ def _deformed(glyphs: Tensor, labels: Tensor, generator: torch.Generator) -> Ten
     def uniform(low: float, high: float, *shape: int) -> Tensor:
         return low + (high - low) * torch.rand(n, *shape, generator=generator)
 
-    angle, shear, shrink_x, shrink_y = uniform(-0.35, 0.35), uniform(-0.25, 0.25), uniform(0.8, 1.3), uniform(0.8, 1.2)
+    angle, shear, shrink_x, shrink_y = (
+        uniform(-0.35, 0.35),
+        uniform(-0.25, 0.25),
+        uniform(0.8, 1.3),
+        uniform(0.8, 1.2),
+    )
     affine = torch.zeros(n, 2, 3)  # from image to glyph coordinates
     affine[:, 0, 0], affine[:, 0, 1] = angle.cos() * shrink_x, (shear - angle.sin()) * shrink_x
     affine[:, 1, 0], affine[:, 1, 1] = angle.sin() * shrink_y, angle.cos() * shrink_y
     affine[:, :, 2] = uniform(-0.15, 0.15, 2)
-    warp = F.interpolate(uniform(-0.12, 0.12, 2, 4, 4), size=28, mode="bicubic", align_corners=False)
+    warp = F.interpolate(
+        uniform(-0.12, 0.12, 2, 4, 4), size=28, mode="bicubic", align_corners=False
+    )
     stroke_width = torch.randint(len(glyphs), (n,), generator=generator)
     grid = F.affine_grid(affine, [n, 1, 28, 28], align_corners=False) + warp.permute(0, 2, 3, 1)
     ink = F.grid_sample(glyphs[stroke_width, labels][:, None], grid, align_corners=False)

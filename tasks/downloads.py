@@ -14,7 +14,11 @@ from harness.files import replacing
 
 
 def has_files(
-    name: str, files: list[Path], data_dir: str, sources: Callable[[], Mapping[Path, tuple[str, str]]], optional: bool
+    name: str,
+    files: list[Path],
+    data_dir: str,
+    sources: Callable[[], Mapping[Path, tuple[str, str]]],
+    optional: bool,
 ) -> bool:
     """Whether the `files` of a data set are in `data_dir`, if need be after a download.
 
@@ -28,7 +32,11 @@ def has_files(
         if missing:
             _download(sources())
         return True
-    except (OSError, http.client.HTTPException, ValueError) as error:  # the last after a redirection to no URL
+    except (
+        OSError,
+        http.client.HTTPException,
+        ValueError,
+    ) as error:  # the last after a redirection to no URL
         problem = f"{name} is not in {data_dir}: {missing} missing, and can't be downloaded: {one_line(error)}"
     advice = f"put the uncompressed files into {files[0].parent}, or pass another --data_dir"
     if not optional:
@@ -70,7 +78,9 @@ def why_unreachable(url: str, seconds: float = 4.0) -> str | None:
 
     def probe() -> None:
         try:
-            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=seconds).close()
+            urllib.request.urlopen(
+                urllib.request.Request(url, method="HEAD"), timeout=seconds
+            ).close()
             outcome[0] = None
         except Exception as error:  # any: URL and proxy may come from the environment
             answered = isinstance(error, urllib.error.HTTPError)

@@ -6,7 +6,12 @@ import random
 NOUNS = ["boy", "girl", "teacher", "doctor", "farmer"]
 THINGS = ["book", "letter", "picture", "chair", "key"]
 OBJECTS = [f"the {thing}{ending}" for ending in ("", "s") for thing in THINGS]
-INTRANSITIVE = {"sleep": "slept", "arrive": "arrived", "wait": "waited", "smile": "smiled"}  # base: past
+INTRANSITIVE = {
+    "sleep": "slept",
+    "arrive": "arrived",
+    "wait": "waited",
+    "smile": "smiled",
+}  # base: past
 TRANSITIVE = [  # base, past, participle
     ("take", "took", "taken"),
     ("choose", "chose", "chosen"),
@@ -16,7 +21,13 @@ TRANSITIVE = [  # base, past, participle
 REFLEXIVE, KNOW = ["admire", "blame", "describe"], ["know", "remember", "forget"]
 REFLEXIVE_OF = {"boy": "himself", "girl": "herself"}
 ADJECTIVES = ["old", "young", "tall", "famous", "quiet", "angry", "happy", "clever"]
-PLACES = ["near the river", "behind the house", "in the garden", "beside the road", "at the station"]
+PLACES = [
+    "near the river",
+    "behind the house",
+    "in the garden",
+    "beside the road",
+    "at the station",
+]
 ADVERBS = ["today", "every day", "again", "quickly", "in the morning", "without a word"]
 SINGULAR_DETERMINERS, PLURAL_DETERMINERS = ["this", "that", "every"], ["these", "those", "many"]
 
@@ -53,7 +64,10 @@ def word_order(rng: random.Random) -> tuple[str, str]:
         rng.choice(OBJECTS),
     )
     subject = f"the {adjective} {noun}"
-    wrong_subjects = [f"the {noun} {adjective} {verb} {thing}", f"{adjective} the {noun} {verb} {thing}"]
+    wrong_subjects = [
+        f"the {noun} {adjective} {verb} {thing}",
+        f"{adjective} the {noun} {verb} {thing}",
+    ]
     wrong_verbs = [f"{subject} {thing} {verb}", f"{verb} {subject} {thing}"]
     return f"{subject} {verb} {thing}", rng.choice(wrong_subjects + wrong_verbs)
 
@@ -81,7 +95,11 @@ def reflexive(rng: random.Random) -> tuple[str, str]:
 
 def wh_movement(rng: random.Random) -> tuple[str, str]:
     """A fronted "what" leaves a gap in the object position."""
-    subject, thing, (base, past, _) = _person(rng, False), rng.choice(OBJECTS), rng.choice(TRANSITIVE)
+    subject, thing, (base, past, _) = (
+        _person(rng, False),
+        rng.choice(OBJECTS),
+        rng.choice(TRANSITIVE),
+    )
     if rng.random() < 0.5:
         return f"what did {subject} {base}", f"what did {subject} {base} {thing}"
     outer, verb = _person(rng, True), rng.choice(KNOW)
@@ -92,19 +110,34 @@ def auxiliary(rng: random.Random) -> tuple[str, str]:
     """An auxiliary determines the form of the verb after it."""
     plural, (base, past, participle) = rng.random() < 0.5, rng.choice(TRANSITIVE)
     subject, thing = _person(rng, plural), rng.choice(OBJECTS)
-    helper, right = rng.choice([("will", base), ("must", base), ("have" if plural else "has", participle)])
+    helper, right = rng.choice(
+        [("will", base), ("must", base), ("have" if plural else "has", participle)]
+    )
     wrong = rng.choice([form for form in (base, past, participle) if form != right])
     return f"{subject} {helper} {right} {thing}", f"{subject} {helper} {wrong} {thing}"
 
 
 def question(rng: random.Random) -> tuple[str, str]:
     """In a question with "did", the auxiliary comes first and the verb is in its base form."""
-    subject, (base, past, _), thing = _person(rng, rng.random() < 0.5), rng.choice(TRANSITIVE), rng.choice(OBJECTS)
+    subject, (base, past, _), thing = (
+        _person(rng, rng.random() < 0.5),
+        rng.choice(TRANSITIVE),
+        rng.choice(OBJECTS),
+    )
     wrong = rng.choice([f"did {subject} {past} {thing}", f"{subject} did {base} {thing} did"])
     return f"did {subject} {base} {thing}", wrong
 
 
-RULES = (agreement, determiner, word_order, argument_structure, reflexive, wh_movement, auxiliary, question)
+RULES = (
+    agreement,
+    determiner,
+    word_order,
+    argument_structure,
+    reflexive,
+    wh_movement,
+    auxiliary,
+    question,
+)
 
 
 def minimal_pairs(count: int, seed: int = 0) -> list[tuple[str, str, str]]:

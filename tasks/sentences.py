@@ -17,7 +17,9 @@ class Sentences(NamedTuple):
 
     sentences: list[str]
     labels: list[int]  # indices into the corpus's class names
-    sources: list[str]  # for each sentence a publication, a file, or the rule of the built-in grammar
+    sources: list[
+        str
+    ]  # for each sentence a publication, a file, or the rule of the built-in grammar
 
 
 class Corpus(NamedTuple):
@@ -39,7 +41,9 @@ COLA_SHA256 = "2cf856f46df11c143d38e0cf2f9f34ff2fdb088c521cd859f5c4b9581683278b"
 ACCEPTABILITY = ["unacceptable", "acceptable"]
 
 
-def load_corpus(name: str, data_dir: str, train_file: str | None = None, valid_file: str | None = None) -> Corpus:
+def load_corpus(
+    name: str, data_dir: str, train_file: str | None = None, valid_file: str | None = None
+) -> Corpus:
     """Load "cola" from `data_dir`, downloading it there if needed, or the user's "files", or "synthetic".
 
     "auto" is the user's files if named, else CoLA, else, with a loud warning, "synthetic". Raises `UserError`.
@@ -48,11 +52,19 @@ def load_corpus(name: str, data_dir: str, train_file: str | None = None, valid_f
         raise UserError("--train_file and --valid_file go together: name both")
     if train_file and valid_file:
         if name not in ("auto", "files"):
-            raise UserError(f"--dataset {name} and --train_file exclude each other: drop one of them")
+            raise UserError(
+                f"--dataset {name} and --train_file exclude each other: drop one of them"
+            )
         return _read_user_files(Path(train_file), Path(valid_file))
     if name != "synthetic":
         path = Path(data_dir) / "cola_public_1.1.zip"
-        if has_files("cola", [path], data_dir, lambda: {path: (COLA_URL, COLA_SHA256)}, optional=name == "auto"):
+        if has_files(
+            "cola",
+            [path],
+            data_dir,
+            lambda: {path: (COLA_URL, COLA_SHA256)},
+            optional=name == "auto",
+        ):
             return _read_cola(path)
     return synthetic_sentences()
 
@@ -60,7 +72,9 @@ def load_corpus(name: str, data_dir: str, train_file: str | None = None, valid_f
 def _read_cola(path: Path) -> Corpus:
     content = path.read_bytes()
     if hashlib.sha256(content).hexdigest() != COLA_SHA256:
-        raise UserError(f"{path} is damaged: it differs from the published file (SHA-256); delete it to replace it")
+        raise UserError(
+            f"{path} is damaged: it differs from the published file (SHA-256); delete it to replace it"
+        )
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         train, in_domain, out_of_domain = (
             parse_cola(archive.read(f"cola_public/raw/{part}.tsv"), f"{path}: {part}.tsv")
@@ -84,7 +98,9 @@ def _read_user_files(train_file: Path, valid_file: Path) -> Corpus:
     labels = {label for _, _, label, _ in train}
     if not 2 <= len(labels) <= 1000 or (len(train) >= 20 and 2 * len(labels) > len(train)):
         counts = f"{len(labels):,} distinct labels in {len(train):,} rows"
-        raise UserError(f"{train_file}: column 'label' has {counts}; does another column hold the classes?")
+        raise UserError(
+            f"{train_file}: column 'label' has {counts}; does another column hold the classes?"
+        )
     classes = sorted(labels, key=_order)
     parts = (_numbered(rows, classes, str(train_file)) for rows in (train, valid))
     return Corpus("files", *parts, {}, classes, [train_file, valid_file])
@@ -108,9 +124,15 @@ def _read_table(path: Path) -> list[Row]:
     header, *rows = table
     for column in ("sentence", "label"):
         if header.count(column) != 1:
-            hint = "; the file is comma-separated: name it .csv" if len(header) == 1 and "," in header[0] else ""
+            hint = (
+                "; the file is comma-separated: name it .csv"
+                if len(header) == 1 and "," in header[0]
+                else ""
+            )
             names = str(header)[1:-1][:300]
-            raise UserError(f"{path}, row 1: the header must name one column {column!r}, not {names}{hint}")
+            raise UserError(
+                f"{path}, row 1: the header must name one column {column!r}, not {names}{hint}"
+            )
     return _rows(rows, header, str(path), first=2)
 
 
@@ -118,7 +140,9 @@ def _table(content: bytes, name: str, dialect: dict[str, Any]) -> list[list[str]
     """Rows of columns in a UTF-8 file whose lines end in CR, LF or CRLF."""
     table = []
     try:
-        for row in csv.reader((f"{line.decode()}\n" for line in content.splitlines()), strict=True, **dialect):
+        for row in csv.reader(
+            (f"{line.decode()}\n" for line in content.splitlines()), strict=True, **dialect
+        ):
             table.append(row)
         return table
     except UnicodeDecodeError:
@@ -156,6 +180,10 @@ def _numbered(rows: list[Row], classes: list[str], origin: str) -> Sentences:
 def synthetic_sentences(train: int = 12_000, valid: int = 1_000, seed: int = 0) -> Corpus:
     """Minimal pairs of the built-in grammar, each in one part only; the same arguments give the same sentences."""
     pairs = minimal_pairs((train + valid) // 2, seed)
-    rows = [(sentence, label, rule) for good, bad, rule in pairs for sentence, label in ((good, 1), (bad, 0))]
+    rows = [
+        (sentence, label, rule)
+        for good, bad, rule in pairs
+        for sentence, label in ((good, 1), (bad, 0))
+    ]
     parts = (Sentences(*map(list, zip(*part))) for part in (rows[:train], rows[train:]))
     return Corpus("synthetic", *parts, {}, ACCEPTABILITY, [])

@@ -42,7 +42,13 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The tests that mostly wait come first, so that they do not hold up the end."""
-    waiting = "test_wandb_fails.py", "test_wandb_models.py", "test_storage.py", "test_hosts.py", "test_models.py"
+    waiting = (
+        "test_wandb_fails.py",
+        "test_wandb_models.py",
+        "test_storage.py",
+        "test_hosts.py",
+        "test_models.py",
+    )
     items.sort(key=lambda item: item.path.name not in waiting)
 
 
@@ -59,16 +65,28 @@ def pytest_runtest_protocol() -> Generator[None, object, object]:
 
 def clean_environment(home: Path, **changes: str) -> dict[str, str]:
     """The environment of a fresh machine: no account, no network, no W&B settings."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_") and k not in ("NETRC", "CI")}
-    proxies = {"http_proxy": DEAD_PROXY, "https_proxy": DEAD_PROXY, "no_proxy": "127.0.0.1,localhost"}
+    kept = {
+        k: v
+        for k, v in os.environ.items()
+        if not k.startswith("WANDB_") and k not in ("NETRC", "CI")
+    }
+    proxies = {
+        "http_proxy": DEAD_PROXY,
+        "https_proxy": DEAD_PROXY,
+        "no_proxy": "127.0.0.1,localhost",
+    }
     return {**kept, **proxies, "HOME": str(home), "PYTHONDONTWRITEBYTECODE": "1", **changes}
 
 
-def call(script: str, *arguments: object, cwd: Path, real: bool = False, **environment: str) -> SimpleNamespace:
+def call(
+    script: str, *arguments: object, cwd: Path, real: bool = False, **environment: str
+) -> SimpleNamespace:
     """Run a project script in `cwd`; return its `status`, `out` and `err`. `real`: in a new interpreter."""
     command = [sys.executable, REPO / script, *map(str, arguments)]
     popen = subprocess.Popen if real else forking.Popen
-    done = forking.run(command, popen, cwd=cwd, env=clean_environment(cwd, **environment), text=True, timeout=600)
+    done = forking.run(
+        command, popen, cwd=cwd, env=clean_environment(cwd, **environment), text=True, timeout=600
+    )
     return SimpleNamespace(status=done.returncode, out=done.stdout, err=done.stderr)
 
 
@@ -80,13 +98,21 @@ def write_mnist(root: Path, digits: Digits, folder: str = "MNIST") -> Path:
         header = struct.pack(">4i", 0x803, len(labels), 28, 28)
         (raw / f"{part}-images-idx3-ubyte").write_bytes(header + images.numpy().tobytes())
         header = struct.pack(">2i", 0x801, len(labels))
-        (raw / f"{part}-labels-idx1-ubyte").write_bytes(header + labels.to(torch.uint8).numpy().tobytes())
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(
+            header + labels.to(torch.uint8).numpy().tobytes()
+        )
     return raw
 
 
 def wandb_records(cwd: Path) -> list[dict]:
     """All records of the latest W&B run in `cwd`, as printed by `wandb leet inspect`."""
-    command = [Path(sys.executable).with_name("wandb"), "leet", "inspect", "--json", cwd / "wandb/latest-run"]
+    command = [
+        Path(sys.executable).with_name("wandb"),
+        "leet",
+        "inspect",
+        "--json",
+        cwd / "wandb/latest-run",
+    ]
     printed = forking.run(command, cwd=cwd, env=clean_environment(cwd), text=True)
     assert printed.returncode == 0, printed.stderr
     return [json.loads(line) for line in printed.stdout.splitlines()]
@@ -108,10 +134,14 @@ def finished_run(script: str, cwd: Path, *arguments: object, **options: Any) -> 
     out = cwd / "out"
     done.cwd, done.files = cwd, out
     done.journal = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
-    done.metrics, done.config = (json.loads((out / f"{name}.json").read_text()) for name in ("metrics", "config"))
+    done.metrics, done.config = (
+        json.loads((out / f"{name}.json").read_text()) for name in ("metrics", "config")
+    )
     if (cwd / "wandb/latest-run").exists():
         done.records = wandb_records(cwd)
-        done.history = [record["history"]["item"] for record in done.records if record["type"] == "history"]
+        done.history = [
+            record["history"]["item"] for record in done.records if record["type"] == "history"
+        ]
         done.summary = merged(done.records, "summary")
     return done
 
@@ -138,7 +168,9 @@ def small_mnist(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """A `train_mnist.py` run with everything on, shared by many tests."""
     arguments = "--dataset synthetic --slice 5 --valid_size 4000 --epochs 3 --log_model all --save_code".split()
     arguments += ["--tags", "one", "two words", "--notes", "a note"]
-    return made_once(tmp_path_factory, "small_mnist", lambda cwd: finished_run("train_mnist.py", cwd, *arguments))
+    return made_once(
+        tmp_path_factory, "small_mnist", lambda cwd: finished_run("train_mnist.py", cwd, *arguments)
+    )
 
 
 @pytest.fixture(scope="session")
@@ -147,6 +179,8 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, SimpleName
     from tests import killing  # which imports this module
 
     return {
-        script: made_once(tmp_path_factory, f"reference-{script}", partial(killing.reference, script))
+        script: made_once(
+            tmp_path_factory, f"reference-{script}", partial(killing.reference, script)
+        )
         for script in killing.ARGUMENTS
     }

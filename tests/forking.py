@@ -55,8 +55,14 @@ class Server:
     """Starts with the first run, and ends with the process of the tests."""
 
     def __init__(self, environment: Mapping[str, str]):
-        self.environment = {name: value for name, value in environment.items() if not HARMLESS.fullmatch(name)}
-        self.environment |= {"HOME": HOME, "PATH": os.environ["PATH"], "PYTHONDONTWRITEBYTECODE": "1"}
+        self.environment = {
+            name: value for name, value in environment.items() if not HARMLESS.fullmatch(name)
+        }
+        self.environment |= {
+            "HOME": HOME,
+            "PATH": os.environ["PATH"],
+            "PYTHONDONTWRITEBYTECODE": "1",
+        }
         self.address, self.lock = "", threading.Lock()
 
     def listen(self) -> tuple[socket.socket, socket.socket]:
@@ -131,11 +137,22 @@ def server_for(given: dict[str, Any]) -> Server | None:
 
     A child has the interpreter, the imports and the variables of the server, and is at home where it starts.
     """
-    command, environment, cwd = python_command(given), given["env"], str(given["cwd"] or os.getcwd())
-    if sys.platform != "linux" or not environment or given["preexec_fn"] or not "".join(command).isascii():
+    command, environment, cwd = (
+        python_command(given),
+        given["env"],
+        str(given["cwd"] or os.getcwd()),
+    )
+    if (
+        sys.platform != "linux"
+        or not environment
+        or given["preexec_fn"]
+        or not "".join(command).isascii()
+    ):
         return None
     first = [*command[command[1:2] == ["-u"] :], ""][1]
-    script = first.endswith(".py") and Path(first).name != "objective.py"  # which imports next to nothing
+    script = (
+        first.endswith(".py") and Path(first).name != "objective.py"
+    )  # which imports next to nothing
     runs = first == "-c" or script or command[1:3] == TORCHRUN
     if command[0] != str(WANDB) and not (command[0] == sys.executable and runs):
         return None
@@ -159,8 +176,14 @@ class Popen(subprocess.Popen):
             super()._execute_child(*arguments)
             return
         command = python_command(given)
-        pipes = [given[name] for name in ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")]
-        streams = [number if pipe == -1 else pipe for number, pipe in enumerate((pipes[0], pipes[3], pipes[5]))]
+        pipes = [
+            given[name]
+            for name in ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
+        ]
+        streams = [
+            number if pipe == -1 else pipe
+            for number, pipe in enumerate((pipes[0], pipes[3], pipes[5]))
+        ]
         request = {
             "arguments": command[1:] if command[0] == sys.executable else command,
             "cwd": str(given["cwd"] or os.getcwd()),
@@ -175,7 +198,9 @@ def run(
     command: list[Any], popen: type = Popen, timeout: float | None = None, **options: Any
 ) -> subprocess.CompletedProcess:
     """`subprocess.run`, by default with that `Popen`; captures both streams by default."""
-    with popen(command, **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}) as process:
+    with popen(
+        command, **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
+    ) as process:
         try:
             out, err = process.communicate(timeout=timeout)
         except BaseException:
@@ -191,17 +216,24 @@ def do_imports() -> dict[str, str]:
     """Import all that scripts need, as they do it; returns the variables which that sets."""
     import tqdm
 
-    os.environ |= {"GOMP_SPINCOUNT": "1000", "OTEL_SDK_DISABLED": "true"}  # as harness/script.py does
+    os.environ |= {
+        "GOMP_SPINCOUNT": "1000",
+        "OTEL_SDK_DISABLED": "true",
+    }  # as harness/script.py does
     before = dict(os.environ)
     gc.disable()
     sys.path[0] = str(REPO)
     for name in MODULES:
         with contextlib.suppress(ImportError):  # another version has no such module
             importlib.import_module(name)
-    tqdm.tqdm.set_lock(threading.RLock())  # all children would share the default one, which a killed child may hold
+    tqdm.tqdm.set_lock(
+        threading.RLock()
+    )  # all children would share the default one, which a killed child may hold
     with contextlib.suppress(ImportError, AttributeError):
         remember_what_is_installed()
-    for name, module in [*sys.modules.items()]:  # a child imports the project's own modules, from where it finds them
+    for name, module in [
+        *sys.modules.items()
+    ]:  # a child imports the project's own modules, from where it finds them
         if name != "__main__" and str(getattr(module, "__file__", "")).startswith(f"{REPO}/"):
             del sys.modules[name]
     for registered in getattr(weakref.finalize, "_registry", ()):
@@ -225,9 +257,13 @@ def remember_what_is_installed() -> None:
     _registration.ONNXRegistry.from_torchlib = staticmethod(operators)
     train_mnist, interval = sys.modules["train_mnist"], tqdm.tqdm.monitor_interval
     tqdm.tqdm.monitor_interval = 0  # no thread, which a child would miss
-    with tempfile.TemporaryDirectory() as directory:  # the first export and the first save of a process take longer
+    with (
+        tempfile.TemporaryDirectory() as directory
+    ):  # the first export and the first save of a process take longer
         train_mnist.export_onnx(Path(directory, "model.onnx"), train_mnist.ConvNet([1, 1]).eval())
-        bert = transformers.BertConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1)
+        bert = transformers.BertConfig(
+            vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1
+        )
         transformers.BertForSequenceClassification(bert).save_pretrained(directory)
     torch._export.utils._materialize_cpp_cia_ops = lambda: None  # done by that export
     tqdm.tqdm.monitor_interval = interval
@@ -260,7 +296,9 @@ def serve(listener: socket.socket, lifeline: socket.socket) -> dict[str, Any]:
                 os._exit(0)
             for opened in (connection, listener, lifeline):
                 opened.close()
-            apart = [fcntl.fcntl(file, fcntl.F_DUPFD, 500) for file in files]  # from the numbers that they get
+            apart = [
+                fcntl.fcntl(file, fcntl.F_DUPFD, 500) for file in files
+            ]  # from the numbers that they get
             for number in (reading, writing, *files):
                 os.close(number)
             for file, number in zip(apart, [0, 1, 2, *passed]):
@@ -290,7 +328,9 @@ def fork_children(environment: dict[str, str]) -> None:
     lifeline.close()
 
 
-def become(arguments: list[str], cwd: str, environment: dict[str, str], imported: dict[str, str]) -> None:
+def become(
+    arguments: list[str], cwd: str, environment: dict[str, str], imported: dict[str, str]
+) -> None:
     """Do what `python *arguments` does, in this process."""
     name_process("python")
     os.setsid()
@@ -298,11 +338,17 @@ def become(arguments: list[str], cwd: str, environment: dict[str, str], imported
     os.environ.clear()
     os.environ.update(imported | environment)
     tempfile.tempdir = None  # TMPDIR may be another one
-    if media := sys.modules.get("wandb.sdk.data_types._private"):  # or the first child to end would remove it for all
+    if media := sys.modules.get(
+        "wandb.sdk.data_types._private"
+    ):  # or the first child to end would remove it for all
         media.MEDIA_TMP.name = tempfile.mkdtemp("wandb-media")
-        atexit.unregister(shutil.rmtree)  # of the parent's, if this is a run of torchrun or of a sweep
+        atexit.unregister(
+            shutil.rmtree
+        )  # of the parent's, if this is a run of torchrun or of a sweep
         atexit.register(shutil.rmtree, media.MEDIA_TMP.name, ignore_errors=True)
-    sys.stdout.reconfigure(line_buffering=os.isatty(1))  # not replaced: W&B captures what it found on import
+    sys.stdout.reconfigure(
+        line_buffering=os.isatty(1)
+    )  # not replaced: W&B captures what it found on import
     if arguments[0] == "-u":  # as torchrun starts Python
         arguments = arguments[1:]
         sys.stdout.reconfigure(write_through=True)
@@ -316,7 +362,11 @@ def become(arguments: list[str], cwd: str, environment: dict[str, str], imported
     else:
         sys.path[0] = str(Path(name).resolve().parent)
         program, main.__file__ = Path(name).read_text(), name
-    if arguments[:2] == TORCHRUN or Path(name).name == "sweep_offline.py" or sys.argv[1:2] == ["agent"]:
+    if (
+        arguments[:2] == TORCHRUN
+        or Path(name).name == "sweep_offline.py"
+        or sys.argv[1:2] == ["agent"]
+    ):
         fork_children(environment)
     if arguments[:2] == TORCHRUN:
         runpy.run_module(TORCHRUN[1], run_name="__main__", alter_sys=True)
@@ -343,4 +393,6 @@ if __name__ == "__main__":
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
-    os._exit(1 if isinstance(status, str) else status or 0)  # libraries that were imported needlessly would complain
+    os._exit(
+        1 if isinstance(status, str) else status or 0
+    )  # libraries that were imported needlessly would complain

@@ -23,7 +23,9 @@ from tests.wandb_server import WandbServer, serving
 
 REPO = Path(__file__).parent.parent
 SENTENCES = REPO / "tests/sentences.tsv"  # from the built-in grammar
-FILES = tempfile.TemporaryDirectory()  # the digits of each run, which take a second to make and no time to read
+FILES = (
+    tempfile.TemporaryDirectory()
+)  # the digits of each run, which take a second to make and no time to read
 write_mnist(Path(FILES.name), synthetic_digits(train=5000, test=1000))
 SHORT = Path(FILES.name, "short.tsv")  # the first 100 sentences
 SHORT.write_text("".join(SENTENCES.read_text().splitlines(keepends=True)[:101]))
@@ -39,18 +41,46 @@ TIMINGS = ("seconds", "train/examples_per_second")
 
 
 def start(script: str, cwd: Path, environment: dict[str, str], *more: str) -> subprocess.Popen:
-    command = [sys.executable, REPO / script, *ARGUMENTS[script].split(), "--output_dir", "out", "--id", "same", *more]
+    command = [
+        sys.executable,
+        REPO / script,
+        *ARGUMENTS[script].split(),
+        "--output_dir",
+        "out",
+        "--id",
+        "same",
+        *more,
+    ]
     return forking.Popen(
-        command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+        command,
+        cwd=cwd,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
     )
 
 
-def start_changed(script: str, cwd: Path, environment: dict[str, str], change: str, *more: str) -> subprocess.Popen:
+def start_changed(
+    script: str, cwd: Path, environment: dict[str, str], change: str, *more: str
+) -> subprocess.Popen:
     """The same run after executing `change`, Python code that may replace parts of `checkpoints` or `distributed`."""
     name = script.removesuffix(".py")
-    program = f"import {name}, time\nfrom harness import checkpoints, distributed, script\n{change}\n"
+    program = (
+        f"import {name}, time\nfrom harness import checkpoints, distributed, script\n{change}\n"
+    )
     program += f"script.run_script({name}.main)"
-    command = [sys.executable, "-c", program, *ARGUMENTS[script].split(), "--output_dir", "out", "--id", "same", *more]
+    command = [
+        sys.executable,
+        "-c",
+        program,
+        *ARGUMENTS[script].split(),
+        "--output_dir",
+        "out",
+        "--id",
+        "same",
+        *more,
+    ]
     return forking.Popen(
         command,
         cwd=cwd,
@@ -73,8 +103,12 @@ def kill(process: subprocess.Popen, seconds: float, everything: bool) -> bool:
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(seconds)
         return False
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    for child in children if everything else []:  # the service is not in the process group: it has its own session
+    children = subprocess.run(
+        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
+    ).stdout.split()
+    for child in (
+        children if everything else []
+    ):  # the service is not in the process group: it has its own session
         with contextlib.suppress(ProcessLookupError):  # it has ended
             os.kill(int(child), signal.SIGKILL)
     process.kill()
@@ -87,9 +121,17 @@ def outcome(out: Path) -> dict[str, Any]:
     state = torch.load(out / "checkpoint.pt", weights_only=True)
     rows = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
     return {
-        "checkpoint.pt": {key: state[key] for key in ("model", "optimizer", "schedule", "position", "best")},
-        "history.jsonl": [{key: value for key, value in row.items() if key not in TIMINGS} for row in rows],
-        "metrics.json": {k: v for k, v in json.loads((out / "metrics.json").read_text()).items() if k not in TIMINGS},
+        "checkpoint.pt": {
+            key: state[key] for key in ("model", "optimizer", "schedule", "position", "best")
+        },
+        "history.jsonl": [
+            {key: value for key, value in row.items() if key not in TIMINGS} for row in rows
+        ],
+        "metrics.json": {
+            k: v
+            for k, v in json.loads((out / "metrics.json").read_text()).items()
+            if k not in TIMINGS
+        },
         "predictions.csv": (out / "predictions.csv").read_bytes(),
         "names": sorted(path.name for path in out.iterdir()),
         "model": {
@@ -119,7 +161,9 @@ def curve(rows: list[dict]) -> list[dict]:
         for key, value in row.items():
             if isinstance(value, dict) and "sha256" in value:
                 value = (value["_type"], value["sha256"])
-            if key not in (*TIMINGS, "_runtime", "_timestamp") and not key.startswith(("gradients/", "parameters/")):
+            if key not in (*TIMINGS, "_runtime", "_timestamp") and not key.startswith(
+                ("gradients/", "parameters/")
+            ):
                 kept[-1][key] = value
     return kept
 
@@ -135,7 +179,11 @@ def sync(cwd: Path, environment: dict[str, str], server: WandbServer, *options: 
 
 def on_server(server: WandbServer) -> list[dict]:
     """The run's history on the server, with its summary as the last row."""
-    summary = {key: value for key, value in server.runs["same"]["summary"].items() if key not in ("_wandb", "_step")}
+    summary = {
+        key: value
+        for key, value in server.runs["same"]["summary"].items()
+        if key not in ("_wandb", "_step")
+    }
     return curve([*server.rows("same"), summary])
 
 
@@ -159,7 +207,9 @@ def killed_and_resumed(
             if wait_for_writes(process, cwd / "out", writes):
                 kill(process, 0, everything=rng.random() < 0.5)
                 killed.append(f"in write {writes}")
-        elif kill(process, seconds := rng.uniform(0.1, 0.9 * duration), everything=rng.random() < 0.5):
+        elif kill(
+            process, seconds := rng.uniform(0.1, 0.9 * duration), everything=rng.random() < 0.5
+        ):
             killed.append(f"after {seconds:.2f} s")
         if process.returncode == 0 and killed:
             break
@@ -178,10 +228,19 @@ def slow(path, content):
     time.sleep(0.7)
 checkpoints.save_tensors = slow
 """
-HOSTILE = ("SIGKILL", "SIGTERM", "slow disk", "damaged checkpoint", "unwritable caches", "service killed")
+HOSTILE = (
+    "SIGKILL",
+    "SIGTERM",
+    "slow disk",
+    "damaged checkpoint",
+    "unwritable caches",
+    "service killed",
+)
 
 
-def hostile(script: str, cwd: Path, environment: dict[str, str], duration: float, rng: random.Random) -> list[str]:
+def hostile(
+    script: str, cwd: Path, environment: dict[str, str], duration: float, rng: random.Random
+) -> list[str]:
     """Run with `--resume` under one to three hostile conditions, then to the end; return them.
 
     Raises `AssertionError` if a run ends in a traceback, or in a status that is none of its own.
@@ -191,7 +250,9 @@ def hostile(script: str, cwd: Path, environment: dict[str, str], duration: float
         caches = {"WANDB_CACHE_DIR": "/proc/nowhere", "WANDB_DATA_DIR": "/proc/nowhere"}
         more = {**environment, **(caches if condition == "unwritable caches" else {})}
         if condition == "slow disk":
-            process = start_changed(script, cwd, more, SLOW_WRITES, "--resume", "--stop_timeout", "0.3")
+            process = start_changed(
+                script, cwd, more, SLOW_WRITES, "--resume", "--stop_timeout", "0.3"
+            )
         else:
             process = start(script, cwd, more, "--resume")
         time.sleep(rng.uniform(0.3, 0.9) * duration)
@@ -199,9 +260,14 @@ def hostile(script: str, cwd: Path, environment: dict[str, str], duration: float
             subprocess.run(["pkill", "-KILL", "-P", str(process.pid), "wandb-core"])
             time.sleep(0.2 * duration)
         if process.poll() is None:
-            process.send_signal(signal.SIGTERM if condition in ("SIGTERM", "slow disk") else signal.SIGKILL)
+            process.send_signal(
+                signal.SIGTERM if condition in ("SIGTERM", "slow disk") else signal.SIGKILL
+            )
         out = process.communicate(timeout=200)[0].decode()
-        assert process.returncode in (0, 143, -signal.SIGKILL, -signal.SIGTERM) and "Traceback" not in out, out
+        assert (
+            process.returncode in (0, 143, -signal.SIGKILL, -signal.SIGTERM)
+            and "Traceback" not in out
+        ), out
         path = cwd / "out/checkpoint.pt"
         if condition == "damaged checkpoint" and path.exists():
             content = bytearray(path.read_bytes())
@@ -209,8 +275,12 @@ def hostile(script: str, cwd: Path, environment: dict[str, str], duration: float
             path.write_bytes(content)
     process = start(script, cwd, environment, "--resume")
     out = process.communicate(timeout=200)[0].decode()
-    if process.returncode:  # refused, as both checkpoints are damaged, or the first one is before there is another
-        assert "Traceback" not in out and "can't be read: it is damaged" in out.splitlines()[-1], out
+    if (
+        process.returncode
+    ):  # refused, as both checkpoints are damaged, or the first one is before there is another
+        assert "Traceback" not in out and "can't be read: it is damaged" in out.splitlines()[-1], (
+            out
+        )
         shutil.rmtree(cwd / "out")
         finish(start(script, cwd, environment, "--resume"))
         conditions.append("refused")
@@ -223,7 +293,9 @@ def wait_for_writes(process: subprocess.Popen, out: Path, writes: int) -> bool:
     while process.poll() is None:
         with contextlib.suppress(OSError):
             seen |= {
-                (entry.name, entry.inode()) for entry in os.scandir(out) if entry.name.startswith(".checkpoint.pt.")
+                (entry.name, entry.inode())
+                for entry in os.scandir(out)
+                if entry.name.startswith(".checkpoint.pt.")
             }
         if len(seen) >= writes:
             return True

@@ -25,7 +25,9 @@ options = parser.parse_args()
 if options.fail == "True" or (options.fail == "odd" and options.x % 2):
     sys.exit(f"objective.py: error: x is {options.x:g}")
 with Path("starts.txt").open("a") as file:
-    file.write(f"{options.x:g} {options.y:g} {os.environ['OMP_NUM_THREADS']} {os.environ['WANDB_RUN_GROUP']}\n")
+    file.write(
+        f"{options.x:g} {options.y:g} {os.environ['OMP_NUM_THREADS']} {os.environ['WANDB_RUN_GROUP']}\n"
+    )
 with Path("gpus.txt").open("a") as file:
     file.write(os.environ.get("CUDA_VISIBLE_DEVICES", "all") + "\n")
 time.sleep(0.2)  # stands for slow imports
@@ -44,7 +46,9 @@ for epoch in range(done + 1, options.epochs + 1):
     with journal.open("a") as file:
         file.write(json.dumps({"step": epoch, metric: value - (options.epochs - epoch)}) + "\n")
 if options.fail == "garbage":
-    journal.write_bytes(b'\xff\n{"score"\n["score"]\n{"score": ["score"]}\n{"score": 1' + b"0" * 400 + b"}\n")
+    journal.write_bytes(
+        b'\xff\n{"score"\n["score"]\n{"score": ["score"]}\n{"score": 1' + b"0" * 400 + b"}\n"
+    )
     value = 10**400
 if not (options.output_dir / "metrics.json").exists():
     (options.output_dir / "metrics.json").write_text(json.dumps({metric: value}))

@@ -61,7 +61,9 @@ AFTER_PARSING = {
     f"DIGITS --tags {'x' * 65}": "W&B: ",
 }
 if not torch.cuda.is_available():
-    AFTER_PARSING["--dataset synthetic --device cuda"] = "--device cuda: not available on this machine"
+    AFTER_PARSING["--dataset synthetic --device cuda"] = (
+        "--device cuda: not available on this machine"
+    )
 
 
 def assert_one_line(done, message: str) -> None:
@@ -81,13 +83,17 @@ def test_bad_option(tmp_path, arguments, message):
 def test_errors_found_after_parsing(tmp_path, arguments, message):
     done = call("train_mnist.py", *arguments.replace("DIGITS", DIGITS).split(), cwd=tmp_path)
     assert_one_line(done, message)
-    assert not [path for path in tmp_path.rglob("*") if path.is_file() and "wandb" not in path.parts]
+    assert not [
+        path for path in tmp_path.rglob("*") if path.is_file() and "wandb" not in path.parts
+    ]
     assert not (tmp_path / "runs").exists()
 
 
 def test_output_directory_of_another_run(small_mnist):
     before = {path: path.read_bytes() for path in small_mnist.files.iterdir()}
-    done = call("train_mnist.py", "--dataset", "synthetic", "--output_dir", "out", cwd=small_mnist.cwd)
+    done = call(
+        "train_mnist.py", "--dataset", "synthetic", "--output_dir", "out", cwd=small_mnist.cwd
+    )
     assert_one_line(done, "--output_dir out already holds another run (config.json)")
     assert {path: path.read_bytes() for path in small_mnist.files.iterdir()} == before
 
@@ -95,7 +101,14 @@ def test_output_directory_of_another_run(small_mnist):
 def test_full_disk_at_the_start(tmp_path):
     """A file size limit stands in for a full disk: both make write() fail."""
     limited = subprocess.run(
-        [sys.executable, REPO / "train_mnist.py", "--dataset", "synthetic", "--output_dir", "new/out"],
+        [
+            sys.executable,
+            REPO / "train_mnist.py",
+            "--dataset",
+            "synthetic",
+            "--output_dir",
+            "new/out",
+        ],
         cwd=tmp_path,
         env=clean_environment(tmp_path),
         capture_output=True,
@@ -114,7 +127,10 @@ def test_nonfinite_training_loss_stops_the_run(tmp_path):
     assert done.status == 1 and "Traceback" not in done.err
     rows = [json.loads(line) for line in (tmp_path / "out/history.jsonl").read_text().splitlines()]
     step = rows[-1]["step"] + 128
-    assert f"the training loss is nan in epoch 1 by step {step}, learning rate 1e+30" in done.err.splitlines()[-1]
+    assert (
+        f"the training loss is nan in epoch 1 by step {step}, learning rate 1e+30"
+        in done.err.splitlines()[-1]
+    )
     assert not (tmp_path / "out/metrics.json").exists()
     assert torch.load(tmp_path / "out/checkpoint.pt", weights_only=True)["position"]["batch"] == 0
 
@@ -123,7 +139,13 @@ def test_nonfinite_evaluation_loss_stops_the_run(tmp_path):
     arguments = f"{DIGITS} --schedule constant --max_steps 1 --learning_rate 1e38"
     for valid_size, name in ((0, "test"), (1000, "validation")):
         done = call(
-            "train_mnist.py", *arguments.split(), "--valid_size", valid_size, "--output_dir", name, cwd=tmp_path
+            "train_mnist.py",
+            *arguments.split(),
+            "--valid_size",
+            valid_size,
+            "--output_dir",
+            name,
+            cwd=tmp_path,
         )
         assert done.status == 1 and "Traceback" not in done.err
         assert f"the {name} loss is nan in epoch 1 by step 128" in done.err.splitlines()[-1]
@@ -142,7 +164,11 @@ def test_full_disk_during_the_run(tmp_path):
     arguments = f"{DIGITS} --wandb disabled --output_dir out".split()
     done = call("train_mnist.py", *arguments, cwd=tmp_path, PYTHONPATH=str(tmp_path))
     (line,) = done.err.splitlines()
-    assert done.status == 1 and line.startswith("train_mnist.py: error: ") and line.endswith("File too large")
+    assert (
+        done.status == 1
+        and line.startswith("train_mnist.py: error: ")
+        and line.endswith("File too large")
+    )
     assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
 
 
@@ -152,7 +178,9 @@ def test_closed_output_pipe(tmp_path):
     arguments = f"{DIGITS} --wandb disabled".split()
     command = [sys.executable, REPO / "train_mnist.py", *arguments]
     environment = clean_environment(tmp_path)
-    done = subprocess.run(command, cwd=tmp_path, env=environment, stdout=writing, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, stdout=writing, stderr=subprocess.PIPE, text=True
+    )
     os.close(writing)
     assert done.returncode == 1
     assert done.stderr.splitlines() == ["train_mnist.py: error: output pipe closed"]
@@ -166,7 +194,9 @@ def test_bad_wandb_environment(tmp_path, name, value):
 
 def test_wandb_disabled_in_its_own_settings(tmp_path):
     command = [sys.executable, "-m", "wandb", "disabled"]
-    subprocess.run(command, cwd=tmp_path, env=clean_environment(tmp_path), check=True, capture_output=True)
+    subprocess.run(
+        command, cwd=tmp_path, env=clean_environment(tmp_path), check=True, capture_output=True
+    )
     arguments = f"{DIGITS} --max_steps 1".split()
     done = call("train_mnist.py", *arguments, cwd=tmp_path, WANDB_MODE="")
     assert done.status == 0 and done.out.splitlines()[-1].endswith("(W&B is disabled)")
@@ -190,7 +220,9 @@ def test_values_from_a_sweep_command():
         "--compile=True",
         "--deterministic=False",
     ]
-    settings = options.parse(train_mnist.Settings, [*arguments, "--tags=['a', \"b\"]", "--max_steps=None"])
+    settings = options.parse(
+        train_mnist.Settings, [*arguments, "--tags=['a', \"b\"]", "--max_steps=None"]
+    )
     assert (settings.kernels, settings.epochs, settings.learning_rate) == ([8, 24], 32, 1e-4)
     assert (settings.compile, settings.deterministic, settings.tags, settings.max_steps) == (
         True,
@@ -203,11 +235,24 @@ def test_values_from_a_sweep_command():
 
 @pytest.mark.quick
 def test_values_from_a_config():
-    config = {"kernels": [8, 24], "epochs": 32.0, "learning_rate": "1e-4", "compile": True, "name": None, "theirs": {}}
+    config = {
+        "kernels": [8, 24],
+        "epochs": 32.0,
+        "learning_rate": "1e-4",
+        "compile": True,
+        "name": None,
+        "theirs": {},
+    }
     settings = options.from_config(train_mnist.Settings(), config)
     assert (settings.kernels, settings.epochs, settings.learning_rate) == ([8, 24], 32, 1e-4)
     assert (settings.compile, settings.batch_size) == (True, 128)
-    for bad in ({"epochs": 2.5}, {"epochs": True}, {"learning_rate": None}, {"kernels": "16"}, {"compile": 2}):
+    for bad in (
+        {"epochs": 2.5},
+        {"epochs": True},
+        {"learning_rate": None},
+        {"kernels": "16"},
+        {"compile": 2},
+    ):
         with pytest.raises(UserError, match=rf"config\.{next(iter(bad))}: "):
             options.from_config(train_mnist.Settings(), bad)
 
@@ -221,6 +266,8 @@ def test_tags_add_up_and_keep_their_brackets():
 
 @pytest.mark.quick
 def test_options_on_the_command_line():
-    settings = options.parse(train_mnist.Settings, ["--kernels", "8", "24", "--compile", "--tags", "a", "b"])
+    settings = options.parse(
+        train_mnist.Settings, ["--kernels", "8", "24", "--compile", "--tags", "a", "b"]
+    )
     assert (settings.kernels, settings.compile, settings.tags) == ([8, 24], True, ["a", "b"])
     assert options.parse(train_mnist.Settings, []) == train_mnist.Settings()

@@ -21,20 +21,29 @@ from tasks import encoders, grammar
 from tasks.sentences import Corpus, load_corpus, parse_cola, synthetic_sentences
 
 TRAIN = "gj04\t1\t\tThe boat sank.\nks08\t0\t*\tThe boat sanked.\n"
-IN_DOMAIN, OUT_OF_DOMAIN = "c_13\t1\t\tWe left.\n", "rhl07\t0\t*\tLeft we have has.\nrhl07\t1\t\tIt rained.\n"
+IN_DOMAIN, OUT_OF_DOMAIN = (
+    "c_13\t1\t\tWe left.\n",
+    "rhl07\t0\t*\tLeft we have has.\nrhl07\t1\t\tIt rained.\n",
+)
 pytestmark = pytest.mark.quick
 
 
 def cola_zip(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Write a small archive in CoLA's layout, and expect its checksum instead of the published one."""
     content = io.BytesIO()
-    parts = {"in_domain_train": TRAIN, "in_domain_dev": IN_DOMAIN, "out_of_domain_dev": OUT_OF_DOMAIN}
+    parts = {
+        "in_domain_train": TRAIN,
+        "in_domain_dev": IN_DOMAIN,
+        "out_of_domain_dev": OUT_OF_DOMAIN,
+    }
     with zipfile.ZipFile(content, "w") as archive:
         for name, text in parts.items():
             archive.writestr(f"cola_public/raw/{name}.tsv", text)
             archive.writestr(f"cola_public/tokenized/{name}.tsv", "must not be read")
     path.write_bytes(content.getvalue())
-    monkeypatch.setattr("tasks.sentences.COLA_SHA256", hashlib.sha256(content.getvalue()).hexdigest())
+    monkeypatch.setattr(
+        "tasks.sentences.COLA_SHA256", hashlib.sha256(content.getvalue()).hexdigest()
+    )
 
 
 # ------------------------------------------------------------------------------------------------ CoLA
@@ -88,7 +97,9 @@ def test_a_wrong_checksum_is_always_an_error(tmp_path, monkeypatch):
     cola_zip(path, monkeypatch)
     path.write_bytes(path.read_bytes() + b"!")
     for name in ("cola", "auto"):
-        with pytest.raises(UserError, match=r"cola_public_1\.1\.zip is damaged: it differs from the published file"):
+        with pytest.raises(
+            UserError, match=r"cola_public_1\.1\.zip is damaged: it differs from the published file"
+        ):
             load_corpus(name, str(tmp_path))
 
 
@@ -107,7 +118,9 @@ def server(tmp_path, monkeypatch) -> Iterator[Path]:
         monkeypatch.delenv(variable, raising=False)
     with socketserver.ThreadingTCPServer(("127.0.0.1", 0), handler) as running:
         threading.Thread(target=running.serve_forever, daemon=True).start()
-        monkeypatch.setattr("tasks.sentences.COLA_URL", f"http://127.0.0.1:{running.server_address[1]}/cola.zip")
+        monkeypatch.setattr(
+            "tasks.sentences.COLA_URL", f"http://127.0.0.1:{running.server_address[1]}/cola.zip"
+        )
         yield served / "cola.zip"
         running.shutdown()
 
@@ -118,13 +131,17 @@ def test_cola_is_downloaded_once_and_checked(tmp_path, server, monkeypatch, caps
     server.write_bytes(content[:-1])
     with pytest.raises(UserError, match="what the server sent is not the published file"):
         load_corpus("cola", str(new))
-    assert load_corpus("auto", str(new)).name == "synthetic" and "BUILT-IN" in capsys.readouterr().err
+    assert (
+        load_corpus("auto", str(new)).name == "synthetic" and "BUILT-IN" in capsys.readouterr().err
+    )
     assert not new.exists() or not list(new.iterdir())
     server.write_bytes(content)
     assert len(load_corpus("auto", str(new)).valid.labels) == 3
     server.unlink()
     assert load_corpus("cola", str(new)).name == "cola"
-    assert [(file.name, file.read_bytes()) for file in new.iterdir()] == [("cola_public_1.1.zip", content)]
+    assert [(file.name, file.read_bytes()) for file in new.iterdir()] == [
+        ("cola_public_1.1.zip", content)
+    ]
 
 
 # --------------------------------------------------------------------------------------- the user's files
@@ -141,7 +158,11 @@ def test_csv_is_parsed_with_quoting(tmp_path):
     train = 'label,sentence\r\nno,"A comma, and ""quotes"""\r\nyes,"two\nlines"\r\nno,plain'
     corpus = read(tmp_path, train, "sentence,id,label\nx,7, yes \n", "csv")
     assert corpus.train.sentences == ['A comma, and "quotes"', "two\nlines", "plain"]
-    assert (corpus.class_names, corpus.train.labels, corpus.valid.labels) == (["no", "yes"], [0, 1, 0], [1])
+    assert (corpus.class_names, corpus.train.labels, corpus.valid.labels) == (
+        ["no", "yes"],
+        [0, 1, 0],
+        [1],
+    )
     assert (corpus.train.sources, corpus.valid.sources) == (["train.csv"] * 3, ["valid.csv"])
     assert (corpus.name, corpus.domains) == ("files", {})
     assert corpus.files == [tmp_path / "train.csv", tmp_path / "valid.csv"]
@@ -166,7 +187,11 @@ GOOD = "sentence\tlabel\na\t0\nb\t1\n"
             GOOD,
             "train.tsv, row 1: the header must name one column 'label', not 'sentence', ",
         ),
-        ("text\tlabel\na\t0\n", GOOD, "train.tsv, row 1: the header must name one column 'sentence', not 'text', "),
+        (
+            "text\tlabel\na\t0\n",
+            GOOD,
+            "train.tsv, row 1: the header must name one column 'sentence', not 'text', ",
+        ),
         ("", GOOD, "train.tsv contains no sentences"),
         ("sentence\tlabel\n", GOOD, "train.tsv contains no sentences"),
         (GOOD + "c\t1\tmore\n", GOOD, "train.tsv, row 4: expected 2 columns, got 3"),
@@ -185,7 +210,9 @@ GOOD = "sentence\tlabel\na\t0\nb\t1\n"
 def test_errors_name_file_and_row(tmp_path, train, valid, problem):
     with pytest.raises(UserError) as error:
         read(tmp_path, train, valid)
-    assert str(error.value).startswith(f"{tmp_path}/{problem.format(tmp_path)}") and "\n" not in str(error.value)
+    assert str(error.value).startswith(
+        f"{tmp_path}/{problem.format(tmp_path)}"
+    ) and "\n" not in str(error.value)
 
 
 def test_incompatible_options_and_unreadable_files(tmp_path):
@@ -213,8 +240,13 @@ def test_pairs_are_reproducible_and_unique():
     sentences = [sentence for good, bad, _ in pairs for sentence in (good, bad)]
     # Compared by words only: differences in case or final punctuation do not count.
     assert len({sentence.lower().rstrip(".?") for sentence in sentences}) == len(sentences) == 8_000
-    assert all(sentence[0].isupper() and sentence[-1] in ".?" and "  " not in sentence for sentence in sentences)
-    assert all(good[-1] == bad[-1] for good, bad, _ in pairs)  # the punctuation does not give the label away
+    assert all(
+        sentence[0].isupper() and sentence[-1] in ".?" and "  " not in sentence
+        for sentence in sentences
+    )
+    assert all(
+        good[-1] == bad[-1] for good, bad, _ in pairs
+    )  # the punctuation does not give the label away
 
 
 def test_both_parts_share_rules_but_no_sentences():
@@ -233,7 +265,9 @@ def test_both_parts_share_rules_but_no_sentences():
 def test_labels_of_any_length_are_in_numeric_order(tmp_path):
     labels = ["b", "1" + "0" * 5000, "9" * 5000, "10", "9", "01", "1", "a"]
     for part in "tv":
-        (tmp_path / part).write_text("sentence\tlabel\n" + "".join(f"s\t{label}\n" for label in labels))
+        (tmp_path / part).write_text(
+            "sentence\tlabel\n" + "".join(f"s\t{label}\n" for label in labels)
+        )
     corpus = load_corpus("files", ".", str(tmp_path / "t"), str(tmp_path / "v"))
     assert corpus.class_names == ["01", "1", "9", "10", "9" * 5000, "1" + "0" * 5000, "a", "b"]
 
@@ -242,12 +276,18 @@ def test_pairs_break_the_rule_they_are_labelled_with():
     """Check each rule independently, by a property that holds for every acceptable sentence and no unacceptable one."""
     plural = {f"{noun}s" for noun in grammar.NOUNS}
     holds = {
-        "agreement": lambda words: any(w in plural for w in words) != any(w.endswith("s") for w in verbs(words)),
-        "determiner": lambda words: (words[-2] in ("these", "those", "many")) == words[-1].endswith("s"),
+        "agreement": lambda words: (
+            any(w in plural for w in words) != any(w.endswith("s") for w in verbs(words))
+        ),
+        "determiner": lambda words: (
+            (words[-2] in ("these", "those", "many")) == words[-1].endswith("s")
+        ),
         "reflexive": lambda words: (
             next(w for w in words if w.endswith(("self", "selves")))
             == next(
-                {"boy": "himself", "girl": "herself"}.get(w, "themselves") for w in words if w[:3] in ("boy", "gir")
+                {"boy": "himself", "girl": "herself"}.get(w, "themselves")
+                for w in words
+                if w[:3] in ("boy", "gir")
             )
         ),
         "auxiliary": lambda words: words in perfects_and_futures(words),
@@ -286,6 +326,10 @@ def test_wordpieces_match_their_definition():
     pieces = encoders.learn_wordpieces(["Aa bb, bb", "aa.", *(f"{c}zing" for c in "klmnopqrst")])
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     characters = sorted(",.abgiklmnopqrstz")
-    assert pieces[:5] == special and pieces[5:22] == characters and pieces[22:39] == [f"##{c}" for c in characters]
+    assert (
+        pieces[:5] == special
+        and pieces[5:22] == characters
+        and pieces[22:39] == [f"##{c}" for c in characters]
+    )
     # words that occur twice, then suffixes of ten words; a whole word does not count as its own suffix
     assert pieces[39:] == ["aa", "bb", "##ing", "##ng", "##zing"]

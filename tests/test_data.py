@@ -39,14 +39,18 @@ def write_mnist(root: Path, folder: str = "MNIST") -> Path:
     return raw
 
 
-@pytest.mark.parametrize("name, folder", [("mnist", "MNIST"), ("fashion_mnist", "FashionMNIST"), ("kmnist", "KMNIST")])
+@pytest.mark.parametrize(
+    "name, folder", [("mnist", "MNIST"), ("fashion_mnist", "FashionMNIST"), ("kmnist", "KMNIST")]
+)
 def test_reads_what_torchvision_reads(tmp_path, name, folder):
     write_mnist(tmp_path, folder)
     digits = load_digits(name, str(tmp_path))
     expected = getattr(torchvision.datasets, folder)(tmp_path, train=False)
     assert (digits.name, digits.train.images.shape) == (name, (30, 1, 28, 28))
     assert (digits.valid.images.shape, digits.valid.labels.shape) == ((0, 1, 28, 28), (0,))
-    assert digits.test.images.dtype == torch.uint8 and torch.equal(digits.test.images[:, 0], expected.data)
+    assert digits.test.images.dtype == torch.uint8 and torch.equal(
+        digits.test.images[:, 0], expected.data
+    )
     assert torch.equal(digits.test.labels, expected.targets)
     assert len(digits.class_names) == 10 and len(digits.files) == 4
 
@@ -60,13 +64,19 @@ DAMAGE = {
     "truncated": ("train-images-idx3-ubyte", lambda content: content[:-100]),
     "empty": ("t10k-images-idx3-ubyte", lambda content: b""),
     "with trailing bytes": ("t10k-labels-idx1-ubyte", lambda content: content + b"\0"),
-    "with a wrong magic number": ("train-labels-idx1-ubyte", lambda content: b"\x1f\x8b" + content[2:]),
+    "with a wrong magic number": (
+        "train-labels-idx1-ubyte",
+        lambda content: b"\x1f\x8b" + content[2:],
+    ),
     "with a wrong image size": (
         "train-images-idx3-ubyte",
         lambda content: content[:12] + struct.pack(">i", 27) + content[16:],
     ),
     "with a label 77": ("train-labels-idx1-ubyte", lambda content: content[:-1] + b"\x4d"),
-    "with a wrong count": ("t10k-labels-idx1-ubyte", lambda content: struct.pack(">2i", 0x801, 19) + content[9:]),
+    "with a wrong count": (
+        "t10k-labels-idx1-ubyte",
+        lambda content: struct.pack(">2i", 0x801, 19) + content[9:],
+    ),
 }
 
 
@@ -85,8 +95,12 @@ def test_wrong_content_of_the_right_size_is_detected(tmp_path):
     raw = write_mnist(tmp_path)
     content = struct.pack(">2i", 0x801, 10_000) + bytes(10_000)
     (raw / "t10k-labels-idx1-ubyte").write_bytes(content)
-    (raw / "t10k-images-idx3-ubyte").write_bytes(struct.pack(">4i", 0x803, 10_000, 28, 28) + bytes(7_840_000))
-    with pytest.raises(UserError, match=r"t10k-images-idx3-ubyte is damaged: it differs from the published"):
+    (raw / "t10k-images-idx3-ubyte").write_bytes(
+        struct.pack(">4i", 0x803, 10_000, 28, 28) + bytes(7_840_000)
+    )
+    with pytest.raises(
+        UserError, match=r"t10k-images-idx3-ubyte is damaged: it differs from the published"
+    ):
         load_digits("mnist", str(tmp_path))
 
 
@@ -112,7 +126,9 @@ def mirror(tmp_path, monkeypatch) -> Iterator[Path]:
     threading.Thread(target=server.serve_forever, daemon=True).start()
     for variable in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
         monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setattr(torchvision.datasets.MNIST, "mirrors", [f"http://127.0.0.1:{server.server_port}/"])
+    monkeypatch.setattr(
+        torchvision.datasets.MNIST, "mirrors", [f"http://127.0.0.1:{server.server_port}/"]
+    )
     monkeypatch.setattr(torchvision.datasets.MNIST, "resources", resources)
     yield served
     server.shutdown()
@@ -157,7 +173,9 @@ def test_validation_images_are_held_out_before_subsampling():
 
 def test_to_moves_every_tensor():
     digits = split_digits(synthetic_digits(train=100, test=30), valid_size=40, every=1).to("meta")
-    assert {tensor.device.type for part in (digits.train, digits.valid, digits.test) for tensor in part} == {"meta"}
+    assert {
+        tensor.device.type for part in (digits.train, digits.valid, digits.test) for tensor in part
+    } == {"meta"}
 
 
 # --------------------------------------------------------------------------------------- synthetic digits
@@ -166,13 +184,17 @@ def test_to_moves_every_tensor():
 def test_synthetic_digits_are_reproducible():
     one = synthetic_digits()
     two, other = synthetic_digits(), synthetic_digits(train=50, test=10, seed=1)
-    assert torch.equal(one.train.images, two.train.images) and torch.equal(one.test.labels, two.test.labels)
+    assert torch.equal(one.train.images, two.train.images) and torch.equal(
+        one.test.labels, two.test.labels
+    )
     assert [file.name for file in one.files] == ["digits.py"]
     assert not torch.equal(one.train.images[:50], other.train.images)
     assert one.train.images.shape == (20_000, 1, 28, 28) and one.test.images.dtype == torch.uint8
     assert torch.bincount(one.train.labels, minlength=10).min() > 1_800
     distinct = {hashlib.md5(image.numpy().tobytes()).digest() for image in one.train.images}
-    assert not any(hashlib.md5(image.numpy().tobytes()).digest() in distinct for image in one.test.images)
+    assert not any(
+        hashlib.md5(image.numpy().tobytes()).digest() in distinct for image in one.test.images
+    )
 
 
 def test_cli_reports_files_of_different_length(tmp_path):

@@ -59,8 +59,12 @@ def unfinished(reference, tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
-def start_changed(cwd: Path, change: str, *more: str, environment: dict[str, str] | None = None) -> subprocess.Popen:
-    return killing.start_changed("train_mnist.py", cwd, clean_environment(cwd, **(environment or {})), change, *more)
+def start_changed(
+    cwd: Path, change: str, *more: str, environment: dict[str, str] | None = None
+) -> subprocess.Popen:
+    return killing.start_changed(
+        "train_mnist.py", cwd, clean_environment(cwd, **(environment or {})), change, *more
+    )
 
 
 def wait_for(process: subprocess.Popen, word: str) -> None:
@@ -78,7 +82,9 @@ def resume(cwd: Path, *more: str) -> SimpleNamespace:
 
 def settings_of(out: Path) -> train_mnist.Settings:
     used = json.loads((out / "config.json").read_text())
-    return train_mnist.Settings(**{name: value for name, value in used.items() if name != "versions"})
+    return train_mnist.Settings(
+        **{name: value for name, value in used.items() if name != "versions"}
+    )
 
 
 # ------------------------------------------------------------------------------------------ requests to stop
@@ -133,7 +139,10 @@ def test_flipped_bits_are_detected(unfinished):
         damaged[place] ^= 1 << places.randrange(8)
         path.write_bytes(damaged)
         try:
-            assert killing.same(checkpoints._read(path), state) and place >= len(whole) - checkpoints.SEAL.size
+            assert (
+                killing.same(checkpoints._read(path), state)
+                and place >= len(whole) - checkpoints.SEAL.size
+            )
         except ValueError as error:
             assert str(error).startswith("it is damaged")
 
@@ -141,7 +150,9 @@ def test_flipped_bits_are_detected(unfinished):
 def test_a_damaged_checkpoint_without_a_checksum_is_one_line(unfinished, capsys):
     """As an older version wrote it: a method of compression that no archive has, or that fails."""
     whole = (unfinished / "checkpoint.previous.pt").read_bytes()
-    torch.save(torch.load(unfinished / "checkpoint.pt", weights_only=True), unfinished / "checkpoint.pt")
+    torch.save(
+        torch.load(unfinished / "checkpoint.pt", weights_only=True), unfinished / "checkpoint.pt"
+    )
     plain = (unfinished / "checkpoint.pt").read_bytes()
     for method in (8, 12, 14, 99):  # deflate, bzip2, lzma, unknown
         garbled = bytearray(plain)
@@ -180,13 +191,19 @@ def test_another_model_or_version_is_refused(unfinished):
     torch.save(state | {"settings": state["settings"] | {"lr": 1}}, unfinished / "checkpoint.pt")
     checkpoints._seal(unfinished / "checkpoint.pt")
     done = resume(unfinished.parent)
-    assert done.status == 2 and "of another script or version: its options differ (--kernels, --lr)" in done.last
+    assert (
+        done.status == 2
+        and "of another script or version: its options differ (--kernels, --lr)" in done.last
+    )
 
 
 def test_the_other_scripts_run_is_refused(unfinished):
     arguments = f"--train_file {killing.SENTENCES} --valid_file {killing.SENTENCES} --model scratch --output_dir out"
     done = call("train_cola.py", *arguments.split(), "--resume", cwd=unfinished.parent)
-    assert done.status == 2 and "of another script or version: its options differ (--clip_norm" in done.err
+    assert (
+        done.status == 2
+        and "of another script or version: its options differ (--clip_norm" in done.err
+    )
     assert "Traceback" not in done.err
 
 
@@ -279,10 +296,23 @@ def test_a_refused_directory_stays_as_it_was(tmp_path):
 def test_a_new_run_with_the_id_of_another_logs_all_its_rows(tmp_path):
     for name in ("one", "two"):
         done = call(
-            "train_mnist.py", *QUICK, "--log_every", 1, "--id", "same", "--resume", "--output_dir", name, cwd=tmp_path
+            "train_mnist.py",
+            *QUICK,
+            "--log_every",
+            1,
+            "--id",
+            "same",
+            "--resume",
+            "--output_dir",
+            name,
+            cwd=tmp_path,
         )
         assert done.status == 0, done.err
-    logged = [record["history"]["item"]["_step"] for record in wandb_records(tmp_path) if record["type"] == "history"]
+    logged = [
+        record["history"]["item"]["_step"]
+        for record in wandb_records(tmp_path)
+        if record["type"] == "history"
+    ]
     assert logged == [16, 32]
 
 
@@ -290,7 +320,11 @@ def test_a_directory_in_place_of_a_file_is_one_line(unfinished):
     (unfinished / "model.onnx").unlink()
     (unfinished / "model.onnx").mkdir()
     done = resume(unfinished.parent)
-    assert done.status == 2 and "model.onnx: Is a directory" in done.last and "Traceback" not in done.out
+    assert (
+        done.status == 2
+        and "model.onnx: Is a directory" in done.last
+        and "Traceback" not in done.out
+    )
 
 
 def test_a_signal_at_the_very_end_stops_what_called_the_run(tmp_path):
@@ -316,7 +350,9 @@ def test_a_model_directory_of_somebody_else_is_not_replaced(tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model/my_weights.bin").write_text("mine")
     with (
-        pytest.raises(UserError, match=r"model was not written by this run: move my_weights.bin away"),
+        pytest.raises(
+            UserError, match=r"model was not written by this run: move my_weights.bin away"
+        ),
         files.replacing_directory(tmp_path / "model") as directory,
     ):
         (directory / "config.json").write_text("{}")
@@ -350,13 +386,19 @@ def test_one_cycle_works_for_every_number_of_batches():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_model_stored_in_half_precision_is_trained_in_float32(dtype, tmp_path):
     config = transformers.BertConfig(
-        vocab_size=200, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+        vocab_size=200,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
     )
     pieces = encoders.learn_wordpieces(killing.SENTENCES.read_text().splitlines())[:200]
     tokenizer = transformers.BertTokenizerFast(vocab={piece: i for i, piece in enumerate(pieces)})
     transformers.BertForSequenceClassification(config).to(dtype).save_pretrained(tmp_path / "half")
     tokenizer.save_pretrained(tmp_path / "half")
-    assert json.loads((tmp_path / "half/config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
+    assert json.loads((tmp_path / "half/config.json").read_text())["dtype"] == str(
+        dtype
+    ).removeprefix("torch.")
     data = f"--train_file {killing.SENTENCES} --valid_file {killing.SENTENCES} --epochs 2 --wandb disabled"
     run = finished_run("train_cola.py", tmp_path, *data.split(), "--model", "half")
     weights = safetensors.torch.load_file(run.files / "model/model.safetensors")
@@ -376,14 +418,18 @@ def test_watch_may_compute_histograms_without_a_deterministic_algorithm(tmp_path
 
         return call_it
 
-    monkeypatch.setattr(train_mnist, "export_onnx", lambda path, model: path.touch())  # it takes most of the time
+    monkeypatch.setattr(
+        train_mnist, "export_onnx", lambda path, model: path.touch()
+    )  # it takes most of the time
     monkeypatch.setattr(torch.Tensor, "histc", recording("histc", histc))
     monkeypatch.setattr(torch.nn.functional, "linear", recording("matmul", addmm))
     monkeypatch.chdir(tmp_path)
     for name, value in clean_environment(tmp_path, WANDB_MODE="offline").items():
         monkeypatch.setenv(name, value)
     try:
-        train_mnist.main(f"{killing.DIGITS} --slice 20 --valid_size 1000 --epochs 1 --output_dir out".split())
+        train_mnist.main(
+            f"{killing.DIGITS} --slice 20 --valid_size 1000 --epochs 1 --output_dir out".split()
+        )
     finally:
         torch.use_deterministic_algorithms(False)
     assert seen == {"histc": {False}, "matmul": {True}}
@@ -406,10 +452,16 @@ checkpoints.save_tensors = cleaning
 @pytest.mark.parametrize("name", ["WANDB_CACHE_DIR", "WANDB_DATA_DIR", "HOME"])
 def test_caches_that_cannot_be_written(name, reference, tmp_path):
     environment = clean_environment(tmp_path) | {name: "/proc/nowhere"}
-    out = killing.finish(killing.start("train_mnist.py", tmp_path, environment, "--log_model", "best"))
+    out = killing.finish(
+        killing.start("train_mnist.py", tmp_path, environment, "--log_model", "best")
+    )
     assert "W&B can't write to /proc/nowhere" in out and "Traceback" not in out and "!!" not in out
     assert killing.differences(reference.out, tmp_path / "out") == []
-    logged = [record["artifact"]["type"] for record in wandb_records(tmp_path) if record["type"] == "artifact"]
+    logged = [
+        record["artifact"]["type"]
+        for record in wandb_records(tmp_path)
+        if record["type"] == "artifact"
+    ]
     assert {"dataset", "model", "run_table"} <= set(logged)
 
 
@@ -418,13 +470,24 @@ def test_temporary_files_of_wandb_that_vanish(reference, tmp_path):
     (tmp_path / "tmp").mkdir()
     process = start_changed(tmp_path, CLEANED, environment={"TMPDIR": str(tmp_path / "tmp")})
     out = process.communicate(timeout=100)[0].decode()
-    assert process.returncode == 0 and out.count("!!  W&B has failed: ") == 1 and "Traceback" not in out, out
+    assert (
+        process.returncode == 0
+        and out.count("!!  W&B has failed: ") == 1
+        and "Traceback" not in out
+    ), out
     assert re.search(r"\((train_mnist|viz)\.py:\d+\)", out), out
     assert killing.differences(reference.out, tmp_path / "out") == []
-    logged = [record["history"]["item"] for record in wandb_records(tmp_path) if record["type"] == "history"]
+    logged = [
+        record["history"]["item"]
+        for record in wandb_records(tmp_path)
+        if record["type"] == "history"
+    ]
     rows = [json.loads(line) for line in (tmp_path / "out/history.jsonl").read_text().splitlines()]
     assert [row["_step"] for row in logged] == [row["step"] for row in rows]
-    assert all(row.items() <= (entry | {"step": entry["_step"]}).items() for row, entry in zip(rows, logged))
+    assert all(
+        row.items() <= (entry | {"step": entry["_step"]}).items()
+        for row, entry in zip(rows, logged)
+    )
 
 
 # ------------------------------------------------------------------------------------------ environment
@@ -433,9 +496,15 @@ TORCHRUN = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_
 ODD_ENVIRONMENT = {
     "rank": (TORCHRUN | {"RANK": "x"}, "RANK must be a whole number, got 'x'"),
     "rank out of range": (TORCHRUN | {"RANK": "5"}, "RANK is 5, but WORLD_SIZE 2"),
-    "world size": (TORCHRUN | {"WORLD_SIZE": "two"}, "WORLD_SIZE must be a whole number, got 'two'"),
+    "world size": (
+        TORCHRUN | {"WORLD_SIZE": "two"},
+        "WORLD_SIZE must be a whole number, got 'two'",
+    ),
     "port": (TORCHRUN | {"MASTER_PORT": "x"}, "MASTER_PORT must be a whole number, got 'x'"),
-    "port too high": (TORCHRUN | {"MASTER_PORT": "70000"}, "MASTER_PORT must be at most 65535, got 70000"),
+    "port too high": (
+        TORCHRUN | {"MASTER_PORT": "70000"},
+        "MASTER_PORT must be at most 65535, got 70000",
+    ),
     "address of long words": (TORCHRUN | {"MASTER_ADDR": "a" * 100}, "can't be resolved"),
     "no directory for W&B": ({"WANDB_DIR": "/proc"}, "W&B can't start: [Errno 2]"),
     "name of no text": ({"WANDB_NAME": "a\udcff"}, "W&B can't start: 'utf-8' codec can't encode"),
@@ -443,7 +512,10 @@ ODD_ENVIRONMENT = {
         TORCHRUN | {"MASTER_ADDR": "no.such.host.invalid"},
         "MASTER_ADDR no.such.host.invalid can't be resolved",
     ),
-    "service": ({"WANDB_SERVICE": "garbage"}, "W&B can't start: Failed to parse WANDB_SERVICE='garbage'"),
+    "service": (
+        {"WANDB_SERVICE": "garbage"},
+        "W&B can't start: Failed to parse WANDB_SERVICE='garbage'",
+    ),
     "mode": ({"WANDB_MODE": "bogus"}, "W&B: WANDB_MODE: Input should be"),
 }
 
@@ -469,7 +541,9 @@ def test_a_process_that_waits_alone_says_what_to_type(tmp_path):
 
 def test_names_need_not_be_ascii(tmp_path):
     environment = {"LC_ALL": "C", "PYTHONIOENCODING": "ascii"}
-    done = call("train_mnist.py", *QUICK, "--name", "é", "--output_dir", "ü", cwd=tmp_path, **environment)
+    done = call(
+        "train_mnist.py", *QUICK, "--name", "é", "--output_dir", "ü", cwd=tmp_path, **environment
+    )
     assert done.status == 0 and "Traceback" not in done.err
     assert json.loads((tmp_path / "ü/config.json").read_text())["name"] == "é"
 
@@ -509,7 +583,10 @@ def test_an_id_with_wildcards_finds_its_own_files(tmp_path):
 
 @pytest.mark.parametrize(
     "write",
-    ['safetensors.torch.save_file({"w": torch.zeros(9999)}, "w")', 'files.write_tensors(Path("w"), torch.zeros(9999))'],
+    [
+        'safetensors.torch.save_file({"w": torch.zeros(9999)}, "w")',
+        'files.write_tensors(Path("w"), torch.zeros(9999))',
+    ],
 )
 def test_a_full_disk_hidden_by_a_library_is_one_line(write, tmp_path):
     """A limit on the size of files stands in for a full disk."""
@@ -533,7 +610,9 @@ def test_a_wandb_service_that_does_not_start_is_one_line(mode, tmp_path):
     command = [sys.executable, "-c", program, *QUICK, "--wandb", mode]
     done = forking.run(command, cwd=tmp_path, env=environment, text=True, timeout=100)
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("-c: error: W&B's service did not start within 2 seconds")
+    assert done.stderr.splitlines()[-1].startswith(
+        "-c: error: W&B's service did not start within 2 seconds"
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -553,7 +632,9 @@ def test_an_exit_that_hangs_is_cut_short(tmp_path):
         "atexit.register(time.sleep, 1000)\nscript.run_script(lambda: print('done'))"
     )
     environment = clean_environment(tmp_path, PYTHONPATH=str(REPO))
-    done = forking.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, text=True, timeout=100)
+    done = forking.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, text=True, timeout=100
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
 
 
@@ -565,7 +646,12 @@ def test_threads_end_before_the_program(tmp_path):
         "script.run_script(main)"
     )
     command = [sys.executable, "-c", program]
-    assert forking.run(command, cwd=tmp_path, env=clean_environment(tmp_path, PYTHONPATH=str(REPO))).returncode == 0
+    assert (
+        forking.run(
+            command, cwd=tmp_path, env=clean_environment(tmp_path, PYTHONPATH=str(REPO))
+        ).returncode
+        == 0
+    )
     assert {"a", "b"} <= {file.name for file in tmp_path.iterdir()}
 
 
@@ -583,14 +669,16 @@ def test_freed_memory_is_kept_for_the_next_batch(tmp_path):
 
 def test_all_logs_of_a_run_are_found(tmp_path):
     """W&B appends -1 to the name of a directory if the run was started twice within a second."""
-    directories = ["offline-run-20260101_000000-same", "run-20260101_000000-same-1", "run-20260101_000001-same"]
+    directories = [
+        "offline-run-20260101_000000-same",
+        "run-20260101_000000-same-1",
+        "run-20260101_000001-same",
+    ]
     for directory in [*directories, "run-20260101_000000-same-1-other"]:
         name = "same-1-other" if directory.endswith("other") else "same"
         (tmp_path / "wandb" / directory).mkdir(parents=True)
         (tmp_path / "wandb" / directory / f"run-{name}.wandb").touch()
-    program = (
-        "from harness import wandb_internals\nfor log in wandb_internals.log_files('same'): print(log.parent.name)"
-    )
+    program = "from harness import wandb_internals\nfor log in wandb_internals.log_files('same'): print(log.parent.name)"
     environment = clean_environment(tmp_path, PYTHONPATH=str(REPO))
     done = forking.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, text=True)
     assert done.stdout.splitlines() == directories, done.stderr

@@ -50,24 +50,43 @@ class Hosts:
         """Raises `CalledProcessError` or `OSError` if namespaces are not allowed."""
         for name, cwd in zip(self.names, self.dirs):
             ip("netns", "add", name)
-            files = Path("/etc/netns", name)  # the hosts find each other's names without a name server
+            files = Path(
+                "/etc/netns", name
+            )  # the hosts find each other's names without a name server
             files.mkdir(parents=True)
             (files / "hosts").write_text("127.0.0.1 localhost\n10.77.0.1 host0\n10.77.0.2 host1\n")
             (files / "resolv.conf").touch()
             cwd.mkdir()
-        ip(*f"link add v0 netns {self.names[0]} type veth peer name v0 netns {self.names[1]}".split())
+        ip(
+            *f"link add v0 netns {self.names[0]} type veth peer name v0 netns {self.names[1]}".split()
+        )
         for number, name in enumerate(self.names, 1):
             ip("-n", name, *f"address add 10.77.0.{number}/24 dev v0".split())
             for device in ("lo", "v0"):
                 ip("-n", name, "link", "set", device, "up")
 
-    def start(self, *more: str, ranks: tuple[int, int] = (0, 1), restarts: int = 0) -> list[subprocess.Popen]:
+    def start(
+        self, *more: str, ranks: tuple[int, int] = (0, 1), restarts: int = 0
+    ) -> list[subprocess.Popen]:
         """Start the run that `killing` defines with one process on each host; `ranks` are the hosts'."""
         started = []
         for host, (name, cwd) in enumerate(zip(self.names, self.dirs)):
             launcher = f"--nnodes 2 --node-rank {ranks[host]} --master-addr 10.77.0.{ranks.index(0) + 1}".split()
-            launcher += ["--master-port", "29511", "--max-restarts", str(restarts), killing.REPO / SCRIPT]
-            arguments = [*killing.ARGUMENTS[SCRIPT].split(), "--output_dir", "out", "--id", "same", *more]
+            launcher += [
+                "--master-port",
+                "29511",
+                "--max-restarts",
+                str(restarts),
+                killing.REPO / SCRIPT,
+            ]
+            arguments = [
+                *killing.ARGUMENTS[SCRIPT].split(),
+                "--output_dir",
+                "out",
+                "--id",
+                "same",
+                *more,
+            ]
             started.append(
                 forking.Popen(
                     [sys.executable, "-c", ON_HOST, name, f"host{host}", *launcher, *arguments],
@@ -107,7 +126,9 @@ def hosts(tmp_path: Path) -> Iterator[Hosts]:
         hosts.create()
     except (subprocess.CalledProcessError, OSError) as error:
         hosts.remove()
-        pytest.skip(f"network namespaces are not allowed here: {getattr(error, 'stderr', None) or error}")
+        pytest.skip(
+            f"network namespaces are not allowed here: {getattr(error, 'stderr', None) or error}"
+        )
     yield hosts
     hosts.remove()
 
@@ -115,7 +136,10 @@ def hosts(tmp_path: Path) -> Iterator[Hosts]:
 def ends(processes: list[subprocess.Popen], seconds: float) -> tuple[list[int], list[str]]:
     """The exit statuses and the output of both hosts, which end within `seconds`."""
     deadline = time.monotonic() + seconds
-    printed = [process.communicate(timeout=max(0.1, deadline - time.monotonic()))[0].decode() for process in processes]
+    printed = [
+        process.communicate(timeout=max(0.1, deadline - time.monotonic()))[0].decode()
+        for process in processes
+    ]
     return [process.returncode for process in processes], printed
 
 
@@ -145,12 +169,17 @@ def test_what_ends_a_run_ends_it_on_both_hosts(hosts):
     test_parallel.wait_for_rows(hosts.dirs[0], 5)
     os.kill(processes[1].pid, signal.SIGTERM)
     statuses, printed = ends(processes, 20)
-    assert 0 not in statuses and "stopped by a signal to another process at step" in printed[0], printed
+    assert 0 not in statuses and "stopped by a signal to another process at step" in printed[0], (
+        printed
+    )
     assert "process 1: stopped by SIGTERM at step" in printed[1]
     step = torch.load(hosts.dirs[0] / "out/checkpoint.pt", weights_only=True)["position"]["step"]
 
     statuses, printed = ends(hosts.start("--epochs", "99", "--resume", ranks=(1, 0)), 40)
-    assert 0 not in statuses and "the checkpoint of out is on host0, and host1, which has process 0" in printed[1]
+    assert (
+        0 not in statuses
+        and "the checkpoint of out is on host0, and host1, which has process 0" in printed[1]
+    )
     assert not (hosts.dirs[1] / "out").exists()
 
     processes = hosts.start("--epochs", "99", "--resume", "--peer_timeout", "8", restarts=1)
@@ -159,5 +188,7 @@ def test_what_ends_a_run_ends_it_on_both_hosts(hosts):
     statuses, printed = ends(processes, 30)
     assert 0 not in statuses, printed
     for text in printed:
-        assert "stopped by a communication failure between processes (Timed out waiting 8000ms" in text
+        assert (
+            "stopped by a communication failure between processes (Timed out waiting 8000ms" in text
+        )
         assert "--peer_timeout is the limit). To go on: the same command on every host" in text

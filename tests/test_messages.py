@@ -43,7 +43,9 @@ def test_a_stopped_run_says_what_to_type(number, named, tmp_path):
     last = stop(start(tmp_path, *LONG, *named), tmp_path, number)
     (out,) = (config.parent.relative_to(tmp_path) for config in tmp_path.rglob("config.json"))
     problem, _, command = last.partition(". To go on: ")
-    assert problem.startswith(f"train_mnist.py: stopped by {number.name} at step ") and problem.endswith(", saved")
+    assert problem.startswith(
+        f"train_mnist.py: stopped by {number.name} at step "
+    ) and problem.endswith(", saved")
     expected = ["python", str(REPO / "train_mnist.py"), *LONG, "--output_dir", str(out), "--resume"]
     assert sorted(shlex.split(command)) == sorted(expected)
 
@@ -58,14 +60,21 @@ def test_a_stopped_run_says_what_to_type(number, named, tmp_path):
     resuming = next(line for line in process.stdout if line.startswith("Resuming"))
     process.kill()
     process.communicate()
-    step = int(problem.split()[-2].rstrip(","))  # 200 images, 13 batches an epoch, the last one has 8
+    step = int(
+        problem.split()[-2].rstrip(",")
+    )  # 200 images, 13 batches an epoch, the last one has 8
     epochs, examples = divmod(step, 200)
     place = (epochs, 13) if examples == 0 else (epochs + 1, examples // 16 + 1)
     assert resuming == f"Resuming {out} at epoch {place[0]}, batch {place[1]} of 13\n"
 
 
 def test_resume_names_the_newest_unfinished_run(tmp_path):
-    runs = [("mnist-a", 30, False), ("mnist-b", 20, False), ("mnist-c", 10, True), ("cola-d", 0, False)]
+    runs = [
+        ("mnist-a", 30, False),
+        ("mnist-b", 20, False),
+        ("mnist-c", 10, True),
+        ("cola-d", 0, False),
+    ]
     for name, age, finished in runs:
         run = tmp_path / "runs" / name
         run.mkdir(parents=True)
@@ -93,13 +102,20 @@ def test_no_warning_of_links_and_no_long_warning(tmp_path, capsys):
 
     warn_loudly(f"W&B has failed: {'a long reason ' * 30}", "Training continues.")
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) > 6 and max(map(len, lines)) <= 120 and all(line[:2] in ("", "!!") for line in lines)
+    assert (
+        len(lines) > 6
+        and max(map(len, lines)) <= 120
+        and all(line[:2] in ("", "!!") for line in lines)
+    )
 
 
 @pytest.mark.parametrize("option", ["--id", "--output_dir"])
 def test_a_newline_in_a_name_is_refused_in_one_line(option, tmp_path):
     done = call("train_mnist.py", *QUICK, option, "a\nb", cwd=tmp_path)
-    assert (done.status, done.err) == (2, f"train_mnist.py: error: {option}: must be one line, got 'a\\nb'\n")
+    assert (done.status, done.err) == (
+        2,
+        f"train_mnist.py: error: {option}: must be one line, got 'a\\nb'\n",
+    )
     assert not list(tmp_path.iterdir())
 
 
@@ -130,7 +146,9 @@ def test_a_directory_that_is_taken_away_is_one_line(tmp_path):
 
 def test_a_slash_in_an_id_leaves_nothing_behind(tmp_path):
     done = call("train_mnist.py", *QUICK, "--id", "../../x", cwd=tmp_path)
-    assert done.status == 2 and done.err.splitlines()[-1].endswith("--id: must not contain a slash, got '../../x'")
+    assert done.status == 2 and done.err.splitlines()[-1].endswith(
+        "--id: must not contain a slash, got '../../x'"
+    )
     assert not list(tmp_path.rglob("mnist-*"))
 
 

@@ -18,7 +18,9 @@ pytestmark = pytest.mark.quick
 
 
 def close(actual, expected, case: object = "") -> None:
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-12, equal_nan=True, err_msg=str(case))
+    np.testing.assert_allclose(
+        actual, expected, rtol=0, atol=1e-12, equal_nan=True, err_msg=str(case)
+    )
 
 
 def filled(counts: list[list[int]]) -> metrics.ConfusionMatrix:
@@ -30,7 +32,9 @@ def filled(counts: list[list[int]]) -> metrics.ConfusionMatrix:
     return matrix
 
 
-def random_pairs(rng: np.random.Generator, classes: int = 5, examples: int = 100) -> tuple[Tensor, Tensor]:
+def random_pairs(
+    rng: np.random.Generator, classes: int = 5, examples: int = 100
+) -> tuple[Tensor, Tensor]:
     """Random predictions and labels."""
     return tuple(torch.from_numpy(rng.integers(classes, size=(2, examples))))
 
@@ -43,9 +47,19 @@ KNOWN = {
             "accuracy": 7 / 10,
             "balanced_accuracy": 17 / 24,  # (3/4 + 4/6) / 2
             "majority_share": 6 / 10,
-            "precision": (7 / 10, 7 / 10, 18 / 25, [3 / 5, 4 / 5]),  # weighted: (4 · 3/5 + 6 · 4/5) / 10
+            "precision": (
+                7 / 10,
+                7 / 10,
+                18 / 25,
+                [3 / 5, 4 / 5],
+            ),  # weighted: (4 · 3/5 + 6 · 4/5) / 10
             "recall": (17 / 24, 7 / 10, 7 / 10, [3 / 4, 2 / 3]),
-            "f1": (23 / 33, 7 / 10, 116 / 165, [2 / 3, 8 / 11]),  # 6/(4+5), 8/(6+5); (4 · 2/3 + 6 · 8/11) / 10
+            "f1": (
+                23 / 33,
+                7 / 10,
+                116 / 165,
+                [2 / 3, 8 / 11],
+            ),  # 6/(4+5), 8/(6+5); (4 · 2/3 + 6 · 8/11) / 10
             "matthews_corrcoef": 1 / math.sqrt(6),  # (3·4 - 1·2) / √(4·6·5·5)
             "cohen_kappa": 2 / 5,  # expected by chance (4·5 + 6·5) / 10 = 5; (7 - 5) / (10 - 5)
         },
@@ -57,12 +71,23 @@ KNOWN = {
             "accuracy": 7 / 11,
             "balanced_accuracy": 31 / 48,  # (5/8 + 2/3) / 2
             "majority_share": 8 / 11,
-            "precision": (4 / 9, 7 / 11, 49 / 66, [5 / 6, 1 / 2, 0]),  # weighted: (8 · 5/6 + 3 · 1/2) / 11
+            "precision": (
+                4 / 9,
+                7 / 11,
+                49 / 66,
+                [5 / 6, 1 / 2, 0],
+            ),  # weighted: (8 · 5/6 + 3 · 1/2) / 11
             "recall": (31 / 72, 7 / 11, 7 / 11, [5 / 8, 2 / 3, 0]),
-            "f1": (3 / 7, 7 / 11, 52 / 77, [5 / 7, 4 / 7, 0]),  # 10/(8+6), 4/(3+4); (8 · 5/7 + 3 · 4/7) / 11
+            "f1": (
+                3 / 7,
+                7 / 11,
+                52 / 77,
+                [5 / 7, 4 / 7, 0],
+            ),  # 10/(8+6), 4/(3+4); (8 · 5/7 + 3 · 4/7) / 11
             # (7·11 - (8·6 + 3·4)) / √((11² - 8² - 3²) · (11² - 6² - 4² - 1²))
             "matthews_corrcoef": 17 / math.sqrt(3264),
-            "cohen_kappa": 17 / 61,  # expected by chance (8·6 + 3·4) / 11 = 60/11; (77 - 60) / (121 - 60)
+            "cohen_kappa": 17
+            / 61,  # expected by chance (8·6 + 3·4) / 11 = 60/11; (77 - 60) / (121 - 60)
         },
     ),
 }
@@ -94,7 +119,9 @@ def test_known_roc_curve():
 
 
 def test_roc_curve_drops_collinear_points():
-    fpr, tpr, thresholds = metrics.roc_curve(torch.tensor([4, 3, 2, 1, 0]), torch.tensor([1, 0, 0, 0, 1]))
+    fpr, tpr, thresholds = metrics.roc_curve(
+        torch.tensor([4, 3, 2, 1, 0]), torch.tensor([1, 0, 0, 0, 1])
+    )
     close(thresholds, [math.inf, 4, 1, 0])
     close(fpr, [0, 0, 1, 1])
     close(tpr, [0, 1 / 2, 1 / 2, 1])
@@ -110,14 +137,21 @@ def test_known_precision_recall_curve():
 
 
 def test_known_calibration_error():
-    probabilities = torch.tensor([[0.5, 0.25, 0.25], [0.75, 0.25, 0], [0.375, 0.3125, 0.3125], [0, 0, 1]])
+    probabilities = torch.tensor(
+        [[0.5, 0.25, 0.25], [0.75, 0.25, 0], [0.375, 0.3125, 0.3125], [0, 0, 1]]
+    )
     # Correct, wrong, correct, correct. Lower bin, which includes a confidence of .5: .5 + .625; upper bin: -.75 + 0.
-    close(metrics.expected_calibration_error(probabilities, torch.tensor([0, 1, 0, 2]), bins=2), (1.125 + 0.75) / 4)
+    close(
+        metrics.expected_calibration_error(probabilities, torch.tensor([0, 1, 0, 2]), bins=2),
+        (1.125 + 0.75) / 4,
+    )
 
 
 def test_known_calibration():
     probabilities = torch.tensor([[0.9, 0.1], [0.4, 0.6], [0.5, 0.5], [0.2, 0.8]])
-    counts, confidences, accuracies = metrics.calibration(probabilities, torch.tensor([0, 0, 0, 1]), bins=4)
+    counts, confidences, accuracies = metrics.calibration(
+        probabilities, torch.tensor([0, 0, 0, 1]), bins=4
+    )
     # Bins end at 0.25, 0.5, 0.75 and 1; 0.5 belongs to the second.
     assert counts.tolist() == [0, 1, 1, 2]
     assert confidences.tolist() == pytest.approx([0, 0.5, 0.6, 0.85])
@@ -125,8 +159,12 @@ def test_known_calibration():
 
 
 def test_calibration_error_has_15_bins():
-    probabilities = torch.tensor([[0.53, 0.47], [0.54, 0.46]], dtype=torch.float64)  # 8/15 = .533… is between them
-    close(metrics.expected_calibration_error(probabilities, torch.tensor([0, 1])), (0.47 + 0.54) / 2)
+    probabilities = torch.tensor(
+        [[0.53, 0.47], [0.54, 0.46]], dtype=torch.float64
+    )  # 8/15 = .533… is between them
+    close(
+        metrics.expected_calibration_error(probabilities, torch.tensor([0, 1])), (0.47 + 0.54) / 2
+    )
 
 
 PARTS = {  # the classes from which labels and predictions are drawn
@@ -165,7 +203,9 @@ def test_random_labels_against_scikit_learn(parts):
         for average in AVERAGES:
             # By default scikit-learn averages over the classes that occur only.
             which = classes if average is None else None
-            expected = reference.precision_recall_fscore_support(*both, labels=which, average=average)
+            expected = reference.precision_recall_fscore_support(
+                *both, labels=which, average=average
+            )
             actual = (matrix.precision(average), matrix.recall(average), matrix.f1(average))
             for name, ours, theirs in zip(("precision", "recall", "f1"), actual, expected):
                 close(ours, theirs, (seed, name, average))
@@ -182,14 +222,24 @@ def test_random_scores_against_scikit_learn(allowed, decimals):
         rng = np.random.default_rng(seed)
         size = rng.integers(1, 100)
         labels = rng.choice(allowed, size)
-        scores = (rng.normal(size=size) + rng.random() * labels).round(decimals).astype(rng.choice(["f4", "f8"]))
+        scores = (
+            (rng.normal(size=size) + rng.random() * labels)
+            .round(decimals)
+            .astype(rng.choice(["f4", "f8"]))
+        )
         ours = torch.from_numpy(scores), torch.from_numpy(labels)
         for name in ("roc_curve", "precision_recall_curve"):
-            for actual, expected in zip(getattr(metrics, name)(*ours), getattr(reference, name)(labels, scores)):
+            for actual, expected in zip(
+                getattr(metrics, name)(*ours), getattr(reference, name)(labels, scores)
+            ):
                 assert actual.dtype == torch.float64
                 close(actual, expected, (seed, name))
         close(metrics.roc_auc(*ours), reference.roc_auc_score(labels, scores), seed)
-        close(metrics.average_precision(*ours), reference.average_precision_score(labels, scores), seed)
+        close(
+            metrics.average_precision(*ours),
+            reference.average_precision_score(labels, scores),
+            seed,
+        )
 
 
 @pytest.mark.parametrize("bins", [1, 2, 3, 5, 10, 11, 15, 20, 25])
@@ -204,7 +254,9 @@ def test_random_calibration_error_against_a_loop(bins):
         on_edge = (1 - top[:, None]) / (classes - 1) * np.ones(classes)
         on_edge[np.arange(size), rng.integers(classes, size=size)] = top
         probabilities = np.where(rng.random((size, 1)) < 1 / 3, on_edge, probabilities)
-        labels = np.where(rng.random(size) < 0.5, probabilities.argmax(1), rng.integers(classes, size=size))
+        labels = np.where(
+            rng.random(size) < 0.5, probabilities.argmax(1), rng.integers(classes, size=size)
+        )
 
         expected = 0.0
         for i in range(bins):
@@ -302,7 +354,9 @@ def test_unknown_average_raises(name):
         getattr(filled([[1, 0], [0, 1]]), name)("binary")
 
 
-@pytest.mark.parametrize("name", ["roc_curve", "roc_auc", "precision_recall_curve", "average_precision"])
+@pytest.mark.parametrize(
+    "name", ["roc_curve", "roc_auc", "precision_recall_curve", "average_precision"]
+)
 @pytest.mark.parametrize(
     ("scores", "labels", "message"),
     [
@@ -338,7 +392,9 @@ def test_invalid_scores_raise(name, scores, labels, message):
 )
 def test_invalid_probabilities_raise(probabilities, labels, bins, message):
     with pytest.raises(ValueError, match=message):
-        metrics.expected_calibration_error(torch.as_tensor(probabilities), torch.tensor(labels), bins)
+        metrics.expected_calibration_error(
+            torch.as_tensor(probabilities), torch.tensor(labels), bins
+        )
 
 
 def test_meter_averages_over_examples():
@@ -360,7 +416,10 @@ def test_meter_state_is_a_snapshot():
     meter.add(4, error=torch.tensor(1.0, requires_grad=True))
     state = meter.state_dict()
     meter.take_row()
-    assert state == {"sums": {"error": 1.0, "examples": 4.0}, "epoch": {"error": 2.0, "examples": 2.0}}
+    assert state == {
+        "sums": {"error": 1.0, "examples": 4.0},
+        "epoch": {"error": 2.0, "examples": 2.0},
+    }
     resumed.load_state_dict(state)
     assert (resumed.take_row(), resumed.take_epoch()) == ({"error": 0.25}, {"error": 0.5})
     resumed.load_state_dict(state, state)  # from two ranks
@@ -402,11 +461,15 @@ def test_evaluation_of_two_classes():
     close(result["average_precision"], reference.average_precision_score(labels, scores))
     one_class = metrics.evaluation(logits, torch.ones_like(labels)).metrics
     assert result.keys() - one_class.keys() == {"roc_auc", "average_precision"}
-    assert [name for name in metrics.EVALUATION_METRICS if metrics.lower_is_better(f"valid/{name}")] == ["loss", "ece"]
+    assert [
+        name for name in metrics.EVALUATION_METRICS if metrics.lower_is_better(f"valid/{name}")
+    ] == ["loss", "ece"]
 
 
 def test_evaluation_of_a_model_that_has_diverged():
-    (loss,) = metrics.evaluation(torch.tensor([[torch.nan, 0.0], [1.0, 0.0]]), torch.tensor([0, 1])).metrics.values()
+    (loss,) = metrics.evaluation(
+        torch.tensor([[torch.nan, 0.0], [1.0, 0.0]]), torch.tensor([0, 1])
+    ).metrics.values()
     assert math.isnan(loss)
 
 
@@ -421,8 +484,12 @@ def test_interval_is_that_of_resampled_examples():
     draws = [rng.integers(100, size=100) for _ in range(1000)]
     values = [reference.matthews_corrcoef(labels[drawn], predictions[drawn]) for drawn in draws]
     expected = np.quantile(values, [0.05, 0.95])
-    assert metrics.matthews_corrcoef_interval(matrix, 0.9, resamples=20_000) == pytest.approx(expected, abs=0.012)
-    assert metrics.matthews_corrcoef_interval(matrix, seed=1) == metrics.matthews_corrcoef_interval(matrix, seed=1)
+    assert metrics.matthews_corrcoef_interval(matrix, 0.9, resamples=20_000) == pytest.approx(
+        expected, abs=0.012
+    )
+    assert metrics.matthews_corrcoef_interval(matrix, seed=1) == metrics.matthews_corrcoef_interval(
+        matrix, seed=1
+    )
 
 
 def test_interval_of_a_million_examples_takes_a_moment():
@@ -430,7 +497,9 @@ def test_interval_of_a_million_examples_takes_a_moment():
     matrix._counts += torch.tensor([[400_000, 100_000], [100_000, 400_000]])
     low, high = metrics.matthews_corrcoef_interval(matrix)
     # The standard error of the correlation is about sqrt((1 - 0.6²) / n).
-    assert 0.6 - low == pytest.approx(1.96 * 0.0008, rel=0.15) and high - 0.6 == pytest.approx(1.96 * 0.0008, rel=0.15)
+    assert 0.6 - low == pytest.approx(1.96 * 0.0008, rel=0.15) and high - 0.6 == pytest.approx(
+        1.96 * 0.0008, rel=0.15
+    )
 
 
 def test_evaluation_of_labels_out_of_range_raises():

@@ -35,27 +35,47 @@ BERT = {
     "intermediate_size": 32,
     "max_position_embeddings": 64,
 }
-SEQ2SEQ = {"vocab_size": len(PIECES), "d_model": 16, "pad_token_id": 0, "eos_token_id": 3, "decoder_start_token_id": 0}
-POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 440449768\n"
+SEQ2SEQ = {
+    "vocab_size": len(PIECES),
+    "d_model": 16,
+    "pad_token_id": 0,
+    "eos_token_id": 3,
+    "decoder_start_token_id": 0,
+}
+POINTER = (
+    b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 440449768\n"
+)
 
 
-def make_tokenizer(template: str = "[CLS] $A [SEP]", **special: str) -> transformers.PreTrainedTokenizerFast:
+def make_tokenizer(
+    template: str = "[CLS] $A [SEP]", **special: str
+) -> transformers.PreTrainedTokenizerFast:
     """The words of the built-in sentences, with special tokens as in `template`; without padding by default."""
-    backend = transformers.BertTokenizerFast(vocab={piece: i for i, piece in enumerate(PIECES)}).backend_tokenizer
+    backend = transformers.BertTokenizerFast(
+        vocab={piece: i for i, piece in enumerate(PIECES)}
+    ).backend_tokenizer
     ids = [("[CLS]", 2), ("[SEP]", 3)]
-    backend.post_processor = tokenizers.processors.TemplateProcessing(single=template, special_tokens=ids)
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single=template, special_tokens=ids
+    )
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=backend, unk_token="[UNK]", eos_token="[SEP]", sep_token="[SEP]", **special
     )
 
 
-def save(directory: Path, model: transformers.PreTrainedModel, tokenizer: transformers.PreTrainedTokenizerBase) -> Path:
+def save(
+    directory: Path,
+    model: transformers.PreTrainedModel,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+) -> Path:
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
 
 
-def load(directory: Path | str) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase]:
+def load(
+    directory: Path | str,
+) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase]:
     return encoders.load_model(str(directory), [], ["no", "yes"], 32)
 
 
@@ -74,16 +94,22 @@ def bert(tmp_path: Path) -> Path:
     """A BERT saved from a masked-LM: it has neither a head nor a pooler."""
     torch.manual_seed(0)
     tokenizer = transformers.BertTokenizerFast(vocab={piece: i for i, piece in enumerate(PIECES)})
-    return save(tmp_path / "bert", transformers.BertForMaskedLM(transformers.BertConfig(**BERT)), tokenizer)
+    return save(
+        tmp_path / "bert", transformers.BertForMaskedLM(transformers.BertConfig(**BERT)), tokenizer
+    )
 
 
 def change(file: Path, **changes: object) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
-def change_weights(directory: Path, edit: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
+def change_weights(
+    directory: Path, edit: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
+) -> None:
     file = directory / "model.safetensors"
-    safetensors.torch.save_file(edit(safetensors.torch.load_file(file)), file, metadata={"format": "pt"})
+    safetensors.torch.save_file(
+        edit(safetensors.torch.load_file(file)), file, metadata={"format": "pt"}
+    )
 
 
 # --------------------------------------------------------------------------------- weights that are not there
@@ -93,7 +119,9 @@ def test_model_without_head_and_pooler_is_loaded(bert, capsys):
     stored = safetensors.torch.load_file(bert / "model.safetensors")
     model, _ = load(bert)
     base = {name: weight for name, weight in model.state_dict().items() if name in stored}
-    assert len(base) == 37 and all(torch.equal(weight, stored[name]) for name, weight in base.items())
+    assert len(base) == 37 and all(
+        torch.equal(weight, stored[name]) for name, weight in base.items()
+    )
     assert capsys.readouterr().out == ""
 
 
@@ -109,11 +137,15 @@ def test_model_without_head_and_pooler_is_loaded(bert, capsys):
 )
 def test_weights_other_than_config_says(changes, count, first, bert):
     change(bert / "config.json", **changes)
-    assert refusal(bert) == (f"be used: weights missing or not of the size in config.json: {count}, first {first}")
+    assert refusal(bert) == (
+        f"be used: weights missing or not of the size in config.json: {count}, first {first}"
+    )
 
 
 def test_weights_of_other_names(bert):
-    change_weights(bert, lambda weights: {f"other.{name}": weight for name, weight in weights.items()})
+    change_weights(
+        bert, lambda weights: {f"other.{name}": weight for name, weight in weights.items()}
+    )
     assert "weights missing or not of the size in config.json: 37, first bert." in refusal(bert)
 
 
@@ -124,7 +156,10 @@ def test_weights_that_are_not_finite(value, bert):
         return weights
 
     change_weights(bert, spoil)
-    assert refusal(bert) == "be used: weights with NaN or infinity: 1, first bert.embeddings.LayerNorm.weight"
+    assert (
+        refusal(bert)
+        == "be used: weights with NaN or infinity: 1, first bert.embeddings.LayerNorm.weight"
+    )
 
 
 # ----------------------------------------------------------------------------------------------- broken files
@@ -159,12 +194,17 @@ def test_broken_files(file, content, problem, bert):
     assert refused.startswith(problem) and "weights_only" not in refused
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin", "tokenizer.json", "config.json"])
+@pytest.mark.parametrize(
+    "file", ["model.safetensors", "pytorch_model.bin", "tokenizer.json", "config.json"]
+)
 def test_git_lfs_pointers(file, bert):
     if file == "pytorch_model.bin":
         (bert / "model.safetensors").unlink()
     (bert / file).write_bytes(POINTER)
-    assert refusal(bert) == f"be used: {file} is a git LFS pointer, not the file itself: run `git lfs pull`"
+    assert (
+        refusal(bert)
+        == f"be used: {file} is a git LFS pointer, not the file itself: run `git lfs pull`"
+    )
 
 
 def test_newline_in_the_name_of_a_model(bert, tmp_path, monkeypatch):
@@ -195,7 +235,9 @@ def test_model_that_fails_in_its_forward_pass(bert, monkeypatch):
 
 def test_script_ends_in_one_line(bert, tmp_path):
     (bert / "tokenizer_config.json").write_text("[]")
-    done = call("train_cola.py", *"--dataset synthetic --model bert --wandb disabled".split(), cwd=tmp_path)
+    done = call(
+        "train_cola.py", *"--dataset synthetic --model bert --wandb disabled".split(), cwd=tmp_path
+    )
     assert done.status == 2 and len(done.err.splitlines()) == 1, done.err
     assert done.err.startswith("train_cola.py: error: --model bert can't be used: ")
 
@@ -205,13 +247,21 @@ def test_script_ends_in_one_line(bert, tmp_path):
 
 def make_gpt2() -> tuple:
     config = transformers.GPT2Config(
-        vocab_size=len(PIECES), n_embd=16, n_layer=1, n_head=2, n_positions=64, bos_token_id=3, eos_token_id=3
+        vocab_size=len(PIECES),
+        n_embd=16,
+        n_layer=1,
+        n_head=2,
+        n_positions=64,
+        bos_token_id=3,
+        eos_token_id=3,
     )
     return transformers.GPT2LMHeadModel(config), make_tokenizer("$A")
 
 
 def make_xlnet() -> tuple:
-    config = transformers.XLNetConfig(vocab_size=len(PIECES), d_model=16, n_layer=1, n_head=2, d_inner=32)
+    config = transformers.XLNetConfig(
+        vocab_size=len(PIECES), d_model=16, n_layer=1, n_head=2, d_inner=32
+    )
     return transformers.XLNetLMHeadModel(config), make_tokenizer(
         "$A [SEP] [CLS]", pad_token="[PAD]", padding_side="left"
     )
@@ -219,11 +269,18 @@ def make_xlnet() -> tuple:
 
 def make_t5() -> tuple:
     config = transformers.T5Config(**SEQ2SEQ, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
-    return transformers.T5ForConditionalGeneration(config), make_tokenizer("$A [SEP]", pad_token="[PAD]")
+    return transformers.T5ForConditionalGeneration(config), make_tokenizer(
+        "$A [SEP]", pad_token="[PAD]"
+    )
 
 
 def make_bart() -> tuple:
-    sizes = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    sizes = {
+        "encoder_layers": 1,
+        "decoder_layers": 1,
+        "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2,
+    }
     config = transformers.BartConfig(
         **SEQ2SEQ, **sizes, encoder_ffn_dim=32, decoder_ffn_dim=32, max_position_embeddings=64
     )
@@ -250,10 +307,14 @@ def test_other_architectures(make, tmp_path, capsys):
     first = batching.tokenise(SENTENCES[:1], [0], tokenizer, 32, torch.device("cpu"))
     with torch.no_grad():
         padded, alone = (
-            type(model).forward(model, **batching.inputs_of(part, torch.arange(len(part.lengths)))).logits
+            type(model)
+            .forward(model, **batching.inputs_of(part, torch.arange(len(part.lengths))))
+            .logits
             for part in (whole, first)
         )
-    assert torch.allclose(padded[:1], alone, atol=1e-6) and not torch.allclose(padded[0], padded[1], atol=1e-4)
+    assert torch.allclose(padded[:1], alone, atol=1e-6) and not torch.allclose(
+        padded[0], padded[1], atol=1e-4
+    )
 
     scores = encoders.attribute(model, whole, 0, answer=1, label=0)
     said = capsys.readouterr().out
@@ -287,7 +348,10 @@ def test_page_without_attributions_says_so_once(tmp_path, monkeypatch):
     model, tokenizer = load(save(tmp_path / "model", *make_t5()))
     part = batching.tokenise(SENTENCES, [0, 1], tokenizer, 32, torch.device("cpu"))
     task = SimpleNamespace(
-        corpus=SimpleNamespace(class_names=["no", "yes"]), model=model, tokenizer=tokenizer, valid=part
+        corpus=SimpleNamespace(class_names=["no", "yes"]),
+        model=model,
+        tokenizer=tokenizer,
+        valid=part,
     )
     logits = torch.tensor([[0.0, 1.0], [1.0, 0.0]])  # two mistakes
     page = train_cola.attributions(task, train_cola.metrics.evaluation(logits, part.labels))
@@ -300,7 +364,9 @@ def test_words_are_put_together_from_their_pieces():
     words = encoders.words_of(tokenizer, sentence, 32)
     assert " ".join(word for word, _ in words) == " ".join(sentence.split())
     pieces = tokenizer.convert_ids_to_tokens(tokenizer(sentence)["input_ids"])
-    assert [place for _, places in words for place in places] == list(range(1, len(pieces) - 1))  # not [CLS] and [SEP]
+    assert [place for _, places in words for place in places] == list(
+        range(1, len(pieces) - 1)
+    )  # not [CLS] and [SEP]
     assert len(words[0][1]) > 1, "choose another word: this one is in one piece"
     assert [places for _, places in encoders.words_of(tokenizer, sentence, 3)][1:] == [[], [], []]
 
@@ -308,13 +374,17 @@ def test_words_are_put_together_from_their_pieces():
 def test_tokenizer_with_neither_padding_nor_end(tmp_path):
     model, tokenizer = make_gpt2()
     tokenizer.eos_token = None
-    with pytest.raises(UserError, match="has a tokenizer without a padding token: pass an encoder such as BERT"):
+    with pytest.raises(
+        UserError, match="has a tokenizer without a padding token: pass an encoder such as BERT"
+    ):
         load(save(tmp_path / "model", model, tokenizer))
 
 
 def test_positions_that_a_model_reserves(tmp_path):
     config = transformers.MPNetConfig(**BERT)
-    directory = save(tmp_path / "mpnet", transformers.MPNetModel(config), make_tokenizer(pad_token="[PAD]"))
+    directory = save(
+        tmp_path / "mpnet", transformers.MPNetModel(config), make_tokenizer(pad_token="[PAD]")
+    )
     with pytest.raises(UserError, match="--max_length 63 is more than the model's limit, 62"):
         encoders.load_model(str(directory), [], ["no", "yes"], 63)
     encoders.load_model(str(directory), [], ["no", "yes"], 62)
@@ -325,7 +395,9 @@ def test_multi_label_model_becomes_single_label(bert, tmp_path):
     change(bert / "config.json", problem_type="multi_label_classification")
     model, tokenizer = load(bert)
     save(tmp_path / "saved", model, tokenizer)
-    pipeline = transformers.pipeline("text-classification", str(tmp_path / "saved"), device="cpu", top_k=None)
+    pipeline = transformers.pipeline(
+        "text-classification", str(tmp_path / "saved"), device="cpu", top_k=None
+    )
     for scores in pipeline(SENTENCES):
         assert sum(score["score"] for score in scores) == pytest.approx(1, abs=1e-6)
 
@@ -336,7 +408,9 @@ def test_training_without_attributions(make, tmp_path, monkeypatch, capsys):
     save(tmp_path / "model", *make())
     monkeypatch.chdir(tmp_path)
     data = f"--train_file {killing.SENTENCES} --valid_file {killing.SENTENCES} --epochs 1 --max_length 32"
-    result = train_cola.main([*data.split(), *"--model model --wandb disabled --output_dir out".split()])
+    result = train_cola.main(
+        [*data.split(), *"--model model --wandb disabled --output_dir out".split()]
+    )
     assert math.isfinite(result["valid/loss"])
     assert capsys.readouterr().out.count("does not accept embeddings") == 1
     load("out/model")
@@ -381,9 +455,14 @@ def test_interrupted_download_is_not_a_cached_model(bert, tmp_path, monkeypatch)
     Hub.directory, Hub.healthy = bert, False
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    hub = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "cache")}
+    hub = {
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_HOME": str(tmp_path / "cache"),
+    }
     # They are read on import: the processes are forked from one that was started with them.
-    monkeypatch.setitem(forking.SERVERS, os.environ.get("OMP_NUM_THREADS"), forking.Server(os.environ | hub))
+    monkeypatch.setitem(
+        forking.SERVERS, os.environ.get("OMP_NUM_THREADS"), forking.Server(os.environ | hub)
+    )
 
     def find(name: str | None) -> subprocess.CompletedProcess:
         command = [sys.executable, "-c", FIND, *([name] if name else [])]
@@ -391,18 +470,29 @@ def test_interrupted_download_is_not_a_cached_model(bert, tmp_path, monkeypatch)
         return forking.run(command, cwd=tmp_path, env=environment, text=True)
 
     named, default = find("some/model"), find(None)
-    assert named.returncode and "UserError: --model some/model is not a directory, not in the hub" in named.stderr
+    assert (
+        named.returncode
+        and "UserError: --model some/model is not a directory, not in the hub" in named.stderr
+    )
     assert default.stdout.endswith("scratch\n") and "RANDOM weights" in default.stderr
-    assert len([*(tmp_path / "cache").rglob("tokenizer.json")]) == 2, "what came before the weights is cached"
+    assert len([*(tmp_path / "cache").rglob("tokenizer.json")]) == 2, (
+        "what came before the weights is cached"
+    )
     Hub.healthy = True
     downloaded = find("some/model"), find(None)
     server.shutdown()
     server.server_close()
-    for done, name in zip((*downloaded, find("some/model"), find(None)), ("some/model", encoders.BERT_TINY) * 2):
-        assert done.returncode == 0 and done.stdout == f"{name}\n", done.stderr  # the last two from the cache
+    for done, name in zip(
+        (*downloaded, find("some/model"), find(None)), ("some/model", encoders.BERT_TINY) * 2
+    ):
+        assert done.returncode == 0 and done.stdout == f"{name}\n", (
+            done.stderr
+        )  # the last two from the cache
 
 
 def test_a_panic_of_the_tokenizer_is_one_line(bert):
     """Raised by Rust, as a BaseException."""
-    change(bert / "tokenizer.json", normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"})
+    change(
+        bert / "tokenizer.json", normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+    )
     assert refusal(bert).startswith("be used: ")

@@ -29,7 +29,9 @@ pytestmark = pytest.mark.quick
 def read(tmp_path: Path, train: str, valid: str = GOOD, suffix: str = "tsv") -> Corpus:
     for name, content in (("train", train), ("valid", valid)):
         (tmp_path / f"{name}.{suffix}").write_bytes(content.encode())
-    return load_corpus("files", "", *(str(tmp_path / f"{name}.{suffix}") for name in ("train", "valid")))
+    return load_corpus(
+        "files", "", *(str(tmp_path / f"{name}.{suffix}") for name in ("train", "valid"))
+    )
 
 
 def problem_of(tmp_path: Path, train: str, suffix: str = "tsv") -> str:
@@ -54,36 +56,58 @@ def test_charts_show_the_most_frequent_classes():
     labels = torch.tensor([*range(30), *range(10, 30)])
     result = evaluation(torch.randn(50, 30, generator=torch.Generator().manual_seed(0)), labels)
     for chart in (viz.roc_chart, viz.precision_recall_chart):
-        assert {row[1] for row in chart(result, [str(c) for c in range(30)]).table.data} == {*map(str, range(10, 30))}
+        assert {row[1] for row in chart(result, [str(c) for c in range(30)]).table.data} == {
+            *map(str, range(10, 30))
+        }
 
 
 def test_run_with_one_validation_sentence(tmp_path):
-    (tmp_path / "t.tsv").write_text("sentence\tlabel\n" + "The boy sleeps.\t1\nBoy sleeps the.\t0\n" * 4)
+    (tmp_path / "t.tsv").write_text(
+        "sentence\tlabel\n" + "The boy sleeps.\t1\nBoy sleeps the.\t0\n" * 4
+    )
     (tmp_path / "v.tsv").write_text("sentence\tlabel\nThe boy sleeps.\t1\n")
     arguments = "--train_file t.tsv --valid_file v.tsv --model scratch --epochs 1 --batch_size 8 --max_length 16"
     run = finished_run("train_cola.py", tmp_path, *arguments.split())
     assert "W&B has failed" not in run.err and run.metrics["valid/acc"] in (0, 1)
     row = next(row for row in run.history if "valid/roc_table.path" in row)
     assert "valid/per_source.path" in row and "valid/attributions.path" in row
-    assert json.loads((tmp_path / "wandb/latest-run/files" / row["valid/roc_table.path"]).read_text())["data"] == []
+    assert (
+        json.loads((tmp_path / "wandb/latest-run/files" / row["valid/roc_table.path"]).read_text())[
+            "data"
+        ]
+        == []
+    )
 
 
 @pytest.mark.parametrize("end", ["\r", "\n", "\r\n"])
 def test_line_ends(tmp_path, end):
     corpus = read(tmp_path, GOOD.replace("\n", end))
     assert corpus.train == (["a", "b"], [0, 1], ["train.tsv"] * 2)
-    corpus = read(tmp_path, 'sentence,label\n"a, b",0\nc,1\n'.replace("\n", end), "sentence,label\nx,0", "csv")
+    corpus = read(
+        tmp_path, 'sentence,label\n"a, b",0\nc,1\n'.replace("\n", end), "sentence,label\nx,0", "csv"
+    )
     assert corpus.train.sentences == ["a, b", "c"]
-    assert problem_of(tmp_path, (GOOD + "c\n").replace("\n", end)).startswith("train.tsv, row 4: expected 2 columns")
+    assert problem_of(tmp_path, (GOOD + "c\n").replace("\n", end)).startswith(
+        "train.tsv, row 4: expected 2 columns"
+    )
 
 
 def test_control_characters_do_not_split_an_error(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["train_cola.py"])
     odd = tmp_path / "a\n\r\u2028b"
     odd.mkdir()
-    headers = ['"sen\n\u2028\x1btence",label\n', 'sentence,label\nx,0\ny,"1\x0b\x1b\u2028"\n', 'sentence,label\n"x\n']
+    headers = [
+        '"sen\n\u2028\x1btence",label\n',
+        'sentence,label\nx,0\ny,"1\x0b\x1b\u2028"\n',
+        'sentence,label\n"x\n',
+    ]
     for content in ("", *headers):
-        assert script.status_of(lambda content=content: read(odd, content, "sentence,label\nx,2\n", "csv")) == 2
+        assert (
+            script.status_of(
+                lambda content=content: read(odd, content, "sentence,label\nx,2\n", "csv")
+            )
+            == 2
+        )
         error = capsys.readouterr().err
         assert len(error.splitlines()) == 1 and "\x1b" not in error
 
@@ -91,7 +115,10 @@ def test_control_characters_do_not_split_an_error(tmp_path, monkeypatch, capsys)
 def test_blank_lines(tmp_path):
     for suffix, good in (("tsv", GOOD), ("csv", GOOD.replace("\t", ","))):
         assert read(tmp_path, good + "\n\r\n\n", good, suffix) == read(tmp_path, good, good, suffix)
-        assert problem_of(tmp_path, good + "\n" + good, suffix) == f"train.{suffix}, row 4: expected 2 columns, got 0"
+        assert (
+            problem_of(tmp_path, good + "\n" + good, suffix)
+            == f"train.{suffix}, row 4: expected 2 columns, got 0"
+        )
         assert (
             problem_of(tmp_path, "\n" + good, suffix)
             == f"train.{suffix}, row 1: the header must name one column 'sentence', not "
@@ -124,14 +151,25 @@ def test_too_many_labels(tmp_path):
         return "sentence\tlabel\n" + "".join(f"s{i}\t{label}\n" for i, label in enumerate(labels))
 
     for labels in (range(19), [*range(10)] * 2, [*range(1000)] * 2):
-        assert read(tmp_path, table(labels), table([1])).class_names == [str(n) for n in sorted({*labels})]
+        assert read(tmp_path, table(labels), table([1])).class_names == [
+            str(n) for n in sorted({*labels})
+        ]
     for labels in ([i / 7 for i in range(20)], [*range(11), *[0] * 9], [*range(1001)] * 3):
         counts = f"train.tsv: column 'label' has {len({*labels}):,} distinct labels in {len(labels):,} rows; "
-        assert problem_of(tmp_path, table(labels)) == counts + "does another column hold the classes?"
+        assert (
+            problem_of(tmp_path, table(labels)) == counts + "does another column hold the classes?"
+        )
 
 
 def test_classes_have_a_total_order(tmp_path):
-    labels = ["b", "10", *("0" * n + "1" for n in range(9)), "2", "a", "1a"]  # a set has another order in each process
+    labels = [
+        "b",
+        "10",
+        *("0" * n + "1" for n in range(9)),
+        "2",
+        "a",
+        "1a",
+    ]  # a set has another order in each process
     train = "sentence\tlabel\n" + "".join(f"s\t{label}\n" for label in labels)
     expected = [*("0" * n + "1" for n in reversed(range(9))), "2", "10", "1a", "a", "b"]
     assert read(tmp_path, train, "sentence\tlabel\nx\ta").class_names == expected
@@ -139,7 +177,12 @@ def test_classes_have_a_total_order(tmp_path):
 
 def test_data_dir_is_a_file(tmp_path):
     (tmp_path / "f").touch()
-    for load, name in ((load_digits, "mnist"), (load_digits, "auto"), (load_corpus, "cola"), (load_corpus, "auto")):
+    for load, name in (
+        (load_digits, "mnist"),
+        (load_digits, "auto"),
+        (load_corpus, "cola"),
+        (load_corpus, "auto"),
+    ):
         with pytest.raises(UserError, match=r"^--data_dir .*/f is a file: pass a directory$"):
             load(name, str(tmp_path / "f"))
 
@@ -202,7 +245,9 @@ def broken_server(monkeypatch, request) -> Iterator[None]:
         def log_message(self, *_: object) -> None:
             pass
 
-    monkeypatch.setattr("urllib.request._opener", None)  # a cached opener would keep the old proxies
+    monkeypatch.setattr(
+        "urllib.request._opener", None
+    )  # a cached opener would keep the old proxies
     for variable in ("http_proxy", "HTTP_PROXY"):
         monkeypatch.delenv(variable, raising=False)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
@@ -218,7 +263,9 @@ def broken_server(monkeypatch, request) -> Iterator[None]:
 @pytest.mark.parametrize("broken_server", BROKEN.values(), ids=BROKEN, indirect=True)
 @pytest.mark.parametrize("load, name", [(load_corpus, "cola"), (load_digits, "mnist")])
 def test_broken_download(tmp_path, broken_server, monkeypatch, capfd, load, name):
-    monkeypatch.setattr("tasks.digits.synthetic_digits", lambda: synthetic_digits(2, 2))  # fewer, for speed
+    monkeypatch.setattr(
+        "tasks.digits.synthetic_digits", lambda: synthetic_digits(2, 2)
+    )  # fewer, for speed
     with pytest.raises(UserError, match=r"missing, and can't be downloaded: [^\n\x1b]*$"):
         load(name, str(tmp_path / "d"))
     assert load("auto", str(tmp_path / "d")).name == "synthetic"
@@ -227,11 +274,19 @@ def test_broken_download(tmp_path, broken_server, monkeypatch, capfd, load, name
 
 
 @pytest.mark.filterwarnings("error")  # also for an exception in the thread
-@pytest.mark.parametrize("proxy", ["", "http:///", "http:x", "not a URL", "http://h:port", "http://[", "x://y", "\n"])
+@pytest.mark.parametrize(
+    "proxy", ["", "http:///", "http:x", "not a URL", "http://h:port", "http://[", "x://y", "\n"]
+)
 @pytest.mark.parametrize(
     "url",
     [
-        *("http://127.0.0.1:9/", "http://127.0.0.1:x", "http://a b\n/", f"http://{'a' * 70}.b/", "x://y"),
+        *(
+            "http://127.0.0.1:9/",
+            "http://127.0.0.1:x",
+            "http://a b\n/",
+            f"http://{'a' * 70}.b/",
+            "x://y",
+        ),
         *("huggingface.co", "http://", "https://[", "file:///etc/passwd", ""),  # these name no host
     ],
 )

@@ -33,7 +33,9 @@ def start(
     **environment: str,
 ) -> subprocess.Popen:
     """Start the run that `killing` defines in several processes, with one thread each; `program` stands for `script`"""
-    launcher = f"-m torch.distributed.run --nproc-per-node {processes} --max-restarts {restarts}".split()
+    launcher = (
+        f"-m torch.distributed.run --nproc-per-node {processes} --max-restarts {restarts}".split()
+    )
     arguments = [*killing.ARGUMENTS[script].split(), "--output_dir", "out", "--id", "same", *more]
     return forking.Popen(
         [sys.executable, *launcher, program or killing.REPO / script, *arguments],
@@ -64,7 +66,9 @@ def wait_for_rows(cwd: Path, count: int) -> None:
 
 def workers(torchrun: subprocess.Popen) -> list[int]:
     """The process ids of the training processes that torchrun has started."""
-    found = subprocess.run(["pgrep", "-P", str(torchrun.pid), "python"], capture_output=True, text=True)
+    found = subprocess.run(
+        ["pgrep", "-P", str(torchrun.pid), "python"], capture_output=True, text=True
+    )
     return [int(pid) for pid in found.stdout.split()]
 
 
@@ -86,7 +90,11 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, SimpleName
 def test_only_rank_0_logs_and_prints(script, references):
     reference = references[script]
     assert len(list((reference.cwd / "wandb").glob("*run-*"))) == 1
-    history = [record["history"]["item"] for record in wandb_records(reference.cwd) if record["type"] == "history"]
+    history = [
+        record["history"]["item"]
+        for record in wandb_records(reference.cwd)
+        if record["type"] == "history"
+    ]
     assert [row["train/loss_step"] for row in history if "train/loss_step" in row] == [
         row["train/loss_step"] for row in rows(reference.out) if "train/loss_step" in row
     ]
@@ -105,8 +113,16 @@ def test_merged_validation_matches_one_process(script, references, tmp_path):
 
 
 def bert_without_dropout(directory: Path) -> Path:
-    words = sorted({word for line in killing.SENTENCES.read_text().splitlines() for word in line.lower().split()})
-    tokenizer = BertTokenizerFast(vocab={word: i for i, word in enumerate(encoders.learn_wordpieces(words))})
+    words = sorted(
+        {
+            word
+            for line in killing.SENTENCES.read_text().splitlines()
+            for word in line.lower().split()
+        }
+    )
+    tokenizer = BertTokenizerFast(
+        vocab={word: i for i, word in enumerate(encoders.learn_wordpieces(words))}
+    )
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=len(tokenizer),
@@ -132,13 +148,17 @@ def test_losses_agree_with_one_process(script, tmp_path):
     for processes in (1, 3):
         (tmp_path / str(processes)).mkdir()
         killing.finish(start(script, tmp_path / str(processes), *more, processes=processes))
-        histories.append([row for row in rows(tmp_path / str(processes) / "out") if "train/loss_step" in row])
+        histories.append(
+            [row for row in rows(tmp_path / str(processes) / "out") if "train/loss_step" in row]
+        )
     assert len(histories[0]) == len(histories[1]) > 10
     for number, (one, three) in enumerate(zip(*histories)):
         assert one["step"] == three["step"]
         within = 1e-5 if number < 6 else 0.02
         assert three["train/loss_step"] == pytest.approx(one["train/loss_step"], rel=within)
-        assert three["train/acc_step"] == pytest.approx(one["train/acc_step"], abs=0 if number < 6 else 0.05)
+        assert three["train/acc_step"] == pytest.approx(
+            one["train/acc_step"], abs=0 if number < 6 else 0.05
+        )
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -172,18 +192,29 @@ def test_resume_with_more_processes(references, tmp_path):
     printed = killing.finish(start("train_mnist.py", tmp_path, "--resume"))
     assert printed.count("begun with 1 process(es) and goes on with 2") == 1
     expected = references["train_mnist.py"]
-    assert [row["step"] for row in rows(tmp_path / "out")] == [row["step"] for row in rows(expected.out)]
+    assert [row["step"] for row in rows(tmp_path / "out")] == [
+        row["step"] for row in rows(expected.out)
+    ]
     for row, other in zip(rows(tmp_path / "out"), rows(expected.out)):
-        assert row["train/loss_step"] == pytest.approx(other["train/loss_step"], rel=0.05) if "epoch" in row else True
+        assert (
+            row["train/loss_step"] == pytest.approx(other["train/loss_step"], rel=0.05)
+            if "epoch" in row
+            else True
+        )
 
 
 def test_resuming_a_finished_run_says_so(references, tmp_path):
     shutil.copytree(references["train_mnist.py"].cwd, tmp_path, symlinks=True, dirs_exist_ok=True)
-    assert killing.finish(start("train_mnist.py", tmp_path, "--resume")).count("out is finished: see") == 1
+    assert (
+        killing.finish(start("train_mnist.py", tmp_path, "--resume")).count("out is finished: see")
+        == 1
+    )
 
 
 def test_divergence_is_reported_once(tmp_path):
-    process = start("train_mnist.py", tmp_path, *"--learning_rate 1e30 --precision fp32 --log_every 1".split())
+    process = start(
+        "train_mnist.py", tmp_path, *"--learning_rate 1e30 --precision fp32 --log_every 1".split()
+    )
     printed = process.communicate(timeout=200)[0].decode()
     assert process.returncode != 0
     assert printed.count("a lower --learning_rate may help") == 1, printed
@@ -194,7 +225,9 @@ def test_user_error_is_reported_once(tmp_path):
     process = start("train_mnist.py", tmp_path, "--batch_size", "799", processes=3)
     printed = process.communicate(timeout=200)[0].decode()
     assert process.returncode != 0
-    assert printed.count("3 processes can't share the last batch of an epoch, which has 1 of the") == 1, printed
+    assert (
+        printed.count("3 processes can't share the last batch of an epoch, which has 1 of the") == 1
+    ), printed
     assert 'train_mnist.py", line' not in printed  # no traceback of ours; torchrun prints its own
     assert not (tmp_path / "out").exists()
 
@@ -220,12 +253,16 @@ def test_missing_or_different_files_are_reported(tmp_path, case, message):
         (tmp_path / "1/sentences.tsv").unlink()
     if case == "other data":
         (tmp_path / "1/sentences.tsv").write_text("".join([lines[0], *reversed(lines[1:])]))
-    arguments = "--train_file sentences.tsv --valid_file sentences.tsv --model bert --wandb disabled"
+    arguments = (
+        "--train_file sentences.tsv --valid_file sentences.tsv --model bert --wandb disabled"
+    )
     there = tmp_path / "there.py"
     there.write_text(f"import os\nos.chdir(os.environ['RANK'])\n{as_script('train_cola.py')}")
     launcher = "-m torch.distributed.run --nproc-per-node 2".split()
     command = [sys.executable, *launcher, there, *arguments.split()]
-    done = forking.run(command, cwd=tmp_path, env=clean_environment(tmp_path), text=True, timeout=200)
+    done = forking.run(
+        command, cwd=tmp_path, env=clean_environment(tmp_path), text=True, timeout=200
+    )
     assert done.returncode != 0
     assert done.stderr.count(message) == 1, done.stderr
 
@@ -238,7 +275,9 @@ def test_stop_from_wandb_is_not_a_failure(tmp_path):
             "from wandb.sdk.lib import run_stopping\n"
             f"run_stopping.RunStopChecker.__init__.__kwdefaults__['poll_interval'] = 1\n{as_script('train_mnist.py')}"
         )
-        more = "--wandb online --epochs 1000 --batch_size 2".split()  # few epochs in that time: each uploads tables
+        more = (
+            "--wandb online --epochs 1000 --batch_size 2".split()
+        )  # few epochs in that time: each uploads tables
         environment = server.environment() | {"WANDB__FILE_STREAM_TRANSMIT_INTERVAL": "1"}
         process = start("train_mnist.py", tmp_path, *more, program=polls, **environment)
         printed = killing.finish(process, timeout=200)
@@ -247,7 +286,9 @@ def test_stop_from_wandb_is_not_a_failure(tmp_path):
     assert torch.load(tmp_path / "out/checkpoint.pt", weights_only=True)["position"]["epoch"] < 1000
 
 
-@pytest.mark.parametrize(("size", "several"), [(None, False), ("", False), ("1", False), ("2", True)])
+@pytest.mark.parametrize(
+    ("size", "several"), [(None, False), ("", False), ("1", False), ("2", True)]
+)
 def test_whether_there_are_several_hosts(size, several, monkeypatch):
     monkeypatch.delenv("GROUP_WORLD_SIZE", raising=False)
     if size is not None:

@@ -29,22 +29,44 @@ EVIL = "<script>document.title = 'evil'</script><img src=x onerror=alert(1)>"
 STEPS = [1000, 2000, 3000, 4000]
 
 
-def make_run(path: Path, finished: bool = True, rows: int = 4, examples: int = 60, sentence: str = "", **settings: Any):
+def make_run(
+    path: Path,
+    finished: bool = True,
+    rows: int = 4,
+    examples: int = 60,
+    sentence: str = "",
+    **settings: Any,
+):
     """Write the files of a run by hand; with `sentence`, those of train_cola.py."""
     path.mkdir(parents=True)
-    config = {"learning_rate": 0.01, "seed": 1, "monitor": "valid/loss", "dataset": "nothing", "name": None}
+    config = {
+        "learning_rate": 0.01,
+        "seed": 1,
+        "monitor": "valid/loss",
+        "dataset": "nothing",
+        "name": None,
+    }
     config |= {"id": path.name, "output_dir": str(path), "versions": {"torch": "2.9"}} | settings
     rng = random.Random(f"{config['seed']} {config['learning_rate']}")
     journal = []
     for i in range(1, rows + 1):
-        row = {"step": 1000 * i, "epoch": i, "train/loss_step": 1 / i + rng.random() / 9, "train/acc_step": 0.9}
-        journal.append(row | {"valid/loss": 1 / i + rng.random() / 9, "valid/acc": 0.9 + rng.random() / 20})
+        row = {
+            "step": 1000 * i,
+            "epoch": i,
+            "train/loss_step": 1 / i + rng.random() / 9,
+            "train/acc_step": 0.9,
+        }
+        journal.append(
+            row | {"valid/loss": 1 / i + rng.random() / 9, "valid/acc": 0.9 + rng.random() / 20}
+        )
     (path / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in journal))
     (path / "config.json").write_text(json.dumps(config))
     if not finished:
         return path
     figures = {name: value for name, value in journal[-1].items() if name.startswith("valid/")}
-    (path / "metrics.json").write_text(json.dumps({"best/epoch": rows, "seconds": 12.5, "test/acc": 0.5} | figures))
+    (path / "metrics.json").write_text(
+        json.dumps({"best/epoch": rows, "seconds": 12.5, "test/acc": 0.5} | figures)
+    )
     labels = random.Random(0)
     with (path / "predictions.csv").open("w", newline="") as file:
         table = csv.writer(file)
@@ -67,7 +89,9 @@ def page_of(*directories: Path, output: Path) -> str:
 # ------------------------------------------------------------------------------------------ statistics
 
 
-@pytest.mark.parametrize("only_a, only_b", [(0, 0), (1, 0), (5, 5), (0, 9), (12, 3), (700, 801), (2, 4000)])
+@pytest.mark.parametrize(
+    "only_a, only_b", [(0, 0), (1, 0), (5, 5), (0, 9), (12, 3), (700, 801), (2, 4000)]
+)
 def test_mcnemar_agrees_with_scipy(only_a, only_b):
     a = torch.tensor([True] * only_a + [False] * only_b + [True, False])
     b = torch.tensor([False] * only_a + [True] * only_b + [True, False])
@@ -99,8 +123,12 @@ def test_paired_bootstrap_agrees_with_scipy():
     ).confidence_interval
     mine = metrics.paired_bootstrap(torch.tensor(a), torch.tensor(b), resamples=9999)
     assert mine == pytest.approx(tuple(expected), abs=0.01)
-    with_statistic = metrics.paired_bootstrap(torch.tensor(a), torch.tensor(b), lambda rows: float(rows.mean()))
-    assert with_statistic == pytest.approx(metrics.paired_bootstrap(torch.tensor(a), torch.tensor(b)), abs=1e-12)
+    with_statistic = metrics.paired_bootstrap(
+        torch.tensor(a), torch.tensor(b), lambda rows: float(rows.mean())
+    )
+    assert with_statistic == pytest.approx(
+        metrics.paired_bootstrap(torch.tensor(a), torch.tensor(b)), abs=1e-12
+    )
 
 
 @pytest.mark.parametrize("name", ["acc", "mcc", "f1_macro", "recall_micro", "balanced_acc"])
@@ -115,8 +143,12 @@ def test_counts_give_the_interval_of_resampled_examples(name):
         matrix.update(rows[:, 0].long(), rows[:, 1].long())
         return statistic(matrix)
 
-    slow = metrics.paired_bootstrap(torch.stack([a, labels], 1), torch.stack([b, labels], 1), of_rows)
-    assert metrics.paired_bootstrap_counts((a, b), labels, statistic) == pytest.approx(slow, abs=0.015)
+    slow = metrics.paired_bootstrap(
+        torch.stack([a, labels], 1), torch.stack([b, labels], 1), of_rows
+    )
+    assert metrics.paired_bootstrap_counts((a, b), labels, statistic) == pytest.approx(
+        slow, abs=0.015
+    )
 
 
 def test_interval_covers_the_true_difference():
@@ -126,19 +158,27 @@ def test_interval_covers_the_true_difference():
     for seed in range(1000):
         difficulty, own, which = torch.rand(3, 200, generator=generator)
         other = torch.where(which < 0.5, difficulty, own)
-        low, high = metrics.paired_bootstrap(difficulty < 0.8, other < 0.75, resamples=300, seed=seed)
+        low, high = metrics.paired_bootstrap(
+            difficulty < 0.8, other < 0.75, resamples=300, seed=seed
+        )
         covered += low <= 0.05 <= high
     assert 930 <= covered <= 970
 
 
 def test_permutation_test_agrees_with_scipy():
     a, b = [0.91, 0.93, 0.9, 0.95], [0.89, 0.9, 0.91, 0.92]
-    expected = scipy.stats.permutation_test((a, b), lambda x, y, axis: x.mean(axis) - y.mean(axis), vectorized=True)
+    expected = scipy.stats.permutation_test(
+        (a, b), lambda x, y, axis: x.mean(axis) - y.mean(axis), vectorized=True
+    )
     assert metrics.permutation_test(a, b) == pytest.approx(expected.pvalue, abs=1e-12)
     assert metrics.permutation_test([1.0] * 30, [0.0] * 30) < 0.001
     assert metrics.permutation_test([0.1, 0.2], [0.1, 0.2]) == 1
-    split = [sum(c) for c in itertools.combinations([1, 2, 3, 4, 5, 9], 3)]  # worked out: 24 in all, half of it 12
-    assert metrics.permutation_test([4, 5, 9], [1, 2, 3]) == sum(abs(s - 12) >= 6 for s in split) / 20
+    split = [
+        sum(c) for c in itertools.combinations([1, 2, 3, 4, 5, 9], 3)
+    ]  # worked out: 24 in all, half of it 12
+    assert (
+        metrics.permutation_test([4, 5, 9], [1, 2, 3]) == sum(abs(s - 12) >= 6 for s in split) / 20
+    )
 
 
 def test_statistics_reject_bad_arguments():
@@ -168,7 +208,10 @@ def test_table_shows_what_differs(tmp_path, capsys):
                                 "test/acc", "time"]  # fmt: skip
     losses = [float(line.split()[5]) for line in lines[1:7]]
     assert losses == sorted(losses)
-    values = [json.loads((tmp_path / f"runs/r0.1-{i}/metrics.json").read_text())["valid/loss"] for i in (1, 2, 3)]
+    values = [
+        json.loads((tmp_path / f"runs/r0.1-{i}/metrics.json").read_text())["valid/loss"]
+        for i in (1, 2, 3)
+    ]
     expected = f"{statistics.mean(values):.4g} ± {statistics.stdev(values):.2g}"
     (group,) = (line for line in lines[7:] if line.startswith("learning_rate 0.1 "))
     assert expected in group and expected in page
@@ -182,7 +225,10 @@ def test_seeds_count_once_and_unfinished_runs_not_at_all(tmp_path, capsys):
     for seed in range(4, 8):
         make_run(tmp_path / f"runs/b{seed}", seed=seed, learning_rate=0.1)
     page = page_of(tmp_path / "runs", output=tmp_path / "report.html")
-    values = [json.loads((tmp_path / f"runs/{n}/metrics.json").read_text())["valid/loss"] for n in ("a1", "a2")]
+    values = [
+        json.loads((tmp_path / f"runs/{n}/metrics.json").read_text())["valid/loss"]
+        for n in ("a1", "a2")
+    ]
     expected = f"{statistics.mean(values):.4g} ± {statistics.stdev(values):.2g}"
     lines = capsys.readouterr().out.splitlines()
     (group,) = (line for line in lines if line.startswith("learning_rate 0.01  "))
@@ -191,7 +237,10 @@ def test_seeds_count_once_and_unfinished_runs_not_at_all(tmp_path, capsys):
 
 
 def test_versions_that_differ_are_settings_that_differ(tmp_path):
-    paths = [make_run(tmp_path / f"{v}", versions={"torch": v}, seed=i) for i, v in enumerate(("2.9", "2.10"))]
+    paths = [
+        make_run(tmp_path / f"{v}", versions={"torch": v}, seed=i)
+        for i, v in enumerate(("2.9", "2.10"))
+    ]
     found = runs.find_runs(paths)
     assert "version of torch" in runs.differing(found)
     assert not runs.groups(found)
@@ -236,7 +285,9 @@ def test_mistakes_are_one_line(arguments, message, tmp_path, monkeypatch):
 def test_mistakes_end_with_status_2(tmp_path):
     done = call("report.py", ".", cwd=tmp_path)
     assert (done.status, done.out) == (2, "")
-    assert done.err.splitlines() == ["report.py: error: . holds no run: no directory with config.json or history.jsonl"]
+    assert done.err.splitlines() == [
+        "report.py: error: . holds no run: no directory with config.json or history.jsonl"
+    ]
 
 
 def test_a_page_replaces_a_page(tmp_path):
@@ -250,17 +301,23 @@ def test_a_page_replaces_a_page(tmp_path):
 
 
 def test_runs_that_have_not_finished(tmp_path, capsys):
-    crashed, running = (make_run(tmp_path / name, finished=False) for name in ("crashed", "running"))
+    crashed, running = (
+        make_run(tmp_path / name, finished=False) for name in ("crashed", "running")
+    )
     with (crashed / "history.jsonl").open("a") as journal:
         journal.write('{"step": 5000, "valid/lo')
     begun = make_run(tmp_path / "begun", finished=False, rows=0)
     lock = os.open(running, os.O_RDONLY)
     fcntl.flock(lock, fcntl.LOCK_EX)
-    page = page_of(crashed, running, begun, make_run(tmp_path / "done"), output=tmp_path / "report.html")
+    page = page_of(
+        crashed, running, begun, make_run(tmp_path / "done"), output=tmp_path / "report.html"
+    )
     os.close(lock)
     out = capsys.readouterr().out
     states = {line.split("  ")[0]: line for line in out.splitlines()}
-    assert "died at step 4,000" in states["crashed"] and "under way at step 4,000" in states["running"]
+    assert (
+        "died at step 4,000" in states["crashed"] and "under way at step 4,000" in states["running"]
+    )
     assert "died at step 0" in states["begun"] and "finished" in states["done"]
     assert "crashed: 1 of 5 rows of history.jsonl can't be read" in out
     assert "(not finished)" in page
@@ -270,19 +327,31 @@ def test_runs_that_have_not_finished(tmp_path, capsys):
     "file, content",
     [
         ("config.json", "[1]"),
-        ("config.json", '{"seed": [1], "name": 7, "monitor": 3, "versions": "x", "learning_rate": null}'),
+        (
+            "config.json",
+            '{"seed": [1], "name": 7, "monitor": 3, "versions": "x", "learning_rate": null}',
+        ),
         ("config.json", "{"),
-        ("metrics.json", '{"valid/loss": NaN, "valid/acc": Infinity, "seconds": "x", "best/epoch": null}'),
+        (
+            "metrics.json",
+            '{"valid/loss": NaN, "valid/acc": Infinity, "seconds": "x", "best/epoch": null}',
+        ),
         ("metrics.json", "{"),
         ("metrics.json", '{"class_names": ["only one"]}'),
         ("history.jsonl", ""),
         ("config.json", "[" * 200_000),
         ("metrics.json", '{"seconds": ' + "9" * 400 + ', "valid/loss": ' + "9" * 400 + "}"),
-        ("history.jsonl", '[]\n{"step": "x"}\n{"no": 1}\n{"step": NaN}\n\x00\xff\n{"step": 1, "valid/loss": 1e999}\n'),
+        (
+            "history.jsonl",
+            '[]\n{"step": "x"}\n{"no": 1}\n{"step": NaN}\n\x00\xff\n{"step": 1, "valid/loss": 1e999}\n',
+        ),
         ("history.jsonl", '{"step": 1, "valid/loss": null, "a": ' + "9" * 400 + "}\n"),
         ("predictions.csv", ""),
         ("predictions.csv", "label,prediction,probability_0,probability_1,loss\n"),
-        ("predictions.csv", "label,prediction,probability_0,probability_1,loss\n0,1,0.5,0.5,0.7\n0,1,0."),
+        (
+            "predictions.csv",
+            "label,prediction,probability_0,probability_1,loss\n0,1,0.5,0.5,0.7\n0,1,0.",
+        ),
         ("predictions.csv", "label,prediction,probability_0,probability_1,loss\n0,1,nan,0.5,0.7\n"),
         ("predictions.csv", "label,prediction,probability_0,probability_1,loss\n0,7,0.5,0.5,0.7\n"),
         ("predictions.csv", "label,prediction,probability_0,probability_1,loss\n0,1,0.5,0.5,inf\n"),
@@ -293,10 +362,14 @@ def test_odd_files_are_shown_as_they_are(file, content, tmp_path):
     (odd / file).write_text(content)
     for directories in ([odd], [odd, fine]):
         page = page_of(*directories, output=tmp_path / "report.html")
-        assert "NaN" not in page[page.index("<body>") : page.index('<script nonce="')].replace('data-value="NaN"', "")
+        assert "NaN" not in page[page.index("<body>") : page.index('<script nonce="')].replace(
+            'data-value="NaN"', ""
+        )
 
 
-@pytest.mark.parametrize("file", ["config.json", "metrics.json", "history.jsonl", "predictions.csv"])
+@pytest.mark.parametrize(
+    "file", ["config.json", "metrics.json", "history.jsonl", "predictions.csv"]
+)
 def test_missing_files(file, tmp_path):
     odd, fine = make_run(tmp_path / "odd"), make_run(tmp_path / "fine", seed=2)
     (odd / file).unlink()
@@ -304,7 +377,9 @@ def test_missing_files(file, tmp_path):
         page_of(*directories, output=tmp_path / "report.html")
 
 
-@pytest.mark.parametrize("file", ["config.json", "metrics.json", "history.jsonl", "predictions.csv"])
+@pytest.mark.parametrize(
+    "file", ["config.json", "metrics.json", "history.jsonl", "predictions.csv"]
+)
 def test_pipes_are_not_waited_for(file, tmp_path):
     odd = make_run(tmp_path / "odd")
     (odd / file).unlink()
@@ -328,7 +403,9 @@ def test_long_sentences_are_read(tmp_path):
 @pytest.mark.parametrize("directions", [["minimize"], ["minimize", "maximize"]])
 def test_a_foreign_study_is_said_to_be_one(directions, tmp_path, capsys):
     make_run(tmp_path / "sweep/a")
-    study = optuna.create_study(storage=f"sqlite:///{tmp_path}/sweep/study.db", study_name="s", directions=directions)
+    study = optuna.create_study(
+        storage=f"sqlite:///{tmp_path}/sweep/study.db", study_name="s", directions=directions
+    )
     study.set_user_attr("sweep", "text")
     page_of(tmp_path / "sweep", output=tmp_path / "report.html")
     assert "it is not of sweep_offline.py" in capsys.readouterr().out
@@ -340,16 +417,25 @@ def test_only_the_same_examples_are_compared(tmp_path):
     assert "McNemar" in page and "a right, b wrong: " in page and "b right, a wrong: " in page
     c = make_run(tmp_path / "c", seed=2, sentence="Other")
     page = page_of(a, c, output=tmp_path / "report.html")
-    assert "McNemar's" not in page and "no other run has predicted the same validation examples" in page
+    assert (
+        "McNemar's" not in page
+        and "no other run has predicted the same validation examples" in page
+    )
 
 
-@pytest.mark.parametrize("monitor", ["valid/loss", "valid/acc", "valid/mcc", "valid/f1_macro", "valid/recall_micro"])
+@pytest.mark.parametrize(
+    "monitor", ["valid/loss", "valid/acc", "valid/mcc", "valid/f1_macro", "valid/recall_micro"]
+)
 def test_the_difference_is_that_of_the_figures(monitor, tmp_path):
-    paths = [make_run(tmp_path / str(seed), seed=seed, monitor=monitor, examples=300) for seed in (1, 2)]
+    paths = [
+        make_run(tmp_path / str(seed), seed=seed, monitor=monitor, examples=300) for seed in (1, 2)
+    ]
     a, b = (comparison.read_predictions(path) for path in paths)
     name = monitor.removeprefix("valid/")
     gap, low, high = comparison.difference(a, b, name)
-    expected = [metrics.evaluation(of.probabilities.log(), of.labels).metrics[name] for of in (a, b)]
+    expected = [
+        metrics.evaluation(of.probabilities.log(), of.labels).metrics[name] for of in (a, b)
+    ]
     assert gap == pytest.approx(expected[0] - expected[1], abs=1e-6)
     assert low <= gap <= high and low < high
 
@@ -357,13 +443,18 @@ def test_the_difference_is_that_of_the_figures(monitor, tmp_path):
 def test_class_names(tmp_path):
     make_run(tmp_path / "a", sentence="Some sentence")
     figures = json.loads((tmp_path / "a/metrics.json").read_text())
-    (tmp_path / "a/metrics.json").write_text(json.dumps(figures | {"class_names": ["bad & wrong", "good"]}))
+    (tmp_path / "a/metrics.json").write_text(
+        json.dumps(figures | {"class_names": ["bad & wrong", "good"]})
+    )
     page = page_of(tmp_path / "a", output=tmp_path / "report.html")
     assert '<td class="short">bad &amp; wrong</td>' in page
 
 
 def test_verdicts():
-    assert comparison.verdict("A", "B", "valid/acc", (-0.1, 0.1)) == "No evidence of a difference in valid/acc"
+    assert (
+        comparison.verdict("A", "B", "valid/acc", (-0.1, 0.1))
+        == "No evidence of a difference in valid/acc"
+    )
     assert comparison.verdict("A", "B", "valid/acc", (0.1, 0.2)) == "A is better in valid/acc"
     assert comparison.verdict("A", "B", "valid/loss", (0.1, 0.2)) == "B is better in valid/loss"
     assert comparison.verdict("A", "B", "valid/loss", (-0.2, -0.1)) == "A is better in valid/loss"
@@ -371,10 +462,16 @@ def test_verdicts():
 
 def test_both_scripts_together(tmp_path, capsys):
     mnist = finished_run(
-        "train_mnist.py", tmp_path, *"--dataset synthetic --slice 40 --epochs 1 --watch off --wandb disabled".split()
+        "train_mnist.py",
+        tmp_path,
+        *"--dataset synthetic --slice 40 --epochs 1 --watch off --wandb disabled".split(),
     )
     mnist.files.rename(tmp_path / "mnist")
-    finished_run("train_cola.py", tmp_path, *"--dataset synthetic --max_steps 3 --watch off --wandb disabled".split())
+    finished_run(
+        "train_cola.py",
+        tmp_path,
+        *"--dataset synthetic --max_steps 3 --watch off --wandb disabled".split(),
+    )
     page = page_of(tmp_path / "mnist", tmp_path / "out", output=tmp_path / "report.html")
     out = capsys.readouterr().out
     assert "valid/loss" in out and "valid/mcc" in out and out.count("finished") == 2
@@ -382,13 +479,21 @@ def test_both_scripts_together(tmp_path, capsys):
     alone = page_of(tmp_path / "mnist", output=tmp_path / "report.html")
     assert "Most confident mistakes" in alone and 'src="data:image/png;base64,' in alone
     alone = page_of(tmp_path / "out", output=tmp_path / "report.html")
-    sentences = [row["sentence"] for row in csv.DictReader((tmp_path / "out/predictions.csv").open())]
+    sentences = [
+        row["sentence"] for row in csv.DictReader((tmp_path / "out/predictions.csv").open())
+    ]
     assert sum(sentence in alone for sentence in sentences) >= 10
 
 
 def test_two_hundred_runs(tmp_path):
     for i in range(200):
-        make_run(tmp_path / f"runs/{i}", seed=i % 5, learning_rate=0.001 * (i // 5), rows=1000, examples=100)
+        make_run(
+            tmp_path / f"runs/{i}",
+            seed=i % 5,
+            learning_rate=0.001 * (i // 5),
+            rows=1000,
+            examples=100,
+        )
     page = page_of(tmp_path / "runs", output=tmp_path / "report.html")
     assert len(page) < 30e6
 
@@ -448,13 +553,21 @@ def test_sweep_without_optuna_or_study(sweep, tmp_path, capsys, monkeypatch):
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Any]:
     """Headless Chromium, which records its console and every request."""
-    chromium, driver = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
+    chromium, driver = (
+        shutil.which("chromium") or shutil.which("google-chrome"),
+        shutil.which("chromedriver"),
+    )
     if not (chromium and driver):
         pytest.skip("no Chromium with its driver: apt-get install chromium chromium-driver")
     webdriver = pytest.importorskip("selenium.webdriver")
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
-    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--enable-unsafe-swiftshader"):
+    for argument in (
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-dev-shm-usage",
+        "--enable-unsafe-swiftshader",
+    ):
         options.add_argument(argument)
     options.add_argument("--window-size=1280,900")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
@@ -472,7 +585,9 @@ def opened(browser: Any, page: Path) -> None:
     WebDriverWait(browser, 30).until(lambda browser: browser.execute_script(drawn))
     assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
     events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    urls = [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
+    urls = [
+        e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"
+    ]
     assert {url.split(":")[0] for url in urls} <= {"file", "data", "blob", "about"}
     assert {url for url in urls if url.startswith("file")} == {page.as_uri()}
 
@@ -486,7 +601,13 @@ def shown(browser: Any) -> list[str]:
 
 def test_page_in_a_browser(browser, tmp_path):
     for seed in (1, 2, 3):
-        make_run(tmp_path / f"runs/r{seed}", seed=seed, learning_rate=seed, name=f"{EVIL} {seed}", sentence=EVIL)
+        make_run(
+            tmp_path / f"runs/r{seed}",
+            seed=seed,
+            learning_rate=seed,
+            name=f"{EVIL} {seed}",
+            sentence=EVIL,
+        )
     page_of(tmp_path / "runs", output=tmp_path / "report.html")
     opened(browser, tmp_path / "report.html")
     assert browser.title == "3 runs"
@@ -506,7 +627,9 @@ def test_page_in_a_browser(browser, tmp_path):
 
     for direction in (1, -1):
         browser.find_element("xpath", "//th[text()='valid/loss']").click()
-        rows = browser.find_elements("css selector", "table:first-of-type tbody")[0].text.splitlines()
+        rows = browser.find_elements("css selector", "table:first-of-type tbody")[
+            0
+        ].text.splitlines()
         losses = [float(row.split()[-5]) for row in rows]
         assert losses == sorted(losses, reverse=direction < 0)
     assert browser.get_log("browser") == []
@@ -536,10 +659,14 @@ def test_seeds_in_a_browser(browser, tmp_path):
 
 def test_one_run_in_a_browser(browser, tmp_path):
     make_run(tmp_path / "a", sentence=EVIL)
-    (tmp_path / "a/attributions.html").write_text("<p>A word</p><script>top.document.title = 'evil'</script>")
+    (tmp_path / "a/attributions.html").write_text(
+        "<p>A word</p><script>top.document.title = 'evil'</script>"
+    )
     page_of(tmp_path / "a", output=tmp_path / "report.html")
     browser.get((tmp_path / "report.html").as_uri())
-    blocked = [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+    blocked = [
+        entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"
+    ]
     assert all("about:srcdoc" in message for message in blocked)
     (tmp_path / "a/attributions.html").write_text("<p>A word</p>")
     page_of(tmp_path / "a", output=tmp_path / "report.html")
@@ -555,5 +682,7 @@ def test_sweep_in_a_browser(browser, sweep, tmp_path):
     opened(browser, tmp_path / "report.html")
     assert len(browser.find_elements("css selector", "[data-figure] .main-svg")) >= 3
     # plotly.js also has a button that uploads the data.
-    buttons = browser.execute_script("return [...document.querySelectorAll('.modebar-btn')].map(b => b.dataset.title)")
+    buttons = browser.execute_script(
+        "return [...document.querySelectorAll('.modebar-btn')].map(b => b.dataset.title)"
+    )
     assert {button.lower() for button in buttons} == {"download plot as a png"}

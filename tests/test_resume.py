@@ -40,7 +40,9 @@ def wait_for_rows(cwd: Path, rows: int) -> None:
 
 
 def resume(cwd: Path, *more: str, **environment: str) -> SimpleNamespace:
-    process = killing.start("train_mnist.py", cwd, clean_environment(cwd, **environment), "--resume", *more)
+    process = killing.start(
+        "train_mnist.py", cwd, clean_environment(cwd, **environment), "--resume", *more
+    )
     out = process.communicate(timeout=100)[0].decode()
     return SimpleNamespace(status=process.returncode, out=out)
 
@@ -60,7 +62,9 @@ def test_killed_at_random_moments(script, references, tmp_path):
 
     with ThreadPoolExecutor(2) as pool:
         outcomes = list(pool.map(kill_and_resume, range(5)))
-    assert all(not differences and same_history for _, differences, same_history in outcomes), outcomes
+    assert all(not differences and same_history for _, differences, same_history in outcomes), (
+        outcomes
+    )
     assert all(killed for killed, _, _ in outcomes)
 
 
@@ -109,7 +113,9 @@ def test_signals_stop_a_run_promptly_and_it_resumes(script, references, tmp_path
     killing.finish(killing.start(script, tmp_path, environment, "--resume"))
     duration = time.perf_counter() - started
     total = json.loads((tmp_path / "out/metrics.json").read_text())["seconds"]
-    assert 0 < seconds < total < seconds + duration
+    assert (
+        max(seconds, duration) < total < seconds + duration
+    )  # its own time is shorter than `duration`
     assert killing.differences(references[script].out, tmp_path / "out") == []
 
 
@@ -127,7 +133,9 @@ def test_stop_at_the_end_of_an_epoch_repeats_its_validation(tmp_path):
             process.send_signal(number)
             out = process.communicate(timeout=100)[0].decode()
             assert process.returncode == 128 + number, out
-            rows = [json.loads(line) for line in (cwd / "out/history.jsonl").read_text().splitlines()]
+            rows = [
+                json.loads(line) for line in (cwd / "out/history.jsonl").read_text().splitlines()
+            ]
             assert all("valid/loss" in row for row in rows) and len(rows) < 6
         killing.finish(killing.start("train_mnist.py", cwd, environment, *one_batch, "--resume"))
         outs.append(cwd / "out")
@@ -139,7 +147,9 @@ def test_stop_at_the_end_of_an_epoch_repeats_its_validation(tmp_path):
 
 
 def test_second_ctrl_c_stops_immediately(tmp_path):
-    process = killing.start("train_mnist.py", tmp_path, clean_environment(tmp_path), "--epochs", "100")
+    process = killing.start(
+        "train_mnist.py", tmp_path, clean_environment(tmp_path), "--epochs", "100"
+    )
     wait_for_rows(tmp_path, 3)
     process.send_signal(signal.SIGINT)
     time.sleep(0.01)
@@ -160,7 +170,11 @@ def test_changed_settings_are_refused_but_not_names_and_tags(copied):
     refused = resume(copied, "--learning_rate", "0.1", "--log_every", "5", "--tags", "new")
     assert refused.status == 2
     last = refused.out.splitlines()[-1]
-    assert "--learning_rate was 0.005, is 0.1" in last and "--log_every was 4, is 5" in last and "tags" not in last
+    assert (
+        "--learning_rate was 0.005, is 0.1" in last
+        and "--log_every was 4, is 5" in last
+        and "tags" not in last
+    )
     refused = resume(copied, "--project", "another")
     assert refused.status == 2 and "has --project mnist, not another" in refused.out
     assert resume(copied, "--tags", "new", "--notes", "new", "--name", "new").status == 0
@@ -194,7 +208,9 @@ def test_resume_must_name_a_run(tmp_path):
 
 
 def test_two_processes_cannot_share_a_directory(tmp_path):
-    process = killing.start("train_mnist.py", tmp_path, clean_environment(tmp_path), "--epochs", "100")
+    process = killing.start(
+        "train_mnist.py", tmp_path, clean_environment(tmp_path), "--epochs", "100"
+    )
     wait_for_rows(tmp_path, 1)
     second = resume(tmp_path, "--epochs", "100")
     killing.kill(process, 0, everything=True)
@@ -218,7 +234,9 @@ def test_kill_during_export_loses_nothing(references, tmp_path):
 
 def test_online_run_resumed_offline_has_no_gaps(references, tmp_path):
     with serving() as server:
-        process = killing.start("train_mnist.py", tmp_path, clean_environment(tmp_path, **server.environment()))
+        process = killing.start(
+            "train_mnist.py", tmp_path, clean_environment(tmp_path, **server.environment())
+        )
         wait_for_rows(tmp_path, 9)
         killing.kill(process, 0, everything=True)
         assert resume(tmp_path).status == 0
@@ -234,7 +252,9 @@ def test_damaged_journal_is_refused(damage, copied):
     if damage == "deleted":
         journal.unlink()
     else:
-        journal.write_bytes({"": content, "cut": content[: len(content) // 2]}.get(damage, bytes(50) + content[50:]))
+        journal.write_bytes(
+            {"": content, "cut": content[: len(content) // 2]}.get(damage, bytes(50) + content[50:])
+        )
     done, segments = resume(copied), len(list((copied / "wandb").glob("*run-*")))
     assert done.status == (1 if damage else 0) and "Traceback" not in done.out
     if damage:
@@ -249,7 +269,10 @@ def test_run_id_survives_a_damaged_config(config, copied):
     if config:
         (copied / "out/config.json").write_text(config)
     arguments = killing.ARGUMENTS["train_mnist.py"].split()
-    assert call("train_mnist.py", *arguments, "--output_dir", "out", "--resume", cwd=copied).status == 0
+    assert (
+        call("train_mnist.py", *arguments, "--output_dir", "out", "--resume", cwd=copied).status
+        == 0
+    )
     assert json.loads((copied / "out/config.json").read_text())["id"] == "same"
 
 
@@ -258,7 +281,10 @@ def test_run_id_survives_a_damaged_config(config, copied):
 
 def test_truncated_checkpoint_is_recovered_or_refused(copied, capsys):
     out, lengths = copied / "out", random.Random(0)
-    whole, before = (out / "checkpoint.pt").read_bytes(), (out / "checkpoint.previous.pt").read_bytes()
+    whole, before = (
+        (out / "checkpoint.pt").read_bytes(),
+        (out / "checkpoint.previous.pt").read_bytes(),
+    )
     expected = torch.load(out / "checkpoint.previous.pt", weights_only=True)["position"]
     for _ in range(20):
         settings = settings_of(out)
@@ -268,7 +294,9 @@ def test_truncated_checkpoint_is_recovered_or_refused(copied, capsys):
         assert "checkpoint.pt can't be read" in capsys.readouterr().err
         (out / "checkpoint.pt").write_bytes(whole[: lengths.randrange(len(whole))])
         (out / "checkpoint.previous.pt").write_bytes(before[: lengths.randrange(len(before))])
-        with pytest.raises(UserError, match=r"checkpoint.pt can't be read.*previous.pt can't be read"):
+        with pytest.raises(
+            UserError, match=r"checkpoint.pt can't be read.*previous.pt can't be read"
+        ):
             checkpoints.load(out, settings)
 
 
@@ -293,7 +321,9 @@ def settings_of(out: Path) -> SharedSettings:
     import train_mnist
 
     used = json.loads((out / "config.json").read_text())
-    return train_mnist.Settings(**{name: value for name, value in used.items() if name != "versions"})
+    return train_mnist.Settings(
+        **{name: value for name, value in used.items() if name != "versions"}
+    )
 
 
 def test_resume_falls_back_to_the_previous_checkpoint(copied, references):
@@ -305,7 +335,9 @@ def test_resume_falls_back_to_the_previous_checkpoint(copied, references):
     os.replace(copied / "out/checkpoint.pt", copied / "out/checkpoint.previous.pt")
     (copied / "out/checkpoint.pt").write_bytes(b"")
     done = resume(copied)
-    assert done.status == 0 and "Going on from out/checkpoint.previous.pt, which is older." in done.out
+    assert (
+        done.status == 0 and "Going on from out/checkpoint.previous.pt, which is older." in done.out
+    )
     assert killing.differences(references["train_mnist.py"].out, copied / "out") == []
 
 
@@ -323,7 +355,9 @@ def test_two_damaged_checkpoints_are_an_error_and_change_nothing(copied):
 def test_full_disk_keeps_the_last_checkpoint(tmp_path):
     limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({PROBE_BYTES}, {PROBE_BYTES}))"
     larger = "--kernels 64 300".split()  # the first checkpoint takes 2.4 MB
-    process = killing.start_changed("train_mnist.py", tmp_path, clean_environment(tmp_path), limit, *larger)
+    process = killing.start_changed(
+        "train_mnist.py", tmp_path, clean_environment(tmp_path), limit, *larger
+    )
     out = process.communicate(timeout=100)[0].decode()
     assert process.returncode == 1
     assert out.splitlines()[-1].startswith("-c: error: ") and "Traceback" not in out

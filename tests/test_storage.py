@@ -34,11 +34,18 @@ def server() -> Iterator[Callable[[str], str]]:
     """A function that starts, stops or restarts a server, and returns the URL of its database."""
     programs = find_programs()
     if not programs:
-        pytest.skip("needs a PostgreSQL server: apt-get install postgresql, or pip install pgserver")
+        pytest.skip(
+            "needs a PostgreSQL server: apt-get install postgresql, or pip install pgserver"
+        )
     with tempfile.TemporaryDirectory() as name, socket.socket() as probe:
         directory = Path(name)
         root = os.geteuid() == 0  # as which the server does not run
-        options = {"cwd": directory, "check": True, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        options = {
+            "cwd": directory,
+            "check": True,
+            "stdout": subprocess.DEVNULL,
+            "stderr": subprocess.DEVNULL,
+        }
         if root:
             options["user"] = "nobody"
             shutil.chown(directory, "nobody")
@@ -51,7 +58,17 @@ def server() -> Iterator[Callable[[str], str]]:
         settings = f"-p {port} -k {directory} -c fsync=off -c listen_addresses=127.0.0.1"
 
         def control(action: str) -> str:
-            command = [programs / "pg_ctl", "-D", directory / "data", "-o", settings, "-m", "fast", "-w", action]
+            command = [
+                programs / "pg_ctl",
+                "-D",
+                directory / "data",
+                "-o",
+                settings,
+                "-m",
+                "fast",
+                "-w",
+                action,
+            ]
             subprocess.run(command, **options)
             return f"postgresql://me:{PASSWORD}@127.0.0.1:{port}/postgres"
 
@@ -61,7 +78,9 @@ def server() -> Iterator[Callable[[str], str]]:
         control("stop")
 
 
-def start_searches(directory: Path, count: int, url: str, sweep: str) -> tuple[list[Path], list[subprocess.Popen]]:
+def start_searches(
+    directory: Path, count: int, url: str, sweep: str
+) -> tuple[list[Path], list[subprocess.Popen]]:
     """Searches in directories of their own, each with a run at work."""
     places, processes = [directory / str(number) for number in range(count)], []
     for place in places:
@@ -82,7 +101,9 @@ def test_searches_outlive_failures_of_their_database(server, tmp_path):
     url = server("restart")
     places, processes = start_searches(tmp_path, 3, url, GRID.replace("0.5", "3"))
     with psycopg.connect(url, autocommit=True) as connection:
-        connection.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid()")
+        connection.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid()"
+        )
     time.sleep(1)
     server("stop")
     time.sleep(10)
@@ -92,8 +113,12 @@ def test_searches_outlive_failures_of_their_database(server, tmp_path):
     for process in processes:
         out = process.communicate(timeout=100)[0]
         assert process.returncode == 0 and "Traceback" not in out and PASSWORD not in out, out
-        assert 1 <= out.count("the storage does not answer (") <= 2, out  # a line for each time that it was away
-    assert sorted(line for place in places for line in read_lines(place / "visits.txt")) == sorted(CELLS)
+        assert 1 <= out.count("the storage does not answer (") <= 2, (
+            out
+        )  # a line for each time that it was away
+    assert sorted(line for place in places for line in read_lines(place / "visits.txt")) == sorted(
+        CELLS
+    )
     assert sum(len(read_lines(place / "starts.txt")) for place in places) == len(CELLS)
 
 
@@ -106,14 +131,22 @@ def test_a_search_without_its_database_can_be_stopped_and_gives_up(server, tmp_p
     process.send_signal(signal.SIGTERM)
     out = process.communicate(timeout=10)[0]
     assert process.returncode == 143 and "Traceback" not in out, out
-    assert [line[:20] for line in out.splitlines()] == ["the storage does not", "Stopping the runs; t"]
+    assert [line[:20] for line in out.splitlines()] == [
+        "the storage does not",
+        "Stopping the runs; t",
+    ]
 
     server("start")
     program = f"import sys; sys.path.insert(0, {str(REPO)!r}); import sweep_offline\n"
     program += "sweep_offline.study.patience = 2.0; sweep_offline.run_script(sweep_offline.main)"
     command = [sys.executable, "-c", program, "s.yaml", "--storage", url]
     process = subprocess.Popen(
-        command, cwd=place, env=clean_environment(place), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        cwd=place,
+        env=clean_environment(place),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     while len(read_lines(place / "starts.txt")) < 2:
         time.sleep(0.05)
@@ -156,7 +189,20 @@ def test_a_missing_driver_is_named(tmp_path):
     shutil.copy(REPO / "tests/objective.py", tmp_path)
     program = f"import sys; sys.path.insert(0, {str(REPO)!r}); sys.modules['psycopg'] = None; import sweep_offline\n"
     program += "sweep_offline.run_script(sweep_offline.main)"
-    command = [sys.executable, "-c", program, "s.yaml", "--storage", "postgresql://me:s3cret@localhost/x"]
-    done = subprocess.run(command, cwd=tmp_path, env=clean_environment(tmp_path), capture_output=True, text=True)
+    command = [
+        sys.executable,
+        "-c",
+        program,
+        "s.yaml",
+        "--storage",
+        "postgresql://me:s3cret@localhost/x",
+    ]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=clean_environment(tmp_path), capture_output=True, text=True
+    )
     (line,) = done.stderr.splitlines()
-    assert done.returncode == 2 and "no driver psycopg; requirements-sweep.txt has" in line and PASSWORD not in line
+    assert (
+        done.returncode == 2
+        and "no driver psycopg; requirements-sweep.txt has" in line
+        and PASSWORD not in line
+    )

@@ -39,11 +39,15 @@ def imported(file: Path) -> set[str]:
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    return {f"{name.replace('.', '/')}.py" for name in names} & {str(p.relative_to(REPO)) for p in REPO.rglob("*.py")}
+    return {f"{name.replace('.', '/')}.py" for name in names} & {
+        str(p.relative_to(REPO)) for p in REPO.rglob("*.py")
+    }
 
 
 def test_tasks_and_metrics_do_without_wandb():
-    modules = ", ".join(["metrics", *(f"tasks.{file.stem}" for file in (REPO / "tasks").glob("[a-z]*.py"))])
+    modules = ", ".join(
+        ["metrics", *(f"tasks.{file.stem}" for file in (REPO / "tasks").glob("[a-z]*.py"))]
+    )
     program = f"import sys, {modules}; sys.exit('wandb' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], cwd=REPO).returncode == 0
 
@@ -51,7 +55,10 @@ def test_tasks_and_metrics_do_without_wandb():
 def test_imports_point_downwards():
     assert not imported(REPO / "metrics.py")
     assert imported(REPO / "viz.py") <= {"metrics.py"}
-    for package, allowed in (("harness", ("harness/", "metrics.py")), ("tasks", ("harness/", "tasks/", "metrics.py"))):
+    for package, allowed in (
+        ("harness", ("harness/", "metrics.py")),
+        ("tasks", ("harness/", "tasks/", "metrics.py")),
+    ):
         for file in (REPO / package).rglob("*.py"):
             assert all(name.startswith(allowed) for name in imported(file)), file
 
@@ -61,14 +68,24 @@ def test_example_differs_from_its_template_in_ten_lines():
 
     def rest(file: Path) -> list[str]:
         lines = file.read_text().splitlines()
-        return lines[next(i for i, line in enumerate(lines) if line.startswith("# ---") and "training" in line) :]
+        return lines[
+            next(
+                i for i, line in enumerate(lines) if line.startswith("# ---") and "training" in line
+            ) :
+        ]
 
-    matcher = difflib.SequenceMatcher(None, rest(REPO / "train_mnist.py"), rest(REPO / EXAMPLE), autojunk=False)
-    assert sum(max(b - a, d - c) for tag, a, b, c, d in matcher.get_opcodes() if tag != "equal") <= 10
+    matcher = difflib.SequenceMatcher(
+        None, rest(REPO / "train_mnist.py"), rest(REPO / EXAMPLE), autojunk=False
+    )
+    assert (
+        sum(max(b - a, d - c) for tag, a, b, c, d in matcher.get_opcodes() if tag != "equal") <= 10
+    )
 
 
 def test_example_learns_and_survives_kills(tmp_path, monkeypatch):
-    monkeypatch.setitem(killing.ARGUMENTS, EXAMPLE, "--epochs 4 --batch_size 48 --checkpoint_every 7")
+    monkeypatch.setitem(
+        killing.ARGUMENTS, EXAMPLE, "--epochs 4 --batch_size 48 --checkpoint_every 7"
+    )
     outs = []
     for name in ("reference", "killed"):
         cwd = tmp_path / name
@@ -91,7 +108,11 @@ def test_copy_needs_only_what_it_imports(script, tmp_path):
         arguments += "--dataset synthetic --slice 100".split()
     run = finished_run(script, tmp_path, *arguments, PYTHONPATH=str(tmp_path))
     assert run.config["versions"].keys() == {"python", "torch", "wandb", "numpy"}
-    (dataset,) = (r["artifact"] for r in run.records if r["type"] == "artifact" and r["artifact"]["type"] == "dataset")
+    (dataset,) = (
+        r["artifact"]
+        for r in run.records
+        if r["type"] == "artifact" and r["artifact"]["type"] == "dataset"
+    )
     assert dataset["name"] == run.config["dataset"]
 
 
@@ -99,5 +120,7 @@ def test_example_answers_options_at_once(tmp_path):
     done = call(EXAMPLE, "--hiden", "8", "8", cwd=tmp_path)
     assert (done.status, done.err.splitlines()) == (
         2,
-        ["train_tabular.py: error: unknown option --hiden; did you mean --hidden? (--help lists the options)"],
+        [
+            "train_tabular.py: error: unknown option --hiden; did you mean --hidden? (--help lists the options)"
+        ],
     )

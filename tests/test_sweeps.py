@@ -32,7 +32,12 @@ from tests import forking, killing
 from tests.conftest import REPO, clean_environment
 from tests.wandb_server import WandbServer, serving
 
-SMALL = {"train_file": str(killing.SHORT), "valid_file": str(killing.SHORT), "model": "scratch", "epochs": 2}
+SMALL = {
+    "train_file": str(killing.SHORT),
+    "valid_file": str(killing.SHORT),
+    "model": "scratch",
+    "epochs": 2,
+}
 PROMPT = {"WANDB__FILE_STREAM_TRANSMIT_INTERVAL": "1"}  # W&B sends rows every second, not every 15
 GRID = """
 program: objective.py
@@ -56,21 +61,27 @@ def wandb(*arguments: str, cwd: Path, server: WandbServer) -> str:
         if not (cwd / path.name).exists():
             (cwd / path.name).symlink_to(path)
     environment = clean_environment(cwd, **server.environment(), **PROMPT)
-    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"  # the agent starts "python"
-    program = (
-        "import sys, wandb.wandb_agent, wandb.cli.cli\nwandb.wandb_agent.Agent.POLL_INTERVAL = 1\n"  # not 5 seconds
+    environment["PATH"] = (
+        f"{Path(sys.executable).parent}:{environment['PATH']}"  # the agent starts "python"
     )
+    program = "import sys, wandb.wandb_agent, wandb.cli.cli\nwandb.wandb_agent.Agent.POLL_INTERVAL = 1\n"  # not 5 seconds
     program += "sys.exit(wandb.cli.cli.cli())"  # as the command `wandb` does
     command = [sys.executable, "-c", program, *arguments]
-    done = forking.run(command, cwd=cwd, env=environment, stderr=subprocess.STDOUT, text=True, timeout=200)
+    done = forking.run(
+        command, cwd=cwd, env=environment, stderr=subprocess.STDOUT, text=True, timeout=200
+    )
     assert done.returncode == 0, done.stdout
     return done.stdout
 
 
 def test_wandb_sweep_and_wandb_agent(tmp_path):
     with serving() as server:
-        assert "wandb agent tester/cola/sweep1" in wandb("sweep", str(REPO / "sweep.yaml"), cwd=tmp_path, server=server)
-        assert yaml.safe_load(server.sweep_file) == yaml.safe_load((REPO / "sweep.yaml").read_text())
+        assert "wandb agent tester/cola/sweep1" in wandb(
+            "sweep", str(REPO / "sweep.yaml"), cwd=tmp_path, server=server
+        )
+        assert yaml.safe_load(server.sweep_file) == yaml.safe_load(
+            (REPO / "sweep.yaml").read_text()
+        )
         server.trials = [
             SMALL | {"learning_rate": 0.002, "batch_size": 8},
             SMALL | {"learning_rate": "5e-4", "batch_size": 16.0, "watch": "off"},
@@ -79,7 +90,9 @@ def test_wandb_sweep_and_wandb_agent(tmp_path):
         server.to_stop = {"run0": 25}
         out = wandb("agent", "tester/cola/sweep1", cwd=tmp_path, server=server)
     assert "Traceback" not in out and "Ignoring" not in out
-    assert out.count("stopped by the sweep at step ") == out.count(", saved. To go on: python ") == 1
+    assert (
+        out.count("stopped by the sweep at step ") == out.count(", saved. To go on: python ") == 1
+    )
     expected = {"run2": (0.002, 8), "run1": (0.0005, 16), "run0": (0.001, 1)}
     assert server.runs.keys() == expected.keys()
     for run_id, (learning_rate, batch_size) in expected.items():
@@ -119,12 +132,18 @@ json.dump(results, open("results.json", "w"))
     with serving() as server:
         server.trials, server.to_stop = list(trials), {"run2": 3}
         environment = clean_environment(tmp_path, **server.environment(), **PROMPT)
-        done = forking.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, text=True, timeout=300)
+        done = forking.run(
+            [sys.executable, "-c", program], cwd=tmp_path, env=environment, text=True, timeout=300
+        )
         assert done.returncode == 0, done.stderr
         assert {run["exit"] for run in server.runs.values()} == {0}
     assert "Traceback" not in done.stderr and "!!" not in done.stderr
     results = json.loads((tmp_path / "results.json").read_text())
-    assert len(results) == 5 and results[2] == {} and not (tmp_path / "runs/cola-run2/metrics.json").exists()
+    assert (
+        len(results) == 5
+        and results[2] == {}
+        and not (tmp_path / "runs/cola-run2/metrics.json").exists()
+    )
 
     def differing_results(number: int) -> list[str]:
         arguments = [f"--{name}={value}" for name, value in trials[number].items()]
@@ -202,7 +221,9 @@ def test_a_grid_that_is_killed_twice_visits_every_cell_once(workdir):
     assert len(read_lines(workdir / "visits.txt")) < len(CELLS)
     out = run_search(workdir, GRID, "--jobs", "2")
     assert sorted(read_lines(workdir / "visits.txt")) == sorted(CELLS)
-    assert "12 complete" in out and [row["state"] for row in trial_rows(workdir)] == ["complete"] * 12
+    assert (
+        "12 complete" in out and [row["state"] for row in trial_rows(workdir)] == ["complete"] * 12
+    )
     assert "12 complete" in run_search(workdir, GRID)
     assert len(read_lines(workdir / "visits.txt")) == 12
 
@@ -220,7 +241,9 @@ def test_starts_at_the_same_time(workdir):
     sweep = GRID.replace("0.5", "0").replace("[1, 2, 3, 4]", "[1]")
     processes = [start_search(workdir, sweep) for _ in range(4)]
     out = [process.communicate(timeout=100)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0] * 4 and "Traceback" not in "".join(out), out
+    assert [process.returncode for process in processes] == [0] * 4 and "Traceback" not in "".join(
+        out
+    ), out
     assert sorted(read_lines(workdir / "visits.txt")) == sorted(CELLS[:3])
 
 
@@ -236,7 +259,12 @@ def test_ctrl_c_stops_runs_that_can_be_resumed(workdir):
         process.send_signal(number)
         out = process.communicate(timeout=100)[0]
         assert process.returncode == 128 + number and "the same command resumes them" in out, out
-        assert subprocess.run(["pgrep", "-f", f"objective.py.*{workdir}"], capture_output=True).returncode == 1
+        assert (
+            subprocess.run(
+                ["pgrep", "-f", f"objective.py.*{workdir}"], capture_output=True
+            ).returncode
+            == 1
+        )
     out = run_search(workdir, slow, "--count", "2", "--jobs", "2")
     assert "2 complete" in out and len(read_lines(workdir / "visits.txt")) == 2
     assert len(read_lines(workdir / "starts.txt")) == 6
@@ -247,11 +275,16 @@ def test_failing_trials_are_recorded_and_the_search_goes_on(workdir):
     out = run_search(workdir, GRID.replace("seconds: {value: 0.5}", "fail: {value: odd}"))
     assert "6 complete, 6 fail" in out
     failed = [row for row in trial_rows(workdir) if row["state"] == "fail"]
-    assert {row["error"] for row in failed} == {"objective.py: error: x is 1", "objective.py: error: x is 3"}
+    assert {row["error"] for row in failed} == {
+        "objective.py: error: x is 1",
+        "objective.py: error: x is 3",
+    }
 
 
 def test_three_failures_at_the_start_end_the_search(workdir):
-    out = run_search(workdir, GRID.replace("seconds: {value: 0.5}", "fail: {value: true}"), status=1)
+    out = run_search(
+        workdir, GRID.replace("seconds: {value: 0.5}", "fail: {value: true}"), status=1
+    )
     assert out.splitlines()[-1].startswith(
         "sweep_offline.py: error: the first 3 trials failed; last error: objective.py:"
     )
@@ -267,19 +300,28 @@ def test_three_failures_at_the_start_end_the_search(workdir):
     ],
 )
 def test_a_run_without_a_valid_metric_fails(failure, error, workdir):
-    sweep = GRID.replace("seconds: {value: 0.5}", f"fail: {{value: {failure}}}").replace("[1, 2, 3, 4]", "[1]")
+    sweep = GRID.replace("seconds: {value: 0.5}", f"fail: {{value: {failure}}}").replace(
+        "[1, 2, 3, 4]", "[1]"
+    )
     hyperband = "early_terminate: {type: hyperband, min_iter: 1, max_iter: 3}\nparameters:"
     out = run_search(workdir, sweep.replace("parameters:", hyperband), "--count", "2", status=1)
-    assert f"sweep_offline.py: error: no trial completed; last error: {error} (runs/sweep-s/" in out.splitlines()[-1]
+    assert (
+        f"sweep_offline.py: error: no trial completed; last error: {error} (runs/sweep-s/"
+        in out.splitlines()[-1]
+    )
     assert [row["error"] for row in trial_rows(workdir)] == [error] * 2 and "2 fail" in out
     assert len(read_lines(workdir / "starts.txt")) == (6 if failure == "stop" else 2)
 
 
 def test_the_files_of_another_program_fail_its_trial_only(workdir):
     """Rows that are no JSON, no text or no numbers, and a value that no float holds."""
-    sweep = GRID.replace("seconds: {value: 0.5}", "fail: {values: [garbage, no]}").replace("[1, 2, 3, 4]", "[1]")
+    sweep = GRID.replace("seconds: {value: 0.5}", "fail: {values: [garbage, no]}").replace(
+        "[1, 2, 3, 4]", "[1]"
+    )
     assert "3 complete, 3 fail" in run_search(workdir, sweep)
-    assert {row["error"] for row in trial_rows(workdir) if row["state"] == "fail"} == {f"score is {10**400}"}
+    assert {row["error"] for row in trial_rows(workdir) if row["state"] == "fail"} == {
+        f"score is {10**400}"
+    }
 
 
 def test_a_directory_of_something_else_is_refused(workdir):
@@ -287,7 +329,9 @@ def test_a_directory_of_something_else_is_refused(workdir):
     foreign.parent.mkdir(parents=True)
     foreign.write_text("mine")
     out = run_search(workdir, GRID, "--count", "1", status=2)
-    assert out.splitlines()[-1].endswith("runs/sweep-s holds something else: choose another name for the sweep")
+    assert out.splitlines()[-1].endswith(
+        "runs/sweep-s holds something else: choose another name for the sweep"
+    )
     assert [file.read_text() for file in foreign.parent.iterdir()] == ["mine"]
 
 
@@ -300,13 +344,22 @@ def test_a_directory_that_is_gone_or_damaged_ends_in_one_line(workdir):
     (workdir / "runs").mkdir()
     (workdir / "runs/sweep-s").symlink_to("nowhere")
     out = run_search(workdir, GRID, "--count", "1", status=2)
-    assert out.splitlines()[-1].endswith("runs/sweep-s holds something else: choose another name for the sweep")
+    assert out.splitlines()[-1].endswith(
+        "runs/sweep-s holds something else: choose another name for the sweep"
+    )
     (workdir / "runs/nowhere").mkdir()
     (workdir / "runs/nowhere/study.db").write_bytes(b"no database" * 1000)
-    assert run_search(workdir, GRID, "--count", "1", status=2).splitlines()[-1].endswith("file is not a database")
+    assert (
+        run_search(workdir, GRID, "--count", "1", status=2)
+        .splitlines()[-1]
+        .endswith("file is not a database")
+    )
     (workdir / "runs/nowhere/study.db").unlink()
     (workdir / "runs/nowhere/place").write_bytes(b"\xff\xfe")
-    assert "runs/sweep-s/place is damaged" in run_search(workdir, GRID, "--count", "1", status=1).splitlines()[-1]
+    assert (
+        "runs/sweep-s/place is damaged"
+        in run_search(workdir, GRID, "--count", "1", status=1).splitlines()[-1]
+    )
     assert (workdir / "runs/nowhere/place").read_bytes() == b"\xff\xfe"
 
 
@@ -314,7 +367,11 @@ def test_names_that_differ_have_directories_that_differ(workdir):
     quick = GRID.replace("0.5", "0")
     for name in ("a b", "a-b", "日本", "中国"):
         run_search(workdir, f"name: {name}\n{quick}", "--count", "1")
-    assert len(list((workdir / "runs").iterdir())) == len(list((workdir / "runs").glob("sweep-*/trials.csv"))) == 4
+    assert (
+        len(list((workdir / "runs").iterdir()))
+        == len(list((workdir / "runs").glob("sweep-*/trials.csv")))
+        == 4
+    )
 
 
 def test_the_order_of_the_parameters_does_not_matter(workdir):
@@ -340,13 +397,19 @@ def test_directories_on_one_machine_that_share_a_storage(workdir):
     processes = [start_search(cwd, sweep, "--storage", storage) for cwd in (workdir, other)]
     out = [process.communicate(timeout=100)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], out
-    assert sorted(read_lines(workdir / "visits.txt") + read_lines(other / "visits.txt")) == sorted(CELLS[:6])
+    assert sorted(read_lines(workdir / "visits.txt") + read_lines(other / "visits.txt")) == sorted(
+        CELLS[:6]
+    )
     assert "6 complete" in run_search(workdir, sweep, "--storage", storage)
 
 
 def test_a_directory_that_comes_back_elsewhere_resumes_its_trial(workdir):
     """As in a pod with another name: its files tell whose trials it has."""
-    place, sweep, storage = workdir / "before", GRID.replace("0.5", "3"), f"sqlite:///{workdir}/shared.db"
+    place, sweep, storage = (
+        workdir / "before",
+        GRID.replace("0.5", "3"),
+        f"sqlite:///{workdir}/shared.db",
+    )
     place.mkdir()
     shutil.copy(workdir / "objective.py", place)
     process = start_search(place, sweep, "--storage", storage, "--count", "1")
@@ -364,10 +427,20 @@ def test_the_direction_the_threads_the_group_and_the_best_command(workdir, monke
     out = run_search(workdir, GRID.replace("maximize", "minimize"), "--count", "4", "--jobs", "2")
     best = trial_rows(workdir)[0]
     assert (best["x"], best["y"], best["score"]) == ("1", "-2", "-5.0")
-    assert "to repeat the best run: python objective.py --seconds=0.5 --epochs=3 --x=1 --y=-2" in out
-    threads = max(1, len(os.sched_getaffinity(0)) // 2) if hasattr(os, "sched_getaffinity") else os.cpu_count() // 2
-    assert {tuple(line.split()[2:]) for line in read_lines(workdir / "starts.txt")} == {(str(threads), "s")}
-    assert "importance" not in out and not (workdir / "runs/sweep-s/importances.csv").exists()  # too few trials
+    assert (
+        "to repeat the best run: python objective.py --seconds=0.5 --epochs=3 --x=1 --y=-2" in out
+    )
+    threads = (
+        max(1, len(os.sched_getaffinity(0)) // 2)
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count() // 2
+    )
+    assert {tuple(line.split()[2:]) for line in read_lines(workdir / "starts.txt")} == {
+        (str(threads), "s")
+    }
+    assert (
+        "importance" not in out and not (workdir / "runs/sweep-s/importances.csv").exists()
+    )  # too few trials
 
 
 THREE = """
@@ -387,10 +460,16 @@ def recorded_search(cwd: Path, sweep: str, count: int, state: TrialState) -> Non
     study.sampler = sweep_study.sampler(parsed, 0)
     for number in range(count):
         trial = study.ask(parsed.searched)
-        for name, value in {"parameters": trial.params, "run": f"r-{number}", "place": "this directory"}.items():
+        for name, value in {
+            "parameters": trial.params,
+            "run": f"r-{number}",
+            "place": "this directory",
+        }.items():
             trial.set_user_attr(name, value)
         complete = state == TrialState.COMPLETE
-        study.tell(trial, 3 * trial.params["a"] + trial.params["b"] if complete else None, state=state)
+        study.tell(
+            trial, 3 * trial.params["a"] + trial.params["b"] if complete else None, state=state
+        )
 
 
 def test_importances_of_a_known_function(workdir, monkeypatch):
@@ -398,7 +477,9 @@ def test_importances_of_a_known_function(workdir, monkeypatch):
     monkeypatch.chdir(workdir)
     recorded_search(workdir, THREE, 19, TrialState.COMPLETE)
     importances = workdir / "runs/sweep-s/importances.csv"
-    assert "importance" not in run_search(workdir, THREE, "--count", "19") and not importances.exists()
+    assert (
+        "importance" not in run_search(workdir, THREE, "--count", "19") and not importances.exists()
+    )
     shutil.rmtree(workdir / "runs")
     recorded_search(workdir, THREE, 100, TrialState.COMPLETE)
     assert "importance: a 9" in run_search(workdir, THREE, "--count", "100")
@@ -421,10 +502,18 @@ def test_hyperband_prunes_with_sigterm_and_keeps_the_results(workdir):
         GRID.replace("epochs: {value: 3}", "epochs: {value: 9}")
         .replace("0.5", "1")
         .replace("grid", "random")
-        .replace("parameters:", "early_terminate: {type: hyperband, min_iter: 1, max_iter: 9, eta: 3}\nparameters:")
+        .replace(
+            "parameters:",
+            "early_terminate: {type: hyperband, min_iter: 1, max_iter: 9, eta: 3}\nparameters:",
+        )
     )
     out = run_search(
-        workdir, sweep.replace("{values: [1, 2, 3, 4]}", "{min: -50.0, max: 50.0}"), "--count", "12", "--seed", "1"
+        workdir,
+        sweep.replace("{values: [1, 2, 3, 4]}", "{min: -50.0, max: 50.0}"),
+        "--count",
+        "12",
+        "--seed",
+        "1",
     )
     pruned = [row for row in trial_rows(workdir) if row["state"] == "pruned"]
     assert pruned and f"{len(pruned)} pruned" in out
@@ -450,24 +539,34 @@ def test_bayes_finds_a_better_best_than_random(workdir, monkeypatch):
             for number in range(20):
                 study.sampler = sweep_study.sampler(sweep, seed * 100 + number)
                 trial = study.ask()
-                x, y = (sweep_study.suggest(trial, name, distribution) for name, distribution in sweep.searched.items())
+                x, y = (
+                    sweep_study.suggest(trial, name, distribution)
+                    for name, distribution in sweep.searched.items()
+                )
                 study.tell(trial, -((x - 3) ** 2) - (y + 1) ** 2)
             values.append(study.best_value)
     assert statistics.median(best["bayes"]) > statistics.median(best["random"])
 
 
 def test_trials_of_train_cola_are_synced_as_one_group(tmp_path):
-    parameters = {name: {"value": value} for name, value in SMALL.items()} | {"batch_size": {"values": [16, 60]}}
+    parameters = {name: {"value": value} for name, value in SMALL.items()} | {
+        "batch_size": {"values": [16, 60]}
+    }
     sweep = {"program": str(REPO / "train_cola.py"), "method": "grid", "name": "s", "project": "p",
              "metric": {"name": "valid/mcc", "goal": "maximize"}, "parameters": parameters}  # fmt: skip
     assert "2 complete" in run_search(tmp_path, yaml.dump(sweep), "--jobs", "2")
     with serving() as server:
         command = [Path(sys.executable).with_name("wandb"), "sync", "--yes", tmp_path / "wandb"]
         assert (
-            forking.run(command, cwd=tmp_path, env=clean_environment(tmp_path, **server.environment())).returncode == 0
+            forking.run(
+                command, cwd=tmp_path, env=clean_environment(tmp_path, **server.environment())
+            ).returncode
+            == 0
         )
     assert {run["group"] for run in server.runs.values()} == {"s"} and len(server.runs) == 2
-    assert {row["output_dir"] for row in trial_rows(tmp_path)} == {f"runs/sweep-s/{run}" for run in server.runs}
+    assert {row["output_dir"] for row in trial_rows(tmp_path)} == {
+        f"runs/sweep-s/{run}" for run in server.runs
+    }
     for row in trial_rows(tmp_path):
         figures = json.loads((tmp_path / row["output_dir"] / "metrics.json").read_text())
         assert figures["valid/mcc"] == float(row["valid/mcc"])
@@ -484,7 +583,9 @@ def test_the_project_s_sweep_file():
     defaults = train_cola.Settings()
     for name, distribution in sweep.searched.items():
         value = getattr(defaults, name)
-        assert distribution._contains(distribution.to_internal_repr(1e-3 if value is None else value)), name
+        assert distribution._contains(
+            distribution.to_internal_repr(1e-3 if value is None else value)
+        ), name
 
 
 def draw(parameter: dict, count: int = 300) -> list:
@@ -497,7 +598,13 @@ def draw(parameter: dict, count: int = 300) -> list:
 def test_parameter_distributions():
     assert set(draw({"values": [1, "a", None, 2.5, [16, 32]]})) == {1, "a", None, 2.5, "[16, 32]"}
     assert set(draw({"min": 1, "max": 4})) == {1, 2, 3, 4}
-    assert set(draw({"distribution": "q_uniform", "min": 0.1, "max": 0.5, "q": 0.1})) == {0.1, 0.2, 0.3, 0.4, 0.5}
+    assert set(draw({"distribution": "q_uniform", "min": 0.1, "max": 0.5, "q": 0.1})) == {
+        0.1,
+        0.2,
+        0.3,
+        0.4,
+        0.5,
+    }
     assert set(draw({"distribution": "q_uniform", "min": 30, "max": 70, "q": 16})) == {32, 48, 64}
     uniform = draw({"min": -1.0, "max": 3.0})
     assert -1 <= min(uniform) < -0.9 and 2.9 < max(uniform) <= 3
@@ -509,8 +616,14 @@ def test_parameter_distributions():
         "inv_log_uniform_values": (math.exp(-6), 1),
     }
     for kind, (low, high) in logarithmic.items():
-        exponents = [math.log(value) for value in draw({"distribution": kind, "min": low, "max": high})]
-        assert min(exponents) >= -6 and max(exponents) <= 0 and statistics.mean(exponents) == pytest.approx(-3, abs=0.3)
+        exponents = [
+            math.log(value) for value in draw({"distribution": kind, "min": low, "max": high})
+        ]
+        assert (
+            min(exponents) >= -6
+            and max(exponents) <= 0
+            and statistics.mean(exponents) == pytest.approx(-3, abs=0.3)
+        )
 
 
 def test_lists_are_passed_as_wandb_passes_them(workdir, monkeypatch):
@@ -519,7 +632,9 @@ def test_lists_are_passed_as_wandb_passes_them(workdir, monkeypatch):
     (workdir / "s.yaml").write_text(GRID.replace("  seconds:", nested))
     sweep = sweep_file.read_sweep(Path("s.yaml"))
     searched = {"x": 1, "y": 0, "kernels": "[16, 32]", "o/a": "[2]"}
-    assert {"--kernels=[16, 32]", "--o={'a': [2]}"} <= set(trials.trial_command(sweep, searched, "python"))
+    assert {"--kernels=[16, 32]", "--o={'a': [2]}"} <= set(
+        trials.trial_command(sweep, searched, "python")
+    )
     sweep.command = ["${program}", "${args_json}"]
     assert json.loads(trials.trial_command(sweep, searched, "python")[1])["kernels"] == [16, 32]
 
@@ -527,11 +642,16 @@ def test_lists_are_passed_as_wandb_passes_them(workdir, monkeypatch):
 def test_nested_parameters_are_passed_as_wandb_passes_them(workdir, monkeypatch):
     monkeypatch.chdir(workdir)
     (workdir / "s.yaml").write_text(
-        GRID.replace("  seconds:", "  o: {parameters: {a: {value: 1}, b: {values: [2]}}}\n  seconds:")
+        GRID.replace(
+            "  seconds:", "  o: {parameters: {a: {value: 1}, b: {values: [2]}}}\n  seconds:"
+        )
     )
     sweep = sweep_file.read_sweep(Path("s.yaml"))
     command = trials.trial_command(sweep, {"x": 1, "y": 0, "o/b": 2}, "python")
-    assert command[:3] == ["/usr/bin/env", "python", "objective.py"] and "--o={'a': 1, 'b': 2}" in command
+    assert (
+        command[:3] == ["/usr/bin/env", "python", "objective.py"]
+        and "--o={'a': 1, 'b': 2}" in command
+    )
 
 
 MACROS = {
@@ -670,18 +790,26 @@ def test_another_file_of_the_same_name_is_refused(workdir):
     assert Counter(row["state"] for row in trial_rows(workdir)) == {"complete": 1}
 
 
-@pytest.mark.parametrize("arguments", [["a\nb.yaml"], ["s.yaml", "--storage", "a\nb"], ["s.yaml", "--a\nb"]])
+@pytest.mark.parametrize(
+    "arguments", [["a\nb.yaml"], ["s.yaml", "--storage", "a\nb"], ["s.yaml", "--a\nb"]]
+)
 def test_a_line_break_does_not_split_the_error(arguments, workdir):
     (workdir / "s.yaml").write_text(GRID)
     command = [sys.executable, REPO / "sweep_offline.py", *arguments]
-    done = subprocess.run(command, cwd=workdir, env=clean_environment(workdir), capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=workdir, env=clean_environment(workdir), capture_output=True, text=True
+    )
     assert done.returncode == 2 and re.fullmatch(r"sweep_offline.py: error: .*a b.*\n", done.stderr)
 
 
 def test_errors_do_not_show_a_password(workdir):
     for url in ("postgresql://me:p@ss:word@localhost:1/x", "nonsense://me:p@ss:word@localhost/x"):
         line = run_search(workdir, GRID, "--storage", url, status=2).splitlines()[-1]
-        assert ":***@localhost" in line and "ss" not in line.replace("sweep", "") and "word" not in line, line
+        assert (
+            ":***@localhost" in line
+            and "ss" not in line.replace("sweep", "")
+            and "word" not in line
+        ), line
 
 
 def test_a_bad_storage_leaves_no_directory(workdir):
@@ -707,25 +835,38 @@ def test_a_sweep_can_be_resumed_when_its_command_is_mended(workdir):
     broken = workdir / "broken"
     broken.write_text("neither a binary nor a script with #!")
     broken.chmod(0o755)
-    for program, error in (("pyhton", "pyhton not found on PATH"), ("./broken", "./broken: Exec format error")):
+    for program, error in (
+        ("pyhton", "pyhton not found on PATH"),
+        ("./broken", "./broken: Exec format error"),
+    ):
         sweep = quick.replace("parameters:", command.format(program))
         assert f"error: command: {error}" in run_search(workdir, sweep, status=2).splitlines()[-1]
-    assert "3 complete" in run_search(workdir, quick.replace("parameters:", command.format(sys.executable)))
+    assert "3 complete" in run_search(
+        workdir, quick.replace("parameters:", command.format(sys.executable))
+    )
     assert sorted(read_lines(workdir / "visits.txt")) == sorted(CELLS[:3])
 
 
 def test_a_huge_grid_with_a_count(workdir):
-    sweep = GRID.replace("0.5", "0").replace("[1, 2, 3, 4]", "[1]").replace("min: -2", "min: -1000000000000")
+    sweep = (
+        GRID.replace("0.5", "0")
+        .replace("[1, 2, 3, 4]", "[1]")
+        .replace("min: -2", "min: -1000000000000")
+    )
     assert "2 complete" in run_search(workdir, sweep, "--count", "2")
     assert [line.split()[1] for line in read_lines(workdir / "visits.txt")] == ["-1e+12"] * 2
 
 
-@pytest.mark.parametrize(("visible", "expected"), [(None, {"0", "1"}), ("3, GPU-5", {"3", "GPU-5"}), ("", {""})])
+@pytest.mark.parametrize(
+    ("visible", "expected"), [(None, {"0", "1"}), ("3, GPU-5", {"3", "GPU-5"}), ("", {""})]
+)
 def test_parallel_runs_are_dealt_out_to_the_gpus(visible, expected, workdir, monkeypatch):
     """Each of the two runs at work has its own GPU."""
     fake = workdir / "bin/nvidia-smi"
     fake.parent.mkdir()
-    fake.write_text("#!/bin/sh\necho 'GPU 0: NVIDIA H200 (UUID: GPU-a)'\necho 'GPU 1: NVIDIA H200 (UUID: GPU-b)'\n")
+    fake.write_text(
+        "#!/bin/sh\necho 'GPU 0: NVIDIA H200 (UUID: GPU-a)'\necho 'GPU 1: NVIDIA H200 (UUID: GPU-b)'\n"
+    )
     fake.chmod(0o755)
     monkeypatch.setenv("PATH", f"{fake.parent}:{os.environ['PATH']}")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)

@@ -45,7 +45,9 @@ none,Not a doctor arrived.
 def small_cola(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """A run with everything on, shared by many tests: one epoch of 96 batches and half of another."""
     arguments = (*SMALL, "--log_model", "all")
-    run = made_once(tmp_path_factory, "small_cola", lambda cwd: finished_run("train_cola.py", cwd, *arguments))
+    run = made_once(
+        tmp_path_factory, "small_cola", lambda cwd: finished_run("train_cola.py", cwd, *arguments)
+    )
     run.ends = [row for row in run.history if "valid/loss" in row]
     run.best = next(row for row in run.ends if row["epoch"] == run.metrics["best/epoch"])
     run.rows = predictions(run)
@@ -62,7 +64,9 @@ def own_files(small_cola, tmp_path_factory: pytest.TempPathFactory) -> SimpleNam
     def make(cwd: Path) -> SimpleNamespace:
         (cwd / "t.csv").write_text(CSV)
         (cwd / "v.csv").write_text(CSV)
-        return finished_run("train_cola.py", cwd, *arguments.split(), *fixed.split(), "--model", model)
+        return finished_run(
+            "train_cola.py", cwd, *arguments.split(), *fixed.split(), "--model", model
+        )
 
     return made_once(tmp_path_factory, "own_files", make)
 
@@ -72,10 +76,16 @@ def predictions(run: SimpleNamespace) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def as_arrays(rows: list[dict[str, str]], classes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def as_arrays(
+    rows: list[dict[str, str]], classes: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Labels, predictions and probabilities from predictions.csv."""
-    probabilities = np.array([[float(row[f"probability_{c}"]) for c in range(classes)] for row in rows])
-    return *(np.array([int(row[name]) for row in rows]) for name in ("label", "prediction")), probabilities
+    probabilities = np.array(
+        [[float(row[f"probability_{c}"]) for c in range(classes)] for row in rows]
+    )
+    return *(
+        np.array([int(row[name]) for row in rows]) for name in ("label", "prediction")
+    ), probabilities
 
 
 def media(run: SimpleNamespace, row: dict, key: str) -> str:
@@ -84,7 +94,9 @@ def media(run: SimpleNamespace, row: dict, key: str) -> str:
 
 
 def config_in_wandb(run: SimpleNamespace) -> dict:
-    first = next(record["run"]["config"]["update"] for record in run.records if record["type"] == "run")
+    first = next(
+        record["run"]["config"]["update"] for record in run.records if record["type"] == "run"
+    )
     return first | merged(run.records, "config")
 
 
@@ -111,27 +123,56 @@ def test_every_file_is_there(small_cola):
     assert checkpoint["position"] == {"epoch": 2, "batch": 144, "step": 18_000, "epoch_ends": True}
     assert checkpoint["model"].keys() == weights(small_cola.files / "model").keys()
     config = {k: v for k, v in small_cola.config.items() if k != "versions"}
-    assert (config["dataset"], config["model"], config["learning_rate"]) == ("synthetic", "scratch", 1e-3)
+    assert (config["dataset"], config["model"], config["learning_rate"]) == (
+        "synthetic",
+        "scratch",
+        1e-3,
+    )
     assert config.items() <= config_in_wandb(small_cola).items()
 
 
 def test_every_key_is_in_the_right_rows(small_cola):
     train = ("loss_step", "acc_step", "learning_rate", "examples_per_second", "grad_norm")
     steps = {"epoch", *(f"train/{key}" for key in train)}
-    charts = {"confusion_matrix_table", "confusion_matrix_image", "mistakes", "logits", "roc_table", "pr_table"}
-    charts |= {"calibration", "per_source", "per_source_chart_table", "majority_share", "attributions"}
+    charts = {
+        "confusion_matrix_table",
+        "confusion_matrix_image",
+        "mistakes",
+        "logits",
+        "roc_table",
+        "pr_table",
+    }
+    charts |= {
+        "calibration",
+        "per_source",
+        "per_source_chart_table",
+        "majority_share",
+        "attributions",
+    }
     epoch = {"train/loss_epoch", "train/acc_epoch", *(f"valid/{key}" for key in METRICS | charts)}
     assert [row["_step"] for row in small_cola.ends] == [12_000, 18_000]
     for row in small_cola.history:
-        plain = {re.sub(r"\..*", "", key) for key in row if not key.startswith(("gradients/", "parameters/", "_"))}
+        plain = {
+            re.sub(r"\..*", "", key)
+            for key in row
+            if not key.startswith(("gradients/", "parameters/", "_"))
+        }
         last = {"curves"} if row is small_cola.ends[-1] else set()
         assert plain == steps | (epoch if row in small_cola.ends else set()) | last
-    images = {(row["valid/logits._type"], row["valid/confusion_matrix_image._type"]) for row in small_cola.ends}
+    images = {
+        (row["valid/logits._type"], row["valid/confusion_matrix_image._type"])
+        for row in small_cola.ends
+    }
     assert images == {("histogram", "image-file")}
 
 
 def test_steps_count_sentences(small_cola):
-    batches = [*range(10, 100, 10), 96, *range(100, 150, 10), 144]  # every tenth, and the last of each epoch
+    batches = [
+        *range(10, 100, 10),
+        96,
+        *range(100, 150, 10),
+        144,
+    ]  # every tenth, and the last of each epoch
     assert [row["_step"] for row in small_cola.history] == [125 * batch for batch in batches]
     assert [row["epoch"] for row in small_cola.history] == [1] * 10 + [2] * 6
 
@@ -143,21 +184,39 @@ def test_journal_and_wandb_hold_the_same_numbers(small_cola):
         assert {key: history[row["step"]][key] for key in logged} == logged
     # and the journal has every number that W&B has
     for step, row in history.items():
-        scalars = {k for k, v in row.items() if type(v) in (int, float) and k[0] != "_" and "." not in k}
-        assert scalars == {key for r, n in zip(small_cola.journal, numbers) if r["step"] == step for key in n}
+        scalars = {
+            k for k, v in row.items() if type(v) in (int, float) and k[0] != "_" and "." not in k
+        }
+        assert scalars == {
+            key for r, n in zip(small_cola.journal, numbers) if r["step"] == step for key in n
+        }
 
 
 def test_watch_logs_every_weight_once_per_epoch(small_cola):
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(small_cola.files / "model")
-    names = {f"{what}/{name}" for what in ("gradients", "parameters") for name, _ in model.named_parameters()}
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(
+        small_cola.files / "model"
+    )
+    names = {
+        f"{what}/{name}"
+        for what in ("gradients", "parameters")
+        for name, _ in model.named_parameters()
+    }
     for row in small_cola.history:
-        found = {k.removesuffix("._type") for k in row if k.startswith(("grad", "param")) and k.endswith("._type")}
+        found = {
+            k.removesuffix("._type")
+            for k in row
+            if k.startswith(("grad", "param")) and k.endswith("._type")
+        }
         assert found == (names if row["_step"] == 12_000 else set())
 
 
 def test_summary_and_metrics_hold_the_best_epoch(small_cola):
     mcc = [row["valid/mcc"] for row in small_cola.ends]
-    assert small_cola.summary["best/epoch"] == small_cola.metrics["best/epoch"] == 1 + mcc.index(max(mcc))
+    assert (
+        small_cola.summary["best/epoch"]
+        == small_cola.metrics["best/epoch"]
+        == 1 + mcc.index(max(mcc))
+    )
     for name in METRICS | {"majority_share"}:
         logged = small_cola.best[f"valid/{name}"]
         assert small_cola.summary[f"best/{name}"] == small_cola.metrics[f"valid/{name}"] == logged
@@ -165,16 +224,24 @@ def test_summary_and_metrics_hold_the_best_epoch(small_cola):
 
 
 def test_artifacts(small_cola, own_files):
-    artifacts = [record["artifact"] for record in small_cola.records if record["type"] == "artifact"]
+    artifacts = [
+        record["artifact"] for record in small_cola.records if record["type"] == "artifact"
+    ]
     models = [artifact for artifact in artifacts if artifact["type"] == "model"]
     mcc = [row["valid/mcc"] for row in small_cola.ends]
-    assert [set(m["aliases"]) for m in models] == [{"latest", "best"}, {"latest", *["best"] * (mcc[1] > mcc[0])}]
+    assert [set(m["aliases"]) for m in models] == [
+        {"latest", "best"},
+        {"latest", *["best"] * (mcc[1] > mcc[0])},
+    ]
     for model in models:
         paths = {entry["path"] for entry in model["manifest"]["contents"]}
         assert paths == {file.name for file in (small_cola.files / "model").iterdir()}
     (dataset,) = (artifact for artifact in artifacts if artifact["type"] == "dataset")
     assert dataset["name"] == "synthetic"
-    assert {entry["path"] for entry in dataset["manifest"]["contents"]} == {"train.tsv", "valid.tsv"}
+    assert {entry["path"] for entry in dataset["manifest"]["contents"]} == {
+        "train.tsv",
+        "valid.tsv",
+    }
     artifacts = [record["artifact"] for record in own_files.records if record["type"] == "artifact"]
     (dataset,) = (artifact for artifact in artifacts if artifact["type"] == "dataset")
     assert {entry["path"] for entry in dataset["manifest"]["contents"]} == {"0-t.csv", "1-v.csv"}
@@ -188,10 +255,15 @@ def test_metrics_match_the_predictions(small_cola):
     labels, predicted, probabilities = as_arrays(small_cola.rows, 2)
     assert (probabilities.argmax(1) == predicted).all()
     metrics, sk = small_cola.metrics, sklearn.metrics
-    expected = {"acc": sk.accuracy_score(labels, predicted), "mcc": sk.matthews_corrcoef(labels, predicted)}
+    expected = {
+        "acc": sk.accuracy_score(labels, predicted),
+        "mcc": sk.matthews_corrcoef(labels, predicted),
+    }
     for name in ("precision", "recall", "f1"):
         for average in ("macro", "micro"):
-            expected[f"{name}_{average}"] = getattr(sk, f"{name}_score")(labels, predicted, average=average)
+            expected[f"{name}_{average}"] = getattr(sk, f"{name}_score")(
+                labels, predicted, average=average
+            )
     expected["loss"] = sk.log_loss(labels, probabilities)
     expected["balanced_acc"] = sk.balanced_accuracy_score(labels, predicted)
     expected["roc_auc"] = sk.roc_auc_score(labels, probabilities[:, 1])
@@ -202,7 +274,9 @@ def test_metrics_match_the_predictions(small_cola):
     expected["ece"] = sum(gaps) / len(labels)
     assert {key: metrics[f"valid/{key}"] for key in METRICS} == pytest.approx(expected, abs=1e-12)
     losses = [float(row["loss"]) for row in small_cola.rows]
-    assert losses == pytest.approx(-np.log(probabilities[np.arange(len(labels)), labels]), abs=1e-12)
+    assert losses == pytest.approx(
+        -np.log(probabilities[np.arange(len(labels)), labels]), abs=1e-12
+    )
     assert metrics["valid/majority_share"] == max(np.bincount(labels)) / 1000
 
 
@@ -217,7 +291,9 @@ def test_bootstrap_interval_matches_numpy(small_cola):
     labels, predicted, _ = as_arrays(small_cola.rows, 2)
     random = np.random.default_rng(1)
     draws = (random.integers(0, len(labels), len(labels)) for _ in range(2000))
-    found = [np.corrcoef(labels[draw], predicted[draw])[0, 1] for draw in draws]  # equals MCC for two classes
+    found = [
+        np.corrcoef(labels[draw], predicted[draw])[0, 1] for draw in draws
+    ]  # equals MCC for two classes
     low, high = small_cola.metrics["valid/mcc_low"], small_cola.metrics["valid/mcc_high"]
     assert (low, high) == pytest.approx(np.quantile(found, [0.025, 0.975]), abs=0.008)
     assert low < small_cola.metrics["valid/mcc"] < high
@@ -230,27 +306,45 @@ def test_best_model_is_kept_and_domains_are_reported_separately(tmp_path, monkey
     with zipfile.ZipFile(tmp_path / "cola_public_1.1.zip", "w") as archive:
         for name, part in {"train": slice(0, 60), **domains}.items():
             file = "in_domain_train" if name == "train" else f"{name}_dev"
-            lines = [f"{source}\t{label}\t\t{sentence}\n" for sentence, label, source in zip(*valid)]
+            lines = [
+                f"{source}\t{label}\t\t{sentence}\n" for sentence, label, source in zip(*valid)
+            ]
             archive.writestr(f"cola_public/raw/{file}.tsv", "".join(lines[part]))
     content = (tmp_path / "cola_public_1.1.zip").read_bytes()
     monkeypatch.setattr(sentences, "COLA_SHA256", hashlib.sha256(content).hexdigest())
     monkeypatch.chdir(tmp_path)
-    arguments = "--dataset cola --data_dir . --model scratch --wandb disabled --output_dir out --epochs 12"
+    arguments = (
+        "--dataset cola --data_dir . --model scratch --wandb disabled --output_dir out --epochs 12"
+    )
     more = "--batch_size 4 --schedule constant --seed 5 --precision fp32"
     metrics = train_cola.main([*arguments.split(), *more.split()])
-    assert metrics == json.loads((tmp_path / "out/metrics.json").read_text()) and metrics["dataset"] == "cola"
+    assert (
+        metrics == json.loads((tmp_path / "out/metrics.json").read_text())
+        and metrics["dataset"] == "cola"
+    )
     assert not (tmp_path / "wandb").exists()
 
-    *_, last = rows = [json.loads(line) for line in (tmp_path / "out/history.jsonl").read_text().splitlines()]
+    *_, last = rows = [
+        json.loads(line) for line in (tmp_path / "out/history.jsonl").read_text().splitlines()
+    ]
     mcc = [row["valid/mcc"] for row in rows if "valid/mcc" in row]
     assert max(mcc) > mcc[-1], "choose another seed: this one can't tell best from last"
     assert (metrics["best/epoch"], metrics["valid/mcc"]) == (1 + mcc.index(max(mcc)), max(mcc))
     labels, predicted, _ = as_arrays(predictions(SimpleNamespace(files=tmp_path / "out")), 2)
-    assert sklearn.metrics.matthews_corrcoef(labels, predicted) == pytest.approx(max(mcc), abs=1e-12)
-    by_domain = {d: sklearn.metrics.matthews_corrcoef(labels[part], predicted[part]) for d, part in domains.items()}
+    assert sklearn.metrics.matthews_corrcoef(labels, predicted) == pytest.approx(
+        max(mcc), abs=1e-12
+    )
+    by_domain = {
+        d: sklearn.metrics.matthews_corrcoef(labels[part], predicted[part])
+        for d, part in domains.items()
+    }
     assert by_domain["in_domain"] != by_domain["out_of_domain"]
     for domain, expected in by_domain.items():
-        assert metrics[f"valid_{domain}/mcc"] == last[f"valid_{domain}/mcc"] == pytest.approx(expected, abs=1e-12)
+        assert (
+            metrics[f"valid_{domain}/mcc"]
+            == last[f"valid_{domain}/mcc"]
+            == pytest.approx(expected, abs=1e-12)
+        )
 
 
 def test_same_command_same_weights_same_vocabulary(tmp_path):
@@ -260,10 +354,14 @@ def test_same_command_same_weights_same_vocabulary(tmp_path):
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()
     one = finished_run("train_cola.py", tmp_path / "one", *arguments, "--wandb", "offline")
-    two = finished_run("train_cola.py", tmp_path / "two", *arguments, "--wandb", "disabled", PYTHONHASHSEED="2")
+    two = finished_run(
+        "train_cola.py", tmp_path / "two", *arguments, "--wandb", "disabled", PYTHONHASHSEED="2"
+    )
     for file in ("model/model.safetensors", "model/tokenizer.json", "predictions.csv"):
         assert (one.files / file).read_bytes() == (two.files / file).read_bytes(), file
-    assert {file.name for file in one.files.iterdir()} == {file.name for file in two.files.iterdir()}
+    assert {file.name for file in one.files.iterdir()} == {
+        file.name for file in two.files.iterdir()
+    }
     assert (tmp_path / "one/wandb").exists() and not (tmp_path / "two/wandb").exists()
 
 
@@ -311,14 +409,25 @@ def test_batches_by_length():
 
 def test_mistakes_table_has_every_mistake_most_confident_first(small_cola):
     table = json.loads(media(small_cola, small_cola.best, "valid/mistakes"))
-    assert table["columns"] == ["sentence", "source", "label", "prediction", "probability", "loss", "step", "mistakes"]
+    assert table["columns"] == [
+        "sentence",
+        "source",
+        "label",
+        "prediction",
+        "probability",
+        "loss",
+        "step",
+        "mistakes",
+    ]
     names, step = ("unacceptable", "acceptable"), small_cola.best["_step"]
     expected = []
     for row in small_cola.rows:
         label, prediction = int(row["label"]), int(row["prediction"])
         if label != prediction:
             numbers = float(row[f"probability_{prediction}"]), float(row["loss"]), step
-            expected.append([row["sentence"], row["source"], names[label], names[prediction], *numbers])
+            expected.append(
+                [row["sentence"], row["source"], names[label], names[prediction], *numbers]
+            )
     assert len(expected) > 100 and expected != sorted(expected, key=lambda row: -row[4])
     assert [row[:-1] for row in table["data"]] == sorted(expected, key=lambda row: -row[4])
     assert {row[-1] for row in table["data"]} == {len(expected)}
@@ -329,16 +438,24 @@ def test_per_source_table(small_cola):
         table = json.loads(media(small_cola, small_cola.best, key))
         assert table["columns"] == ["source", "sentences", "acc", "mcc"] and len(table["data"]) == 8
         for source, count, acc, mcc in table["data"]:
-            labels, predicted, _ = as_arrays([row for row in small_cola.rows if row["source"] == source], 2)
-            assert count == len(labels) and acc == pytest.approx((labels == predicted).mean(), abs=1e-12)
-            assert mcc == pytest.approx(sklearn.metrics.matthews_corrcoef(labels, predicted), abs=1e-12)
+            labels, predicted, _ = as_arrays(
+                [row for row in small_cola.rows if row["source"] == source], 2
+            )
+            assert count == len(labels) and acc == pytest.approx(
+                (labels == predicted).mean(), abs=1e-12
+            )
+            assert mcc == pytest.approx(
+                sklearn.metrics.matthews_corrcoef(labels, predicted), abs=1e-12
+            )
         assert [row[2] for row in table["data"]] == sorted(row[2] for row in table["data"])
 
 
 def test_confusion_chart_matches_the_predictions(small_cola):
     table = json.loads(media(small_cola, small_cola.best, "valid/confusion_matrix_table"))
     names = ("unacceptable", "acceptable")
-    counts = Counter((names[int(row["label"])], names[int(row["prediction"])]) for row in small_cola.rows)
+    counts = Counter(
+        (names[int(row["label"])], names[int(row["prediction"])]) for row in small_cola.rows
+    )
     assert {(label, prediction): n for label, prediction, n in table["data"] if n} == counts
 
 
@@ -353,10 +470,14 @@ def test_roc_and_pr_curves(small_cola):
     assert roc[0].tolist() == [0, 0] and roc[-1].tolist() == [1, 1]
     assert pr[0].tolist() == [1, labels.mean()] and pr[-1].tolist() == [0, 1]
     auc = np.sum(np.diff(roc[:, 0]) * (roc[1:, 1] + roc[:-1, 1]) / 2)
-    assert auc == pytest.approx(sklearn.metrics.roc_auc_score(labels, probabilities[:, 1]), abs=1e-12)
+    assert auc == pytest.approx(
+        sklearn.metrics.roc_auc_score(labels, probabilities[:, 1]), abs=1e-12
+    )
     precision = -np.sum(np.diff(pr[:, 0]) * pr[:-1, 1])
     # The chart has at most 1,000 of the 1,001 points.
-    assert precision == pytest.approx(sklearn.metrics.average_precision_score(labels, probabilities[:, 1]), abs=1e-4)
+    assert precision == pytest.approx(
+        sklearn.metrics.average_precision_score(labels, probabilities[:, 1]), abs=1e-4
+    )
 
 
 def test_attributions_show_the_20_most_confident_mistakes(small_cola):
@@ -375,10 +496,14 @@ def test_attributions_show_the_20_most_confident_mistakes(small_cola):
 
 
 def test_attributions_escape_html():
-    page = train_cola.viz.shaded_words([("<script>", 1.0), ("&", -2.0), ('"', 0.0)], "<b> taken for a")
+    page = train_cola.viz.shaded_words(
+        [("<script>", 1.0), ("&", -2.0), ('"', 0.0)], "<b> taken for a"
+    )
     assert "<script>" not in page and "<b>" not in page
     assert html.unescape(re.sub(r"<[^>]*>", "|", page)).count("<script>") == 1
-    assert "rgba(214, 60, 50, 0.50)" in page and "rgba(50, 100, 214, 1.00)" in page  # red towards the mistake
+    assert (
+        "rgba(214, 60, 50, 0.50)" in page and "rgba(50, 100, 214, 1.00)" in page
+    )  # red towards the mistake
 
 
 class Linear(torch.nn.Module):
@@ -394,7 +519,9 @@ class Linear(torch.nn.Module):
 
     def forward(self, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor) -> SimpleNamespace:
         shown = inputs_embeds * attention_mask[..., None]
-        return SimpleNamespace(logits=torch.einsum("ntd,tdc->nc", shown, self.by_position[: shown.shape[1]]))
+        return SimpleNamespace(
+            logits=torch.einsum("ntd,tdc->nc", shown, self.by_position[: shown.shape[1]])
+        )
 
 
 def test_attribution_is_gradient_times_input():
@@ -407,12 +534,16 @@ def test_attribution_is_gradient_times_input():
         scores = encoders.attribute(model, part, index, answer=2, label=1)
         weight = model.by_position[:length, :, 2] - model.by_position[:length, :, 1]
         assert scores.shape == (length,)
-        assert torch.allclose(scores, (model.embedding(tokens[index, :length]) * weight).sum(1), atol=1e-6)
+        assert torch.allclose(
+            scores, (model.embedding(tokens[index, :length]) * weight).sum(1), atol=1e-6
+        )
 
 
 def test_attribution_of_bert_matches_finite_differences(small_cola):
     """Attribution is the derivative of the logit difference with respect to scaling a token's embedding."""
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(small_cola.files / "model").double()
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(
+        small_cola.files / "model"
+    ).double()
     tokens = torch.tensor([[2, 40, 50, 60, 3, 0, 0]])
     flat = torch.cat([torch.tensor([0]), tokens[0, :5]]).int()
     part = batching.TokenSet(flat, torch.tensor([1, 6]), torch.tensor([0]), longest=5, cut=0)
@@ -433,12 +564,17 @@ def test_attribution_of_bert_matches_finite_differences(small_cola):
 
 
 def test_pipeline_gives_the_same_predictions(small_cola):
-    answer = transformers.pipeline("text-classification", str(small_cola.files / "model"), device="cpu")
+    answer = transformers.pipeline(
+        "text-classification", str(small_cola.files / "model"), device="cpu"
+    )
     assert answer.tokenizer.model_max_length == 32
     rows = small_cola.rows[::5]
     for row, scores in zip(rows, answer([row["sentence"] for row in rows], top_k=None)):
         scores = {score["label"]: score["score"] for score in scores}
-        expected = {"unacceptable": float(row["probability_0"]), "acceptable": float(row["probability_1"])}
+        expected = {
+            "unacceptable": float(row["probability_0"]),
+            "acceptable": float(row["probability_1"]),
+        }
         assert scores == pytest.approx(expected, abs=1e-5)
     (top,) = answer(rows[0]["sentence"])
     assert top["label"] == ("unacceptable", "acceptable")[int(rows[0]["prediction"])]
@@ -447,7 +583,10 @@ def test_pipeline_gives_the_same_predictions(small_cola):
 def test_model_is_loaded_from_a_saved_directory(small_cola, own_files):
     """Nothing is learned here, so the saved encoder equals the loaded one; only the head is new."""
     place = str(small_cola.files / "model")
-    assert own_files.config["model"] == own_files.metrics["model"] == place and f"{place}: " in own_files.out
+    assert (
+        own_files.config["model"] == own_files.metrics["model"] == place
+        and f"{place}: " in own_files.out
+    )
     assert own_files.err.count("!!") == 0
     before, after = weights(small_cola.files / "model"), weights(own_files.files / "model")
     assert after["classifier.weight"].shape == (3, 128)
@@ -466,13 +605,21 @@ def test_user_file_with_three_classes(own_files):
     assert config["label2id"] == {"many": 0, "none": 1, "one": 2}
     rows = predictions(own_files)
     assert [row["label"] for row in rows] == ["1", "2", "0", "2", "0", "1"]
-    assert rows[2]["sentence"] == 'The boys "sleep" in the garden.' and {row["source"] for row in rows} == {"v.csv"}
+    assert rows[2]["sentence"] == 'The boys "sleep" in the garden.' and {
+        row["source"] for row in rows
+    } == {"v.csv"}
     labels, predicted, probabilities = as_arrays(rows, 3)
-    assert own_files.metrics["valid/mcc"] == pytest.approx(sklearn.metrics.matthews_corrcoef(labels, predicted))
-    assert own_files.metrics["valid/loss"] == pytest.approx(sklearn.metrics.log_loss(labels, probabilities), abs=1e-12)
+    assert own_files.metrics["valid/mcc"] == pytest.approx(
+        sklearn.metrics.matthews_corrcoef(labels, predicted)
+    )
+    assert own_files.metrics["valid/loss"] == pytest.approx(
+        sklearn.metrics.log_loss(labels, probabilities), abs=1e-12
+    )
     row = own_files.history[-1]
     for chart in ("roc", "pr"):  # one line per class
-        lines = {line[1] for line in json.loads(media(own_files, row, f"valid/{chart}_table"))["data"]}
+        lines = {
+            line[1] for line in json.loads(media(own_files, row, f"valid/{chart}_table"))["data"]
+        }
         assert lines == {"many", "none", "one"}
     assert own_files.config["dataset"] == own_files.metrics["dataset"] == "files"
 
@@ -483,13 +630,17 @@ def test_training_uses_dropout_and_evaluation_does_not(own_files):
     assert len(ends) == 3
     assert len({round(row["train/loss_epoch"], 4) for row in ends}) > 1
     assert max(row["valid/loss"] for row in ends) - min(row["valid/loss"] for row in ends) < 1e-6
-    assert {row["train/learning_rate"] for row in own_files.journal if len(row) > 1} == {1e-12}  # constant schedule
+    assert {row["train/learning_rate"] for row in own_files.journal if len(row) > 1} == {
+        1e-12
+    }  # constant schedule
 
 
 def test_missing_data_and_model_are_found_out_quickly(tmp_path, monkeypatch):
     for name, value in clean_environment(tmp_path).items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("urllib.request._opener", None)  # a cached opener would keep the old proxies
+    monkeypatch.setattr(
+        "urllib.request._opener", None
+    )  # a cached opener would keep the old proxies
     started = time.perf_counter()
     assert sentences.load_corpus("auto", str(tmp_path)).name == "synthetic"
     assert encoders.find_model(None) in ("scratch", encoders.BERT_TINY)
@@ -501,13 +652,19 @@ def test_batches_are_padded_and_long_sentences_cost_nothing(small_cola):
     texts = ["The boy sleeps."] * 2500 + ["The old boy sleeps. " * 90]
     part = batching.tokenise(texts, [0] * 2501, tokenizer, 400, torch.device("cpu"))
     rows = tokenizer(texts[2499:], truncation=True, max_length=400)["input_ids"]
-    assert [batching.tokens_of(part, i).tolist() for i in (2499, 2500)] == rows and part.tokens.dtype == torch.int32
+    assert [
+        batching.tokens_of(part, i).tolist() for i in (2499, 2500)
+    ] == rows and part.tokens.dtype == torch.int32
     for indices in (torch.tensor([2499, 2500]), torch.tensor([0, 7])):
         padded = [rows[i == 2500] for i in indices.tolist()]
         longest = min(-(-max(map(len, padded)) // 8) * 8, part.longest)
         inputs = batching.inputs_of(part, indices)
-        assert inputs["input_ids"].tolist() == [ids + [tokenizer.pad_token_id] * (longest - len(ids)) for ids in padded]
-        assert inputs["attention_mask"].tolist() == [[int(i < len(ids)) for i in range(longest)] for ids in padded]
+        assert inputs["input_ids"].tolist() == [
+            ids + [tokenizer.pad_token_id] * (longest - len(ids)) for ids in padded
+        ]
+        assert inputs["attention_mask"].tolist() == [
+            [int(i < len(ids)) for i in range(longest)] for ids in padded
+        ]
         assert {tensor.dtype for tensor in inputs.values()} == {torch.int64}
     used = sum(t.nbytes for t in part if isinstance(t, torch.Tensor))
     assert used / len(texts) < 60
@@ -517,7 +674,12 @@ def test_truncation_is_reported_with_a_count(small_cola, own_files):
     """In each file two of six sentences have 6 tokens, "[CLS] the boy sleeps . [SEP]"; the others have 9 or more."""
     assert own_files.out.count("8 sentences are longer than --max_length 7 tokens") == 1
     assert "--max_length 32" not in small_cola.out
-    assert json.loads((own_files.files / "model/tokenizer_config.json").read_text())["model_max_length"] == 7
+    assert (
+        json.loads((own_files.files / "model/tokenizer_config.json").read_text())[
+            "model_max_length"
+        ]
+        == 7
+    )
 
 
 def test_only_longer_sentences_count_as_truncated(small_cola):
@@ -529,16 +691,24 @@ def test_only_longer_sentences_count_as_truncated(small_cola):
 
 def test_clipping_and_weight_decay(small_cola, tmp_path):
     """Clipping the gradient to almost zero leaves only weight decay: 1% per step, on linear layers only."""
-    lines = ["sentence\tlabel\tsource", *(f'The "boy {i} sleeps.\t{i % 2}\tfrom {i % 2}' for i in range(8))]
+    lines = [
+        "sentence\tlabel\tsource",
+        *(f'The "boy {i} sleeps.\t{i % 2}\tfrom {i % 2}' for i in range(8)),
+    ]
     for part in ("t.tsv", "v.tsv"):
         (tmp_path / part).write_text("\n".join(lines))
     files = "--train_file t.tsv --valid_file v.tsv --epochs 2 --batch_size 4 --schedule constant --warmup_ratio 0"
     decay = "--clip_norm 1e-13 --weight_decay 10 --learning_rate 1e-3 --log_every 1 --wandb disabled --max_length 32"
     place = small_cola.files / "model"
     run = finished_run("train_cola.py", tmp_path, *files.split(), *decay.split(), "--model", place)
-    assert all(row["train/grad_norm"] > 1e-3 for row in run.journal if "train/grad_norm" in row)  # before clipping
+    assert all(
+        row["train/grad_norm"] > 1e-3 for row in run.journal if "train/grad_norm" in row
+    )  # before clipping
     checkpoint = torch.load(run.files / "checkpoint.pt", weights_only=True)
-    last, vocabulary = checkpoint["model"], len(weights(place)["bert.embeddings.word_embeddings.weight"])
+    last, vocabulary = (
+        checkpoint["model"],
+        len(weights(place)["bert.embeddings.word_embeddings.weight"]),
+    )
     rows = [moments["exp_avg"].shape[0] for moments in checkpoint["optimizer"]["state"].values()]
     assert vocabulary not in rows  # only words that occur are trained
     for name, before in weights(place).items():
@@ -549,7 +719,10 @@ def test_clipping_and_weight_decay(small_cola, tmp_path):
     assert "The head of" not in run.out
     rows = predictions(run)
     assert rows[3]["sentence"] == 'The "boy 3 sleeps.' and rows[3]["source"] == "from 1"
-    assert json.loads((run.files / "model/config.json").read_text())["id2label"] == {"0": "0", "1": "1"}
+    assert json.loads((run.files / "model/config.json").read_text())["id2label"] == {
+        "0": "0",
+        "1": "1",
+    }
 
 
 def test_label_smoothing_changes_the_training_loss_only(small_cola, tmp_path):
@@ -565,7 +738,9 @@ def test_label_smoothing_changes_the_training_loss_only(small_cola, tmp_path):
     labels, _, probabilities = as_arrays(predictions(run), 2)
     right, every = np.log(probabilities[range(3), labels]).mean(), np.log(probabilities).mean()
     assert run.metrics["valid/loss"] == pytest.approx(-right, abs=1e-6)
-    assert run.journal[-1]["train/loss_epoch"] == pytest.approx(-0.7 * right - 0.3 * every, abs=1e-5)
+    assert run.journal[-1]["train/loss_epoch"] == pytest.approx(
+        -0.7 * right - 0.3 * every, abs=1e-5
+    )
     assert abs(right - every) > 1e-2
 
 
@@ -583,10 +758,14 @@ def test_only_used_rows_of_an_embedding_are_trained(tmp_path):
     torch.manual_seed(0)
     whole = transformers.BertForSequenceClassification(config).train()
     used_only = copy.deepcopy(whole)
-    tokens = torch.randint(1, 500, (4, 6)) // 10 * 10  # fewer than half of the rows, even with padding
+    tokens = (
+        torch.randint(1, 500, (4, 6)) // 10 * 10
+    )  # fewer than half of the rows, even with padding
     encoders.train_used_rows(used_only, [tokens[:2], tokens[2:]])
     before = whole.state_dict()["bert.embeddings.word_embeddings.weight"].clone()
-    assert used_only.get_input_embeddings().weight.shape[0] == len(tokens.unique()) + (0 not in tokens)
+    assert used_only.get_input_embeddings().weight.shape[0] == len(tokens.unique()) + (
+        0 not in tokens
+    )
     losses = []
     for model in (whole, used_only):
         optimizer = torch.optim.AdamW(model.parameters(), 1e-2, weight_decay=0.0)
@@ -644,7 +823,9 @@ def test_named_model_is_not_replaced(tmp_path):
     done = call("train_cola.py", *"--dataset synthetic --model foo/bar".split(), cwd=tmp_path)
     assert done.status == 2
     (line,) = done.err.splitlines()
-    assert line.startswith("train_cola.py: error: --model foo/bar is not a directory, not in the hub's cache")
+    assert line.startswith(
+        "train_cola.py: error: --model foo/bar is not a directory, not in the hub's cache"
+    )
     assert not written(tmp_path)
 
 
@@ -679,7 +860,9 @@ def test_bad_input(tmp_path, small_cola, monkeypatch, capfd, arguments, message)
     before = written(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["train_cola.py"])
-    monkeypatch.setattr("urllib.request._opener", None)  # a cached opener would keep the old proxies
+    monkeypatch.setattr(
+        "urllib.request._opener", None
+    )  # a cached opener would keep the old proxies
     for name, value in clean_environment(tmp_path, WANDB_MODE="offline").items():
         monkeypatch.setenv(name, value)
     given = arguments.replace("MODEL", str(small_cola.files / "model")).split()

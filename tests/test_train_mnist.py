@@ -34,7 +34,11 @@ CHARTS = {"confusion_matrix_table", "confusion_matrix_image", "mistakes", "logit
 def keys(row: dict) -> set[str]:
     """The keys logged in a row; W&B's reader writes the fields of an object as key.field."""
     fields = r"\.(_type|bins|values|path|size|sha256|format|width|height|count|captions|filenames|ncols|nrows|.*)$"
-    return {re.sub(fields, "", key) for key in row if not key.startswith(("gradients/", "parameters/", "_"))}
+    return {
+        re.sub(fields, "", key)
+        for key in row
+        if not key.startswith(("gradients/", "parameters/", "_"))
+    }
 
 
 def predictions(run) -> list[dict[str, str]]:
@@ -58,13 +62,21 @@ def test_every_file_is_there(small_mnist):
 
 
 def test_every_key_is_in_wandb(small_mnist):
-    steps = {f"train/{key}" for key in ("loss_step", "acc_step", "learning_rate", "examples_per_second")} | {"epoch"}
-    epoch = {"train/loss_epoch", "train/acc_epoch", "train/inputs"} | {f"valid/{key}" for key in METRICS | CHARTS}
+    steps = {
+        f"train/{key}" for key in ("loss_step", "acc_step", "learning_rate", "examples_per_second")
+    } | {"epoch"}
+    epoch = {"train/loss_epoch", "train/acc_epoch", "train/inputs"} | {
+        f"valid/{key}" for key in METRICS | CHARTS
+    }
     test = {f"test/{key}" for key in METRICS | CHARTS}
     ends = [row for row in small_mnist.history if "train/loss_epoch" in row]
     assert len(ends) == 3
     for row in small_mnist.history:
-        expected = steps | (epoch if row in ends else set()) | (test | {"curves"} if row is ends[-1] else set())
+        expected = (
+            steps
+            | (epoch if row in ends else set())
+            | (test | {"curves"} if row is ends[-1] else set())
+        )
         assert keys(row) == expected
     assert {f"best/{key}" for key in METRICS | {"epoch"}} <= set(small_mnist.summary)
 
@@ -73,30 +85,54 @@ def test_steps_count_training_examples(small_mnist):
     # Every fifth of 16,000 images is 3,200: 25 batches of 128 per epoch, a row every 10 batches and per epoch
     rows = [1280, 2560, 3200, 3840, 5120, 6400, 7680, 8960, 9600]
     assert [row["_step"] for row in small_mnist.history] == rows
-    assert [row["step"] for row in small_mnist.journal] == rows  # the last row also holds the test metrics
+    assert [
+        row["step"] for row in small_mnist.journal
+    ] == rows  # the last row also holds the test metrics
 
 
 def test_journal_and_wandb_hold_the_same_numbers(small_mnist):
     journal = {}
     for row in small_mnist.journal:
-        journal.setdefault(row["step"], {}).update({key: value for key, value in row.items() if key != "step"})
+        journal.setdefault(row["step"], {}).update(
+            {key: value for key, value in row.items() if key != "step"}
+        )
     history = {}
     for row in small_mnist.history:
-        numbers = {k: v for k, v in row.items() if isinstance(v, (int, float)) and not k.startswith("_")}
-        history[row["_step"]] = {key: value for key, value in numbers.items() if "." not in key}  # no media fields
+        numbers = {
+            k: v for k, v in row.items() if isinstance(v, (int, float)) and not k.startswith("_")
+        }
+        history[row["_step"]] = {
+            key: value for key, value in numbers.items() if "." not in key
+        }  # no media fields
     assert journal == history
 
 
 def test_watch_logs_every_weight_once_per_epoch(small_mnist):
-    weights = [f"{layer}.{kind}" for layer in ("conv1", "conv2", "fc") for kind in ("weight", "bias")]
+    weights = [
+        f"{layer}.{kind}" for layer in ("conv1", "conv2", "fc") for kind in ("weight", "bias")
+    ]
     for row in small_mnist.history:
         expected = {f"{what}/{name}" for what in ("gradients", "parameters") for name in weights}
-        found = {key.removesuffix("._type") for key in row if key.startswith(("gr", "par")) and key.endswith("._type")}
+        found = {
+            key.removesuffix("._type")
+            for key in row
+            if key.startswith(("gr", "par")) and key.endswith("._type")
+        }
         assert found == (expected if row["_step"] % 3200 == 0 else set())
 
 
 def test_watch_between_rows_keeps_its_own_step(tmp_path):
-    run = finished_run("train_mnist.py", tmp_path, *QUICK, "--watch", "gradients", "--watch_every", 4, "--max_steps", 7)
+    run = finished_run(
+        "train_mnist.py",
+        tmp_path,
+        *QUICK,
+        "--watch",
+        "gradients",
+        "--watch_every",
+        4,
+        "--max_steps",
+        7,
+    )
     assert [row["_step"] for row in run.history if "gradients/fc.bias._type" in row] == [4 * 128]
     assert not any(key.startswith("parameters/") for row in run.history for key in row)
 
@@ -104,7 +140,9 @@ def test_watch_between_rows_keeps_its_own_step(tmp_path):
 def test_best_is_the_epoch_with_the_lowest_validation_loss(tmp_path):
     # The learning rate is high enough to make the loss go up and down.
     noisy = "--dataset synthetic --slice 20 --valid_size 2000 --epochs 5 --schedule constant --learning_rate 0.03"
-    run = finished_run("train_mnist.py", tmp_path, *noisy.split(), "--seed", 4, "--log_model", "best")
+    run = finished_run(
+        "train_mnist.py", tmp_path, *noisy.split(), "--seed", 4, "--log_model", "best"
+    )
     epochs = [row for row in run.journal if "valid/loss" in row]
     best = min(epochs, key=lambda row: row["valid/loss"])
     assert best is not epochs[-1], "choose another seed: this one can't tell best from last"
@@ -122,7 +160,9 @@ def test_best_is_the_epoch_with_the_lowest_validation_loss(tmp_path):
     images, labels = digits.test.images[::20] / 255, digits.test.labels[::20]
     with torch.inference_mode():
         logits = model(images)
-    assert run.metrics["test/acc"] == pytest.approx(float((logits.argmax(1) == labels).float().mean()))
+    assert run.metrics["test/acc"] == pytest.approx(
+        float((logits.argmax(1) == labels).float().mean())
+    )
     expected = torch.nn.functional.cross_entropy(logits, labels)
     assert run.metrics["test/loss"] == pytest.approx(float(expected), abs=1e-5)
     session = onnxruntime.InferenceSession((run.files / "model.onnx").read_bytes())
@@ -148,7 +188,9 @@ def test_metrics_match_the_predictions(small_mnist):
             expected = score(labels, predicted, average=average)
             assert metrics[f"valid/{name}_{average}"] == pytest.approx(expected, abs=1e-12)
     assert metrics["valid/loss"] == pytest.approx(sk.log_loss(labels, probabilities), abs=1e-12)
-    assert metrics["valid/loss"] == pytest.approx(np.mean([float(row["loss"]) for row in rows]), abs=1e-12)
+    assert metrics["valid/loss"] == pytest.approx(
+        np.mean([float(row["loss"]) for row in rows]), abs=1e-12
+    )
     assert metrics["valid/majority_share"] == max(np.bincount(labels)) / 800
     assert (metrics["dataset"], metrics["model"]) == ("synthetic", "ConvNet [16, 32]")
 
@@ -157,15 +199,21 @@ def test_table_holds_the_most_confident_mistakes(small_mnist):
     last = small_mnist.history[-1]
     table = media(small_mnist, "valid/mistakes", last)
     assert table["columns"] == ["image", "label", "prediction", "probability", "step", "mistakes"]
-    assert small_mnist.metrics["best/epoch"] == 3, "compares the last epoch's table with the best model's predictions"
+    assert small_mnist.metrics["best/epoch"] == 3, (
+        "compares the last epoch's table with the best model's predictions"
+    )
     rows = predictions(small_mnist)
 
     def confidence(row: dict[str, str]) -> float:
         return max(float(row[f"probability_{c}"]) for c in range(10))
 
-    wrong = [(r["label"], r["prediction"], confidence(r)) for r in rows if r["label"] != r["prediction"]]
+    wrong = [
+        (r["label"], r["prediction"], confidence(r)) for r in rows if r["label"] != r["prediction"]
+    ]
     assert len(wrong) > 20
-    assert [tuple(row[1:4]) for row in table["data"]] == sorted(wrong, key=lambda row: -row[2])[:100]
+    assert [tuple(row[1:4]) for row in table["data"]] == sorted(wrong, key=lambda row: -row[2])[
+        :100
+    ]
     assert {tuple(row[4:]) for row in table["data"]} == {(last["_step"], len(wrong))}
 
     # The table's artifact holds the images; the first is that of the most confident mistake.
@@ -191,18 +239,24 @@ def test_confusion_chart_matches_the_predictions(small_mnist):
 
 def test_input_images_have_captions(small_mnist):
     captions = small_mnist.history[-1]["train/inputs.captions"]
-    assert len(captions) == 16 and all(re.fullmatch(r"Pred: \d Truth: \d", caption) for caption in captions)
+    assert len(captions) == 16 and all(
+        re.fullmatch(r"Pred: \d Truth: \d", caption) for caption in captions
+    )
     labels = synthetic_digits().train.labels[:16_000:5]
     last_batch = np.random.default_rng((42, 3)).permutation(3_200)[24 * 128 :]
     assert [int(caption[-1]) for caption in captions] == labels[last_batch[:16]].tolist()
 
 
 def test_artifacts(small_mnist):
-    artifacts = [record["artifact"] for record in small_mnist.records if record["type"] == "artifact"]
+    artifacts = [
+        record["artifact"] for record in small_mnist.records if record["type"] == "artifact"
+    ]
     models = [artifact for artifact in artifacts if artifact["type"] == "model"]
     losses = [row["valid/loss"] for row in small_mnist.journal if "valid/loss" in row]
     is_best = [loss == min(losses[: i + 1]) for i, loss in enumerate(losses)]
-    assert [set(model["aliases"]) for model in models] == [{"latest", "best"} if b else {"latest"} for b in is_best]
+    assert [set(model["aliases"]) for model in models] == [
+        {"latest", "best"} if b else {"latest"} for b in is_best
+    ]
     (dataset,) = (artifact for artifact in artifacts if artifact["type"] == "dataset")
     assert dataset["name"] == "synthetic"
     (code,) = (artifact for artifact in artifacts if artifact["type"] == "code")
@@ -223,7 +277,11 @@ def test_tags_config_and_saved_files(small_mnist):
     for record in small_mnist.records:
         if record["type"] == "run":
             run |= record["run"]
-    assert run["tags"] == ["one", "two words", "synthetic"] and run["notes"] == "a note" and run["project"] == "mnist"
+    assert (
+        run["tags"] == ["one", "two words", "synthetic"]
+        and run["notes"] == "a note"
+        and run["project"] == "mnist"
+    )
     config = run["config"]["update"] | merged(small_mnist.records, "config")
     assert config["dataset"] == small_mnist.config["dataset"] == "synthetic"
     assert {key: config[key] for key in small_mnist.config if key != "versions"} == {
@@ -249,7 +307,9 @@ def test_checkpoint_loads_safely(small_mnist):
     checkpoint = torch.load(small_mnist.files / "checkpoint.pt", weights_only=True)
     train_mnist.ConvNet([16, 32]).load_state_dict(checkpoint["model"])
     assert checkpoint["position"] == {"epoch": 3, "batch": 75, "step": 9600, "epoch_ends": True}
-    losses = [row["valid/loss"] for row in small_mnist.journal if "valid/loss" in row][:2]  # saved before validation
+    losses = [row["valid/loss"] for row in small_mnist.journal if "valid/loss" in row][
+        :2
+    ]  # saved before validation
     assert checkpoint["best"]["epoch"] == 1 + losses.index(min(losses))
 
 
@@ -271,9 +331,18 @@ def test_same_command_same_weights(tmp_path):
 def test_convnet_matches_the_tutorial(small_mnist):
     """Pooling before ReLU gives the same result as the tutorial's order, here with two arbitrary widths."""
     model = train_mnist.ConvNet([3, 5])
-    layers = [model.conv1, torch.nn.ReLU(), torch.nn.MaxPool2d(2), model.conv2, torch.nn.ReLU(), torch.nn.MaxPool2d(2)]
+    layers = [
+        model.conv1,
+        torch.nn.ReLU(),
+        torch.nn.MaxPool2d(2),
+        model.conv2,
+        torch.nn.ReLU(),
+        torch.nn.MaxPool2d(2),
+    ]
     images = torch.rand(4, 1, 28, 28)
-    assert torch.equal(model(images), torch.nn.Sequential(*layers, torch.nn.Flatten(), model.fc)(images))
+    assert torch.equal(
+        model(images), torch.nn.Sequential(*layers, torch.nn.Flatten(), model.fc)(images)
+    )
     assert sum(p.numel() for p in train_mnist.ConvNet([16, 32]).parameters()) == 416 + 12832 + 15690
 
 
@@ -283,7 +352,9 @@ def accuracy(model: torch.nn.Module, digits: Digits, epochs: int) -> float:
     images, optimizer = digits.train.images / 255, torch.optim.Adam(model.parameters(), 0.002)
     for _ in range(epochs):
         for batch in torch.randperm(len(images)).split(64):
-            loss = torch.nn.functional.cross_entropy(model(images[batch]), digits.train.labels[batch])
+            loss = torch.nn.functional.cross_entropy(
+                model(images[batch]), digits.train.labels[batch]
+            )
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -294,7 +365,9 @@ def accuracy(model: torch.nn.Module, digits: Digits, epochs: int) -> float:
 
 def test_synthetic_digits_need_more_than_a_linear_model():
     digits = synthetic_digits()
-    linear = accuracy(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 10)), digits, epochs=3)
+    linear = accuracy(
+        torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 10)), digits, epochs=3
+    )
     convolutional = accuracy(train_mnist.ConvNet([16, 32]), digits, epochs=1)
     assert convolutional > 0.85 and linear < 0.75
 
@@ -303,7 +376,10 @@ def test_label_smoothing_changes_the_training_loss_only(tmp_path):
     one_batch = "--dataset synthetic --slice 20 --valid_size 2000 --epochs 1 --batch_size 700 --precision fp32"
     fixed = f"{one_batch} --learning_rate 1e-12 --label_smoothing 0.3 --wandb disabled"
     run = finished_run("train_mnist.py", tmp_path, *fixed.split())
-    model, digits = train_mnist.ConvNet([16, 32]), split_digits(synthetic_digits(), valid_size=2000, every=20)
+    model, digits = (
+        train_mnist.ConvNet([16, 32]),
+        split_digits(synthetic_digits(), valid_size=2000, every=20),
+    )
     model.load_state_dict(torch.load(run.files / "model.pt", weights_only=True))
     losses = {}
     for name in ("train", "valid"):
@@ -327,26 +403,41 @@ def test_patience_stops_and_keeps_the_first_best_epoch(tmp_path):
 def test_without_validation_the_last_model_is_tested(tmp_path):
     arguments = "--valid_size 0 --epochs 2 --schedule constant --log_model best --kernels 4 8"
     run = finished_run("train_mnist.py", tmp_path, *QUICK, *arguments.split())
-    assert run.metrics["best/epoch"] == 2 and not any(key.startswith("valid/") for key in run.metrics)
+    assert run.metrics["best/epoch"] == 2 and not any(
+        key.startswith("valid/") for key in run.metrics
+    )
     assert len(predictions(run)) == 250  # the test images
     rates = {row["train/learning_rate"] for row in run.journal if "train/learning_rate" in row}
     assert rates == {0.005}
     last = torch.load(run.files / "checkpoint.pt", weights_only=True)["model"]
-    assert all(torch.equal(last[k], v) for k, v in torch.load(run.files / "model.pt", weights_only=True).items())
-    (model,) = (r["artifact"] for r in run.records if r["type"] == "artifact" and r["artifact"]["type"] == "model")
+    assert all(
+        torch.equal(last[k], v)
+        for k, v in torch.load(run.files / "model.pt", weights_only=True).items()
+    )
+    (model,) = (
+        r["artifact"]
+        for r in run.records
+        if r["type"] == "artifact" and r["artifact"]["type"] == "model"
+    )
     assert set(model["aliases"]) == {"latest", "best"}
 
 
 def test_one_cycle_matches_torch(small_mnist):
     optimizer = torch.optim.Adam([torch.zeros(1, requires_grad=True)])
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.005, 75, pct_start=0.1, cycle_momentum=False)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, 0.005, 75, pct_start=0.1, cycle_momentum=False
+    )
     rates = [schedule.get_last_lr()[0]]
     for _ in range(74):
         optimizer.step()
         schedule.step()
         rates.append(schedule.get_last_lr()[0])
-    logged = [row["train/learning_rate"] for row in small_mnist.journal if "train/learning_rate" in row]
-    assert logged == pytest.approx([rates[batch - 1] for batch in (10, 20, 25, 30, 40, 50, 60, 70, 75)])
+    logged = [
+        row["train/learning_rate"] for row in small_mnist.journal if "train/learning_rate" in row
+    ]
+    assert logged == pytest.approx(
+        [rates[batch - 1] for batch in (10, 20, 25, 30, 40, 50, 60, 70, 75)]
+    )
 
 
 def test_seed_covers_every_generator():
@@ -374,8 +465,15 @@ def test_settings_that_a_sweep_puts_only_in_the_config_are_used(tmp_path):
 
     (tmp_path / "sweep.yaml").write_text("wandb_version: 1\nepochs:\n  value: 0\n")
     refused = call("train_mnist.py", *QUICK, "--output_dir", "refused", cwd=tmp_path, **sweep)
-    assert refused.status == 2 and "Traceback" not in refused.err and not (tmp_path / "refused").exists()
-    assert refused.err.splitlines()[-1] == "train_mnist.py: error: config.epochs: must be at least 1, got 0"
+    assert (
+        refused.status == 2
+        and "Traceback" not in refused.err
+        and not (tmp_path / "refused").exists()
+    )
+    assert (
+        refused.err.splitlines()[-1]
+        == "train_mnist.py: error: config.epochs: must be at least 1, got 0"
+    )
 
 
 def test_main_can_be_imported_and_returns_the_metrics(tmp_path):
@@ -383,7 +481,9 @@ def test_main_can_be_imported_and_returns_the_metrics(tmp_path):
     environment = clean_environment(tmp_path, PYTHONPATH=str(REPO), WANDB_MODE="disabled")
     done = forking.run([sys.executable, "-c", code], cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == json.loads((tmp_path / "out/metrics.json").read_text())
+    assert json.loads(done.stdout.splitlines()[-1]) == json.loads(
+        (tmp_path / "out/metrics.json").read_text()
+    )
     assert not (tmp_path / "wandb").exists()
 
 
@@ -392,9 +492,19 @@ def test_main_can_be_imported_and_returns_the_metrics(tmp_path):
 
 def test_output_without_a_terminal_has_a_line_per_epoch(small_mnist):
     lines = small_mnist.out.splitlines()
-    assert [line[:8] for line in lines if line.startswith("epoch")] == ["epoch 1:", "epoch 2:", "epoch 3:"]
-    assert "\r" not in small_mnist.out and "ConvNet(" in small_mnist.out and "28,938 parameters on" in small_mnist.out
-    assert lines[-2].startswith(f"test accuracy {small_mnist.metrics['test/acc']:.2%} of 800 images")
+    assert [line[:8] for line in lines if line.startswith("epoch")] == [
+        "epoch 1:",
+        "epoch 2:",
+        "epoch 3:",
+    ]
+    assert (
+        "\r" not in small_mnist.out
+        and "ConvNet(" in small_mnist.out
+        and "28,938 parameters on" in small_mnist.out
+    )
+    assert lines[-2].startswith(
+        f"test accuracy {small_mnist.metrics['test/acc']:.2%} of 800 images"
+    )
     assert re.search(r"out \| look at it: wandb leet (\S+) \| upload it: wandb sync \1$", lines[-1])
     assert (small_mnist.cwd / lines[-1].split()[-1]).is_dir()
 
@@ -403,7 +513,9 @@ def test_progress_bar_in_a_terminal(tmp_path):
     screen, terminal = pty.openpty()
     termios.tcsetwinsize(terminal, (30, 100))
     command = [sys.executable, REPO / "train_mnist.py", *QUICK, "--wandb", "disabled"]
-    process = subprocess.Popen(command, cwd=tmp_path, env=clean_environment(tmp_path), stdout=terminal, stderr=terminal)
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=clean_environment(tmp_path), stdout=terminal, stderr=terminal
+    )
     os.close(terminal)
     shown = b""
     try:
@@ -424,10 +536,16 @@ def test_loud_fallback_if_mnist_is_unavailable(tmp_path):
 
 def test_environment_variables_apply_if_options_are_not_given(tmp_path):
     environment = {"WANDB_PROJECT": "theirs", "WANDB_NAME": "from-environment", "WANDB_TAGS": "x,y"}
-    run = finished_run("train_mnist.py", tmp_path, *QUICK, "--max_steps", 1, "--name", "given", **environment)
+    run = finished_run(
+        "train_mnist.py", tmp_path, *QUICK, "--max_steps", 1, "--name", "given", **environment
+    )
     fields = {}
     for record in run.records:
         if record["type"] == "run":
             fields |= record["run"]
-    assert (fields["project"], fields["display_name"], fields["tags"]) == ("theirs", "given", ["x", "y", "mnist"])
+    assert (fields["project"], fields["display_name"], fields["tags"]) == (
+        "theirs",
+        "given",
+        ["x", "y", "mnist"],
+    )
     assert "W&B is offline: no API key is configured" in run.out

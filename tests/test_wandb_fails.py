@@ -32,7 +32,10 @@ def fail(when: str, how: str, cwd: Path) -> SimpleNamespace:
         started = time.monotonic()
         process = killing.start(SCRIPT, cwd, environment)
         if when == "mid-run":
-            while not (cwd / "out/history.jsonl").exists() or (cwd / "out/history.jsonl").read_text().count("\n") < 6:
+            while (
+                not (cwd / "out/history.jsonl").exists()
+                or (cwd / "out/history.jsonl").read_text().count("\n") < 6
+            ):
                 assert process.poll() is None and time.monotonic() < started + 100
                 time.sleep(0.02)
             server.die() if how == "die" else setattr(server, "mode", how)
@@ -46,7 +49,12 @@ def fail(when: str, how: str, cwd: Path) -> SimpleNamespace:
             environment = clean_environment(cwd, **again.environment())
             killing.finish(killing.start(SCRIPT, cwd, environment, "--resume"))
             history = killing.on_server(again)
-            assert killing.finish(killing.start(SCRIPT, cwd, environment, "--resume")).count("is finished") == 1
+            assert (
+                killing.finish(killing.start(SCRIPT, cwd, environment, "--resume")).count(
+                    "is finished"
+                )
+                == 1
+            )
     return SimpleNamespace(out=out, seconds=seconds, history=history, cwd=cwd)
 
 
@@ -86,13 +94,17 @@ def test_training_survives_a_wandb_service_that_dies_or_hangs(number, warning, r
     assert number == signal.SIGSTOP or re.search(r"\(train_mnist\.py:\d+\)", out), out
     killing.finish(killing.start(SCRIPT, tmp_path, clean_environment(tmp_path), "--resume"))
     with serving() as server:
-        steps = [row.get("_step") for row in killing.sync(tmp_path, clean_environment(tmp_path), server)]
+        steps = [
+            row.get("_step") for row in killing.sync(tmp_path, clean_environment(tmp_path), server)
+        ]
     assert steps == [row.get("_step") for row in reference.history]
 
 
 def test_signal_while_the_wandb_run_is_closing(reference, tmp_path):
     with serving() as server:
-        process = killing.start(SCRIPT, tmp_path, clean_environment(tmp_path, **server.environment()))
+        process = killing.start(
+            SCRIPT, tmp_path, clean_environment(tmp_path, **server.environment())
+        )
         while not (tmp_path / "out/predictions.csv").exists():
             assert process.poll() is None
             time.sleep(0.02)
@@ -107,7 +119,11 @@ def test_signal_while_the_wandb_run_is_closing(reference, tmp_path):
         assert "stopped by SIGTERM" in out and "Traceback" not in out
     with serving() as again:
         again.history, again.runs = server.history, server.runs
-        killing.finish(killing.start(SCRIPT, tmp_path, clean_environment(tmp_path, **again.environment()), "--resume"))
+        killing.finish(
+            killing.start(
+                SCRIPT, tmp_path, clean_environment(tmp_path, **again.environment()), "--resume"
+            )
+        )
         assert killing.on_server(again) == reference.history
     assert killing.differences(reference.out, tmp_path / "out") == []
 
@@ -117,7 +133,13 @@ def test_stop_button_ends_the_run_cleanly(tmp_path):
         server.stopped.add("same")  # W&B polls every 15 seconds
         # W&B takes a second to send the tables of an epoch: the epochs are longer.
         longer = "--epochs 9999 --slice 1 --batch_size 8".split()
-        process = killing.start(SCRIPT, tmp_path, clean_environment(tmp_path, **server.environment()), *longer)
+        process = killing.start(
+            SCRIPT, tmp_path, clean_environment(tmp_path, **server.environment()), *longer
+        )
         out = killing.finish(process)
-        assert "stopped by W&B at step " in out and "To go on: python " in out and "Traceback" not in out
+        assert (
+            "stopped by W&B at step " in out
+            and "To go on: python " in out
+            and "Traceback" not in out
+        )
         assert server.runs["same"]["exit"] == 0

@@ -46,25 +46,33 @@ def log_models(cwd: Path) -> tuple[Path, dict[str, Artifact]]:
         return cwd, server.artifacts
 
 
-def run(name: str, server: WandbServer, cwd: Path, arguments: str, **environment: str) -> SimpleNamespace:
+def run(
+    name: str, server: WandbServer, cwd: Path, arguments: str, **environment: str
+) -> SimpleNamespace:
     """A run that logs to the server; returns its `status`, `out` and `err`."""
     cwd.mkdir()
     variables = {**server.environment(), **environment}
     return call(name, *arguments.split(), "--output_dir", "out", cwd=cwd, **variables)
 
 
-def offer(server: WandbServer, name: str, change: Callable[[Files], None] = lambda files: None) -> str:
+def offer(
+    server: WandbServer, name: str, change: Callable[[Files], None] = lambda files: None
+) -> str:
     """Offer the best model as tester/cola/`name` too, its files changed; returns what `--model` calls it."""
     model = server.find_artifact("tester", "cola", "model-first:best")
     files = dict(model.files)
     change(files)
     id, place = f"{name}-id", ("tester", "cola", name)
-    server.artifacts[id] = dataclasses.replace(model, id=id, place=place, version=0, aliases=["latest"], files=files)
+    server.artifacts[id] = dataclasses.replace(
+        model, id=id, place=place, version=0, aliases=["latest"], files=files
+    )
     return f"wandb:tester/cola/{name}:latest"
 
 
 @pytest.fixture
-def here(server: WandbServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], int]]:
+def here(
+    server: WandbServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[[str], int]]:
     """Runs `train_cola.py` in this process, for speed, with other arguments; returns its exit status."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", [SCRIPT])
@@ -72,7 +80,9 @@ def here(server: WandbServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "cache"))
     wandb.teardown()  # or W&B would keep to the environment before
-    yield lambda arguments: script.status_of(lambda: train_cola.main([*arguments.split(), "--output_dir", "out"]))
+    yield lambda arguments: script.status_of(
+        lambda: train_cola.main([*arguments.split(), "--output_dir", "out"])
+    )
     wandb.teardown()
 
 
@@ -86,15 +96,25 @@ def test_run_begins_with_the_model_of_another(server, here, alias):
     assert here(arguments) == 0
     artifact = server.find_artifact("tester", "cola", f"model-first:{alias}")
     begun = torch.load("out/checkpoint.previous.pt", weights_only=True)
-    assert begun["position"]["step"] == 0 and killing.same(begun["model"], load(artifact.files[WEIGHTS]))
-    assert [artifact_id for run_id, artifact_id in server.used if run_id == f"next-{alias}"] == [artifact.id]
+    assert begun["position"]["step"] == 0 and killing.same(
+        begun["model"], load(artifact.files[WEIGHTS])
+    )
+    assert [artifact_id for run_id, artifact_id in server.used if run_id == f"next-{alias}"] == [
+        artifact.id
+    ]
     if alias == "best":
         first = server.logged / SCRIPT / "out"
         assert killing.same(begun["model"], load_file(first / "model" / WEIGHTS))
-        before, after = (json.loads((out / "metrics.json").read_text()) for out in (first, Path("out")))
-        assert after["model"] == name and after["valid/loss"] == pytest.approx(before["valid/loss"], rel=1e-4)
+        before, after = (
+            json.loads((out / "metrics.json").read_text()) for out in (first, Path("out"))
+        )
+        assert after["model"] == name and after["valid/loss"] == pytest.approx(
+            before["valid/loss"], rel=1e-4
+        )
         Path("out/metrics.json").unlink()
-        assert here(f"{arguments} --resume --wandb offline") == 0 and Path("out/metrics.json").exists()
+        assert (
+            here(f"{arguments} --resume --wandb offline") == 0 and Path("out/metrics.json").exists()
+        )
 
 
 # -------------------------------------------------------------------------------------------------- resuming
@@ -107,7 +127,9 @@ def test_killed_run_goes_on_with_what_it_fetched(server, tmp_path):
         cwd = tmp_path / directory
         cwd.mkdir(exist_ok=True)
         environment = clean_environment(cwd, **{**server.environment(), **changes})
-        return killing.start(SCRIPT, cwd, environment, "--model", name, "--epochs", "2", "--watch", "off", *more)
+        return killing.start(
+            SCRIPT, cwd, environment, "--model", name, "--epochs", "2", "--watch", "off", *more
+        )
 
     reference = start("reference")
     for more in ([], ["--resume"]):
@@ -118,11 +140,15 @@ def test_killed_run_goes_on_with_what_it_fetched(server, tmp_path):
             killing.finish(reference)
             server.artifacts["moves-id"].aliases = []
             digits = server.find_artifact("tester", "mnist", "model-digits:best")
-            server.artifacts["moved-id"] = dataclasses.replace(digits, place=("tester", "cola", "moves"), version=1)
+            server.artifacts["moved-id"] = dataclasses.replace(
+                digits, place=("tester", "cola", "moves"), version=1
+            )
     out = killing.finish(start("killed", "--resume", **NO_SERVER))
     assert "!!  W&B can't be used:" in out
     assert killing.differences(tmp_path / "reference/out", tmp_path / "killed/out") == []
-    assert [artifact_id for run_id, artifact_id in server.used if run_id == "same"] == ["moves-id"] * 2  # at the start
+    assert [artifact_id for run_id, artifact_id in server.used if run_id == "same"] == [
+        "moves-id"
+    ] * 2  # at the start
 
 
 # ------------------------------------------------------------------------------------------- what can't be used
@@ -171,7 +197,9 @@ UNUSABLE = {
 }
 
 
-@pytest.mark.parametrize("model", UNUSABLE, ids=lambda model: model if isinstance(model, str) else model.__name__)
+@pytest.mark.parametrize(
+    "model", UNUSABLE, ids=lambda model: model if isinstance(model, str) else model.__name__
+)
 def test_model_that_cannot_be_used_is_one_line(server, here, capfd, model):
     name = model if isinstance(model, str) else offer(server, model.__name__, model)
     started = time.monotonic()
@@ -189,4 +217,8 @@ def test_new_run_needs_the_server(server, here, capfd, monkeypatch):
     assert here(f"{SENTENCES} --model {name}") == 2
     err = capfd.readouterr().err
     message = f"train_cola.py: error: --model {name} can't be used: Cannot use artifact when in offline mode."
-    assert "!!  W&B can't be used:" in err and "Traceback" not in err and err.splitlines()[-1] == message
+    assert (
+        "!!  W&B can't be used:" in err
+        and "Traceback" not in err
+        and err.splitlines()[-1] == message
+    )

@@ -37,7 +37,9 @@ class WandbServer(ThreadingHTTPServer):
     """`history[run]` maps line numbers to rows; `mode` is "ok", "error" (500), "forbidden" (401) or "hang"."""
 
     daemon_threads = True
-    request_queue_size = 1000  # W&B opens dozens of connections at once, and tries again seconds after a refused one
+    request_queue_size = (
+        1000  # W&B opens dozens of connections at once, and tries again seconds after a refused one
+    )
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
@@ -45,14 +47,18 @@ class WandbServer(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.operations: list[str] = []  # GraphQL operation names, in order
         self.history: dict[str, dict[int, dict]] = {}
-        self.runs: dict[str, dict[str, Any]] = {}  # config, summary, states and exit code, by run id
+        self.runs: dict[
+            str, dict[str, Any]
+        ] = {}  # config, summary, states and exit code, by run id
         self.files: dict[str, int] = {}  # bytes received, by path
         self.artifacts: dict[str, Artifact] = {}  # by id, in order
         self.used: list[tuple[str, str]] = []  # run id and artifact id: who used what
         self.stopped: set[str] = set()  # runs to stop
         self.sweep_file = ""  # as sent by `wandb sweep`
         self.trials: list[dict[str, Any]] = []  # parameters to hand to agents, in order
-        self.to_stop: dict[str, int] = {}  # number of rows at which the sweep stops a run, by run id
+        self.to_stop: dict[
+            str, int
+        ] = {}  # number of rows at which the sweep stops a run, by run id
         self.released = threading.Event()  # set to release hanging requests
         self.connections: list[socket.socket] = []
         self.lock = threading.Lock()
@@ -86,7 +92,9 @@ class WandbServer(ThreadingHTTPServer):
         return None
 
     def run(self, run_id: str) -> dict[str, Any]:
-        return self.runs.setdefault(run_id, {"config": {}, "summary": {}, "states": [], "exit": None, "tags": []})
+        return self.runs.setdefault(
+            run_id, {"config": {}, "summary": {}, "states": [], "exit": None, "tags": []}
+        )
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -129,7 +137,10 @@ class Handler(BaseHTTPRequestHandler):
             return
         if not self.path.startswith("/artifact"):
             return self.answer({})
-        artifact, name = self.artifact_file() or (None, None)  # after a 404, the SDK tries /artifactsV2/
+        artifact, name = self.artifact_file() or (
+            None,
+            None,
+        )  # after a 404, the SDK tries /artifactsV2/
         found = artifact and name in artifact.files
         self.answer(artifact.files[name] if found else {}, 200 if found else 404)
 
@@ -159,7 +170,9 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(self.file_stream(match[3], request))
         else:
             query, variables = request.get("query", ""), request.get("variables") or {}
-            name = request.get("operationName") or re.search(r"(?:query|mutation)\s+(\w+)", query)[1]
+            name = (
+                request.get("operationName") or re.search(r"(?:query|mutation)\s+(\w+)", query)[1]
+            )
             with self.server.lock:
                 self.server.operations.append(name)
             self.answer({"data": self.graphql(name, variables)})
@@ -171,7 +184,10 @@ class Handler(BaseHTTPRequestHandler):
             for name, chunk in request.get("files", {}).items():
                 if name == "wandb-history.jsonl":
                     lines = self.server.history.setdefault(run_id, {})
-                    lines |= {chunk["offset"] + i: json.loads(line) for i, line in enumerate(chunk["content"])}
+                    lines |= {
+                        chunk["offset"] + i: json.loads(line)
+                        for i, line in enumerate(chunk["content"])
+                    }
                 elif name == "wandb-summary.json":
                     run["summary"] = json.loads(chunk["content"][-1])
             if request.get("preempting"):
@@ -190,7 +206,14 @@ class Handler(BaseHTTPRequestHandler):
             return {"serverInfo": {"features": []}}
         if name == "RunResumeStatus":
             bucket = self.bucket(variables["name"])
-            return {"model": {"id": "1", "name": variables["project"], "entity": entity, "bucket": bucket}}
+            return {
+                "model": {
+                    "id": "1",
+                    "name": variables["project"],
+                    "entity": entity,
+                    "bucket": bucket,
+                }
+            }
         if name == "UpsertBucket":
             run_id = variables["name"]
             with server.lock:
@@ -200,17 +223,34 @@ class Handler(BaseHTTPRequestHandler):
                 run["tags"] = variables.get("tags") or run["tags"]
                 run["group"] = variables.get("groupName")
             project = {"id": "1", "name": variables.get("project"), "entity": entity}
-            bucket = self.bucket(run_id) | {"displayName": run_id, "sweepName": variables.get("sweep")}
-            return {"upsertBucket": {"bucket": bucket | {"description": "", "project": project}, "inserted": not known}}
+            bucket = self.bucket(run_id) | {
+                "displayName": run_id,
+                "sweepName": variables.get("sweep"),
+            }
+            return {
+                "upsertBucket": {
+                    "bucket": bucket | {"description": "", "project": project},
+                    "inserted": not known,
+                }
+            }
         if name == "CreateRunFiles":
-            files = [{"name": n, "uploadUrl": f"{server.url}/upload/{n}"} for n in variables["files"]]
-            return {"createRunFiles": {"runID": variables["run"], "uploadHeaders": [], "files": files}}
+            files = [
+                {"name": n, "uploadUrl": f"{server.url}/upload/{n}"} for n in variables["files"]
+            ]
+            return {
+                "createRunFiles": {"runID": variables["run"], "uploadHeaders": [], "files": files}
+            }
         if name == "RunStoppedStatus":
             return {"project": {"run": {"stopped": variables["runId"] in server.stopped}}}
         if name == "UpsertSweep":
             server.sweep_file = variables["config"]
             project = {"id": "1", "name": variables.get("projectName"), "entity": entity}
-            return {"upsertSweep": {"sweep": {"name": "sweep1", "project": project}, "configValidationWarnings": []}}
+            return {
+                "upsertSweep": {
+                    "sweep": {"name": "sweep1", "project": project},
+                    "configValidationWarnings": [],
+                }
+            }
         if name == "SweepWithRuns":
             return {"project": {"sweep": {"id": "1", "name": "sweep1", "config": server.sweep_file,
                                           "runs": {"edges": []}}}}  # fmt: skip
@@ -243,26 +283,52 @@ class Handler(BaseHTTPRequestHandler):
             file = {"id": id, "uploadUrl": self.url(id, MANIFEST), "uploadHeaders": []}
             return {"createArtifactManifest": {"artifactManifest": {"id": id, "file": file}}}
         if name == "CommitArtifact":
-            return {"commitArtifact": {"artifact": self.commit(server.artifacts[given["artifactID"]])}}
+            return {
+                "commitArtifact": {"artifact": self.commit(server.artifacts[given["artifactID"]])}
+            }
         if name == "ArtifactMembershipByName":
-            if not any((given["entity"], given["project"]) == a.place[:2] for a in server.artifacts.values()):
+            if not any(
+                (given["entity"], given["project"]) == a.place[:2]
+                for a in server.artifacts.values()
+            ):
                 return {"project": None}
             artifact = server.find_artifact(given["entity"], given["project"], given["name"])
-            return {"project": {"artifactCollectionMembership": artifact and self.membership(artifact)}}
+            return {
+                "project": {"artifactCollectionMembership": artifact and self.membership(artifact)}
+            }
         if name == "UseArtifact":
             server.used.append((given["runName"], given["artifactID"]))
             return {"useArtifact": {"artifact": {"id": given["artifactID"]}}}
         if name == "FetchArtifactManifest":
-            return {"artifact": {"currentManifest": {"file": {"directUrl": self.url(given["id"], MANIFEST)}}}}
+            return {
+                "artifact": {
+                    "currentManifest": {"file": {"directUrl": self.url(given["id"], MANIFEST)}}
+                }
+            }
         if name == "GetArtifactMembershipFileUrls":
             called = f"{given['collection']}:{given['alias']}"
             artifact = server.find_artifact(given["entity"], given["project"], called)
             files = [
-                {"node": {"__typename": "File", "name": name, "directUrl": self.url(artifact.id, name)}}
+                {
+                    "node": {
+                        "__typename": "File",
+                        "name": name,
+                        "directUrl": self.url(artifact.id, name),
+                    }
+                }
                 for name in artifact.manifest["contents"]
             ]
-            page = {"files": {"pageInfo": {"endCursor": None, "hasNextPage": False}, "edges": files}}
-            return {"project": {"artifactCollection": {"__typename": "ArtifactSequence", "artifactMembership": page}}}
+            page = {
+                "files": {"pageInfo": {"endCursor": None, "hasNextPage": False}, "edges": files}
+            }
+            return {
+                "project": {
+                    "artifactCollection": {
+                        "__typename": "ArtifactSequence",
+                        "artifactMembership": page,
+                    }
+                }
+            }
         return {"project": None}
 
     def create(self, given: dict[str, Any]) -> dict[str, Any]:
@@ -270,10 +336,17 @@ class Handler(BaseHTTPRequestHandler):
         server = self.server
         place = (given["entityName"], given["projectName"], given["artifactCollectionName"])
         with server.lock:
-            versions = [artifact for artifact in server.artifacts.values() if artifact.place == place]
+            versions = [
+                artifact for artifact in server.artifacts.values() if artifact.place == place
+            ]
             same = [artifact for artifact in versions if artifact.digest == given["digest"]]
-            id, aliases = f"artifact{len(server.artifacts)}", [alias["alias"] for alias in given["aliases"]]
-            new = Artifact(id, given["artifactTypeName"], place, len(versions), given["digest"], aliases)
+            id, aliases = (
+                f"artifact{len(server.artifacts)}",
+                [alias["alias"] for alias in given["aliases"]],
+            )
+            new = Artifact(
+                id, given["artifactTypeName"], place, len(versions), given["digest"], aliases
+            )
             artifact = same[0] if same else new
             server.artifacts[artifact.id] = artifact
         latest = {"latestArtifact": {"id": versions[-1].id} if versions else None}
@@ -284,7 +357,9 @@ class Handler(BaseHTTPRequestHandler):
         with self.server.lock:
             for other in self.server.artifacts.values():
                 if other.place == artifact.place and other is not artifact:
-                    other.aliases = [alias for alias in other.aliases if alias not in artifact.aliases]
+                    other.aliases = [
+                        alias for alias in other.aliases if alias not in artifact.aliases
+                    ]
             artifact.state = "COMMITTED"
         return {"id": artifact.id, "digest": artifact.digest}
 
@@ -293,14 +368,21 @@ class Handler(BaseHTTPRequestHandler):
         entity, project, collection = artifact.place
         place = {"id": "1", "internalId": "1", "name": project, "entity": {"name": entity}}
         sequence = {"__typename": "ArtifactSequence", "name": collection, "project": place}
-        version = {"id": artifact.id, "versionIndex": artifact.version, "createdAt": "2025-01-01T00:00:00"}
+        version = {
+            "id": artifact.id,
+            "versionIndex": artifact.version,
+            "createdAt": "2025-01-01T00:00:00",
+        }
         content = {
             "__typename": "Artifact", "artifactSequence": sequence, "artifactType": {"name": artifact.kind},
             "state": artifact.state, "digest": artifact.digest, "size": sum(map(len, artifact.files.values())),
             "fileCount": len(artifact.files) - 1, "tags": [], "ttlDurationSeconds": -2, "ttlIsInherited": True,
             **dict.fromkeys(("description", "metadata", "historyStep", "commitHash", "updatedAt")),
         }  # fmt: skip
-        aliases = [{"__typename": "ArtifactAlias", "id": alias, "alias": alias} for alias in artifact.aliases]
+        aliases = [
+            {"__typename": "ArtifactAlias", "id": alias, "alias": alias}
+            for alias in artifact.aliases
+        ]
         return version | {"__typename": "ArtifactCollectionMembership", "aliases": aliases,
                           "artifactCollection": sequence, "artifact": version | content}  # fmt: skip
 
@@ -321,7 +403,9 @@ class Handler(BaseHTTPRequestHandler):
         parameters, run_id = server.trials.pop(0), f"run{len(server.trials)}"
         values = {name: {"value": value} for name, value in parameters.items()}
         program = re.search(r"program: (.*)", server.sweep_file)
-        return [{"type": "run", "run_id": run_id, "program": program and program[1], "args": values}]
+        return [
+            {"type": "run", "run_id": run_id, "program": program and program[1], "args": values}
+        ]
 
     def bucket(self, run_id: str) -> dict[str, Any] | None:
         if run_id not in self.server.runs:

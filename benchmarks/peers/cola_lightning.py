@@ -23,7 +23,9 @@ KIND = {"task": "multiclass", "num_classes": 2}
 class Model(lightning.LightningModule):
     def __init__(self, name: str):
         super().__init__()
-        self.bert = transformers.AutoModelForSequenceClassification.from_pretrained(name, num_labels=2).train()
+        self.bert = transformers.AutoModelForSequenceClassification.from_pretrained(
+            name, num_labels=2
+        ).train()
         self.train_accuracy = torchmetrics.Accuracy(**KIND)
         self.valid_metrics = torch.nn.ModuleDict(
             {
@@ -57,29 +59,44 @@ class Model(lightning.LightningModule):
     def on_validation_epoch_end(self) -> None:
         labels, logits = (torch.cat(parts) for parts in zip(*self.outputs))
         self.outputs.clear()
-        chart = wandb.plot.confusion_matrix(y_true=labels.tolist(), preds=logits.argmax(1).tolist(), class_names=NAMES)
+        chart = wandb.plot.confusion_matrix(
+            y_true=labels.tolist(), preds=logits.argmax(1).tolist(), class_names=NAMES
+        )
         self.logger.experiment.log({"confusion_matrix": chart})
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.parameters(), lr=1e-4)
 
 
-def loader(part: Sentences, tokenizer: transformers.PreTrainedTokenizerBase, shuffle: bool) -> DataLoader:
-    encoded = tokenizer(part.sentences, truncation=True, padding="max_length", max_length=128, return_tensors="pt")
+def loader(
+    part: Sentences, tokenizer: transformers.PreTrainedTokenizerBase, shuffle: bool
+) -> DataLoader:
+    encoded = tokenizer(
+        part.sentences, truncation=True, padding="max_length", max_length=128, return_tensors="pt"
+    )
     labels = torch.tensor(part.labels)
     return DataLoader(
-        TensorDataset(encoded["input_ids"], encoded["attention_mask"], labels), batch_size=64, shuffle=shuffle
+        TensorDataset(encoded["input_ids"], encoded["attention_mask"], labels),
+        batch_size=64,
+        shuffle=shuffle,
     )
 
 
 def main(data_dir: str, name: str, epochs: str) -> None:
     lightning.seed_everything(42)
-    corpus, tokenizer = load_corpus("cola", data_dir), transformers.AutoTokenizer.from_pretrained(name)
+    corpus, tokenizer = (
+        load_corpus("cola", data_dir),
+        transformers.AutoTokenizer.from_pretrained(name),
+    )
     train, valid = loader(corpus.train, tokenizer, True), loader(corpus.valid, tokenizer, False)
     logger = WandbLogger(project="peer", offline=True)
     checkpoint = lightning.pytorch.callbacks.ModelCheckpoint(monitor="valid/loss", dirpath="models")
     trainer = lightning.Trainer(
-        max_epochs=int(epochs), logger=logger, callbacks=[checkpoint], num_sanity_val_steps=0, accelerator="auto"
+        max_epochs=int(epochs),
+        logger=logger,
+        callbacks=[checkpoint],
+        num_sanity_val_steps=0,
+        accelerator="auto",
     )
     started = time.perf_counter()
     trainer.fit(Model(name), train, valid)

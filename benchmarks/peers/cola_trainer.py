@@ -27,7 +27,10 @@ class Encoded(Dataset):
 
 
 def main(data_dir: str, name: str, epochs: str, sampling: str) -> None:
-    corpus, tokenizer = load_corpus("cola", data_dir), transformers.AutoTokenizer.from_pretrained(name)
+    corpus, tokenizer = (
+        load_corpus("cola", data_dir),
+        transformers.AutoTokenizer.from_pretrained(name),
+    )
     train, valid = Encoded(corpus.train, tokenizer), Encoded(corpus.valid, tokenizer)
     options = transformers.TrainingArguments(
         output_dir="trainer",

@@ -30,8 +30,13 @@ def main(data_dir: str) -> None:
         nn.Dropout(0.5),
         nn.Linear(128, 10),
     )
-    transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.1307,), (0.3081,))])
-    train, test = (torchvision.datasets.MNIST(data_dir, train=part, transform=transform) for part in (True, False))
+    transform = transforms.Compose(
+        [transforms.ToTensor(), transforms.Normalize((0.1307,), (0.3081,))]
+    )
+    train, test = (
+        torchvision.datasets.MNIST(data_dir, train=part, transform=transform)
+        for part in (True, False)
+    )
     optimizer = torch.optim.Adadelta(model.parameters(), lr=1.0)
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.7)
     seconds, accuracy, epoch = 0.0, 0.0, 0
@@ -46,7 +51,10 @@ def main(data_dir: str) -> None:
         seconds, epoch = seconds + time.perf_counter() - started, epoch + 1
         model.eval()
         with torch.no_grad():
-            correct = [model(images).argmax(1) == labels for images, labels in DataLoader(test, batch_size=1000)]
+            correct = [
+                model(images).argmax(1) == labels
+                for images, labels in DataLoader(test, batch_size=1000)
+            ]
         accuracy = torch.cat(correct).float().mean().item()
     print(f"training {seconds:.3f} s, accuracy {accuracy:.4f}, epochs {epoch}")
 

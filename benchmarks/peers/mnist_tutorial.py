@@ -18,8 +18,12 @@ CONFIG = {"epochs": 5, "batch_size": 128, "learning_rate": 0.005, "kernels": [16
 class ConvNet(nn.Module):
     def __init__(self, kernels: list[int]):
         super().__init__()
-        self.first = nn.Sequential(nn.Conv2d(1, kernels[0], 5, padding=2), nn.ReLU(), nn.MaxPool2d(2))
-        self.second = nn.Sequential(nn.Conv2d(kernels[0], kernels[1], 5, padding=2), nn.ReLU(), nn.MaxPool2d(2))
+        self.first = nn.Sequential(
+            nn.Conv2d(1, kernels[0], 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)
+        )
+        self.second = nn.Sequential(
+            nn.Conv2d(kernels[0], kernels[1], 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)
+        )
         self.last = nn.Linear(7 * 7 * kernels[1], 10)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -27,7 +31,9 @@ class ConvNet(nn.Module):
 
 
 def loader(data_dir: str, train: bool, config: wandb.Config) -> DataLoader:
-    whole = torchvision.datasets.MNIST(data_dir, train=train, transform=torchvision.transforms.ToTensor())
+    whole = torchvision.datasets.MNIST(
+        data_dir, train=train, transform=torchvision.transforms.ToTensor()
+    )
     part = Subset(whole, range(0, len(whole), config.slice))
     return DataLoader(part, batch_size=config.batch_size, shuffle=True, num_workers=2)
 
@@ -53,7 +59,9 @@ def main(data_dir: str) -> None:
         seconds = time.perf_counter() - started
         model.eval()
         with torch.no_grad():
-            correct = sum((model(images).argmax(1) == labels).sum().item() for images, labels in test)
+            correct = sum(
+                (model(images).argmax(1) == labels).sum().item() for images, labels in test
+            )
         accuracy = correct / len(test.dataset)
         run.log({"test_accuracy": accuracy})
         torch.onnx.export(model, images, "model.onnx")

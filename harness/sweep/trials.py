@@ -28,7 +28,12 @@ from harness.sweep.study import sampler, suggest
 
 STOP_TIMEOUT = 30  # seconds; a run takes at most its --stop_timeout, and a little to close W&B
 MAX_ATTEMPTS = 3  # per epoch, for a run that something else keeps stopping
-STOP_STATUSES = (130, 143, -signal.SIGINT, -signal.SIGTERM)  # exit statuses after which a run can be resumed
+STOP_STATUSES = (
+    130,
+    143,
+    -signal.SIGINT,
+    -signal.SIGTERM,
+)  # exit statuses after which a run can be resumed
 
 
 @dataclasses.dataclass
@@ -57,7 +62,9 @@ class Search:
     place: str  # stands for the directory that has the files of this search's runs
     gpus: list[str]  # to be shared by the runs
     running: dict[int, Run] = dataclasses.field(default_factory=dict)  # by trial number
-    attempts: Counter[tuple[int, int]] = dataclasses.field(default_factory=Counter)  # by trial number and epoch
+    attempts: Counter[tuple[int, int]] = dataclasses.field(
+        default_factory=Counter
+    )  # by trial number and epoch
 
 
 def trial_command(sweep: Sweep, searched: dict[str, Any], interpreter: str) -> list[str]:
@@ -65,16 +72,31 @@ def trial_command(sweep: Sweep, searched: dict[str, Any], interpreter: str) -> l
     arguments: dict[str, Any] = {}
     for name, value in {**sweep.constants, **searched}.items():
         *outer, inner = name.split("/")
-        mapping = functools.reduce(lambda mapping, part: mapping.setdefault(part, {}), outer, arguments)
+        mapping = functools.reduce(
+            lambda mapping, part: mapping.setdefault(part, {}), outer, arguments
+        )
         mapping[inner] = sweep.lists.get(value, value) if name in searched else value
     pairs = [f"{name}={value}" for name, value in arguments.items()]
-    switches = [name if value is True else f"{name}={value}" for name, value in arguments.items() if value is not False]
-    macros = {"${env}": ["/usr/bin/env"], "${interpreter}": [interpreter], "${program}": [sweep.program]}
+    switches = [
+        name if value is True else f"{name}={value}"
+        for name, value in arguments.items()
+        if value is not False
+    ]
+    macros = {
+        "${env}": ["/usr/bin/env"],
+        "${interpreter}": [interpreter],
+        "${program}": [sweep.program],
+    }
     macros |= {"${args}": [f"--{pair}" for pair in pairs], "${args_no_hyphens}": pairs}
-    macros |= {"${args_no_boolean_flags}": [f"--{word}" for word in switches], "${args_json}": [json.dumps(arguments)]}
+    macros |= {
+        "${args_no_boolean_flags}": [f"--{word}" for word in switches],
+        "${args_json}": [json.dumps(arguments)],
+    }
     command = []
     for word in sweep.command:
-        word = re.sub(r"\$\{envvar:([A-Z0-9_]*)\}", lambda match: os.environ.get(match[1], match[1]), word)
+        word = re.sub(
+            r"\$\{envvar:([A-Z0-9_]*)\}", lambda match: os.environ.get(match[1], match[1]), word
+        )
         if word.startswith("${") and word not in macros:
             raise UserError(f"command: unknown macro {word}; must be one of {', '.join(macros)}")
         command += macros.get(word, [word])
@@ -88,7 +110,9 @@ def check_command(sweep: Sweep) -> None:
     if words[0] == "/usr/bin/env" and not re.match("-|.*=", words[1]):
         words = words[1:]
     if not shutil.which(words[0]):
-        raise UserError(f"command: {words[0]} not found on PATH, or not executable; a path needs a /, as in ./run.sh")
+        raise UserError(
+            f"command: {words[0]} not found on PATH, or not executable; a path needs a /, as in ./run.sh"
+        )
 
 
 def visible_gpus() -> list[str]:
@@ -97,7 +121,9 @@ def visible_gpus() -> list[str]:
     if visible is not None:
         return [gpu.strip() for gpu in visible.split(",") if gpu.strip()]
     with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30).stdout
+        listed = subprocess.run(
+            ["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30
+        ).stdout
         return re.findall(r"^GPU (\d+):", listed, re.MULTILINE)
     return []
 
@@ -116,7 +142,9 @@ def next_run(search: Search) -> Literal["started", "wait", "done"]:
     if len(known) >= count:
         return "wait" if unfinished else "done"
     # Unlike study.ask(), this gives the trial a place from the start, so that no other search takes it.
-    study.add_trial(optuna.create_trial(state=TrialState.RUNNING, user_attrs={"place": search.place}))
+    study.add_trial(
+        optuna.create_trial(state=TrialState.RUNNING, user_attrs={"place": search.place})
+    )
     return "started"
 
 
@@ -131,23 +159,42 @@ def start_run(search: Search, known: FrozenTrial) -> bool:
     if search.study.get_trials(deepcopy=False)[known.number].state != TrialState.RUNNING:
         return False
     trial = optuna.Trial(search.study, search.trial_id(known.number))
-    run_id = trial.user_attrs.get("run") or f"{secrets.token_hex(3)}-{trial.number}"  # W&B's, and the directory's name
+    run_id = (
+        trial.user_attrs.get("run") or f"{secrets.token_hex(3)}-{trial.number}"
+    )  # W&B's, and the directory's name
     output_dir = sweep.directory / run_id
     trial.set_user_attr("run", run_id)
     trial.set_user_attr("host", f"{socket.gethostname()}:{Path.cwd()}")
-    searched = {name: suggest(trial, name, distribution) for name, distribution in sweep.searched.items()}
+    searched = {
+        name: suggest(trial, name, distribution) for name, distribution in sweep.searched.items()
+    }
     trial.set_user_attr("parameters", searched)
     gpu = min(search.gpus, key=[run.gpu for run in search.running.values()].count, default=None)
-    command = [*trial_command(sweep, searched, sys.executable), "--output_dir", str(output_dir), "--resume"]
+    command = [
+        *trial_command(sweep, searched, sys.executable),
+        "--output_dir",
+        str(output_dir),
+        "--resume",
+    ]
     with output_dir.with_suffix(".log").open("ab") as log:
         try:
             # Ctrl-C reaches only this process, which stops its runs; a run that outlives it keeps the lock.
-            how = {"start_new_session": True, "pass_fds": (lock.fileno(),), "stdin": subprocess.DEVNULL}
-            how |= {"stdout": log, "stderr": subprocess.STDOUT, "env": run_environment(search, trial, run_id, gpu)}
+            how = {
+                "start_new_session": True,
+                "pass_fds": (lock.fileno(),),
+                "stdin": subprocess.DEVNULL,
+            }
+            how |= {
+                "stdout": log,
+                "stderr": subprocess.STDOUT,
+                "env": run_environment(search, trial, run_id, gpu),
+            }
             process = subprocess.Popen(command, **how)
         except OSError as error:  # for example, a script without #!
             raise UserError(f"command: {command[0]}: {error.strerror}") from None
-    search.running[trial.number] = Run(trial, process, output_dir, lock, set(known.intermediate_values), gpu)
+    search.running[trial.number] = Run(
+        trial, process, output_dir, lock, set(known.intermediate_values), gpu
+    )
     return True
 
 
@@ -159,7 +206,9 @@ def read_place(directory: Path) -> str:
         if not (place := file.read().strip()):
             file.write(place := secrets.token_hex(8))
         if not re.fullmatch("[0-9a-f]{16}", place):
-            raise UserError(f"{file.name} is damaged: restore it, or choose another name for the sweep", 1)
+            raise UserError(
+                f"{file.name} is damaged: restore it, or choose another name for the sweep", 1
+            )
         return place
 
 
@@ -171,15 +220,33 @@ def find_files(search: Search, trial: FrozenTrial, suffix: str = "") -> str | No
     return path if os.path.exists(path) else None
 
 
-def run_environment(search: Search, trial: optuna.Trial, run_id: str, gpu: str | None) -> dict[str, str]:
+def run_environment(
+    search: Search, trial: optuna.Trial, run_id: str, gpu: str | None
+) -> dict[str, str]:
     """The environment of a run: W&B offline, a GPU, and a share of the processor's threads."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     threads = str(max(1, cores // search.jobs))
-    inherited, sweep = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_SWEEP")}, search.sweep
-    chosen = {"WANDB_PROJECT": sweep.project, "WANDB_ENTITY": sweep.entity, "WANDB_RUN_GROUP": sweep.name}
-    chosen |= {"WANDB_MODE": "offline", "WANDB_NAME": f"{sweep.name}-{trial.number}", "WANDB_RUN_ID": run_id}
+    inherited, sweep = (
+        {k: v for k, v in os.environ.items() if not k.startswith("WANDB_SWEEP")},
+        search.sweep,
+    )
+    chosen = {
+        "WANDB_PROJECT": sweep.project,
+        "WANDB_ENTITY": sweep.entity,
+        "WANDB_RUN_GROUP": sweep.name,
+    }
+    chosen |= {
+        "WANDB_MODE": "offline",
+        "WANDB_NAME": f"{sweep.name}-{trial.number}",
+        "WANDB_RUN_ID": run_id,
+    }
     chosen["CUDA_VISIBLE_DEVICES"] = gpu
-    defaults = {"OMP_NUM_THREADS": threads, "RAYON_NUM_THREADS": threads}  # the tokenizers use the latter
+    defaults = {
+        "OMP_NUM_THREADS": threads,
+        "RAYON_NUM_THREADS": threads,
+    }  # the tokenizers use the latter
     return defaults | inherited | {name: value for name, value in chosen.items() if value}
 
 
@@ -197,10 +264,14 @@ def watch_runs(search: Search) -> Iterator[FrozenTrial]:
 def report_progress(metric: str, run: Run) -> float | None:
     """Report new values of the metric to Optuna and stop the run if it should be pruned; returns the latest value."""
     journal = run.output_dir / "history.jsonl"
-    lines = journal.read_text(errors="replace").split("\n")[:-1] if journal.is_file() else []  # the last may be cut
+    lines = (
+        journal.read_text(errors="replace").split("\n")[:-1] if journal.is_file() else []
+    )  # the last may be cut
     values = []
     for line in (line for line in lines if json.dumps(metric) in line):
-        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):  # another program's journal
+        with contextlib.suppress(
+            ValueError, KeyError, TypeError, RecursionError
+        ):  # another program's journal
             values.append(json.loads(line)[metric])
     for epoch, value in enumerate(values, 1):
         if is_finite(value) and epoch not in run.reported:
