@@ -1,99 +1,96 @@
-"""The output directory of a run: created, locked against other processes, and checked."""
+"""The output directory of a run: created, checked, and locked against other processes."""
 
 import contextlib
-import dataclasses
 import fcntl
 import os
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-from harness.errors import UserError
-from harness.files import TEMPORARY, list_names, read_json, remove, temporary_beside, write_json
-from harness.options import SharedSettings
+from harness.errors import UserError, warn_loudly
+from harness.files import (
+    TEMPORARY,
+    list_names,
+    read_json,
+    read_tensors,
+    remove,
+    temporary_beside,
+    write_json,
+)
 
 CONFIG, JOURNAL, METRICS = "config.json", "history.jsonl", "metrics.json"
 CHECKPOINT, PREVIOUS_CHECKPOINT = "checkpoint.pt", "checkpoint.previous.pt"
-RESULTS = {
-    JOURNAL,
-    CHECKPOINT,
-    PREVIOUS_CHECKPOINT,
-    METRICS,
-}  # what a run leaves once it has begun to train
+RESULTS = {JOURNAL, CHECKPOINT, PREVIOUS_CHECKPOINT, METRICS}  # of a run that has begun to train
+CONTENT = ("model", "position", "history", "processes", "settings", "data")  # of every checkpoint
 PROBE_BYTES = 8 << 20  # a disk that can't take this much at the start counts as full
 
 
 def newest_unfinished(task: str) -> Path | None:
-    """The run of a script below runs/ that was at work last, of those that are not finished."""
+    """The most recent unfinished run of a script below runs/."""
     runs = [config.parent for config in Path("runs").glob(f"{task}-*/{CONFIG}")]
     unfinished = [run for run in runs if not (run / METRICS).exists()]
     return max(unfinished, key=lambda run: run.stat().st_mtime, default=None)
 
 
 @contextlib.contextmanager
-def output_directory(settings: SharedSettings) -> Iterator[Path]:
-    """The directory of a run, locked during the block; undone if that raises without results. Raises `UserError`."""
-    path = Path(settings.output_dir)
+def output_directory(path: Path, resume: bool, config: Mapping[str, Any]) -> Iterator[None]:
+    """Create or check the directory of a run, and lock it during the block.
+
+    A new one gets `config`, which keeps the run id if the run is killed early. What was created is
+    removed if the block raises without results. Raises `UserError`.
+    """
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(_locked(path))
-            before = _check_content(path, settings.resume)
+            before = _check_content(path, resume)
             with temporary_beside(path / "probe") as probe:
                 probe.write_bytes(bytes(PROBE_BYTES))
         except OSError as error:
-            status = 1 if settings.resume else 2
-            raise UserError(
-                f"--output_dir {path}: can't write there ({error.strerror})", status
-            ) from None
-        for leftover in (
-            path.iterdir() if before else ()
-        ):  # of a process that was killed while writing
-            if TEMPORARY.fullmatch(leftover.name):
-                remove(leftover)
+            status = 1 if resume else 2
+            problem = f"--output_dir {path}: can't write there ({error.strerror})"
+            raise UserError(problem, status) from None
+        for name in before:
+            if TEMPORARY.fullmatch(name):  # of a process that was killed while writing
+                remove(path / name)
         new_run = not (path / CONFIG).exists()
-        if new_run:  # keeps the run id if the run is killed early
-            write_json(path / CONFIG, dataclasses.asdict(settings))
+        if new_run:
+            write_json(path / CONFIG, config)
         try:
-            yield path
+            yield
         except BaseException as error:
             if isinstance(error, FileNotFoundError) and not path.exists():
-                raise UserError(
-                    f"--output_dir {path} was removed while the run was at work there", 1
-                ) from None
+                problem = f"--output_dir {path} was removed while the run was using it"
+                raise UserError(problem, 1) from None
             if new_run and not any((path / name).exists() for name in RESULTS - before):
                 (path / CONFIG).unlink(missing_ok=True)
             raise
 
 
 def _check_content(path: Path, resume: bool) -> set[str]:
-    """The names of the files in the directory. Raises `UserError` unless they are those of a run to resume, or none."""
-    names = {file.name for file in path.iterdir() if not TEMPORARY.fullmatch(file.name)}
-    run = any((path / name).is_file() for name in (CHECKPOINT, PREVIOUS_CHECKPOINT))
-    run = run or {"id", "output_dir", "resume"} <= (read_json(path / CONFIG) or {}).keys()
-    if names and not run:
-        problem = f"holds files that no run wrote ({list_names(names)}); choose another directory"
+    """The names in the directory. Raises `UserError` unless they are of a run to resume, or none."""
+    names = {file.name for file in path.iterdir()}
+    lasting = {name for name in names if not TEMPORARY.fullmatch(name)}
+    has_checkpoint = any((path / name).is_file() for name in (CHECKPOINT, PREVIOUS_CHECKPOINT))
+    config = read_json(path / CONFIG) or {}
+    is_run = has_checkpoint or {"id", "output_dir", "resume"} <= config.keys()
+    if lasting and not is_run:
+        problem = f"holds files that no run wrote ({list_names(lasting)}); choose another directory"
         raise UserError(f"--output_dir {path} {problem}")
-    if names and not resume:
-        problem = f"already holds another run ({CONFIG}); choose another directory, or continue that run: --resume"
-        raise UserError(f"--output_dir {path} {problem}")
+    if lasting and not resume:
+        advice = "choose another directory, or continue that run: --resume"
+        raise UserError(f"--output_dir {path} already holds another run ({CONFIG}); {advice}")
     return names
 
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Create the directory and keep other processes out; remove it if the block raises and it is empty."""
-    created = [p for p in (path, *path.parents) if not p.exists()]
+    """Create the directory and keep other processes out; remove it if the block leaves it empty."""
+    created = [directory for directory in (path, *path.parents) if not directory.exists()]
     path.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not os.path.samestat(os.fstat(descriptor), path.stat()):
-                raise BlockingIOError  # while this process waited, another one has removed and created it again
-        except BlockingIOError:
-            problem = "another process is at work there; wait for it, or stop it"
-            raise UserError(f"--output_dir {path}: {problem}") from None
-        except OSError:  # a file system without locks
-            pass
+        _lock(descriptor, path)
         try:
             yield
         except BaseException:
@@ -103,3 +100,50 @@ def _locked(path: Path) -> Iterator[None]:
             raise
     finally:
         os.close(descriptor)
+
+
+def _lock(descriptor: int, path: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # While this process waited, another one may have removed and created the directory.
+        ours = os.path.samestat(os.fstat(descriptor), path.stat())
+    except BlockingIOError:
+        ours = False
+    except OSError:  # a file system without locks
+        return
+    if not ours:
+        problem = "another process is using it; wait for it, or stop it"
+        raise UserError(f"--output_dir {path}: {problem}")
+
+
+def read_checkpoint(output_dir: Path) -> dict[str, Any] | None:
+    """The newest readable checkpoint, None if there is none.
+
+    Raises `UserError` if all are damaged.
+    """
+    problems = []
+    for path in (output_dir / CHECKPOINT, output_dir / PREVIOUS_CHECKPOINT):
+        if not path.is_file():
+            continue
+        try:
+            state = read_tensors(path)
+            missing = [name for name in CONTENT if name not in state]
+            if missing:
+                raise ValueError(f"it is not a checkpoint of this script: it has no {missing[0]!r}")
+        except Exception as error:  # zlib, pickle and others have their own for damaged files
+            reason = textwrap.shorten(str(error), 200) or type(error).__name__
+            problems.append(f"{path} can't be read: {reason}")
+            continue
+        if problems:
+            warn_loudly(*problems, f"Going on from {path}, which is older.")
+        # The next save must not keep a damaged one as the previous one.
+        os.replace(path, output_dir / CHECKPOINT)
+        return state
+    if problems:
+        advice = "to start over, give another --output_dir"
+        raise UserError(f"{'; '.join(problems)}; {advice}", status=1)
+    journal = output_dir / JOURNAL
+    if journal.exists() and journal.stat().st_size and not (output_dir / METRICS).exists():
+        problem = f"{output_dir} has lost its checkpoint"
+        raise UserError(f"{problem}; give another --output_dir", status=1)
+    return None

@@ -128,6 +128,16 @@ def _communicating() -> Iterator[None]:
         ) from error
 
 
+@contextlib.contextmanager
+def rank_0_first() -> Iterator[None]:
+    """Rank 0 runs the block before the others, which then find what it has downloaded."""
+    if rank() > 0:
+        broadcast()
+    yield
+    if rank() == 0:
+        broadcast()
+
+
 def share_of(items: Items) -> Items:
     """This rank's share of a batch, or of a list of batches: every `world_size`-th item."""
     return items[rank() :: world_size()]

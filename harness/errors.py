@@ -3,13 +3,16 @@
 import os
 import re
 import sys
+import sysconfig
 import textwrap
 import traceback
 from pathlib import Path
 
+LIBRARIES = (sysconfig.get_path("stdlib"), str(Path(__file__).parent), "<")
+
 
 class UserError(Exception):
-    """A mistake the user can fix. The program prints one line and exits with `status`, without a traceback."""
+    """A mistake the user can fix: one line and exit status `status`, without a traceback."""
 
     def __init__(self, message: str, status: int = 2):
         super().__init__(message)
@@ -17,42 +20,43 @@ class UserError(Exception):
 
 
 class Stopped(BaseException):
-    """The run was asked to stop, by a signal or by W&B, and can be resumed; `status` is its exit status.
+    """The run was asked to stop, by a signal or by W&B, and can be resumed.
 
-    `ends_launcher`: torchrun does not know of it, and is not to restart the run.
+    `status` is its exit status. `ends_launcher`: torchrun has to be told not to restart the run.
     """
 
     def __init__(self, reason: str, status: int, ends_launcher: bool = False):
         super().__init__(f"stopped by {reason}")
-        self.reason, self.status, self.ends_launcher = reason, status, ends_launcher
+        self.reason = reason
+        self.status = status
+        self.ends_launcher = ends_launcher
 
 
 def disk_error(error: Exception) -> OSError | None:
-    """The `OSError` that an exception is, or that torch or safetensors hide behind one of their own."""
+    """The `OSError` that an exception is, or that torch or safetensors raise as their own."""
     if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
         return error.__context__
     if match := re.search(r"\(os error (\d+)\)", str(error)):
-        return OSError(int(match[1]), os.strerror(int(match[1])))
+        number = int(match[1])
+        return OSError(number, os.strerror(number))
     return error if isinstance(error, OSError) else None
 
 
-def place_of(error: Exception) -> str:
-    """File and line of the innermost call, outside of harness/ and installed libraries, that led to an exception."""
-    harness = Path(__file__).parent
-    for frame, line in [
-        *[*traceback.walk_tb(error.__traceback__)][::-1],
-        *traceback.walk_stack(None),
-    ]:
-        file = Path(frame.f_code.co_filename)
-        installed = "site-packages" in file.parts or not file.is_relative_to(harness.parent)
-        if not installed and not file.is_relative_to(harness):
-            return f"{file.name}:{line}"
+def script_line(error: Exception | None = None) -> str:
+    """The line of the user's code that led here, or to `error`, as "train_mnist.py:120"."""
+    frames = list(traceback.walk_stack(None))
+    if error:
+        frames = list(traceback.walk_tb(error.__traceback__))[::-1] + frames
+    for frame, line in frames:  # the innermost first
+        file = frame.f_code.co_filename
+        if not file.startswith(LIBRARIES) and "-packages" not in file:
+            return f"{Path(file).name}:{line}"
     return "in the background"
 
 
 def warn_loudly(*lines: str) -> None:
     """Print a framed warning to stderr, in lines of at most 120 characters."""
-    whole_words = {"break_long_words": False, "break_on_hyphens": False}
-    wrapped = [f"!!  {part}" for line in lines for part in textwrap.wrap(line, 116, **whole_words)]
     frame = "!" * 100
+    wrapper = textwrap.TextWrapper(116, break_long_words=False, break_on_hyphens=False)
+    wrapped = [f"!!  {part}" for line in lines for part in wrapper.wrap(line)]
     print("", frame, *wrapped, frame, "", sep="\n", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all: written beside their place, flushed to disk, then renamed."""
+"""Atomic file writes: to a temporary name in the same directory, flushed to disk, then renamed."""
 
 import contextlib
 import csv
@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,7 @@ from PIL import Image
 
 from harness.errors import UserError
 
-TEMPORARY = re.compile(
-    r"\..+\.\d+\.unfinished"
-)  # names of temporary files: .<name>.<process id>.unfinished
+TEMPORARY = re.compile(r"\..+\.\d+\.unfinished")  # .<name>.<process id>.unfinished
 
 
 @contextlib.contextmanager
@@ -31,7 +30,7 @@ def temporary_beside(path: Path) -> Iterator[Path]:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a link or a directory with all that it holds, if it is there."""
+    """Remove a file, a link or a directory with all its content, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -43,47 +42,51 @@ def replacing(path: Path) -> Iterator[Path]:
     """A temporary name to write to; at the end of the block it replaces `path` atomically."""
     with temporary_beside(path) as temporary:
         yield temporary
-        _flush(temporary)
+        flush(temporary)
         os.replace(temporary, path)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Flush a file to disk."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
 
 @contextlib.contextmanager
 def replacing_directory(path: Path) -> Iterator[Path]:
-    """A temporary directory that replaces `path` at the end. Raises `UserError` if `path` holds other files."""
+    """A temporary directory that replaces `path` at the end of the block.
+
+    Raises `UserError` if `path` holds other files.
+    """
     with temporary_beside(path) as parent:
         temporary = parent / path.name
         temporary.mkdir(parents=True)
         yield temporary
         for file in filter(Path.is_file, temporary.rglob("*")):
-            _flush(file)
+            flush(file)
         if path.exists():
             ours = {file.name for file in temporary.iterdir()}
-            theirs = {file.name for file in path.iterdir()} - ours if path.is_dir() else {path.name}
-            if theirs:
-                raise UserError(
-                    f"{path} was not written by this run: move {list_names(theirs)} away", status=1
-                )
+            theirs = {file.name for file in path.iterdir()} if path.is_dir() else {path.name}
+            if others := theirs - ours:
+                problem = f"was not written by this run: move {list_names(others)} away"
+                raise UserError(f"{path} {problem}", status=1)
             os.replace(path, parent / "before")
         os.replace(temporary, path)
 
 
 def list_names(names: Iterable[str]) -> str:
-    """Up to three names, and how many there are beside them."""
+    """Up to three names, and how many more there are."""
     names = sorted(names)
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
     """The object in a file; None if it can't be read, or holds no object."""
+    if not path.is_file():  # reading a pipe would wait
+        return None
     try:
-        content = (
-            json.loads(path.read_text()) if path.is_file() else None
-        )  # reading a pipe would wait
+        content = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError):
         return None
     return content if isinstance(content, dict) else None
@@ -102,8 +105,11 @@ def write_text(path: Path, text: str) -> None:
 
 def write_csv(path: Path, columns: Mapping[str, Sequence[Any]]) -> None:
     """Write columns of equal length as a CSV file with a header."""
+    rows = zip(*columns.values(), strict=True)
     with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([columns, *zip(*columns.values(), strict=True)])
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        writer.writerows(rows)
 
 
 def write_png(path: Path, picture: Image.Image) -> None:
@@ -112,13 +118,20 @@ def write_png(path: Path, picture: Image.Image) -> None:
         picture.save(temporary, format="png")
 
 
-def write_tensors(path: Path, content: Mapping[str, Any]) -> None:
-    """`torch.save` nested tensors and plain values, such as a state dict."""
-    with replacing(path) as temporary:
-        save_tensors(temporary, content)
+def write_tensors(path: Path, content: Mapping[str, Any], previous: Path | None = None) -> None:
+    """`torch.save` nested tensors and plain values; an existing file is kept as `previous`."""
+    with temporary_beside(path) as temporary:
+        with temporary.open("wb") as file:  # a path would hide why the disk refuses
+            torch.save(content, file)
+        flush(temporary)
+        if previous and path.exists():
+            os.replace(path, previous)
+        os.replace(temporary, path)
 
 
-def save_tensors(path: Path, content: Mapping[str, Any]) -> None:
-    """`torch.save`, in place and not flushed to disk."""
-    with path.open("wb") as file:  # a path would hide why the disk refuses
-        torch.save(content, file)
+def read_tensors(path: Path) -> Any:
+    """What `write_tensors` wrote, on the CPU. Raises one of many exceptions if it is damaged."""
+    with zipfile.ZipFile(path) as archive:
+        if damaged := archive.testzip():  # torch.load does not compare the checksums
+            raise ValueError(f"its part {damaged} is damaged")
+    return torch.load(path, map_location="cpu", weights_only=True)

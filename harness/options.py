@@ -1,4 +1,4 @@
-"""Settings of a run: declared as a dataclass, read from the command line or a sweep, and checked.
+"""Settings of a run: declared as a dataclass, read from the command line and a sweep, and checked.
 
 Imports the standard library only, so that `--help` and a misspelled option are answered at once.
 """
@@ -16,51 +16,57 @@ from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
 from harness.errors import UserError
 
-# The identity of a run and where it writes: fixed before W&B's config is read, which can't change them.
-RUN_OPTIONS = (
-    *(
-        "output_dir",
-        "resume",
-        "wandb",
-        "project",
-        "entity",
-        "name",
-        "id",
-        "job_type",
-        "group",
-        "notes",
-        "tags",
-    ),
-    *("save_code", "stop_timeout", "peer_timeout"),
-)
 LISTS = (list[int], list[str])
 BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+SWEEP_FILE = "WANDB_SWEEP_PARAM_PATH"  # both kinds of W&B's agent write a run's values to this file
 
 
-def option(default: Any, help: str, **limits: Any) -> Any:
+def option(
+    default: Any,
+    help: str,
+    *,
+    may_change: bool = False,
+    tells_apart: bool = True,
+    placeholder: Any = ...,
+    **limits: Any,
+) -> Any:
     """A dataclass field that is also a command-line option.
 
-    `limits` may hold `at_least`, `above` and `below` (numbers), `length` (of a list), `path` (~ is expanded) and
-    `choices`: a tuple, or a function that returns one, called only if the option is given.
+    `may_change`: a resumed run may have another value, because no number of the run depends on it.
+    `tells_apart`: a report shows it where runs differ. `placeholder`: the value that stands for one
+    found at the start, such as "auto". `limits` may hold `at_least`, `above` and `below` (numbers),
+    `length` (of a list), `path` (~ is expanded) and `choices`: a tuple, or a function that returns
+    one, called only if the option is given.
     """
-    metadata = {"help": help, "limits": limits}
+    metadata = {
+        "help": help,
+        "may_change": may_change,
+        "tells_apart": tells_apart,
+        "placeholder": placeholder,
+        "limits": limits,
+    }
     if isinstance(default, list):
         return dataclasses.field(default_factory=default.copy, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
-@dataclasses.dataclass(kw_only=True)
+def housekeeping(default: Any, help: str, **limits: Any) -> Any:
+    """An option on which no number of a run depends, and that tells nothing about the run."""
+    return option(default, help, may_change=True, tells_apart=False, **limits)
+
+
+@dataclasses.dataclass(kw_only=True, frozen=True)
 class SharedSettings:
     """The options that every script has, with a line of help each."""
 
-    dataset: str = option("auto", "which data to train on")
-    data_dir: str = option(
+    dataset: str = option("auto", "which data to train on", placeholder="auto")
+    data_dir: str = housekeeping(
         "downloads", "directory to read the data from, or to download it to", path=True
     )
-    output_dir: str | None = option(
+    output_dir: str | None = housekeeping(
         None, "directory for this run's files [runs/<task>-<run id>]", path=True
     )
-    resume: bool = option(False, "continue the run in --output_dir, if there is one")
+    resume: bool = housekeeping(False, "continue the run in --output_dir, if there is one")
 
     epochs: int = option(5, "passes over the training data", at_least=1)
     batch_size: int = option(128, "examples in a batch", at_least=1)
@@ -73,9 +79,17 @@ class SharedSettings:
     )
     seed: int = option(42, "seeds Python, NumPy and torch", at_least=0, below=2**32)
     max_steps: int | None = option(None, "end after this many optimizer steps", at_least=1)
-    device: str = option("auto", "device to train on", choices=("auto", "cpu", "cuda", "mps"))
+    device: str = option(
+        "auto",
+        "device to train on",
+        placeholder="auto",
+        choices=("auto", "cpu", "cuda", "mps"),
+    )
     precision: str = option(
-        "auto", "auto: bf16 if the hardware supports it", choices=("auto", "fp32", "bf16")
+        "auto",
+        "auto: bf16 if the hardware supports it",
+        placeholder="auto",
+        choices=("auto", "fp32", "bf16"),
     )
     deterministic: bool = option(True, "use only algorithms that repeat to the last bit")
     compile: bool = option(False, "compile the model with torch.compile")
@@ -83,56 +97,56 @@ class SharedSettings:
     patience: int = option(
         0, "stop after this many epochs without improvement; 0: never", at_least=0
     )
-    checkpoint_every: int = option(
+    checkpoint_every: int = housekeeping(
         500, "batches between checkpoints; every epoch also ends with one", at_least=1
     )
-    stop_timeout: float = option(
+    stop_timeout: float = housekeeping(
         25, "seconds allowed after a signal to finish the batch and save", above=0, below=1e6
     )
-    peer_timeout: float = option(
+    peer_timeout: float = housekeeping(
         300, "seconds that torchrun's processes wait for each other", above=0, below=1e6
     )
-    log_every: int = option(10, "batches between rows of training metrics", at_least=1)
-    watch: str = option(
+    log_every: int = option(
+        10, "batches between rows of training metrics", tells_apart=False, at_least=1
+    )
+    watch: str = housekeeping(
         "all", "what to log histograms of", choices=("off", "gradients", "parameters", "all")
     )
-    watch_every: int | None = option(None, "batches between histograms [once an epoch]", at_least=1)
+    watch_every: int | None = housekeeping(
+        None, "batches between histograms [once an epoch]", at_least=1
+    )
 
-    wandb: str = option(
+    wandb: str = housekeeping(
         "auto",
         "auto: online if there is an API key, else offline",
         choices=("auto", "online", "offline", "disabled"),
     )
-    project: str | None = option(None, "W&B project")
-    entity: str | None = option(None, "W&B user or team")
-    name: str | None = option(None, "name of the run")
-    id: str | None = option(None, "W&B run id")
-    job_type: str | None = option(None, "W&B job type")
-    group: str | None = option(None, "W&B group of runs")
-    notes: str | None = option(None, "a note about the run")
-    tags: list[str] = option([], "tags of the run")
-    save_code: bool = option(False, "log the code as an artifact")
-    log_model: str = option(
+    project: str | None = housekeeping(None, "W&B project")
+    entity: str | None = housekeeping(None, "W&B user or team")
+    name: str | None = option(None, "name of the run", may_change=True)
+    id: str | None = housekeeping(None, "W&B run id")
+    job_type: str | None = housekeeping(None, "W&B job type")
+    group: str | None = option(None, "W&B group of runs", may_change=True)
+    notes: str | None = option(None, "a note about the run", may_change=True)
+    tags: list[str] = option([], "tags of the run", may_change=True)
+    save_code: bool = housekeeping(False, "log the code as an artifact")
+    log_model: str = housekeeping(
         "none", "which models to log as artifacts", choices=("none", "best", "all")
     )
 
 
-Settings = TypeVar("Settings", bound=SharedSettings)
+Settings = TypeVar("Settings")
 
 
 def parse(settings_class: type[Settings], argv: Sequence[str] | None = None) -> Settings:
-    """Settings from command-line arguments (`sys.argv` if None). Raises `UserError` if one is unknown or invalid."""
-    return _build(settings_class, _read(settings_class, argv), prefix="--")
+    """Settings from the command line (`sys.argv` if None); the values of a sweep's run override it.
 
-
-def from_config(requested: Settings, config: Mapping[str, Any]) -> Settings:
-    """`requested`, updated from a run's config, in which a sweep may have set values. Raises `UserError`."""
-    configured = _build(
-        type(requested), {k: v for k, v in config.items() if k not in RUN_OPTIONS}, prefix="config."
-    )
-    return dataclasses.replace(
-        configured, **{name: getattr(requested, name) for name in RUN_OPTIONS}
-    )
+    Raises `UserError` if an option is unknown or its value is invalid.
+    """
+    checked = _check(settings_class, _read_command_line(settings_class, argv), prefix="--")
+    if issubclass(settings_class, SharedSettings):
+        checked |= _check(settings_class, _read_sweep_file(), prefix="config.")
+    return settings_class(**checked)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -142,23 +156,28 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists the options)")
 
 
-def _read(settings_class: type, argv: Sequence[str] | None) -> dict[str, Any]:
+def _read_command_line(settings_class: type, argv: Sequence[str] | None) -> dict[str, Any]:
     """The options that were given, still as strings."""
     description = (sys.modules[settings_class.__module__].__doc__ or "").strip().partition("\n")[0]
-    parser = _Parser(
-        description=description, usage="%(prog)s [--OPTION VALUE ...]", allow_abbrev=False
-    )
-    kinds, defaults = _kinds(settings_class), settings_class()
+    usage = "%(prog)s [--OPTION VALUE ...]"
+    parser = _Parser(description=description, usage=usage, allow_abbrev=False)
+    kinds = _kinds(settings_class)
+    defaults = settings_class()
     for field in dataclasses.fields(settings_class):
-        kind, default = kinds[field.name], getattr(defaults, field.name)
+        kind = kinds[field.name]
+        default = getattr(defaults, field.name)
         choices = field.metadata["limits"].get("choices")
         listed = isinstance(choices, tuple) and len(choices) < 6
         text = field.metadata["help"].replace("%", "%%")
+        nargs = None
+        if kind is bool:
+            nargs = "?"  # --compile, or as sweeps write it: --compile=True
+        elif kind in LISTS:
+            nargs = "*"
         parser.add_argument(
             f"--{field.name}",
             default=argparse.SUPPRESS,
-            # A flag may stand alone (--compile) or carry a value, as sweeps write it (--compile=True).
-            nargs="?" if kind is bool else "*" if kind in LISTS else None,
+            nargs=nargs,
             action="extend" if kind == list[str] else "store",  # --tags a --tags b
             const="true" if kind is bool else None,
             metavar="{" + ",".join(choices) + "}" if listed else field.name.upper(),
@@ -171,28 +190,45 @@ def _read(settings_class: type, argv: Sequence[str] | None) -> dict[str, Any]:
     return vars(given)
 
 
+def _read_sweep_file() -> dict[str, Any]:
+    """The values that W&B's agent has chosen for this run; none without an agent."""
+    path = os.environ.get(SWEEP_FILE)
+    if not path:
+        return {}
+    import yaml  # one of W&B's dependencies, and not needed otherwise
+
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = yaml.safe_load(file)
+        content.pop("wandb_version")
+        return {name: entry["value"] for name, entry in content.items()}
+    except (OSError, ValueError, yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"{SWEEP_FILE}: {path} can't be read: {error}") from None
+
+
 def _kinds(settings_class: type) -> dict[str, Any]:
     """The declared type of each option, without `| None`."""
     hints = get_type_hints(settings_class)
-    return {
-        name: get_args(hint)[0] if type(None) in get_args(hint) else hint
-        for name, hint in hints.items()
-    }
+    return {name: get_args(h)[0] if type(None) in get_args(h) else h for name, h in hints.items()}
 
 
-def _build(settings_class: type[Settings], values: Mapping[str, Any], prefix: str) -> Settings:
-    checked, kinds = {}, _kinds(settings_class)
-    for field in dataclasses.fields(settings_class):
-        if field.name in values:
-            value, optional = values[field.name], field.default is None
-            try:
-                none = optional and value in (None, "None")
-                checked[field.name] = (
-                    None if none else _convert(kinds[field.name], value, field.metadata["limits"])
-                )
-            except ValueError as error:
-                raise UserError(f"{prefix}{field.name}: {error}") from None
-    return settings_class(**checked)
+def _check(settings_class: type, values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """`values` as their declared types. Raises `UserError` if one is unknown or invalid."""
+    kinds = _kinds(settings_class)
+    fields = {field.name: field for field in dataclasses.fields(settings_class)}
+    checked = {}
+    for name, value in values.items():
+        if name not in fields:
+            raise UserError(f"{prefix}{name}: no such option{_nearest(name, list(fields))}")
+        optional = fields[name].default is None
+        if optional and value in (None, "None"):
+            checked[name] = None
+            continue
+        try:
+            checked[name] = _convert(kinds[name], value, fields[name].metadata["limits"])
+        except ValueError as error:
+            raise UserError(f"{prefix}{name}: {error}") from None
+    return checked
 
 
 def _as_typed(value: Any) -> str:
@@ -205,7 +241,7 @@ def _nearest(word: str, words: Sequence[str]) -> str:
 
 
 def _convert(kind: Any, value: Any, limits: Mapping[str, Any]) -> Any:
-    """`value`, a string or a value of a sweep's config, as `kind`. Raises `ValueError` if it is invalid."""
+    """`value`, a string or a value of a sweep, as `kind`. Raises `ValueError` if it is invalid."""
     if kind in LISTS:
         return _list(*get_args(kind), value, **limits)
     if value == []:  # --batch_size=--
@@ -214,7 +250,9 @@ def _convert(kind: Any, value: Any, limits: Mapping[str, Any]) -> Any:
         if str(value).lower() not in BOOLEANS:
             raise ValueError(f"must be true or false, got {value!r}")
         return BOOLEANS[str(value).lower()]
-    return _text(value, **limits) if kind is str else _number(kind, value, **limits)
+    if kind is str:
+        return _text(value, **limits)
+    return _number(kind, value, **limits)
 
 
 def _list(kind: type, value: Any, length: int | None = None, **limits: float) -> list[Any]:
@@ -222,7 +260,8 @@ def _list(kind: type, value: Any, length: int | None = None, **limits: float) ->
     if len(parts) == 1:  # sweeps write lists as "[16, 32]"
         with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
             written = ast.literal_eval(str(parts[0]))
-            parts = list(written) if isinstance(written, (list, tuple)) else parts
+            if isinstance(written, (list, tuple)):
+                parts = list(written)
     if length is not None and len(parts) != length:
         raise ValueError(f"needs {length} values, got {len(parts)}: {_as_typed(parts)!r}")
     return [_convert(kind, part, limits) for part in parts]
@@ -233,14 +272,14 @@ def _text(
 ) -> str:
     if value is None or str(value) == "":
         raise ValueError("must not be empty")
-    if "\0" in str(value) or any("\ud800" <= character <= "\udfff" for character in str(value)):
+    text = str(value)
+    if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
         raise ValueError(f"must be UTF-8 text, got {value!r}")
     choices = choices() if callable(choices) else choices
     if choices and value not in choices:
-        raise ValueError(
-            f"must be one of {', '.join(choices)}; got {value!r}{_nearest(str(value), choices)}"
-        )
-    return os.path.expanduser(str(value)) if path else str(value)
+        near = _nearest(text, choices)
+        raise ValueError(f"must be one of {', '.join(choices)}; got {value!r}{near}")
+    return os.path.expanduser(text) if path else text
 
 
 def _number(
@@ -254,11 +293,8 @@ def _number(
         number = float(value)
     except (TypeError, ValueError, OverflowError):
         number = math.nan
-    if (
-        isinstance(value, bool)
-        or not math.isfinite(number)
-        or (kind is int and number != int(number))
-    ):
+    fits = math.isfinite(number) and (kind is float or number == int(number))
+    if isinstance(value, bool) or not fits:
         raise ValueError(f"must be a {'whole' if kind is int else 'finite'} number, got {value!r}")
     if kind is int and abs(number) >= 2**63:
         raise ValueError(f"is too large, got {value!r}")
@@ -272,13 +308,15 @@ def _number(
 
 
 def metric_names(prefix: str, two_classes: bool = False) -> Callable[[], tuple[str, ...]]:
-    """Choices for a metric, which import torch only if they are needed; `two_classes` adds those that need two."""
+    """Choices for a metric, which import torch only if they are needed.
+
+    `two_classes` adds those that are defined for two classes only.
+    """
 
     def names() -> tuple[str, ...]:
         from metrics import EVALUATION_METRICS as metrics
 
-        return tuple(
-            f"{prefix}/{name}" for name in metrics if two_classes or not metrics[name].two_classes
-        )
+        chosen = [name for name in metrics if two_classes or not metrics[name].two_classes]
+        return tuple(f"{prefix}/{name}" for name in chosen)
 
     return names

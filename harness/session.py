@@ -1,4 +1,4 @@
-"""A run from its output directory to the end of its W&B run, on rank 0 and on the others."""
+"""A run from its settings to its last line: output directory, resumption, W&B run, ranks."""
 
 import contextlib
 import dataclasses
@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 import wandb
+from torch import nn
 
-from harness import checkpoints, distributed, wandb_run
+from harness import distributed, tracking, wandb_service
 from harness.device import find_device, find_precision, keep_freed_memory
 from harness.directory import (
     CHECKPOINT,
@@ -26,208 +27,246 @@ from harness.directory import (
     METRICS,
     newest_unfinished,
     output_directory,
+    read_checkpoint,
 )
 from harness.errors import Stopped, UserError
 from harness.files import read_json, write_json
-from harness.history import History, rewind
-from harness.options import SharedSettings, from_config
-from harness.signals import StopRequests, handling_signals, in_main_thread
+from harness.options import SharedSettings
+from harness.script import StopRequests, handling_signals, in_main_thread
 
 LIBRARIES = ("torch", "torchvision", "transformers", "wandb", "numpy")
-Load = Callable[[Any], Any]  # (settings) -> data; fills in the settings that depend on the data
-Init = Callable[..., wandb.Run]  # (settings, **options of wandb.init) -> run
 
 
 @dataclasses.dataclass
 class Session:
     """What a script needs of its run, on each rank."""
 
-    settings: Any  # as used: placeholders resolved, a sweep's values included
-    data: Any = None  # what `load` returned
-    run: wandb.Run | None = None  # None if the run was finished before
-    history: History | None = None  # replaces `run.log`
+    settings: Any  # final: as requested, or as the run was begun with if it is resumed
+    stop_requests: StopRequests
+    # Every setting as used, for W&B, config.json and the checkpoint; the script adds what its
+    # placeholders stand for, such as the data set.
+    config: dict[str, Any] = dataclasses.field(default_factory=dict)
+    device: torch.device | None = None
     checkpoint: Mapping[str, Any] | None = None  # to resume from; None for a new run
-    stop_requests: StopRequests | None = None
-    started: float = 0.0  # on the clock of `time.perf_counter`, earlier by what the run took before it was resumed
-    metrics: dict[str, Any] = dataclasses.field(default_factory=dict)  # content of metrics.json
-
-    @property
-    def finished(self) -> bool:
-        """Whether there is nothing left to do."""
-        return self.run is None
+    started: float = 0.0  # by `time.perf_counter`, earlier by what previous processes took
+    run: tracking.Run | None = None  # from `start` on
+    metrics: dict[str, Any] = dataclasses.field(default_factory=dict)  # of metrics.json
+    finished: bool = False  # by an earlier process: there is nothing left to do
+    exits: contextlib.ExitStack = dataclasses.field(default_factory=contextlib.ExitStack)
 
     @property
     def output_dir(self) -> Path:
         return Path(self.settings.output_dir)
 
     @property
-    def device(self) -> torch.device:
-        return find_device(self.settings.device)
+    def precision(self) -> str:
+        """The precision to train in: "fp32" or "bf16"."""
+        return self.config["precision"]
+
+    def start(self, init: Callable[..., wandb.Run]) -> tracking.Run:
+        """Start the W&B run, which ends with the session, and write `config.json`.
+
+        `init` is `wandb.init` with the script's own arguments. Raises `UserError` if W&B can't
+        start.
+        """
+        if distributed.rank() > 0:
+            self.run = tracking.Run(init(mode="disabled"))
+            return self.run
+        journal = self.output_dir / JOURNAL
+        state = self.checkpoint and self.checkpoint["history"]
+        rows = tracking.rewind(journal, state) if state else []
+        self.run = tracking.start(init, self.settings, self.stop_requests, journal, bool(state))
+        command = resume_command(self.settings.output_dir, self.settings.resume)
+        self.exits.enter_context(tracking.finishing(self.run, command))
+        self.config["id"] = self.run.wandb.id  # W&B's agent may have chosen it
+        write_json(self.output_dir / CONFIG, self.config | {"versions": _versions()})
+        _log_config(self.run, self.config)
+        if state:
+            self.run.take_over(rows, state["checksum"])
+        return self.run
+
+    def describe(self, name: str, model: nn.Module) -> None:
+        """Print the size of the model, and how it is trained."""
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        how = f"on {self.device.type} in {self.precision}, seed {self.settings.seed}"
+        print(f"{name}: {parameters:,} parameters {how}")
 
 
 @contextlib.contextmanager
-def open_session(settings: SharedSettings, task: str, load: Load, init: Init) -> Iterator[Session]:
-    """Begin a run, or resume it, and end it with the block; files are written and W&B is told, however it ends.
+def open_session(requested: SharedSettings, task: str) -> Iterator[Session]:
+    """Start or resume a run for the `with` block; always close its files and its W&B run.
 
-    Raises `UserError` for what the user can fix, and `Stopped` if the run was asked to stop; in a thread of
-    `wandb.agent`, which goes on with other runs, that is only printed.
+    Raises `UserError` for what the user can fix, and `Stopped` if the run was asked to stop; in a
+    thread of `wandb.agent`, which goes on with other runs, that is only printed.
     """
     keep_freed_memory()
+    output_dir = requested.output_dir
+    finish_limit = tracking.FINISH_TIMEOUT[requested.log_model] + tracking.KILL_AFTER
+    last_wait = finish_limit + tracking.ARTIFACT_TIMEOUT
     try:
-        last_wait = (
-            wandb_run.FINISH_TIMEOUT[settings.log_model]
-            + wandb_run.KILL_AFTER
-            + wandb_run.ARTIFACT_TIMEOUT
-        )
         with (
-            distributed.joined(settings.peer_timeout, last_wait),
-            handling_signals(settings.stop_timeout) as requests,
+            distributed.joined(requested.peer_timeout, last_wait),
+            handling_signals(requested.stop_timeout) as requests,
         ):
             if distributed.rank() == 0:
-                _identify(settings, task)
-                opened = _open_on_rank_0(settings, load, init, requests)
+                opened = _open_on_rank_0(requested, task, requests)
             else:
-                opened = _open(settings, load, requests)
+                opened = _open_on_other_rank(requested, requests)
             with opened as session:
+                if not session.finished:
+                    output_dir = session.settings.output_dir
                 yield session
     except Stopped as stopped:
         if stopped.ends_launcher:
             distributed.stop_launcher()
-        if in_main_thread():
-            raise Stopped(
-                f"{stopped.reason}. To go on: {resume_command(settings)}", stopped.status
-            ) from None
-        print(stopped)
+        if not in_main_thread():
+            print(stopped)
+            return
+        command = resume_command(output_dir, requested.resume)
+        raise Stopped(f"{stopped.reason}. To go on: {command}", stopped.status) from None
 
 
-def resume_command(settings: SharedSettings) -> str:
-    """What to type to resume this run."""
+def resume_command(output_dir: str | None, resumed: bool) -> str:
+    """What to type to resume a run; `resumed`: whether this command resumed it already."""
     if distributed.spans_hosts():
-        more = (
-            " with --resume and its --output_dir"
-            if settings.output_dir and not settings.resume
-            else ""
-        )
+        more = " with --resume and its --output_dir" if output_dir and not resumed else ""
         return f"the same command on every host{more}"
-    processes = os.environ.get("LOCAL_WORLD_SIZE")  # set by torchrun
-    launcher = ["torchrun", "--nproc-per-node", processes] if processes else ["python"]
+    command = ["python", *sys.argv]
+    if processes := os.environ.get("LOCAL_WORLD_SIZE"):  # set by torchrun
+        command = ["torchrun", "--nproc-per-node", processes, *sys.argv]
     named = any(word.partition("=")[0] == "--output_dir" for word in sys.argv)
-    more = [] if named or not settings.output_dir else ["--output_dir", settings.output_dir]
-    more += ["--resume"] if settings.output_dir and not settings.resume else []
-    return shlex.join([*launcher, *sys.argv, *more])
+    if output_dir and not named:
+        command += ["--output_dir", output_dir]
+    if output_dir and not resumed:
+        command.append("--resume")
+    return shlex.join(command)
 
 
 @contextlib.contextmanager
 def _open_on_rank_0(
-    settings: SharedSettings, load: Load, init: Init, requests: StopRequests
+    requested: SharedSettings, task: str, requests: StopRequests
 ) -> Iterator[Session]:
     started = time.perf_counter()
-    _check_leader(settings)
-    with output_directory(settings) as output_dir:
-        checkpoint = checkpoints.load(output_dir, settings)
-        started -= checkpoint["seconds"] if checkpoint else 0
-        if metrics := _finished_before(output_dir, settings, checkpoint):
+    _check_leader(requested)
+    identity = _identify(requested, task)
+    begun = dataclasses.asdict(requested) | identity
+    output_dir = Path(identity["output_dir"])
+    with output_directory(output_dir, requested.resume, begun):
+        checkpoint = read_checkpoint(output_dir)
+        if checkpoint:
+            started -= checkpoint["seconds"]
+            identity |= _settings_of(checkpoint["settings"], requested, output_dir)
+        settings = dataclasses.replace(requested, **identity)
+        metrics = _finished_before(output_dir, settings, checkpoint)
+        if metrics:
             distributed.broadcast(None)
-            yield Session(settings, metrics=metrics)
+            yield Session(settings, requests, metrics=metrics, finished=True)
             return
-        rows = rewind(output_dir / JOURNAL, checkpoint["history"]) if checkpoint else []
-        requested, data, resuming = dataclasses.replace(settings), None, bool(checkpoint)
-        if "WANDB_SWEEP_ID" not in os.environ:
-            find_device(
-                settings.device
-            )  # before W&B starts, so that a mistake leaves nothing behind
-            data = load(settings)
-
-        def init_run(mode: str) -> wandb.Run:
-            return init(requested, **wandb_run.init_options(requested, mode, requests, resuming))
-
-        run, wandb_step = wandb_run.start(init_run, requested, resuming)
-        with wandb_run.finishing(run, resume_command(settings)):
-            # A sweep may have set values: from here on, W&B's config decides.
-            configured = settings if checkpoint else from_config(requested, run.config)
-            if data is None or configured not in (requested, settings):
-                settings = configured
-                data = load(settings)
-            device = find_device(settings.device)
-            settings.device, settings.precision = (
-                device.type,
-                find_precision(settings.precision, device),
-            )
-            settings.id = run.id
-            _record(run, settings, output_dir)
-            history = History(run, output_dir / JOURNAL, wandb_step)
-            history.take_over(rows)
-            distributed.broadcast((settings, checkpoint))
-            session = Session(settings, data, run, history, checkpoint, requests, started)
+        device = find_device(settings.device)
+        precision = find_precision(settings.precision, device)
+        used = {"device": device.type, "precision": precision}
+        config = dataclasses.asdict(settings) | used
+        distributed.broadcast((settings, config, checkpoint))
+        session = Session(settings, requests, config, device, checkpoint, started)
+        with session.exits:
             yield session
-            history.commit()
-            last_line = _where_to_look(run, output_dir)
+            last_line = _where_to_look(session.run, output_dir)
         session.metrics["seconds"] = time.perf_counter() - started
         write_json(output_dir / METRICS, session.metrics)
     print(last_line)
 
 
 @contextlib.contextmanager
-def _open(requested: SharedSettings, load: Load, requests: StopRequests) -> Iterator[Session]:
-    """On the other ranks: the settings and the checkpoint of rank 0; nothing is printed, logged or written."""
-    with distributed.deferring_to_rank_0():
-        _check_leader(requested)
-    begun = distributed.broadcast()
-    if not begun:  # it was finished before
-        yield Session(None)
-        return
-    settings, checkpoint = begun
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        data, run = load(settings), wandb.init(mode="disabled")
-        with distributed.deferring_to_rank_0():
-            yield Session(settings, data, run, History(run, None), checkpoint, requests)
-
-
-def _check_leader(settings: SharedSettings) -> None:
-    """Raise `UserError`, on all ranks, if a run is to be resumed whose checkpoint is on another host than rank 0's."""
-    found = bool(settings.output_dir) and Path(settings.output_dir, CHECKPOINT).exists()
-    leader, *others = distributed.gather((socket.gethostname(), found and settings.resume))
-    hosts = [host for host, found in others if found and not leader[1]]
-    if hosts:
-        problem = f"is on {hosts[0]}, and {leader[0]}, which has process 0, can't read it"
-        advice = f"--output_dir belongs where all hosts share it, or --node-rank 0 on {hosts[0]}"
-        raise UserError(f"--resume: the checkpoint of {settings.output_dir} {problem}: {advice}")
-
-
-def _identify(settings: SharedSettings, task: str) -> None:
-    """Resolve project, entity, run id, output directory and W&B mode. Raises `UserError`."""
-    if settings.resume and not settings.output_dir:
-        newest = newest_unfinished(task)
-        raise UserError(
-            "--resume needs --output_dir"
-            + (f"; the newest unfinished run is {newest}" if newest else "")
-        )
-    config = read_json(Path(settings.output_dir, CONFIG)) or {} if settings.resume else {}
-    before = {name: value for name, value in config.items() if isinstance(value, str)}
-    for name, variable in (
-        ("project", "WANDB_PROJECT"),
-        ("entity", "WANDB_ENTITY"),
-        ("id", "WANDB_RUN_ID"),
+def _open_on_other_rank(requested: SharedSettings, requests: StopRequests) -> Iterator[Session]:
+    """With the settings and the checkpoint of rank 0; nothing is printed, logged or written."""
+    with (
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        distributed.deferring_to_rank_0(),
     ):
-        used, wanted = before.get(name), getattr(settings, name) or os.environ.get(variable)
+        _check_leader(requested)
+        begun = distributed.broadcast()
+        if not begun:
+            yield Session(requested, requests, finished=True)
+            return
+        settings, config, checkpoint = begun
+        device = find_device(config["device"])
+        yield Session(settings, requests, config, device, checkpoint)
+
+
+def _check_leader(requested: SharedSettings) -> None:
+    """Raise `UserError`, on all ranks, if only another host than rank 0's has the checkpoint."""
+    if not distributed.spans_hosts():
+        return
+    found = requested.resume and Path(requested.output_dir or "", CHECKPOINT).exists()
+    (leader, leader_found), *others = distributed.gather((socket.gethostname(), found))
+    hosts = [host for host, host_found in others if host_found]
+    if hosts and not leader_found:
+        problem = f"is on {hosts[0]}, and {leader}, which has process 0, can't read it"
+        advice = f"--output_dir belongs on a shared disk, or --node-rank 0 on {hosts[0]}"
+        checkpoint = f"--resume: the checkpoint of {requested.output_dir}"
+        raise UserError(f"{checkpoint} {problem}: {advice}")
+
+
+def _identify(requested: SharedSettings, task: str) -> dict[str, Any]:
+    """Project, entity, run id, output directory and W&B mode. Raises `UserError`."""
+    if requested.resume and not requested.output_dir:
+        newest = newest_unfinished(task)
+        known = f"; the newest unfinished run is {newest}" if newest else ""
+        raise UserError(f"--resume needs --output_dir{known}")
+    before = {}
+    if requested.resume:
+        before = read_json(Path(requested.output_dir, CONFIG)) or {}
+    identity: dict[str, Any] = {}
+    for name in ("project", "entity", "id"):
+        variable = "WANDB_RUN_ID" if name == "id" else f"WANDB_{name.upper()}"
+        wanted = getattr(requested, name) or os.environ.get(variable)
+        used = before.get(name)
+        if not isinstance(used, str):  # also in a damaged file
+            used = None
         if used and wanted and used != wanted:
-            raise UserError(
-                f"--resume: the run in {settings.output_dir} has --{name} {used}, not {wanted}"
-            )
-        setattr(settings, name, used or wanted)
-    settings.project = settings.project or task
-    settings.id = settings.id or secrets.token_hex(4)
-    settings.output_dir = settings.output_dir or f"runs/{task}-{settings.id}"
-    if "/" in settings.id:
-        raise UserError(f"--id: must not contain a slash, got {settings.id!r}")
-    for name, value in ("id", settings.id), ("output_dir", settings.output_dir):
-        if value.splitlines() != [value]:  # they stand in the last line of a run
-            raise UserError(f"--{name}: must be one line, got {value!r}")
-    settings.wandb = wandb_run.wandb_mode(settings.wandb)
-    if "WANDB_SWEEP_ID" in os.environ:
-        settings.project = settings.entity = settings.id = (
-            None  # W&B's agent has set them and warns about others
-        )
+            run = f"the run in {requested.output_dir} has --{name} {used}"
+            raise UserError(f"--resume: {run}, not {wanted}")
+        identity[name] = used or wanted
+    identity["project"] = identity["project"] or task
+    run_id = identity["id"] = identity["id"] or secrets.token_hex(4)
+    identity["output_dir"] = requested.output_dir or f"runs/{task}-{run_id}"
+    if "/" in run_id:
+        raise UserError(f"--id: must not contain a slash, got {run_id!r}")
+    for name in ("id", "output_dir"):
+        if identity[name].splitlines() != [identity[name]]:  # they stand in the last line of a run
+            raise UserError(f"--{name}: must be one line, got {identity[name]!r}")
+    identity["wandb"] = wandb_service.find_mode(requested.wandb)
+    if "WANDB_SWEEP_ID" in os.environ:  # W&B's agent has set them and warns about others
+        identity |= {"project": None, "entity": None, "id": None}
+    return identity
+
+
+def _settings_of(
+    used: Mapping[str, Any], requested: SharedSettings, output_dir: Path
+) -> dict[str, Any]:
+    """What a resumed run takes from the settings it was begun with.
+
+    Raises `UserError` if others were requested that may not change.
+    """
+    run = f"--resume: the run in {output_dir}"
+    fields = {field.name: field.metadata for field in dataclasses.fields(requested)}
+    if others := sorted(used.keys() ^ fields.keys()):
+        names = ", ".join(f"--{name}" for name in others)
+        raise UserError(f"{run} is of another script or version: its options differ ({names})")
+    taken = {name: used[name] for name in ("project", "entity", "id")}
+    differ = []
+    for name in sorted(fields):
+        value = getattr(requested, name)
+        if not fields[name]["may_change"]:
+            taken[name] = used[name]
+            if value not in (used[name], fields[name]["placeholder"]):
+                differ.append(f"--{name} was {used[name]!r}, is {value!r}")
+        elif value is None:
+            taken[name] = used[name]
+    if differ:
+        raise UserError(f"{run} was begun with other settings: {'; '.join(differ)}")
+    return taken
 
 
 def _finished_before(
@@ -237,45 +276,47 @@ def _finished_before(
     metrics = read_json(output_dir / METRICS)
     if metrics is None:
         return None
-    if checkpoint and not wandb_run.is_complete(
-        settings.id, settings.wandb, checkpoint["position"]["step"]
-    ):
-        print(f"{output_dir} is finished, but W&B does not have all of it: the end is repeated.")
-        return None
+    if checkpoint:
+        last_step = checkpoint["position"]["step"]
+        if not wandb_service.is_complete(settings.id, settings.wandb, last_step):
+            problem = "is finished, but W&B does not have all of it"
+            print(f"{output_dir} {problem}: the end is repeated.")
+            return None
     print(f"{output_dir} is finished: see {output_dir / METRICS}")
     return metrics
 
 
-def _record(run: wandb.Run, settings: SharedSettings, output_dir: Path) -> None:
-    """Write the settings as used to W&B and, with versions, to `config.json`; the data set becomes a tag."""
-    used = dataclasses.asdict(settings)
+def _versions() -> dict[str, str]:
     versions = {"python": platform.python_version()}
     for library in LIBRARIES:
         with contextlib.suppress(PackageNotFoundError):
             versions[library] = version(library)
-    write_json(output_dir / CONFIG, used | {"versions": versions})
-    with wandb_run.tolerate_wandb_errors(run):
-        run.config.update(
-            {k: v for k, v in used.items() if run.config.get(k) != v}, allow_val_change=True
-        )
-        run.tags = tuple(dict.fromkeys((*(run.tags or ()), settings.dataset)))
-        if settings.save_code:
-            root = Path(__file__).parent.parent
-            packages = {root, Path(sys.argv[0]).resolve().parent}
-            packages |= {
-                init.parent for depth in ("*", "*/*") for init in root.glob(f"{depth}/__init__.py")
-            }
-            run.log_code(
-                root,
-                include_fn=lambda p: Path(p).parent in packages and p.endswith((".py", ".yaml")),
-            )
+    return versions
 
 
-def _where_to_look(run: wandb.Run, output_dir: Path) -> str:
+@tracking.logs_to_wandb
+def _log_config(run: tracking.Run, config: Mapping[str, Any]) -> None:
+    """Log the settings that W&B does not have yet, and the code if it is asked for."""
+    known = run.wandb.config
+    changed = {name: value for name, value in config.items() if known.get(name) != value}
+    known.update(changed, allow_val_change=True)
+    if config["save_code"]:
+        root = Path(__file__).parent.parent
+        packages = {root, Path(sys.argv[0]).resolve().parent}
+        for pattern in ("*/__init__.py", "*/*/__init__.py"):
+            packages |= {file.parent for file in root.glob(pattern)}
+
+        def included(path: str) -> bool:
+            return Path(path).parent in packages and path.endswith((".py", ".yaml"))
+
+        run.wandb.log_code(root, include_fn=included)
+
+
+def _where_to_look(run: tracking.Run, output_dir: Path) -> str:
     """The last line of a run: where its files are, and how to see them in W&B."""
     line = f"Files of this run: {output_dir}"
-    if run.disabled:
+    if run.wandb.disabled:
         return f"{line} (W&B is disabled)"
-    directory = os.path.relpath(Path(run.dir).parent)
-    upload = f"upload it: wandb sync {directory}" if run.offline else f"on the web: {run.url}"
-    return f"{line} | look at it: wandb leet {directory} | {upload}"
+    path = os.path.relpath(Path(run.wandb.dir).parent)
+    upload = f"on the web: {run.wandb.url}" if run.online else f"upload it: wandb sync {path}"
+    return f"{line} | look at it: wandb leet {path} | {upload}"

@@ -1,0 +1,514 @@
+"""The tracked run: its rows go to a journal and to W&B, whose failures never reach training."""
+
+import contextlib
+import functools
+import json
+import logging
+import operator
+import os
+import queue
+import shutil
+import signal
+import threading
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+import wandb
+from torch import nn
+from tqdm import tqdm
+
+from harness import distributed, wandb_service
+from harness.errors import Stopped, UserError, disk_error, script_line, warn_loudly
+from harness.files import replacing
+from harness.options import SharedSettings
+from harness.script import StopRequests, cancel_timeout, in_main_thread
+
+INIT_TIMEOUT = 8  # seconds; W&B waits up to ten more before that to confirm the API key
+FINISH_TIMEOUT = {"none": 20, "best": 1800, "all": 1800}  # seconds, by --log_model
+KILL_AFTER = 10  # seconds after that until the service is killed
+CLOSE_TIMEOUT = 2  # seconds to close the run after a signal
+ARTIFACT_TIMEOUT = 5  # seconds to hand over artifacts at the end; uploading them comes after that
+NO_ANSWER = (
+    "W&B does not answer.",
+    "The same command with --resume logs the rest once it does.",
+)
+
+
+def logs_to_wandb(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorator for a function of a `Run` that hands something to W&B, isolated from training.
+
+    It is called on rank 0 only. The first error of W&B is reported, and none is raised.
+    """
+
+    @functools.wraps(function)
+    def isolated(run: "Run", *arguments: Any, **options: Any) -> Any:
+        if distributed.rank() > 0:
+            return None
+        try:
+            return function(run, *arguments, **options)
+        except Exception as error:
+            refused_here = error.args and isinstance(error.args[0], _Refusal)
+            ours = refused_here or _is_from_agent(error)
+            if ours or not (wandb_service.raised_by_wandb(error) or disk_error(error)):
+                raise
+            run.report(error)
+            return None
+
+    return isolated
+
+
+class _Refusal(str):
+    """Why `Run.log` raises `ValueError`."""
+
+
+def _is_from_agent(error: Exception) -> bool:
+    """Whether `wandb.agent` raised this, a bare `Exception`, in its thread to stop the run there."""
+    return type(error) is Exception and not error.args and not in_main_thread()
+
+
+class Run:
+    """Holds a `wandb.Run` and collects a row per step, the number of training examples seen.
+
+    A row is written, to the journal and then to W&B, when a later one begins or on `commit`. So a
+    process that dies leaves no half of a row, and both hold the same rows. Whatever W&B raises is
+    reported once, and training goes on. On ranks other than 0 nothing is written.
+    """
+
+    def __init__(self, run: wandb.Run, journal: Path | None = None, wandb_step: int = -1):
+        """`wandb_step` is the last step that W&B already has of this run, -1 if none."""
+        self.wandb = run  # for what this class does not offer
+        self.config = _Mapping(self, run.config)
+        self.summary = _Mapping(self, run.summary)
+        self.step = 0  # of the current row
+        self.failed = False  # whether a failure of W&B was reported
+        self.lost = False  # whether W&B's service is gone
+        self._row: dict[str, Any] = {}
+        self._written = False  # whether the current row was
+        self._restoring = False  # a resumed run repeats what it did before training
+        self._rows: list[dict[str, float]] = []  # of the journal
+        self._journal = journal
+        self._checksum = 0
+        self._wandb_step = wandb_step
+        self._handing_over = False
+        self._artifacts: queue.SimpleQueue = queue.SimpleQueue()
+        self._worker: threading.Thread | None = None
+        if not run.disabled:
+            self._intercept_hooks()
+        if self.online:
+            # W&B waits for the server before it logs an artifact.
+            self._worker = threading.Thread(target=self._log_artifacts, daemon=True)
+            self._worker.start()
+
+    @property
+    def online(self) -> bool:
+        return not (self.wandb.offline or self.wandb.disabled)
+
+    @property
+    def rows(self) -> list[dict[str, float]]:
+        """The numbers of all rows so far, each with its step; the current one is the last."""
+        return [*self._rows, {"step": self.step, **_numbers(self._row)}]
+
+    def log(self, values: Mapping[str, Any], step: int | None = None, commit: bool = False) -> None:
+        """Add numbers, media or charts to the row of `step`, by default the current one.
+
+        A larger step begins that row; `commit` ends the current one. Raises `ValueError` for a step
+        that falls, a row that has ended, a key that the row has with another value, and a key that
+        W&B or the journal keeps for itself.
+        """
+        values = {name: _plain(value) for name, value in values.items()}
+        for name in values:
+            if not isinstance(name, str) or name == "step" or name.startswith("_"):
+                raise self._refusal(f"{name!r} can't be the name of a metric")
+        if step is not None and step != self.step:
+            self._begin_row(operator.index(step))
+        if self._written and values:
+            raise self._refusal(f"the row of step {self.step} has ended")
+        for name, value in values.items():
+            if name in self._row and not _same(value, self._row[name]):
+                raise self._refusal(f"the row of step {self.step} has another value of {name!r}")
+        self._row.update(values)
+        if commit:
+            self.commit()
+
+    def _refusal(self, reason: str) -> ValueError:
+        return ValueError(_Refusal(f"run.log in {script_line()}: {reason}"))
+
+    def _begin_row(self, step: int) -> None:
+        if step < self.step:
+            raise self._refusal(f"step {step} comes after step {self.step}")
+        self.commit()
+        self.step = step
+        self._written = False
+
+    def commit(self) -> None:
+        """End the current row: write it to the journal, then to W&B.
+
+        Raises `OSError` if the journal can't be written.
+        """
+        row = self._row
+        self._row = {}
+        self._written = True
+        if self._restoring:
+            return
+        numbers = _numbers(row)
+        if numbers and self._journal:
+            self._rows.append({"step": self.step, **numbers})
+            line = json.dumps(self._rows[-1]) + "\n"
+            with self._journal.open("a") as journal:
+                journal.write(line)
+            self._checksum = zlib.crc32(line.encode(), self._checksum)
+        self._send(row, self.step)
+
+    def _send(self, row: Mapping[str, Any], step: int) -> None:
+        if not row or self.wandb.disabled or step <= self._wandb_step:
+            return
+        stored = self._hand_over(row, step)
+        if not stored and not self.lost:  # if the media can't be stored, at least the numbers
+            self._hand_over(_numbers(row), step)
+
+    @logs_to_wandb
+    def _hand_over(self, row: Mapping[str, Any], step: int) -> bool:
+        if self.lost:
+            return False
+        self._handing_over = True
+        try:
+            self.wandb.log({}, step=step)  # W&B names media files after the row that is open
+            self.wandb.log(row, step=step, commit=True)
+        finally:
+            self._handing_over = False
+        return True
+
+    def _intercept_hooks(self) -> None:
+        """Have the hooks of `watch` and W&B's own `log` add to the current row."""
+        if not hasattr(self.wandb, "_log"):
+            wandb_service.report_change("histograms of run.watch may be logged with another step")
+            return
+        log_to_wandb = self.wandb._log
+
+        def log(
+            data: Mapping[str, Any], step: int | None = None, commit: bool | None = None
+        ) -> None:
+            if self._handing_over:
+                log_to_wandb(data, step, commit)
+            elif step is None and commit is False:  # a hook, which may run several times in a step
+                self._row.update({} if self._written else data)
+            else:
+                self.log(data, step, bool(commit))
+
+        self.wandb._log = log
+
+    def state_dict(self) -> dict[str, Any]:
+        """The length of the journal, flushed to disk, its CRC-32, and the current row's numbers."""
+        with self._journal.open("ab") as journal:
+            os.fsync(journal.fileno())
+            length = journal.tell()
+        return {
+            "journal": length,
+            "checksum": self._checksum,
+            "step": self.step,
+            "row": _numbers(self._row),
+            "written": self._written,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue the row that `state_dict` found."""
+        self.step = state["step"]
+        self._row = dict(state["row"])
+        self._written = state["written"]
+        self._restoring = False
+
+    def take_over(self, rows: list[dict[str, float]], checksum: int) -> None:
+        """Continue after these rows of the journal, and log those that W&B has lost.
+
+        Their media are logged too if an earlier W&B log on this machine has them. What is logged
+        before `load_state_dict` was logged by an earlier process.
+        """
+        self._rows = rows
+        self._checksum = checksum
+        self._restoring = True
+        if self.wandb.disabled or not (rows or self._wandb_step >= 0):
+            return
+        current = Path(self.wandb.settings.sync_file)
+        logs = [log for log in wandb_service.log_files(self.wandb.id) if log != current]
+        logged = wandb_service.logged_rows(logs)
+        if self.wandb.offline and self._wandb_step >= 0:
+            for step in sorted(logged):  # or the summary would lack what earlier processes logged
+                if step <= self._wandb_step:
+                    self.summary.update(_public(logged[step][0]))
+        lost = [row for row in rows if row["step"] > self._wandb_step]
+        if lost and self.wandb.offline and not logged:
+            print("W&B's own log of this run is not in wandb/: its numbers are logged again.")
+        for row in lost:
+            values = row
+            if row["step"] in logged:
+                values, directory = logged[row["step"]]
+                self._save_media(values, directory)
+            self._send(_public(values), row["step"])
+
+    @logs_to_wandb
+    def _save_media(self, values: Mapping[str, Any], directory: Path) -> None:
+        """Save the files of a row that an earlier process logged."""
+        for value in values.values():
+            if not isinstance(value, dict):
+                continue
+            for name in filter(None, [*value.get("filenames", ()), value.get("path")]):
+                if (directory / name).exists():
+                    copy = Path(self.wandb.dir, name)
+                    copy.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(directory / name, copy)
+                    self.wandb.save(copy, base_path=self.wandb.dir, policy="now")
+
+    @logs_to_wandb
+    def call(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        """Call a function of W&B, isolated from training; None if it fails."""
+        return function(*arguments, **options)
+
+    def watch(self, model: nn.Module, **options: Any) -> None:
+        """`wandb.Run.watch`: histograms of the model's gradients and parameters."""
+        self.call(self.wandb.watch, model, **options)
+
+    @logs_to_wandb
+    def save(self, path: Path) -> None:
+        """`wandb.Run.save` a copy of a file; W&B by itself would only link to the file."""
+        if not self.wandb.disabled:
+            copy = shutil.copy(path, self.wandb.dir)
+            self.wandb.save(copy, base_path=self.wandb.dir, policy="now", glob=False)
+
+    def alert(self, title: str, text: str) -> None:
+        """Print a warning, and send it by `wandb.Run.alert` if the run is online."""
+        tqdm.write(f"WARNING: at step {self.step:,}, {text}")
+        if self.online:
+            self.call(self.wandb.alert, title, text, level=wandb.AlertLevel.WARN)
+
+    def use_artifact(self, artifact: Any, **options: Any) -> wandb.Artifact | None:
+        """`wandb.Run.use_artifact`; None if W&B fails."""
+        return self.call(self.wandb.use_artifact, artifact, **options)
+
+    def log_artifact(self, artifact: wandb.Artifact, **options: Any) -> None:
+        """`wandb.Run.log_artifact`, online in the background: W&B waits for the server."""
+        if self._worker:
+            self._artifacts.put((artifact, options))
+        else:
+            self.call(self.wandb.log_artifact, artifact, **options)
+
+    def _log_artifacts(self) -> None:
+        while work := self._artifacts.get():
+            artifact, options = work
+            self.call(self.wandb.log_artifact, artifact, **options)
+
+    def report(self, error: Exception) -> None:
+        """Report the first failure of W&B; later ones are its consequences."""
+        if isinstance(error, ConnectionError):
+            self.lost = True
+        if self.failed:
+            return
+        self.failed = True
+        reason = str(error) or type(error).__name__
+        warn_loudly(
+            f"W&B has failed: {reason} ({script_line(error)})",
+            "Training continues. The journal has every number; "
+            "the same command with --resume logs them again.",
+        )
+
+    def finish(self, status: int) -> None:
+        """Hand over what is left and end the W&B run, within W&B's own limit of time."""
+        if self._worker:
+            self._artifacts.put(None)
+            self._worker.join(ARTIFACT_TIMEOUT if status == 0 else 0)
+            if self._worker.is_alive():
+                self.failed = True  # what W&B raises later is a consequence
+        limit = self.wandb.settings.finish_timeout + KILL_AFTER
+        killer = threading.Timer(limit, self._give_up)
+        killer.daemon = True
+        killer.start()
+        self._finish(status, killer)
+        if self.lost:
+            wandb_service.close()
+
+    @logs_to_wandb
+    def _finish(self, status: int, killer: threading.Timer) -> None:
+        try:
+            self.wandb.finish(exit_code=status)
+        except TimeoutError:
+            warn_loudly(*NO_ANSWER)
+            return
+        finally:
+            killer.cancel()
+        if self.online and not self.failed:
+            for log in wandb_service.log_files(self.wandb.id):
+                wandb_service.synced_marker(log).touch()
+
+    def _give_up(self) -> None:
+        """End W&B's service, which may wait for an upload forever."""
+        self.failed = True
+        self.lost = True
+        try:
+            warn_loudly(*NO_ANSWER)
+        finally:
+            wandb_service.kill()
+
+
+class _Mapping:
+    """The config or the summary of a W&B run, isolated from training."""
+
+    def __init__(self, run: Run, content: Any):
+        self._run = run
+        self._content = content
+
+    def __getitem__(self, name: str) -> Any:
+        return self._content[name]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self._run.call(self._content.__setitem__, name, value)
+
+    def update(self, values: Mapping[str, Any], **options: Any) -> None:
+        self._run.call(self._content.update, values, **options)
+
+
+def _plain(value: Any) -> Any:
+    """A number as Python's own, also from a tensor or an array; anything else as it is."""
+    if getattr(value, "ndim", None) == 0:
+        value = value.item()
+    if isinstance(value, Real) and not isinstance(value, int):
+        return float(value)
+    return value
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two values of a row are the same; NaN is the same as NaN."""
+    plain = (int, float, str)
+    if isinstance(a, plain) and isinstance(b, plain):
+        return a == b or (a != a and b != b)
+    return a is b
+
+
+def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in row.items() if isinstance(value, (int, float))}
+
+
+def _public(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What was logged in a row, without the entries of W&B and of the journal."""
+    return {name: row[name] for name in row if name != "step" and not name.startswith("_")}
+
+
+def rewind(journal: Path, state: Mapping[str, Any]) -> list[dict[str, float]]:
+    """Cut the journal to its length in a run's `state_dict` and return its rows.
+
+    Raises `UserError` if they are damaged.
+    """
+    content = b""
+    if journal.is_file():
+        content = journal.read_bytes()[: state["journal"]]
+    if len(content) != state["journal"] or zlib.crc32(content) != state["checksum"]:
+        problem = "does not go with the checkpoint: rows are missing or damaged"
+        raise UserError(f"{journal} {problem}; choose another --output_dir", status=1)
+    with replacing(journal) as temporary:
+        temporary.write_bytes(content)
+    return [json.loads(line) for line in content.splitlines()]
+
+
+@wandb_service.starting()
+def start(
+    init: Callable[..., wandb.Run],
+    settings: SharedSettings,
+    requests: StopRequests,
+    journal: Path,
+    resuming: bool,
+) -> Run:
+    """The tracked run of the W&B run that `init` starts; W&B's stop button adds to `requests`.
+
+    If the server can't be reached or refuses, the run is offline, after at most 25 seconds.
+    """
+    wandb_service.find_caches()
+    logs: list[Path] = []
+    if settings.wandb != "disabled":
+        wandb_service.start()
+        logs = wandb_service.log_files(settings.id) if settings.resume else []
+    for log in logs:
+        if not wandb_service.synced_marker(log).exists():
+            wandb_service.repair_log(log)
+    try:
+        run = init(**_init_options(settings, settings.wandb, requests, resuming))
+    except wandb.errors.CommError as error:
+        if settings.wandb != "online":
+            raise
+        warn_loudly(
+            f"W&B can't be used: {str(error).splitlines()[0]}",
+            "If the API key is wrong, set another one: wandb login --relogin.",
+            "The run continues offline; wandb sync uploads it later.",
+        )
+        wandb.teardown()
+        run = init(**_init_options(settings, "offline", requests, resuming))
+    if run.disabled:
+        return Run(run, journal)
+    logging.raiseExceptions = False  # a full disk under wandb/ would flood the terminal
+    if not run.offline:
+        return Run(run, journal, run.starting_step - 1 if run.resumed else -1)
+    if not resuming:  # a checkpoint comes before rows: any that are there are of another run
+        return Run(run, journal)
+    # Rows of an online process may not have reached the server, unless it confirmed them.
+    kept = [
+        log
+        for log in logs
+        if log.parent.name.startswith("offline-") or wandb_service.synced_marker(log).exists()
+    ]
+    return Run(run, journal, max(wandb_service.logged_rows(kept), default=-1))
+
+
+def _init_options(
+    settings: SharedSettings, mode: str, requests: StopRequests, resuming: bool
+) -> dict[str, Any]:
+    """Arguments for `wandb.init` beside those of the script."""
+    wandb_settings = wandb.Settings(
+        **wandb_service.flush_settings(),
+        init_timeout=INIT_TIMEOUT,
+        finish_timeout=FINISH_TIMEOUT[settings.log_model if mode == "online" else "none"],
+        finish_timeout_raises=True,
+        stop_fn=lambda: requests.add("W&B", 0),
+    )
+    return {
+        "entity": settings.entity,
+        "id": settings.id,
+        "job_type": settings.job_type,
+        "group": settings.group,
+        "notes": settings.notes,
+        "mode": mode,
+        "save_code": settings.save_code or None,
+        "resume": "allow" if resuming and mode == "online" else None,
+        "settings": wandb_settings,
+    }
+
+
+@contextlib.contextmanager
+def finishing(run: Run, command: str) -> Iterator[None]:
+    """Finish the run with the block, within seconds if it was stopped.
+
+    `command` is what resumes the run.
+    """
+    closing = False
+    try:
+        try:
+            yield
+        except Exception as error:
+            if not _is_from_agent(error):
+                raise
+            raise Stopped("the sweep", 0) from None
+        run.commit()
+        closing = True
+        run.finish(0)
+    except BaseException as error:
+        cancel_timeout()
+        status = getattr(error, "status", 1)
+        if status == 128 + signal.SIGTERM and not closing:
+            run.call(run.wandb.mark_preempting)
+        finish = threading.Thread(target=run.finish, args=[status], daemon=True)
+        finish.start()
+        hurry = isinstance(error, Stopped) and status != 0  # stopped by W&B, it has half a minute
+        finish.join(CLOSE_TIMEOUT if hurry else None)
+        if hurry and (closing or finish.is_alive()):
+            print(f"{error}; W&B does not answer. To go on: {command}", flush=True)
+            os._exit(status)  # every file is written, and W&B would go on waiting
+        raise

@@ -1,0 +1,249 @@
+"""W&B's background service and its log files: mode, start, reading, repair, end.
+
+Each process of a run leaves a log file, `wandb/*run-*-<id>/run-<id>.wandb`. `wandb sync` uploads
+them in order, but stops at one that a crash truncated. A file is a header and blocks of 32 KB in
+the record format of LevelDB (https://github.com/google/leveldb/blob/main/doc/log_format.md), each
+record a protobuf. What W&B does not document here has a fallback, which is reported once.
+"""
+
+import contextlib
+import functools
+import glob
+import json
+import os
+import struct
+import tempfile
+import threading
+import traceback
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import wandb
+
+from harness.errors import UserError
+
+try:
+    from wandb.proto.wandb_internal_pb2 import Record
+except ImportError:
+    Record = None
+
+SERVICE_TIMEOUT = 35  # seconds; W&B waits 30 for its service to start
+CACHE_BYTES = 1 << 20  # a cache that can't take this much counts as full
+FLUSH_SETTING = "x_transaction_log_flush_interval"
+SERVICE_PROCESS = ("_connection", "_proc", "_process")  # attributes that lead to it
+BLOCK = 32768
+HEADER = b":W&B"
+WHOLE, FIRST, LAST = 1, 2, 4  # kinds of chunks of a record; 3 is one in the middle
+
+
+@functools.cache
+def report_change(loss: str) -> None:
+    """Say once what is lost because this version of W&B is different."""
+    tested = "differs from the versions that this was tested with"
+    print(f"wandb {wandb.__version__} {tested}: {loss}.")
+
+
+def flush_settings() -> dict[str, Any]:
+    """Settings with which a crash loses next to nothing of W&B's log; by default, 15 seconds."""
+    if FLUSH_SETTING in wandb.Settings.model_fields:
+        return {FLUSH_SETTING: 0.05}
+    report_change("a crash may lose the last seconds of W&B's log")
+    return {}
+
+
+def raised_by_wandb(error: Exception) -> bool:
+    """Whether an exception comes from W&B's code."""
+    modules = [
+        frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)
+    ]
+    return any(module.startswith("wandb.") for module in modules)
+
+
+@contextlib.contextmanager
+def starting() -> Iterator[None]:
+    """Turn what W&B raises before a run has started into a `UserError`, unless it is clear itself."""
+    try:
+        yield
+    except Exception as error:
+        clear = ("harness", "wandb.errors", "pydantic")
+        if not raised_by_wandb(error) or type(error).__module__.startswith(clear):
+            raise
+        close()
+        problem = f"W&B can't start: {str(error) or type(error).__name__}"
+        advice = "see its environment variables and settings, or use --wandb disabled"
+        raise UserError(f"{problem}; {advice}") from None
+
+
+@starting()
+def find_mode(choice: str) -> str:
+    """The mode for `wandb.init` that `--wandb` stands for. Never prompts.
+
+    "auto" is what `WANDB_MODE` or W&B's settings files say; by default online if credentials are
+    configured, else offline. Raises `UserError` if `choice` is "online" and there are no
+    credentials.
+    """
+    if os.environ.get("WANDB_MODE") == "":
+        del os.environ["WANDB_MODE"]  # W&B rejects an empty one
+    mode = choice
+    if choice == "auto":
+        start()
+        mode = wandb.setup().settings.mode
+    if mode != "online":
+        return mode
+    try:
+        if wandb.login(prompt=False, verify=False):
+            return "online"
+        problem = "no API key is configured"
+    except wandb.errors.AuthenticationError as error:
+        problem = f"the API key is invalid: {error}"
+    if choice == "online":
+        raise UserError(f"--wandb online: {problem}; run `wandb login`, or use --wandb offline")
+    print(f"W&B is offline: {problem}.")
+    return "offline"
+
+
+def start() -> None:
+    """Start the service. Raises `UserError` if it does not start: W&B may wait for it forever."""
+    errors: list[Exception] = []
+
+    def setup() -> None:
+        try:
+            wandb.setup()
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=setup, daemon=True)
+    thread.start()
+    thread.join(SERVICE_TIMEOUT)
+    if thread.is_alive():
+        problem = f"W&B's service did not start within {SERVICE_TIMEOUT} seconds"
+        advice = "is there room in the temporary directory? --wandb disabled does without it"
+        raise UserError(f"{problem}: {advice}", 1)
+    if errors:
+        raise errors[0]
+
+
+def kill() -> None:
+    """Kill the service, so that what waits for it ends with an error."""
+    process: Any = wandb.setup()
+    for name in SERVICE_PROCESS:
+        process = getattr(process, name, None)
+    if process is None:
+        report_change("a run may wait for W&B forever")
+    else:
+        process.kill()
+
+
+def find_caches() -> None:
+    """Let W&B use a temporary directory for each cache that it can't write.
+
+    Such as in a container, with the home directory of another user.
+    """
+    caches = {
+        "WANDB_CACHE_DIR": wandb.env.get_cache_dir(),
+        "WANDB_DATA_DIR": wandb.env.get_data_dir(),
+    }
+    for name, directory in caches.items():
+        try:
+            Path(directory).mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=directory) as probe:
+                probe.write(bytes(CACHE_BYTES))
+        except OSError as error:
+            os.environ[name] = tempfile.mkdtemp(prefix="wandb-")
+            problem = f"W&B can't write to {directory} ({error.strerror})"
+            print(f"{problem}: {name} is now {os.environ[name]}.")
+
+
+def log_files(run_id: str) -> list[Path]:
+    """The log files of a run, oldest first."""
+    name = glob.escape(run_id)
+    directory = Path(wandb.setup().settings.wandb_dir)
+    # Directories are [offline-]run-<time>-<id>; a second one of the same second has -1 appended.
+    files = directory.glob(f"*run-*-{name}*/run-{name}.wandb")
+    return sorted(files, key=lambda file: file.parent.name.removeprefix("offline-"))
+
+
+def read_log(file: Path) -> Iterator[tuple[int, Any]]:
+    """Each record with the offset of its end, up to the first that is truncated or damaged."""
+    if Record is None:
+        report_change("its log files can't be read, so that a resumed run may log rows twice")
+        return
+    content = file.read_bytes()
+    if not content.startswith(HEADER):
+        return
+    offset = 7
+    chunks: list[bytes] = []
+    while True:
+        if BLOCK - offset % BLOCK < 7:  # no room for another chunk: the rest is padding
+            offset += BLOCK - offset % BLOCK
+        if offset + 7 > len(content):
+            return
+        checksum, length, kind = struct.unpack_from("<IHB", content, offset)
+        data = content[offset + 7 : offset + 7 + length]
+        if len(data) < length or zlib.crc32(data, zlib.crc32(bytes([kind]))) != checksum:
+            return
+        offset += 7 + length
+        if kind in (WHOLE, FIRST):
+            chunks = []
+        chunks.append(data)
+        if kind in (WHOLE, LAST):
+            yield offset, Record.FromString(b"".join(chunks))
+
+
+def repair_log(file: Path) -> None:
+    """Cut off an unfinished record, and have `wandb sync` skip a file without history.
+
+    It may stop at either.
+    """
+    records = list(read_log(file))
+    if Record is None:
+        return
+    if not any(record.HasField("history") for _, record in records):
+        synced_marker(file).touch()
+        return
+    end, _ = records[-1]
+    if end < file.stat().st_size:
+        os.truncate(file, end)
+
+
+def synced_marker(file: Path) -> Path:
+    """The empty file that makes `wandb sync` skip this log file."""
+    return file.with_name(f"{file.name}.synced")
+
+
+def logged_rows(files: list[Path]) -> dict[int, tuple[dict[str, Any], Path]]:
+    """The rows in these log files, by step: values as W&B stores them, and the media's directory."""
+    rows = {}
+    for file in files:
+        for _, record in read_log(file):
+            if record.HasField("history"):
+                values = _row_of(record.history)
+                rows[int(values["_step"])] = values, file.parent / "files"
+    return rows
+
+
+def _row_of(history: Any) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for item in history.item:
+        *outer, name = item.nested_key or [item.key]
+        mapping = values
+        for key in outer:
+            mapping = mapping.setdefault(key, {})
+        mapping[name] = json.loads(item.value_json)
+    return values
+
+
+def is_complete(run_id: str, mode: str, last_step: int) -> bool:
+    """Whether W&B has all of a finished run: on its server, or if offline in its log files."""
+    logs = log_files(run_id)
+    if mode == "online":
+        return all(synced_marker(log).exists() for log in logs)
+    return mode == "disabled" or not logs or last_step in logged_rows(logs)
+
+
+def close() -> None:
+    """Detach from a service that is gone; otherwise W&B complains at exit."""
+    with contextlib.suppress(Exception):
+        wandb.teardown()
