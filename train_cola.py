@@ -132,6 +132,7 @@ def tokenise(session: Session, corpus: Corpus, pretrained: Pretrained) -> Task:
 
 @logs_to_wandb
 def log_dataset(run: Run, corpus: Corpus) -> None:
+    run.add_tag(corpus.name)
     artifact = wandb.Artifact(corpus.name, type="dataset")
     for number, file in enumerate(corpus.files):
         artifact.add_file(str(file), name=f"{number}-{file.name}")  # both may be called data.tsv
@@ -459,7 +460,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
                 wandb.init,
                 project=settings.project,
                 name=settings.name,
-                tags=[*settings.tags, corpus.name],
+                tags=settings.tags or None,
                 config=session.config,
             )
         )

@@ -83,6 +83,7 @@ def pixels(images: Tensor) -> Tensor:
 
 @logs_to_wandb
 def log_dataset(run: Run, digits: Digits) -> None:
+    run.add_tag(digits.name)
     artifact = wandb.Artifact(digits.name, type="dataset")
     for file in digits.files:
         artifact.add_reference(file.resolve().as_uri(), name=file.name)  # a checksum, not a copy
@@ -364,7 +365,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
                 wandb.init,
                 project=settings.project,
                 name=settings.name,
-                tags=[*settings.tags, data.name],
+                tags=settings.tags or None,
                 config=session.config,
             )
         )

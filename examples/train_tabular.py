@@ -17,7 +17,7 @@ from harness.options import option
 # ---------------------------------------------------------------------------------------------- settings
 
 
-@dataclasses.dataclass(kw_only=True)
+@dataclasses.dataclass(kw_only=True, frozen=True)
 class Settings(options.SharedSettings):
     dataset: str = option("spirals", "the only one there is", choices=("spirals",))
     examples: int = option(
@@ -36,11 +36,13 @@ if __name__ == "__main__":
     script.check_options(Settings)  # before the imports that take seconds
 
 import math
-import shutil
+from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import wandb
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -49,13 +51,13 @@ from torch.optim.lr_scheduler import ConstantLR, LRScheduler, OneCycleLR
 import viz
 from harness import distributed, files
 from harness.checkpoints import Checkpoints
-from harness.device import find_device, seed_everything, seed_rank
-from harness.progress import Best, Meter, Progress, check_batches
+from harness.device import seed_everything, seed_rank
+from harness.progress import Best, Meter, Progress
 from harness.session import Session, open_session
-from harness.wandb_run import logs_to_wandb, tolerate_wandb_errors
-from metrics import Evaluation, evaluation, lower_is_better
+from harness.tracking import Run, logs_to_wandb
+from metrics import Evaluation, evaluation
 
-# -------------------------------------------------------------------------------------------------- data
+# -------------------------------------------------------------------------------------- data
 
 
 class Points(NamedTuple):
@@ -75,9 +77,9 @@ class Spirals(NamedTuple):
     class_names: list[str]
 
 
-def load(settings: Settings) -> Spirals:
-    """The data on the device, in three parts. Resolves `watch_every`; raises `UserError`."""
-    device, generator = find_device(settings.device), torch.Generator().manual_seed(0)
+def load(settings: Settings, device: torch.device) -> Spirals:
+    """The data on the device, in three parts."""
+    generator = torch.Generator().manual_seed(0)
     labels = torch.randint(3, (settings.examples,), generator=generator)
     radius = torch.rand(settings.examples, generator=generator).sqrt()
     angle = 2 * math.pi * (radius + labels / 3)
@@ -85,21 +87,22 @@ def load(settings: Settings) -> Spirals:
     features += settings.noise * torch.randn(features.shape, generator=generator)
     held_out = settings.examples // 6
     sizes = [settings.examples - 2 * held_out, held_out, held_out]
-    parts = (
-        Points(*part)
-        for part in zip(features.to(device).split(sizes), labels.to(device).split(sizes))
-    )
-    check_batches(settings, examples=sizes[0], held_out=held_out)
-    return Spirals("spirals", *parts, class_names=["red", "green", "blue"])
+    parts = zip(features.to(device).split(sizes), labels.to(device).split(sizes))
+    train, valid, test = (Points(*part) for part in parts)
+    return Spirals("spirals", train, valid, test, class_names=["red", "green", "blue"])
 
 
 def shuffled(examples: int, seed: int, epoch: int) -> Tensor:
-    """Indices in random order, int64 (examples,), from seed and epoch alone, so that a resumed run repeats it."""
+    """Indices in random order, int64 (examples,).
+
+    From seed and epoch alone, so that a resumed run repeats them.
+    """
     return torch.from_numpy(np.random.default_rng((seed, epoch)).permutation(examples))
 
 
 @logs_to_wandb
-def log_dataset(run: wandb.Run, data: Spirals) -> None:
+def log_dataset(run: Run, data: Spirals) -> None:
+    run.add_tag(data.name)
     artifact = wandb.Artifact(data.name, type="dataset")
     for name, part in (("train", data.train), ("valid", data.valid), ("test", data.test)):
         columns = [*part.features.T.tolist(), part.labels.tolist()]
@@ -107,7 +110,7 @@ def log_dataset(run: wandb.Run, data: Spirals) -> None:
     run.log_artifact(artifact)
 
 
-# ------------------------------------------------------------------------------------------------- model
+# ------------------------------------------------------------------------------------- model
 
 
 class MLP(nn.Module):
@@ -115,13 +118,13 @@ class MLP(nn.Module):
 
     def __init__(self, hidden: list[int]):
         super().__init__()
-        hidden_layers = (
+        self.layers = nn.Sequential(
             nn.Linear(2, hidden[0]),
             nn.ReLU(),
             nn.Linear(hidden[0], hidden[1]),
             nn.ReLU(),
+            nn.Linear(hidden[1], 3),
         )
-        self.layers = nn.Sequential(*hidden_layers, nn.Linear(hidden[1], 3))
 
     def forward(self, features: Tensor) -> Tensor:
         return self.layers(features)
@@ -133,14 +136,15 @@ def make_model(settings: Settings, device: torch.device) -> MLP:
 
 def make_optimizer(model: MLP, settings: Settings, batches: int) -> tuple[Optimizer, LRScheduler]:
     """Adam and its learning rate schedule over all `batches`."""
-    optimizer = torch.optim.Adam(model.parameters(), settings.learning_rate)
+    rate = settings.learning_rate
+    optimizer = torch.optim.Adam(model.parameters(), rate)
     if settings.schedule == "constant":
         return optimizer, ConstantLR(optimizer, factor=1)
-    return optimizer, OneCycleLR(optimizer, settings.learning_rate, batches, cycle_momentum=False)
+    return optimizer, OneCycleLR(optimizer, rate, batches, cycle_momentum=False)
 
 
 def export_onnx(path: Path, model: MLP) -> None:
-    """One file that includes the weights: from `features`, float (batch, 2), to `logits`."""
+    """One file, weights included: `features`, float (batch, 2), to `logits`."""
     program = torch.onnx.export(
         model.cpu(),
         (torch.zeros(2, 2),),
@@ -153,41 +157,39 @@ def export_onnx(path: Path, model: MLP) -> None:
         program.save(temporary, external_data=False)
 
 
-# -------------------------------------------------------------------------------------------- evaluation
+# -------------------------------------------------------------------------------- evaluation
 
 
 @torch.inference_mode()
 def evaluate(model: MLP, part: Points) -> Evaluation:
     """Predict every point; small enough for each rank to predict all of them."""
     model.eval()
-    return evaluation(
-        type(model).forward(model, part.features), part.labels
-    )  # spares the hooks of run.watch
+    logits = type(model).forward(model, part.features)  # skips the hooks of run.watch
+    return evaluation(logits, part.labels)
 
 
 @logs_to_wandb
-def log_charts(
-    run: wandb.Run, data: Spirals, name: str, result: Evaluation, progress: Progress
-) -> None:
-    """Log the charts and tables of `name`, "valid" or "test"."""
-    points, classes = getattr(data, name).features, data.class_names
+def log_charts(run: Run, data: Spirals, name: str, result: Evaluation) -> None:
+    """Log charts and tables of `name`, "valid" or "test"."""
+    points = getattr(data, name).features
+    classes = data.class_names
     mistakes = wandb.Table(columns=["x", "y", "label", "prediction", "probability", "step"])
     for i in viz.most_confident_mistakes(result).tolist():
-        outcome = (
-            classes[result.labels[i]],
-            classes[result.predictions[i]],
-            float(result.probabilities[i].max()),
-        )
-        mistakes.add_data(*points[i].tolist(), *outcome, progress.step)
-    picture = viz.confusion_matrix_picture(result.confusion.counts, classes, name)
-    charts = {
-        f"{name}/confusion_matrix": viz.confusion_matrix_chart(result, classes),
-        f"{name}/confusion_matrix_image": wandb.Image(picture),
-        f"{name}/calibration": wandb.Image(viz.calibration_picture(result, name)),
-        f"{name}/mistakes": mistakes,
-        f"{name}/logits": wandb.Histogram(result.logits.numpy()),
-    }
-    run.log(charts, step=progress.step)
+        label = classes[result.labels[i]]
+        prediction = classes[result.predictions[i]]
+        probability = float(result.probabilities[i].max())
+        mistakes.add_data(*points[i].tolist(), label, prediction, probability, run.step)
+    matrix = viz.confusion_matrix_picture(result.confusion.counts, classes, name)
+    calibration = viz.calibration_picture(result, name)
+    run.log(
+        {
+            f"{name}/confusion_matrix": viz.confusion_matrix_chart(result, classes),
+            f"{name}/confusion_matrix_image": wandb.Image(matrix),
+            f"{name}/calibration": wandb.Image(calibration),
+            f"{name}/mistakes": mistakes,
+            f"{name}/logits": wandb.Histogram(result.logits.numpy()),
+        }
+    )
 
 
 def write_curves(session: Session, best_epoch: int) -> None:
@@ -197,63 +199,51 @@ def write_curves(session: Session, best_epoch: int) -> None:
         "accuracy": ("train/acc_step", "valid/acc"),
     }
     if distributed.rank() == 0:
-        files.write_png(
-            session.output_dir / "curves.png",
-            viz.curves_picture(session.history.rows, panels, best_epoch),
-        )
+        picture = viz.curves_picture(session.run.rows, panels, best_epoch)
+        files.write_png(session.output_dir / "curves.png", picture)
 
 
-def write_pictures(output_dir: Path, data: Spirals, name: str, result: Evaluation) -> None:
-    """Write the confusion matrix as PNG."""
-    picture = viz.confusion_matrix_picture(result.confusion.counts, data.class_names, name)
-    files.write_png(output_dir / "confusion_matrix.png", picture)
+# ---------------------------------------------------------------------------------- training
 
 
-# ---------------------------------------------------------------------------------------------- training
-
-
-def train(session: Session, model: MLP, data: Spirals) -> tuple[Best, Progress]:
-    """Train `model`, from the checkpoint if the run is resumed; returns the best model and the progress."""
-    settings, run, device, train_set = session.settings, session.run, session.device, data.train
-    progress = Progress(session, examples=len(train_set.labels))
-    loss_function = nn.CrossEntropyLoss(reduction="sum", label_smoothing=settings.label_smoothing)
+def train(session: Session, progress: Progress, model: MLP, data: Spirals) -> Best:
+    """Train `model`, from the checkpoint if the run is resumed; returns the best model."""
+    settings, run, device = session.settings, session.run, session.device
+    train_set = data.train
     optimizer, schedule = make_optimizer(model, settings, progress.total_batches)
     if settings.compile:
-        model.forward = torch.compile(
-            model.forward
-        )  # not model.compile(), which includes the hooks of run.watch
-    meter, best = Meter(device), Best(settings.monitor, lower_is_better(settings.monitor))
-    stateful = {
-        "model": model,
-        "optimizer": optimizer,
-        "schedule": schedule,
-        "meter": meter,
-        "best": best,
-    }
-    checkpoints = Checkpoints(session, progress, data=data, **stateful)
+        model.forward = torch.compile(model.forward)  # model.compile() would include the hooks
+    best = Best(settings.monitor)
+    meter = Meter(device)
+    checkpoints = Checkpoints(
+        session,
+        progress,
+        data=data,
+        model=model,
+        optimizer=optimizer,
+        schedule=schedule,
+        meter=meter,
+        best=best,
+    )
     checkpoints.restore_or_begin()  # a new run saves its first one here
 
     for epoch in progress.epochs():
         model.train()
-        batches = (
-            shuffled(len(train_set.labels), settings.seed, epoch)
-            .to(device)
-            .split(settings.batch_size)
-        )
+        order = shuffled(len(train_set.labels), settings.seed, epoch).to(device)
+        batches = order.split(settings.batch_size)
         for indices in progress.remaining(batches):  # after a resume, the rest of the epoch
+            run.log({}, step=progress.step)  # begin this batch's row
             if progress.watch_starts:
-                run.watch(model, log=settings.watch, log_freq=settings.watch_every)
-            share = distributed.share_of(
-                indices
-            )  # all of them, unless torchrun started several processes
+                run.watch(model, log=settings.watch, log_freq=progress.watch_every)
+            share = distributed.share_of(indices)  # all, unless torchrun started several processes
             features, labels = train_set.features[share], train_set.labels[share]
 
-            with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+            with torch.autocast(device.type, torch.bfloat16, enabled=session.precision == "bf16"):
                 logits = model(features)
-                loss = loss_function(logits, labels)
-            (
-                loss / len(indices)
-            ).backward()  # the size of the whole batch: gradients are summed over ranks
+                loss = F.cross_entropy(
+                    logits, labels, reduction="sum", label_smoothing=settings.label_smoothing
+                )
+            (loss / len(indices)).backward()  # of the whole batch: ranks sum their gradients
             distributed.sum_gradients(model)
             optimizer.step()
             optimizer.zero_grad()
@@ -269,134 +259,122 @@ def train(session: Session, model: MLP, data: Spirals) -> tuple[Best, Progress]:
                         "train/acc_step": row["acc"],
                         "train/learning_rate": schedule.get_last_lr()[0],
                         "train/examples_per_second": progress.examples_per_second(),
-                    },
-                    step=progress.step,
+                    }
                 )
-                progress.bar.set_postfix(loss=f"{row['loss']:.4f}", acc=f"{row['acc']:.2%}")
+                progress.show(row)
             schedule.step()
-            checkpoints.save_if_due()  # and at an epoch's end; on a request to stop it saves, then raises Stopped
+            checkpoints.save_if_due()  # also at an epoch's end, and on a request to stop
 
         mean = meter.take_epoch()
-        results = {"epoch": epoch, "train/loss_epoch": mean["loss"], "train/acc_epoch": mean["acc"]}
-        run.log(results, step=progress.step)
+        results = {"train/loss_epoch": mean["loss"], "train/acc_epoch": mean["acc"]}
+        run.log(results)
         if len(data.valid.labels):
             valid = evaluate(model, data.valid)
             progress.check_finite("validation", valid.metrics["loss"])
-            log_charts(run, data, "valid", valid, progress)
+            log_charts(run, data, "valid", valid)
             results |= valid.named("valid")
-            run.log(results, step=progress.step)
+            run.log(results)
         improved = best.offer(epoch, results, model)
         write_curves(session, best.epoch)
         if settings.log_model == "all":
-            log_model(
-                run, model.state_dict(), results, ["latest", "best"] if improved else ["latest"]
-            )
-        progress.end_epoch(
-            results, "train/loss_epoch", "train/acc_epoch", "valid/loss", "valid/acc"
-        )
+            log_model(run, model.state_dict(), results, is_best=improved)
+        progress.end_epoch(results)
         if 0 < settings.patience <= epoch - best.epoch:
             break
-    return best, progress
+    return best
 
 
-# ------------------------------------------------------------------------------------- from start to finish
+# --------------------------------------------------------------------- from start to finish
 
 
 @logs_to_wandb
 def log_model(
-    run: wandb.Run, weights: dict[str, Tensor], metadata: dict[str, float], aliases: list[str]
+    run: Run, weights: dict[str, Tensor], results: dict[str, float], is_best: bool
 ) -> None:
-    artifact = wandb.Artifact(f"model-{run.id}", type="model", metadata=metadata)
+    """Log the model's weights as an artifact with its results as metadata."""
+    artifact = wandb.Artifact(f"model-{run.wandb.id}", type="model", metadata=results)
     with artifact.new_file("model.pt", mode="wb") as file:
         torch.save({name: weight.cpu() for name, weight in weights.items()}, file)
-    run.log_artifact(artifact, aliases=aliases)
+    run.log_artifact(artifact, aliases=["latest", "best"] if is_best else ["latest"])
 
 
-def conclude(session: Session, best: Best, progress: Progress) -> dict[str, Any]:
-    """Test and export the best model, write its predictions; returns the content of metrics.json."""
-    settings, run, data, output_dir = (
-        session.settings,
-        session.run,
-        session.data,
-        session.output_dir,
-    )
-    model = make_model(settings, session.device)
+def conclude(session: Session, progress: Progress, best: Best, data: Spirals) -> dict[str, Any]:
+    """Test and export the best model, write its predictions.
+
+    Returns the content of metrics.json.
+    """
+    run, output_dir = session.run, session.output_dir
+    model = make_model(session.settings, session.device)
     model.load_state_dict(best.weights)
-    test, valid = (
-        evaluate(model, data.test),
-        evaluate(model, data.valid) if len(data.valid.labels) else None,
-    )
+    test = evaluate(model, data.test)
     progress.check_finite("test", test.metrics["loss"])
+    name, shown = "test", test
+    if len(data.valid.labels):
+        name, shown = "valid", evaluate(model, data.valid)
     if distributed.rank() > 0:
         return {}
-    log_charts(run, data, "test", test, progress)
-    with tolerate_wandb_errors(run):
-        run.log({"curves": wandb.Image(str(output_dir / "curves.png"))}, step=progress.step)
-    run.log(
-        test.named("test"), step=progress.step, commit=True
-    )  # W&B: an open row would overwrite the summary
-    name, shown = ("valid", valid) if valid else ("test", test)
-    results = test.named("test") | shown.named(name)
+
     files.write_csv(output_dir / "predictions.csv", shown.columns())
-    write_pictures(output_dir, data, name, shown)
+    matrix = viz.confusion_matrix_picture(shown.confusion.counts, data.class_names, name)
+    files.write_png(output_dir / "confusion_matrix.png", matrix)
     files.write_tensors(output_dir / "model.pt", best.weights)
     export_onnx(output_dir / "model.onnx", model)
-    with tolerate_wandb_errors(run):
-        run.summary.update({"best/epoch": best.epoch, **(valid.named("best") if valid else {})})
-        for file in ("model.pt", "model.onnx") if not run.disabled else ():
-            copy = shutil.copy(
-                output_dir / file, run.dir
-            )  # W&B would only link to it, and warn of that
-            run.save(copy, base_path=run.dir, policy="now", glob=False)
-    if settings.log_model == "best":
-        log_model(run, best.weights, results, ["latest", "best"])
-    print(
-        f"test accuracy {results['test/acc']:.2%} of {len(data.test.labels):,} points, best epoch {best.epoch}"
-    )
-    identity = {
-        "dataset": data.name,
-        "model": f"MLP {settings.hidden}",
-        "class_names": data.class_names,
-    }
+
+    log_charts(run, data, "test", test)
+    run.log(test.named("test"), commit=True)  # an open row would overwrite the summary
+    run.summary["best/epoch"] = best.epoch
+    if name == "valid":
+        run.summary.update(shown.named("best"))
+    run.save(output_dir / "model.pt")
+    run.save(output_dir / "model.onnx")
+    results = test.named("test") | shown.named(name)
+    if session.settings.log_model == "best":
+        log_model(run, best.weights, results, is_best=True)
+
+    accuracy = f"{results['test/acc']:.2%} of {len(data.test.labels):,} points"
+    print(f"test accuracy {accuracy}, best epoch {best.epoch}")
     return {
-        **identity,
+        "dataset": data.name,
+        "model": f"MLP {session.settings.hidden}",
+        "class_names": data.class_names,
         "best/epoch": best.epoch,
         **results,
         f"{name}/majority_share": shown.confusion.majority_share(),
     }
 
 
-def init(settings: Settings, /, **more: Any) -> wandb.Run:
-    """Start the W&B run; `more` is what the session adds: id, mode, resume ..."""
-    config = dataclasses.asdict(settings)
-    return wandb.init(
-        project=settings.project,
-        name=settings.name,
-        tags=settings.tags or None,
-        config=config,
-        **more,
-    )
-
-
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Train, test and export as configured on the command line; returns the content of metrics.json."""
-    with open_session(options.parse(Settings, argv), "spirals", load, init) as session:
-        if not session.finished:
-            settings, data, device = session.settings, session.data, session.device
-            log_dataset(session.run, data)
-            seed_everything(settings.seed, settings.deterministic)
-            model = make_model(settings, device)
-            seed_rank(settings.seed)
-            sizes = " + ".join(
-                f"{len(part.labels):,}" for part in (data.train, data.valid, data.test)
+    """Train, test and export as configured on the command line.
+
+    Returns the content of metrics.json.
+    """
+    with open_session(options.parse(Settings, argv), "tabular") as session:
+        if session.finished:
+            return session.metrics
+        settings = session.settings
+        with distributed.rank_0_first():  # which downloads the data
+            data = load(settings, session.device)
+        session.config["dataset"] = data.name  # what "auto" stands for
+        progress = Progress(session, len(data.train.labels), held_out=len(data.valid.labels))
+        run = session.start(
+            partial(
+                wandb.init,
+                project=settings.project,
+                name=settings.name,
+                tags=settings.tags or None,
+                config=session.config,
             )
-            print(f"{data.name}: {sizes} points for training, validation and test\n{model}")
-            parameters = sum(parameter.numel() for parameter in model.parameters())
-            print(
-                f"{parameters:,} parameters on {device.type} in {settings.precision}, seed {settings.seed}"
-            )
-            best, progress = train(session, model, data)
-            session.metrics = conclude(session, best, progress)
+        )
+        log_dataset(run, data)
+        seed_everything(settings.seed, settings.deterministic)
+        model = make_model(settings, session.device)
+        seed_rank(settings.seed)
+        sizes = [f"{len(part.labels):,}" for part in (data.train, data.valid, data.test)]
+        print(f"{data.name}: {' + '.join(sizes)} points for training, validation and test")
+        print(model)
+        session.describe("MLP", model)
+        best = train(session, progress, model, data)
+        session.metrics = conclude(session, progress, best, data)
     return session.metrics
 
 

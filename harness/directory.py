@@ -127,9 +127,9 @@ def read_checkpoint(output_dir: Path) -> dict[str, Any] | None:
             continue
         try:
             state = read_tensors(path)
-            missing = [name for name in CONTENT if name not in state]
-            if missing:
-                raise ValueError(f"it is not a checkpoint of this script: it has no {missing[0]!r}")
+            for name in CONTENT:
+                if not isinstance(state, dict) or name not in state:
+                    raise ValueError(f"it is not a checkpoint of this script: it has no {name!r}")
         except Exception as error:  # zlib, pickle and others have their own for damaged files
             reason = textwrap.shorten(str(error), 200) or type(error).__name__
             problems.append(f"{path} can't be read: {reason}")

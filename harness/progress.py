@@ -169,7 +169,10 @@ class Meter:
 
     def add(self, examples: int, **sums: Tensor | float) -> None:
         """Add a batch: how many examples this rank had, and the sum of each quantity over them."""
-        for name, value in (*sums.items(), ("examples", examples)):
+        self._add({**sums, "examples": examples})
+
+    def _add(self, sums: Mapping[str, Tensor | float]) -> None:
+        for name, value in sums.items():
             if name not in self._sums:
                 self._sums[name] = torch.zeros((), device=self._device)
             self._sums[name] += value.detach() if isinstance(value, Tensor) else value
@@ -199,7 +202,7 @@ class Meter:
         self._sums = {}
         self._epoch = dict(states[0]["epoch"])
         for state in states:
-            self.add(0, **state["sums"])
+            self._add(state["sums"])
 
 
 def _means(sums: Mapping[str, float]) -> dict[str, float]:

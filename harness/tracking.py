@@ -31,6 +31,7 @@ FINISH_TIMEOUT = {"none": 20, "best": 1800, "all": 1800}  # seconds, by --log_mo
 KILL_AFTER = 10  # seconds after that until the service is killed
 CLOSE_TIMEOUT = 2  # seconds to close the run after a signal
 ARTIFACT_TIMEOUT = 5  # seconds to hand over artifacts at the end; uploading them comes after that
+LOG_METHOD = "_log"  # undocumented: what the hooks of `watch` call
 NO_ANSWER = (
     "W&B does not answer.",
     "The same command with --resume logs the rest once it does.",
@@ -65,7 +66,7 @@ class _Refusal(str):
 
 
 def _is_from_agent(error: Exception) -> bool:
-    """Whether `wandb.agent` raised this, a bare `Exception`, in its thread to stop the run there."""
+    """Whether `wandb.agent` raised this, a bare `Exception`, in its thread to stop the run."""
     return type(error) is Exception and not error.args and not in_main_thread()
 
 
@@ -183,10 +184,11 @@ class Run:
 
     def _intercept_hooks(self) -> None:
         """Have the hooks of `watch` and W&B's own `log` add to the current row."""
-        if not hasattr(self.wandb, "_log"):
-            wandb_service.report_change("histograms of run.watch may be logged with another step")
+        log_to_wandb = getattr(self.wandb, LOG_METHOD, None)
+        if log_to_wandb is None:
+            loss = "the histograms of run.watch may be logged with another step"
+            wandb_service.report_change(loss)
             return
-        log_to_wandb = self.wandb._log
 
         def log(
             data: Mapping[str, Any], step: int | None = None, commit: bool | None = None
@@ -198,7 +200,7 @@ class Run:
             else:
                 self.log(data, step, bool(commit))
 
-        self.wandb._log = log
+        setattr(self.wandb, LOG_METHOD, log)
 
     def state_dict(self) -> dict[str, Any]:
         """The length of the journal, flushed to disk, its CRC-32, and the current row's numbers."""
@@ -265,6 +267,11 @@ class Run:
     def call(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         """Call a function of W&B, isolated from training; None if it fails."""
         return function(*arguments, **options)
+
+    @logs_to_wandb
+    def add_tag(self, tag: str) -> None:
+        """Add a tag to those of the run."""
+        self.wandb.tags = tuple(dict.fromkeys((*(self.wandb.tags or ()), tag)))
 
     def watch(self, model: nn.Module, **options: Any) -> None:
         """`wandb.Run.watch`: histograms of the model's gradients and parameters."""

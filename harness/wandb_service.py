@@ -63,7 +63,7 @@ def raised_by_wandb(error: Exception) -> bool:
 
 @contextlib.contextmanager
 def starting() -> Iterator[None]:
-    """Turn what W&B raises before a run has started into a `UserError`, unless it is clear itself."""
+    """Turn what W&B raises before a run has started into a `UserError`, unless it is clear."""
     try:
         yield
     except Exception as error:
@@ -214,7 +214,7 @@ def synced_marker(file: Path) -> Path:
 
 
 def logged_rows(files: list[Path]) -> dict[int, tuple[dict[str, Any], Path]]:
-    """The rows in these log files, by step: values as W&B stores them, and the media's directory."""
+    """The rows in log files, by step: values as W&B stores them, and the media's directory."""
     rows = {}
     for file in files:
         for _, record in read_log(file):

@@ -119,9 +119,11 @@ def wandb_records(cwd: Path) -> list[dict]:
 
 
 def merged(records: list[dict], kind: str) -> dict:
-    """Merge all updates of W&B's config or summary."""
+    """Merge all updates of W&B's config or summary; the run begins with a config."""
     state = {}
     for record in records:
+        if record["type"] == "run" and kind == "config":
+            state |= record["run"].get("config", {}).get("update", {})
         if record["type"] == kind:
             state |= record[kind].get("update", {})
     return state

@@ -64,11 +64,9 @@ def start(script: str, cwd: Path, environment: dict[str, str], *more: str) -> su
 def start_changed(
     script: str, cwd: Path, environment: dict[str, str], change: str, *more: str
 ) -> subprocess.Popen:
-    """The same run after executing `change`, Python code that may replace parts of `checkpoints` or `distributed`."""
+    """The same run after executing `change`, Python code that may replace parts of `files` or `distributed`."""
     name = script.removesuffix(".py")
-    program = (
-        f"import {name}, time\nfrom harness import checkpoints, distributed, script\n{change}\n"
-    )
+    program = f"import {name}, time\nfrom harness import distributed, files, script\n{change}\n"
     program += f"script.run_script({name}.main)"
     command = [
         sys.executable,
@@ -222,11 +220,11 @@ def killed_and_resumed(
 
 
 SLOW_WRITES = """
-save = checkpoints.save_tensors
-def slow(path, content):
-    save(path, content)
-    time.sleep(0.7)
-checkpoints.save_tensors = slow
+flush = files.flush
+def slow(path):
+    flush(path)
+    time.sleep(0.7 if "checkpoint.pt" in path.name else 0)
+files.flush = slow
 """
 HOSTILE = (
     "SIGKILL",

@@ -2,13 +2,16 @@
 
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import REPO, call, clean_environment
+from wandb.sdk.lib import config_util
 
 import train_mnist
 from harness import options
@@ -233,28 +236,50 @@ def test_values_from_a_sweep_command():
     assert isinstance(settings.epochs, int)
 
 
+def sweep_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **values: object) -> None:
+    """Leave the values of a sweep's run as W&B's agents do."""
+    path = tmp_path / "config-defaults.yaml"
+    config_util.save_config_file_from_dict(
+        str(path), {name: {"value": value} for name, value in values.items()}
+    )
+    monkeypatch.setenv("WANDB_SWEEP_PARAM_PATH", str(path))
+
+
 @pytest.mark.quick
-def test_values_from_a_config():
-    config = {
-        "kernels": [8, 24],
-        "epochs": 32.0,
-        "learning_rate": "1e-4",
-        "compile": True,
-        "name": None,
-        "theirs": {},
-    }
-    settings = options.from_config(train_mnist.Settings(), config)
+def test_values_of_a_sweep(tmp_path, monkeypatch):
+    values = {"kernels": [8, 24], "epochs": 32.0, "learning_rate": "1e-4", "compile": True}
+    sweep_values(tmp_path, monkeypatch, **values, name=None)
+    settings = options.parse(train_mnist.Settings, ["--epochs", "2", "--seed", "7"])
     assert (settings.kernels, settings.epochs, settings.learning_rate) == ([8, 24], 32, 1e-4)
-    assert (settings.compile, settings.batch_size) == (True, 128)
-    for bad in (
-        {"epochs": 2.5},
-        {"epochs": True},
-        {"learning_rate": None},
-        {"kernels": "16"},
-        {"compile": 2},
-    ):
-        with pytest.raises(UserError, match=rf"config\.{next(iter(bad))}: "):
-            options.from_config(train_mnist.Settings(), bad)
+    assert (settings.compile, settings.seed, settings.batch_size) == (True, 7, 128)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("epochs", 2.5, "must be a whole number"),
+        ("epochs", True, "must be a whole number"),
+        ("learning_rate", None, "must be a finite number"),
+        ("kernels", "16", "needs 2 values"),
+        ("compile", 2, "must be true or false"),
+        ("learning_rat", 0.1, "no such option; did you mean learning_rate?"),
+    ],
+)
+def test_wrong_values_of_a_sweep(name, value, message, tmp_path, monkeypatch):
+    sweep_values(tmp_path, monkeypatch, **{name: value})
+    with pytest.raises(UserError, match=rf"config\.{name}: {re.escape(message)}"):
+        options.parse(train_mnist.Settings, [])
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("content", ["", "[1, 2]", "wandb_version: 1\nepochs: 3", "a: {b"])
+def test_a_sweep_file_that_no_agent_wrote_is_one_line(content, tmp_path, monkeypatch):
+    (tmp_path / "sweep.yaml").write_text(content)
+    for path in (tmp_path / "sweep.yaml", tmp_path / "missing"):
+        monkeypatch.setenv("WANDB_SWEEP_PARAM_PATH", str(path))
+        with pytest.raises(UserError, match=f"WANDB_SWEEP_PARAM_PATH: {path} can't be read"):
+            options.parse(train_mnist.Settings, [])
 
 
 @pytest.mark.quick

@@ -19,7 +19,7 @@ import torch
 import transformers
 
 import train_mnist
-from harness import checkpoints, files, history, script
+from harness import files, script, tracking
 from harness.errors import UserError
 from tasks import encoders
 from tests import forking, killing
@@ -27,13 +27,15 @@ from tests.conftest import REPO, call, clean_environment, finished_run, wandb_re
 
 QUICK = f"{killing.DIGITS} --slice 20 --valid_size 1000 --max_steps 2 --batch_size 16 --output_dir out".split()
 SLOW_WRITES = """
-save = checkpoints.save_tensors
-def slow(path, content):
-    save(path, content)
-    if content["position"]["batch"]:
-        print("writing", flush=True)
-        time.sleep(3)
-checkpoints.save_tensors = slow
+flush = files.flush
+def slow(path, calls=[]):
+    flush(path)
+    if "checkpoint.pt" in path.name:
+        calls.append(path)
+        if len(calls) > 1:
+            print("writing", flush=True)
+            time.sleep(3)
+files.flush = slow
 """
 SLOW_BATCHES = """
 sum_gradients = distributed.sum_gradients
@@ -80,13 +82,6 @@ def resume(cwd: Path, *more: str) -> SimpleNamespace:
     return SimpleNamespace(status=process.returncode, out=out, last=out.splitlines()[-1])
 
 
-def settings_of(out: Path) -> train_mnist.Settings:
-    used = json.loads((out / "config.json").read_text())
-    return train_mnist.Settings(
-        **{name: value for name, value in used.items() if name != "versions"}
-    )
-
-
 # ------------------------------------------------------------------------------------------ requests to stop
 
 
@@ -129,26 +124,27 @@ def test_a_second_signal_stops_at_once(tmp_path):
 # ------------------------------------------------------------------------------------------ damaged state
 
 
-def test_flipped_bits_are_detected(unfinished):
+def test_flipped_bits_are_detected_or_harmless(unfinished):
     """2,000 of them, half in the last 4 KB, where an archive keeps its directory."""
     path, places = unfinished / "checkpoint.pt", random.Random(0)
     whole, state = path.read_bytes(), torch.load(path, weights_only=True)
+    detected = 0
     for number in range(2000):
         place = places.randrange(len(whole) - 4096 if number % 2 else 0, len(whole))
         damaged = bytearray(whole)
         damaged[place] ^= 1 << places.randrange(8)
         path.write_bytes(damaged)
         try:
-            assert (
-                killing.same(checkpoints._read(path), state)
-                and place >= len(whole) - checkpoints.SEAL.size
-            )
-        except ValueError as error:
-            assert str(error).startswith("it is damaged")
+            content = files.read_tensors(path)
+        except Exception:
+            detected += 1
+        else:
+            assert killing.same(content, state)
+    assert detected > 1500
 
 
-def test_a_damaged_checkpoint_without_a_checksum_is_one_line(unfinished, capsys):
-    """As an older version wrote it: a method of compression that no archive has, or that fails."""
+def test_a_damaged_archive_is_one_line(unfinished, capsys):
+    """A method of compression that no archive has, or that fails."""
     whole = (unfinished / "checkpoint.previous.pt").read_bytes()
     torch.save(
         torch.load(unfinished / "checkpoint.pt", weights_only=True), unfinished / "checkpoint.pt"
@@ -160,7 +156,7 @@ def test_a_damaged_checkpoint_without_a_checksum_is_one_line(unfinished, capsys)
         garbled[8], garbled[directory + 10] = method, method
         (unfinished / "checkpoint.pt").write_bytes(garbled)
         (unfinished / "checkpoint.previous.pt").write_bytes(whole)
-        assert checkpoints.load(unfinished, settings_of(unfinished))
+        assert directory.read_checkpoint(unfinished)
         assert "checkpoint.pt can't be read: " in capsys.readouterr().err
 
 
@@ -174,7 +170,6 @@ def test_a_damaged_checkpoint_without_a_checksum_is_one_line(unfinished, capsys)
 )
 def test_another_torch_file_is_refused(content, message, unfinished):
     torch.save(content, unfinished / "checkpoint.pt")
-    checkpoints._seal(unfinished / "checkpoint.pt")
     (unfinished / "checkpoint.previous.pt").unlink()
     done = resume(unfinished.parent)
     assert done.status == 1 and message in done.last and "Traceback" not in done.out
@@ -184,12 +179,10 @@ def test_another_model_or_version_is_refused(unfinished):
     state = torch.load(unfinished / "checkpoint.pt", weights_only=True)
     del state["model"]["fc.bias"]
     torch.save(state, unfinished / "checkpoint.pt")
-    checkpoints._seal(unfinished / "checkpoint.pt")
     done = resume(unfinished.parent)
     assert done.status == 2 and "its checkpoint is not of this model or version" in done.last
     del state["settings"]["kernels"]
     torch.save(state | {"settings": state["settings"] | {"lr": 1}}, unfinished / "checkpoint.pt")
-    checkpoints._seal(unfinished / "checkpoint.pt")
     done = resume(unfinished.parent)
     assert (
         done.status == 2
@@ -212,7 +205,7 @@ def test_damage_to_the_journal_is_detected(unfinished):
     path, places = unfinished / "history.jsonl", random.Random(0)
     state = torch.load(unfinished / "checkpoint.pt", weights_only=True)["history"]
     whole = path.read_bytes()[: state["journal"]]
-    rows = history.rewind(path, state)
+    rows = tracking.rewind(path, state)
     for number in range(2000):
         damaged, place = bytearray(whole), places.randrange(len(whole))
         lines = whole.splitlines(keepends=True)
@@ -227,10 +220,10 @@ def test_damage_to_the_journal_is_detected(unfinished):
             damaged = b"".join(lines[: line + 1] + lines[line:])
         path.write_bytes(damaged)
         if damaged.startswith(whole):  # what is behind the checkpoint's part does not count
-            assert history.rewind(path, state) == rows
+            assert tracking.rewind(path, state) == rows
             continue
         with pytest.raises(UserError, match="does not go with the checkpoint"):
-            history.rewind(path, state)
+            tracking.rewind(path, state)
 
 
 # ------------------------------------------------------------------------------------------ the user's files
@@ -440,12 +433,12 @@ def test_watch_may_compute_histograms_without_a_deterministic_algorithm(tmp_path
 
 CLEANED = """
 import glob, shutil, tempfile
-save = checkpoints.save_tensors
-def cleaning(path, content):
-    save(path, content)
+flush = files.flush
+def cleaning(path):
+    flush(path)
     for directory in glob.glob(tempfile.gettempdir() + "/*wandb*"):
         shutil.rmtree(directory)
-checkpoints.save_tensors = cleaning
+files.flush = cleaning
 """
 
 
@@ -603,7 +596,7 @@ def test_a_full_disk_hidden_by_a_library_is_one_line(write, tmp_path):
 def test_a_wandb_service_that_does_not_start_is_one_line(mode, tmp_path):
     """W&B itself waits forever."""
     program = (
-        "import sys, train_mnist\nfrom harness import script, wandb_run\nwandb_run.SERVICE_TIMEOUT = 2\n"
+        "import sys, train_mnist\nfrom harness import script, wandb_service\nwandb_service.SERVICE_TIMEOUT = 2\n"
         "script.run_script(lambda: train_mnist.main(sys.argv[1:]))"
     )
     environment = clean_environment(tmp_path, PYTHONPATH=str(REPO), WANDB__SERVICE_WAIT="0")
@@ -678,24 +671,23 @@ def test_all_logs_of_a_run_are_found(tmp_path):
         name = "same-1-other" if directory.endswith("other") else "same"
         (tmp_path / "wandb" / directory).mkdir(parents=True)
         (tmp_path / "wandb" / directory / f"run-{name}.wandb").touch()
-    program = "from harness import wandb_internals\nfor log in wandb_internals.log_files('same'): print(log.parent.name)"
+    program = "from harness import wandb_service\nfor log in wandb_service.log_files('same'): print(log.parent.name)"
     environment = clean_environment(tmp_path, PYTHONPATH=str(REPO))
     done = forking.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, text=True)
     assert done.stdout.splitlines() == directories, done.stderr
 
 
 INTERNALS = {
-    'FLUSH_SETTING = "x_gone"': "a crash may lose the last seconds of W&B's log",
-    'LOG_METHOD = "_gone"': "the histograms of run.watch may be logged with another step",
-    'TORCH_HISTORY = "_gone"': "on CUDA, run.watch needs --deterministic false",
-    "Record = None": "its log files can't be read, so that a resumed run may log rows twice",
+    'wandb_service.FLUSH_SETTING = "x_gone"': "a crash may lose the last seconds of W&B's log",
+    'tracking.LOG_METHOD = "_gone"': "the histograms of run.watch may be logged with another step",
+    "wandb_service.Record = None": "its log files can't be read, so that a resumed run may log rows twice",
 }
 
 
 @pytest.mark.parametrize("change", INTERNALS)
 def test_what_wandb_does_not_document_may_change(change, reference, tmp_path):
     """Each in turn is taken away: training is the same, and one line says what is lost."""
-    change_it = f"from harness import wandb_internals; wandb_internals.{change}"
+    change_it = f"from harness import tracking, wandb_service; {change}"
     out = start_changed(tmp_path, change_it).communicate(timeout=100)[0].decode()
     if "Record" in change:  # is read when a run is resumed
         (tmp_path / "out/metrics.json").unlink()

@@ -127,7 +127,7 @@ def test_two_processes_on_one_new_directory(tmp_path):
         (loser,) = (i for i, process in enumerate(processes) if process.returncode)
         assert processes[loser].returncode == 2
         (line,) = errors[loser].splitlines()
-        assert "another process is at work there" in line or "already holds another run" in line
+        assert "another process is using it" in line or "already holds another run" in line
         assert (tmp_path / f"new/{attempt}/metrics.json").exists()
 
 
@@ -140,7 +140,7 @@ def test_a_directory_that_is_taken_away_is_one_line(tmp_path):
     out, err = process.communicate(timeout=100)
     assert process.returncode == 1 and "Traceback" not in out + err
     assert err.splitlines()[-1] == (
-        "train_mnist.py: error: --output_dir out was removed while the run was at work there"
+        "train_mnist.py: error: --output_dir out was removed while the run was using it"
     )
 
 
