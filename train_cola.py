@@ -455,15 +455,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         session.config["model"] = source
         session.config["learning_rate"] = settings.learning_rate or default_rate
         progress = Progress(session, len(corpus.train.labels), held_out=len(corpus.valid.labels))
-        run = session.start(
-            partial(
-                wandb.init,
-                project=settings.project,
-                name=settings.name,
-                tags=settings.tags or None,
-                config=session.config,
-            )
-        )
+        run = session.start(partial(wandb.init, project=settings.project, config=session.config))
         log_dataset(run, corpus)
         if is_artifact:
             pretrained = fetch_model(session, corpus, source)

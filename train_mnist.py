@@ -38,10 +38,8 @@ if __name__ == "__main__":
     script.check_options(Settings)  # before the imports that take seconds
 
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 import wandb
@@ -52,7 +50,7 @@ from torch.optim.lr_scheduler import ConstantLR, LRScheduler, OneCycleLR
 import viz
 from harness import distributed, files
 from harness.checkpoints import Checkpoints
-from harness.device import seed_everything, seed_rank
+from harness.device import seed_everything, seed_rank, shuffled
 from harness.progress import Best, Meter, Progress
 from harness.session import Session, open_session
 from harness.tracking import Run, logs_to_wandb
@@ -66,14 +64,6 @@ def load(settings: Settings, device: torch.device) -> Digits:
     """The data on the device, in three parts. Raises `UserError`."""
     digits = load_digits(settings.dataset, settings.data_dir)
     return split_digits(digits, settings.valid_size, settings.slice).to(device)
-
-
-def shuffled(examples: int, seed: int, epoch: int) -> Tensor:
-    """Indices in random order, int64 (examples,).
-
-    From seed and epoch alone, so that a resumed run repeats them.
-    """
-    return torch.from_numpy(np.random.default_rng((seed, epoch)).permutation(examples))
 
 
 def pixels(images: Tensor) -> Tensor:
@@ -128,22 +118,6 @@ def make_optimizer(
     optimizer = torch.optim.Adam(model.parameters(), rate, betas, fused=True)
     rise = 0.11 if batches == 10 else 0.1  # OneCycleLR can't rise for exactly one batch
     return optimizer, OneCycleLR(optimizer, rate, batches, pct_start=rise, cycle_momentum=False)
-
-
-def export_onnx(path: Path, model: ConvNet) -> None:
-    """One file, weights included: `images`, float (batch, 1, 28, 28) in 0..1, to `logits`."""
-    program = torch.onnx.export(
-        model.cpu().to(memory_format=torch.contiguous_format),
-        (torch.zeros(2, 1, 28, 28),),
-        input_names=["images"],
-        output_names=["logits"],
-        dynamic_shapes=({0: torch.export.Dim("batch")},),
-        verbose=False,
-    )
-    for node in program.model.graph:
-        node.metadata_props.clear()  # paths of the source code on this machine
-    with files.replacing(path) as temporary:
-        program.save(temporary, external_data=False)
 
 
 # -------------------------------------------------------------------------------- evaluation
@@ -322,7 +296,9 @@ def conclude(session: Session, progress: Progress, best: Best, data: Digits) -> 
     mistakes = viz.digit_mistakes_picture(images, shown, data.class_names, name)
     files.write_png(output_dir / "mistakes.png", mistakes)
     files.write_tensors(output_dir / "model.pt", best.weights)
-    export_onnx(output_dir / "model.onnx", model)
+    files.write_onnx(
+        output_dir / "model.onnx", model, output="logits", images=torch.zeros(2, 1, 28, 28)
+    )
 
     log_charts(run, data, "test", test)
     run.log(test.named("test"), commit=True)  # an open row would overwrite the summary
@@ -360,15 +336,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             data = load(settings, session.device)
         session.config["dataset"] = data.name  # what "auto" stands for
         progress = Progress(session, len(data.train.labels), held_out=len(data.valid.labels))
-        run = session.start(
-            partial(
-                wandb.init,
-                project=settings.project,
-                name=settings.name,
-                tags=settings.tags or None,
-                config=session.config,
-            )
-        )
+        run = session.start(partial(wandb.init, project=settings.project, config=session.config))
         log_dataset(run, data)
         seed_everything(settings.seed, settings.deterministic)
         model = make_model(settings, session.device)

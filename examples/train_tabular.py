@@ -40,7 +40,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 import wandb
@@ -51,7 +50,7 @@ from torch.optim.lr_scheduler import ConstantLR, LRScheduler, OneCycleLR
 import viz
 from harness import distributed, files
 from harness.checkpoints import Checkpoints
-from harness.device import seed_everything, seed_rank
+from harness.device import seed_everything, seed_rank, shuffled
 from harness.progress import Best, Meter, Progress
 from harness.session import Session, open_session
 from harness.tracking import Run, logs_to_wandb
@@ -90,14 +89,6 @@ def load(settings: Settings, device: torch.device) -> Spirals:
     parts = zip(features.to(device).split(sizes), labels.to(device).split(sizes))
     train, valid, test = (Points(*part) for part in parts)
     return Spirals("spirals", train, valid, test, class_names=["red", "green", "blue"])
-
-
-def shuffled(examples: int, seed: int, epoch: int) -> Tensor:
-    """Indices in random order, int64 (examples,).
-
-    From seed and epoch alone, so that a resumed run repeats them.
-    """
-    return torch.from_numpy(np.random.default_rng((seed, epoch)).permutation(examples))
 
 
 @logs_to_wandb
@@ -141,20 +132,6 @@ def make_optimizer(model: MLP, settings: Settings, batches: int) -> tuple[Optimi
     if settings.schedule == "constant":
         return optimizer, ConstantLR(optimizer, factor=1)
     return optimizer, OneCycleLR(optimizer, rate, batches, cycle_momentum=False)
-
-
-def export_onnx(path: Path, model: MLP) -> None:
-    """One file, weights included: `features`, float (batch, 2), to `logits`."""
-    program = torch.onnx.export(
-        model.cpu(),
-        (torch.zeros(2, 2),),
-        input_names=["features"],
-        output_names=["logits"],
-        dynamic_shapes=({0: torch.export.Dim("batch")},),
-        verbose=False,
-    )
-    with files.replacing(path) as temporary:
-        program.save(temporary, external_data=False)
 
 
 # -------------------------------------------------------------------------------- evaluation
@@ -318,7 +295,7 @@ def conclude(session: Session, progress: Progress, best: Best, data: Spirals) ->
     matrix = viz.confusion_matrix_picture(shown.confusion.counts, data.class_names, name)
     files.write_png(output_dir / "confusion_matrix.png", matrix)
     files.write_tensors(output_dir / "model.pt", best.weights)
-    export_onnx(output_dir / "model.onnx", model)
+    files.write_onnx(output_dir / "model.onnx", model, output="logits", features=torch.zeros(2, 2))
 
     log_charts(run, data, "test", test)
     run.log(test.named("test"), commit=True)  # an open row would overwrite the summary
@@ -356,15 +333,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             data = load(settings, session.device)
         session.config["dataset"] = data.name  # what "auto" stands for
         progress = Progress(session, len(data.train.labels), held_out=len(data.valid.labels))
-        run = session.start(
-            partial(
-                wandb.init,
-                project=settings.project,
-                name=settings.name,
-                tags=settings.tags or None,
-                config=session.config,
-            )
-        )
+        run = session.start(partial(wandb.init, project=settings.project, config=session.config))
         log_dataset(run, data)
         seed_everything(settings.seed, settings.deterministic)
         model = make_model(settings, session.device)

@@ -1,1 +1,1 @@
-"""What carries a training run, whatever is trained: options, session, progress, checkpoints, W&B, torchrun."""
+"""Everything a run needs apart from the task."""

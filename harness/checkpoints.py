@@ -90,9 +90,8 @@ class Checkpoints:
             _set_random_state(processes[rank]["random"])
             return
         numbers = f"{len(processes)} process(es) and goes on with {distributed.world_size()}"
-        print(
-            f"The run was begun with {numbers}: the batches are the same; rounding and dropout differ."
-        )
+        differ = "the batches are the same; rounding and dropout differ"
+        print(f"The run was begun with {numbers}: {differ}.")
         if rank == 0:
             self._meter.load_state_dict(*meters)
         else:

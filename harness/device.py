@@ -1,4 +1,4 @@
-"""Where a run computes and how it repeats itself: device, precision, seeds, deterministic algorithms."""
+"""Where a run computes and how it repeats itself: device, precision, random numbers."""
 
 import contextlib
 import ctypes
@@ -7,6 +7,7 @@ import random
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from harness import distributed
 from harness.errors import UserError
@@ -15,31 +16,44 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's names for its parameters
 
 
 def seed_everything(seed: int, deterministic: bool) -> None:
-    """Seed Python, NumPy and torch; if `deterministic`, allow only algorithms that repeat to the last bit."""
+    """Seed Python, NumPy and torch.
+
+    If `deterministic`, allow only algorithms that repeat to the last bit.
+    """
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)  # of every device
     if deterministic:
-        os.environ.setdefault(
-            "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-        )  # cuBLAS needs it to be deterministic
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS is not
         torch.backends.cudnn.benchmark = False
-    torch.utils.deterministic.fill_uninitialized_memory = (
-        False  # a debugging aid that costs a tenth of the time
-    )
-    torch.backends.cudnn.allow_tf32 = (
-        False  # convolutions in float32 are TF32 by default, unlike the exported model
-    )
+    # A debugging aid that costs a tenth of the time.
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    # In float32, convolutions use TF32 by default, unlike the exported model.
+    torch.backends.cudnn.allow_tf32 = False
     torch.use_deterministic_algorithms(deterministic)
 
 
 def seed_rank(seed: int) -> None:
-    """Seed torch differently on each rank, so that dropout differs. Call it once the model has its weights."""
+    """Seed torch differently on each rank, so that dropout differs.
+
+    Call it once the model has its weights.
+    """
     torch.manual_seed(seed + distributed.rank())
 
 
+def shuffled(examples: int, seed: int, epoch: int) -> Tensor:
+    """Indices in random order, int64 (examples,).
+
+    From seed and epoch alone, so that a resumed run repeats them.
+    """
+    return torch.from_numpy(np.random.default_rng((seed, epoch)).permutation(examples))
+
+
 def keep_freed_memory() -> None:
-    """Have glibc keep freed memory. Returning it after every batch takes a fifth of a small batch's time."""
+    """Have glibc keep freed memory.
+
+    Returning it after every batch takes a fifth of a small batch's time.
+    """
     with contextlib.suppress(AttributeError, OSError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(M_MMAP_THRESHOLD, 32 << 20)
@@ -47,7 +61,10 @@ def keep_freed_memory() -> None:
 
 
 def find_device(name: str) -> torch.device:
-    """The device for `--device`, under torchrun a GPU per process; "auto" is the fastest kind. Raises `UserError`."""
+    """The device for `--device`; under torchrun, a GPU per process.
+
+    "auto" is the fastest kind there is. Raises `UserError`.
+    """
     alone = distributed.world_size() == 1
     available = {
         "cuda": torch.cuda.is_available(),
@@ -57,22 +74,23 @@ def find_device(name: str) -> torch.device:
     if name == "auto":
         name = next(kind for kind in available if available[kind])
     if not available[name]:
-        raise UserError(
-            f"--device {name}: not available on this machine, or in this build of torch"
-        )
+        raise UserError(f"--device {name}: not available on this machine, or in this torch")
     if name != "cuda" or alone:
         return torch.device(name)
-    local_processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
-    if local_processes > gpus:
-        raise UserError(
-            f"{local_processes} processes on a machine with {gpus} GPUs: start {gpus}, or use --device cpu"
-        )
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    gpus = torch.cuda.device_count()
+    if processes > gpus:
+        problem = f"{processes} processes on a machine with {gpus} GPUs"
+        raise UserError(f"{problem}: start {gpus}, or use --device cpu")
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     return torch.device(name, torch.cuda.current_device())
 
 
 def find_precision(name: str, device: torch.device) -> str:
-    """The precision for `--precision`: "fp32" or "bf16"; "auto" is bf16 if the hardware has instructions for it."""
+    """The precision for `--precision`: "fp32" or "bf16".
+
+    "auto" is bf16 if the hardware has instructions for it.
+    """
     if name != "auto":
         return name
     if device.type == "cuda":

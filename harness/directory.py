@@ -68,7 +68,7 @@ def output_directory(path: Path, resume: bool, config: Mapping[str, Any]) -> Ite
 
 
 def _check_content(path: Path, resume: bool) -> set[str]:
-    """The names in the directory. Raises `UserError` unless they are of a run to resume, or none."""
+    """The names in the directory. Raises `UserError` if they are not of a run to resume."""
     names = {file.name for file in path.iterdir()}
     lasting = {name for name in names if not TEMPORARY.fullmatch(name)}
     has_checkpoint = any((path / name).is_file() for name in (CHECKPOINT, PREVIOUS_CHECKPOINT))

@@ -1,7 +1,7 @@
 """Data-parallel training under torchrun; without torchrun, a single process of rank 0.
 
-Every rank holds all the data and the whole model and computes a share of each batch. Summing the gradients keeps the
-models identical. Rank 0 alone writes files, logs to W&B and prints.
+Every rank holds all the data and the whole model, and computes a share of each batch. Summing the
+gradients keeps the models identical. Rank 0 alone writes files, logs to W&B and prints.
 """
 
 import contextlib
@@ -39,50 +39,48 @@ def spans_hosts() -> bool:
 
 @contextlib.contextmanager
 def joined(timeout: float, last_wait: float) -> Iterator[None]:
-    """Join the other processes, if torchrun or another launcher that sets its variables started several.
+    """Join the other processes, if torchrun or a launcher with the same variables started some.
 
-    A process waits `timeout` seconds for the others, and at the end `last_wait` more for rank 0 to finish. Raises
-    `UserError` for variables that can't be right, and `Stopped` if the others do not answer.
+    A process waits `timeout` seconds for the others, and at the end `last_wait` more for rank 0 to
+    finish. Raises `UserError` for impossible variables, and `Stopped` if the others do not answer.
     """
     launched = all(name in os.environ for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"))
     if not launched or os.environ.get("WORLD_SIZE", "1") == "1":
         yield
         return
     _check_environment()
-    limit, backend = (
-        timedelta(seconds=timeout),
-        "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
-    )
+    limit = timedelta(seconds=timeout)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    # After a restart by torchrun, the store still holds the addresses of dead processes.
+    attempt = f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
     with _communicating():
         store, number, count = next(dist.rendezvous("env://", timeout=limit))
-        # A prefix per restart (torchrun --max-restarts): the store still holds the addresses of dead processes.
-        store = dist.PrefixStore(
-            f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store
-        )
+        store = dist.PrefixStore(attempt, store)
         dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=limit)
         end = dist.new_group(backend="gloo", timeout=limit + timedelta(seconds=last_wait))
     if rank() == 0:
         print(f"{world_size()} processes train together.")
     yield
     with _communicating():
-        dist.barrier(
-            end
-        )  # exit status 0 before rank 0 has finished would be taken for success, and not restarted
-    dist.destroy_process_group()  # not after an error: the other ranks may still have to report theirs
+        dist.barrier(end)  # torchrun would not restart a process that exits before rank 0 fails
+    dist.destroy_process_group()  # not after an error: the other ranks may have to report theirs
 
 
 def _check_environment() -> None:
-    """Raise `UserError` for variables with which the processes would wait for each other forever."""
+    """Raise `UserError` for variables with which the processes would wait forever."""
     for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"):
-        if not (value := os.environ[name]).isdecimal() or len(value) > 9:
-            raise UserError(
-                f"{name} must be a whole number, got {value!r}: start with torchrun, or unset it"
-            )
-    number, count, address = (os.environ[name] for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"))
+        value = os.environ[name]
+        if not value.isdecimal() or len(value) > 9:
+            problem = f"{name} must be a whole number, got {value!r}"
+            raise UserError(f"{problem}: start with torchrun, or unset it")
+    number = os.environ["RANK"]
+    count = os.environ["WORLD_SIZE"]
     if int(number) >= int(count):
         raise UserError(f"RANK is {number}, but WORLD_SIZE {count}: ranks count from 0")
-    if int(os.environ["MASTER_PORT"]) > 65535:
-        raise UserError(f"MASTER_PORT must be at most 65535, got {os.environ['MASTER_PORT']}")
+    port = os.environ["MASTER_PORT"]
+    if int(port) > 65535:
+        raise UserError(f"MASTER_PORT must be at most 65535, got {port}")
+    address = os.environ["MASTER_ADDR"]
     try:
         socket.getaddrinfo(address, None)
     except (OSError, UnicodeError) as error:
@@ -91,9 +89,10 @@ def _check_environment() -> None:
 
 @contextlib.contextmanager
 def deferring_to_rank_0() -> Iterator[None]:
-    """On the other ranks: wait for rank 0 to report an error first; torchrun kills all once one has failed.
+    """On the other ranks, let rank 0 report an error first: torchrun kills all once one has failed.
 
-    Raises the error again in the first process of a host, which reports it there, and else `Stopped`.
+    Then raise the error again in the first process of a host, which reports it there, and
+    `Stopped` in the others.
     """
     try:
         yield
@@ -106,7 +105,7 @@ def deferring_to_rank_0() -> Iterator[None]:
 
 
 def stop_launcher() -> None:
-    """End torchrun on this host, which would restart its processes, or wait minutes for other hosts."""
+    """End torchrun on this host: it would restart its processes, or wait for other hosts."""
     if "TORCHELASTIC_RUN_ID" in os.environ and os.environ["LOCAL_RANK"] == "0":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun passes it on to its processes
         os.kill(os.getppid(), signal.SIGTERM)
@@ -114,18 +113,18 @@ def stop_launcher() -> None:
 
 @contextlib.contextmanager
 def _communicating() -> Iterator[None]:
-    """Turn errors of gloo or NCCL, which mean that another process has exited or does not answer, into `Stopped`."""
+    """Turn errors of gloo and NCCL into `Stopped`: another process is gone or does not answer."""
     try:
         yield
     except RuntimeError as error:
-        reason = str(error).partition("\n")[0].rpartition("] ")[2].partition(". ")[0][:80]
-        silent = re.search("timed? ?out", reason, re.IGNORECASE)
-        reason += "; --peer_timeout is the limit" if silent else ""
-        # While a host does not answer, a restart does not help, and torchrun would wait for it a quarter of an hour.
-        ends_launcher = bool(silent) and spans_hosts()
-        raise Stopped(
-            f"a communication failure between processes ({reason})", 1, ends_launcher
-        ) from error
+        first_line = str(error).partition("\n")[0]
+        reason = first_line.rpartition("] ")[2].partition(". ")[0][:80]
+        silent = bool(re.search("timed? ?out", reason, re.IGNORECASE))
+        if silent:
+            reason += "; --peer_timeout is the limit"
+        # While a host is silent, a restart is no help, and torchrun would wait for 15 minutes.
+        reason = f"a communication failure between processes ({reason})"
+        raise Stopped(reason, 1, ends_launcher=silent and spans_hosts()) from error
 
 
 @contextlib.contextmanager
@@ -144,21 +143,24 @@ def share_of(items: Items) -> Items:
 
 
 def sum_over_ranks(*tensors: Tensor) -> None:
-    """Replace float tensors, all on one device, by their sums over all ranks, identical to the last bit."""
+    """Replace float tensors, all on one device, by their sums over all ranks.
+
+    The sums are identical to the last bit on all ranks.
+    """
     if world_size() == 1:
         return
-    flat = torch.cat(
-        [tensor.flatten() for tensor in tensors]
-    )  # one all-reduce is much faster than many
+    flat = torch.cat([tensor.flatten() for tensor in tensors])  # faster than many all-reduces
     with _communicating():
         dist.all_reduce(flat)
-    for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
+    sizes = [tensor.numel() for tensor in tensors]
+    for tensor, total in zip(tensors, flat.split(sizes)):
         tensor.copy_(total.view_as(tensor))
 
 
 def sum_gradients(model: nn.Module) -> None:
     """Replace the model's gradients by their sums over all ranks."""
-    sum_over_ranks(*(weight.grad for weight in model.parameters() if weight.grad is not None))
+    weights = [weight for weight in model.parameters() if weight.grad is not None]
+    sum_over_ranks(*(weight.grad for weight in weights))
 
 
 def broadcast(value: Any = None) -> Any:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor, nn
 
 from harness.errors import UserError
 
@@ -127,6 +128,26 @@ def write_tensors(path: Path, content: Mapping[str, Any], previous: Path | None 
         if previous and path.exists():
             os.replace(path, previous)
         os.replace(temporary, path)
+
+
+def write_onnx(path: Path, model: nn.Module, output: str, **inputs: Tensor) -> None:
+    """Export a model with its weights to one ONNX file, on the CPU.
+
+    `inputs` are examples by the names of the model's inputs; the size of the batch stays dynamic.
+    """
+    batch = torch.export.Dim("batch")
+    program = torch.onnx.export(
+        model.cpu().to(memory_format=torch.contiguous_format),
+        tuple(inputs.values()),
+        input_names=list(inputs),
+        output_names=[output],
+        dynamic_shapes=tuple({0: batch} for _ in inputs),
+        verbose=False,
+    )
+    for node in program.model.graph:
+        node.metadata_props.clear()  # paths of the source code on this machine
+    with replacing(path) as temporary:
+        program.save(temporary, external_data=False)
 
 
 def read_tensors(path: Path) -> Any:

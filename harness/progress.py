@@ -61,7 +61,7 @@ class Progress:
         return f"epoch {self.epoch}, batch {batch} of {self.batches_per_epoch}"
 
     def epochs(self) -> Iterator[int]:
-        """The epochs that are left, the interrupted one first, with a progress bar on a terminal."""
+        """The epochs that are left, the interrupted one first; on a terminal, with a bar."""
         # A resumed run logs its histograms in the same batches as one that was not interrupted.
         self._first_watched = math.ceil(self.batch / self.watch_every) * self.watch_every + 1
         bar = tqdm(
@@ -223,7 +223,7 @@ class Best:
         self.weights: dict[str, Tensor] = {}  # a state dict
 
     def offer(self, epoch: int, metrics: Mapping[str, float], model: nn.Module) -> bool:
-        """Keep a copy of the model's weights if it is better than the best so far; whether it is."""
+        """Keep a copy of the model's weights if it is the best so far; returns whether it is."""
         value = distributed.broadcast(metrics.get(self.monitor))  # all ranks must decide alike
         improves = operator.lt if lower_is_better(self.monitor) else operator.gt
         better = self.value is None or math.isnan(self.value) or improves(value, self.value)

@@ -479,6 +479,8 @@ def _init_options(
     return {
         "entity": settings.entity,
         "id": settings.id,
+        "name": settings.name,
+        "tags": settings.tags or None,
         "job_type": settings.job_type,
         "group": settings.group,
         "notes": settings.notes,

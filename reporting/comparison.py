@@ -95,7 +95,7 @@ def difference(a: Predictions, b: Predictions, name: str) -> tuple[float, float,
         rows = [torch.cat([of.probabilities, of.labels[:, None]], 1) for of in (a, b)]
         statistic = lambda rows: evaluation(
             rows[:, :-1].clamp(min=1e-300).log(), rows[:, -1].long()
-        ).metrics[name]  # noqa: E731
+        ).metrics[name]
         interval = paired_bootstrap(*rows, statistic, resamples=200)  # it is slow
     return figures[0] - figures[1], *interval
 

@@ -260,7 +260,9 @@ def remember_what_is_installed() -> None:
     with (
         tempfile.TemporaryDirectory() as directory
     ):  # the first export and the first save of a process take longer
-        train_mnist.export_onnx(Path(directory, "model.onnx"), train_mnist.ConvNet([1, 1]).eval())
+        model = train_mnist.ConvNet([1, 1]).eval()
+        images = sys.modules["torch"].zeros(2, 1, 28, 28)
+        train_mnist.files.write_onnx(Path(directory, "model.onnx"), model, "logits", images=images)
         bert = transformers.BertConfig(
             vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1
         )
