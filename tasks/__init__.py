@@ -1,1 +1,1 @@
-"""What is trained on: data sets and their synthetic fallbacks, encoders, tokenisation and batches."""
+"""What to train on: data sets and their synthetic fallbacks, encoders, tokenisation, batches."""

@@ -1,93 +1,105 @@
-"""Download published files: from a server that answers quickly, verified by a checksum, all or none."""
+"""Download the files of a data set: checksums are verified, and either all files appear or none."""
 
 import gzip
 import hashlib
 import http.client
+import queue
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 from harness.errors import UserError, warn_loudly
 from harness.files import replacing
+
+TIMEOUT = 4.0  # seconds in which a server has to answer before a download is tried
+Sources = list[tuple[Path, str, str]]  # of each file: its path, URL, and checksum (MD5 or SHA-256)
 
 
 def has_files(
     name: str,
     files: list[Path],
     data_dir: str,
-    sources: Callable[[], Mapping[Path, tuple[str, str]]],
+    sources: Callable[[], Sources],
     optional: bool,
 ) -> bool:
-    """Whether the `files` of a data set are in `data_dir`, if need be after a download.
+    """Whether the `files` of a data set are in `data_dir`; missing ones are downloaded.
 
-    `sources` gives for each file its URL and a checksum, MD5 or SHA-256, of what is sent; .gz is uncompressed.
-    If files are missing, it is a loud warning if the data set is `optional`, else a `UserError`.
+    `sources` is called only if files are missing. A checksum is that of the file as sent; .gz
+    files are uncompressed afterwards. If the download fails, an `optional` data set causes a loud
+    warning, any other one a `UserError`.
     """
     if Path(data_dir).is_file():
         raise UserError(f"--data_dir {data_dir} is a file: pass a directory")
     missing = ", ".join(file.name for file in files if not file.exists())
-    try:
-        if missing:
-            _download(sources())
+    if not missing:
         return True
-    except (
-        OSError,
-        http.client.HTTPException,
-        ValueError,
-    ) as error:  # the last after a redirection to no URL
-        problem = f"{name} is not in {data_dir}: {missing} missing, and can't be downloaded: {one_line(error)}"
+    try:
+        _download(sources())
+        return True
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        reason = f"{missing} missing, and can't be downloaded: {one_line(error)}"
+    problem = f"{name} is not in {data_dir}: {reason}"
     advice = f"put the uncompressed files into {files[0].parent}, or pass another --data_dir"
     if not optional:
         raise UserError(f"{problem}; {advice}, or use --dataset synthetic")
-    stand_in = "This run uses the BUILT-IN synthetic data instead: its metrics are not comparable to those of"
-    warn_loudly(f"{problem}.", f"{stand_in} {name}.", f"To use {name}, {advice}.")
+    warn_loudly(
+        f"{problem}.",
+        "This run uses the BUILT-IN synthetic data instead: "
+        f"its metrics are not comparable to those of {name}.",
+        f"To use {name}, {advice}.",
+    )
     return False
 
 
-def _download(sources: Mapping[Path, tuple[str, str]]) -> None:
-    if problem := why_unreachable(next(iter(sources.values()))[0]):
+def _download(sources: Sources) -> None:
+    """Raises OSError, HTTPException, or ValueError for a bad URL, redirection or checksum."""
+    _, first_url, _ = sources[0]
+    if problem := why_unreachable(first_url):
         raise ValueError(problem)
     contents = {}
-    for path, (url, checksum) in sources.items():
+    for path, url, checksum in sources:
         with urllib.request.urlopen(url, timeout=20) as response:
             content = response.read()
         algorithm = "md5" if len(checksum) == 32 else "sha256"
         if hashlib.new(algorithm, content, usedforsecurity=False).hexdigest() != checksum:
             raise ValueError(f"what the server sent is not the published file: {url}")
         contents[path] = gzip.decompress(content) if url.endswith(".gz") else content
-    for path, content in contents.items():  # once all have arrived
+    for path, content in contents.items():  # not before all of them have arrived
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
             temporary.write_bytes(content)
 
 
 def one_line(text: object) -> str:
-    """What an exception or another object says, in one line."""
+    """The message of an exception, or any other text, in one line."""
     if isinstance(text, http.client.HTTPException):
-        return repr(text)  # its text may be no more than what the server sent
-    return " ".join(str(getattr(text, "reason", text)).split())
+        return repr(text)  # its message may be only what the server sent
+    message = getattr(text, "reason", text)
+    return " ".join(str(message).split())
 
 
-def why_unreachable(url: str, seconds: float = 4.0) -> str | None:
-    """Why the server of `url` does not answer within `seconds`, or None if it does; an HTTP error is an answer."""
+def why_unreachable(url: str) -> str | None:
+    """Why the server of `url` does not answer, or None if it does. An HTTP error is an answer."""
     if not url.startswith(("http://", "https://")):
         return f"{url!r} is not the URL of a server"
-    outcome = [f"{url}: no answer within {seconds:g} s"]
+    outcome = queue.SimpleQueue()
 
     def probe() -> None:
+        problem = None
         try:
-            urllib.request.urlopen(
-                urllib.request.Request(url, method="HEAD"), timeout=seconds
-            ).close()
-            outcome[0] = None
+            request = urllib.request.Request(url, method="HEAD")
+            urllib.request.urlopen(request, timeout=TIMEOUT).close()
+        except urllib.error.HTTPError:
+            pass
         except Exception as error:  # any: URL and proxy may come from the environment
-            answered = isinstance(error, urllib.error.HTTPError)
-            outcome[0] = None if answered else f"{one_line(url)}: {one_line(error)}"
+            problem = f"{one_line(url)}: {one_line(error)}"
+        outcome.put(problem)
 
     # In a thread, because the timeout of urlopen does not cover the DNS lookup.
-    thread = threading.Thread(target=probe, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return outcome[0]
+    threading.Thread(target=probe, daemon=True).start()
+    try:
+        return outcome.get(timeout=TIMEOUT)
+    except queue.Empty:
+        return f"{url}: no answer within {TIMEOUT:g} s"

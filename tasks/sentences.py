@@ -1,8 +1,7 @@
-"""Corpora for sentence classification: CoLA from disk or downloaded, the user's files, or synthetic sentences."""
+"""Load a corpus for sentence classification: CoLA, the user's files, or synthetic sentences."""
 
 import csv
 import hashlib
-import io
 import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,9 +16,7 @@ class Sentences(NamedTuple):
 
     sentences: list[str]
     labels: list[int]  # indices into the corpus's class names
-    sources: list[
-        str
-    ]  # for each sentence a publication, a file, or the rule of the built-in grammar
+    sources: list[str]  # a publication, a file, or a rule of the built-in grammar, per sentence
 
 
 class Corpus(NamedTuple):
@@ -33,9 +30,18 @@ class Corpus(NamedTuple):
     files: list[Path]  # what was read; empty for the built-in sentences
 
 
-TAB_SEPARATED = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+class Row(NamedTuple):
+    """A row of a file, before its label becomes a number."""
+
+    position: str  # file and row number, for error messages
+    sentence: str
+    label: str
+    source: str
+
+
 csv.field_size_limit(2**31 - 1)  # the default is 131,072 characters
-Row = tuple[str, str, str, str]  # where it stands in a file, sentence, label, source
+TAB_SEPARATED = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+COMMA_SEPARATED = {}  # the defaults of the csv module
 COLA_URL = "https://nyu-mll.github.io/CoLA/cola_public_1.1.zip"
 COLA_SHA256 = "2cf856f46df11c143d38e0cf2f9f34ff2fdb088c521cd859f5c4b9581683278b"
 ACCEPTABILITY = ["unacceptable", "acceptable"]
@@ -44,106 +50,120 @@ ACCEPTABILITY = ["unacceptable", "acceptable"]
 def load_corpus(
     name: str, data_dir: str, train_file: str | None = None, valid_file: str | None = None
 ) -> Corpus:
-    """Load "cola" from `data_dir`, downloading it there if needed, or the user's "files", or "synthetic".
+    """Load "cola" from `data_dir`, the user's "files", or "synthetic" sentences.
 
-    "auto" is the user's files if named, else CoLA, else, with a loud warning, "synthetic". Raises `UserError`.
+    CoLA is downloaded to `data_dir` if it is missing. "auto" means the user's files if they are
+    named, otherwise CoLA, otherwise, with a loud warning, "synthetic". Raises `UserError` if
+    the options contradict each other, or if files are missing or damaged.
     """
-    if (train_file is None) != (valid_file is None) or (name == "files" and train_file is None):
-        raise UserError("--train_file and --valid_file go together: name both")
     if train_file and valid_file:
         if name not in ("auto", "files"):
             raise UserError(
                 f"--dataset {name} and --train_file exclude each other: drop one of them"
             )
         return _read_user_files(Path(train_file), Path(valid_file))
+    if train_file or valid_file or name == "files":
+        raise UserError("--train_file and --valid_file go together: name both")
     if name != "synthetic":
         path = Path(data_dir) / "cola_public_1.1.zip"
-        if has_files(
-            "cola",
-            [path],
-            data_dir,
-            lambda: {path: (COLA_URL, COLA_SHA256)},
-            optional=name == "auto",
-        ):
+        source = (path, COLA_URL, COLA_SHA256)
+        if has_files("cola", [path], data_dir, lambda: [source], optional=name == "auto"):
             return _read_cola(path)
     return synthetic_sentences()
 
 
 def _read_cola(path: Path) -> Corpus:
-    content = path.read_bytes()
-    if hashlib.sha256(content).hexdigest() != COLA_SHA256:
+    if hashlib.sha256(path.read_bytes()).hexdigest() != COLA_SHA256:
         raise UserError(
-            f"{path} is damaged: it differs from the published file (SHA-256); delete it to replace it"
+            f"{path} is damaged: it differs from the published file (SHA-256); "
+            "delete it to replace it"
         )
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        train, in_domain, out_of_domain = (
-            parse_cola(archive.read(f"cola_public/raw/{part}.tsv"), f"{path}: {part}.tsv")
-            for part in ("in_domain_train", "in_domain_dev", "out_of_domain_dev")
-        )
-    valid = Sentences(*(a + b for a, b in zip(in_domain, out_of_domain)))
-    inside = len(in_domain.labels)
-    domains = {"in_domain": slice(inside), "out_of_domain": slice(inside, None)}
+    parts = []
+    with zipfile.ZipFile(path) as archive:
+        for part in ("in_domain_train", "in_domain_dev", "out_of_domain_dev"):
+            content = archive.read(f"cola_public/raw/{part}.tsv")
+            parts.append(parse_cola(content, f"{path}: {part}.tsv"))
+    train, in_domain, out_of_domain = parts
+    valid = Sentences(
+        in_domain.sentences + out_of_domain.sentences,
+        in_domain.labels + out_of_domain.labels,
+        in_domain.sources + out_of_domain.sources,
+    )
+    boundary = len(in_domain.labels)
+    domains = {"in_domain": slice(boundary), "out_of_domain": slice(boundary, None)}
     return Corpus("cola", train, valid, domains, ACCEPTABILITY, [path])
 
 
 def parse_cola(content: bytes, name: str) -> Sentences:
-    """Parse CoLA's rows of source, label, original annotation and sentence; raises `UserError` naming file and row."""
-    table = _table(content, name, TAB_SEPARATED)
-    rows = _rows(table, ["source", "label", "annotation", "sentence"], name, first=1)
+    """Parse CoLA's rows of source, label, original annotation and sentence.
+
+    Raises `UserError` that contains `name` and the number of the row.
+    """
+    table = _split_columns(content, name, TAB_SEPARATED)
+    rows = _rows(table, ["source", "label", "annotation", "sentence"], "CoLA")
     return _numbered(rows, ["0", "1"], "CoLA")
 
 
 def _read_user_files(train_file: Path, valid_file: Path) -> Corpus:
-    train, valid = _read_table(train_file), _read_table(valid_file)
-    labels = {label for _, _, label, _ in train}
-    if not 2 <= len(labels) <= 1000 or (len(train) >= 20 and 2 * len(labels) > len(train)):
-        counts = f"{len(labels):,} distinct labels in {len(train):,} rows"
+    train = _read_file(train_file)
+    valid = _read_file(valid_file)
+    labels = {row.label for row in train}
+    mostly_distinct = len(train) >= 20 and len(labels) > len(train) / 2
+    if mostly_distinct or not 2 <= len(labels) <= 1000:
         raise UserError(
-            f"{train_file}: column 'label' has {counts}; does another column hold the classes?"
+            f"{train_file}: column 'label' has {len(labels):,} distinct labels in "
+            f"{len(train):,} rows; does another column hold the classes?"
         )
-    classes = sorted(labels, key=_order)
-    parts = (_numbered(rows, classes, str(train_file)) for rows in (train, valid))
-    return Corpus("files", *parts, {}, classes, [train_file, valid_file])
+    class_names = sorted(labels, key=_label_order)
+    return Corpus(
+        "files",
+        _numbered(train, class_names, str(train_file)),
+        _numbered(valid, class_names, str(train_file)),
+        {},
+        class_names,
+        [train_file, valid_file],
+    )
 
 
-def _order(label: str) -> tuple[bool, int, str, str]:
-    """Numbers come first, in numeric order, however long they are; the label itself orders 1 and 01."""
+def _label_order(label: str) -> tuple[bool, int, str, str]:
+    """A sort key: numbers first, by value, then other labels; 01 comes before 1.
+
+    The digits are compared as text because Python refuses to convert very long numbers.
+    """
     digits = label.lstrip("0") if label.isdecimal() else ""
     return not label.isdecimal(), len(digits), digits, label
 
 
-def _read_table(path: Path) -> list[Row]:
+def _read_file(path: Path) -> list[Row]:
     """The rows of a file whose header names `sentence`, `label` and optionally `source`."""
     try:
         content = path.read_bytes().removeprefix(b"\xef\xbb\xbf").rstrip(b"\r\n")
     except OSError as error:
         raise UserError(f"can't read {path}: {error.strerror}") from None
-    table = _table(content, str(path), {} if path.suffix.lower() == ".csv" else TAB_SEPARATED)
+    dialect = COMMA_SEPARATED if path.suffix.lower() == ".csv" else TAB_SEPARATED
+    table = _split_columns(content, str(path), dialect)
     if len(table) < 2:
         raise UserError(f"{path} contains no sentences")
-    header, *rows = table
+    _, header = table[0]
     for column in ("sentence", "label"):
         if header.count(column) != 1:
-            hint = (
-                "; the file is comma-separated: name it .csv"
-                if len(header) == 1 and "," in header[0]
-                else ""
-            )
-            names = str(header)[1:-1][:300]
-            raise UserError(
-                f"{path}, row 1: the header must name one column {column!r}, not {names}{hint}"
-            )
-    return _rows(rows, header, str(path), first=2)
+            names = ", ".join(map(repr, header))[:300]
+            problem = f"the header must name one column {column!r}, not {names}"
+            if len(header) == 1 and "," in header[0]:
+                problem += "; the file is comma-separated: name it .csv"
+            raise UserError(f"{path}, row 1: {problem}")
+    return _rows(table[1:], header, path.name)
 
 
-def _table(content: bytes, name: str, dialect: dict[str, Any]) -> list[list[str]]:
-    """Rows of columns in a UTF-8 file whose lines end in CR, LF or CRLF."""
+def _split_columns(
+    content: bytes, name: str, dialect: dict[str, Any]
+) -> list[tuple[str, list[str]]]:
+    """Position and columns of each row in a UTF-8 file whose lines end in CR, LF or CRLF."""
+    lines = (line.decode() + "\n" for line in content.splitlines())
     table = []
     try:
-        for row in csv.reader(
-            (f"{line.decode()}\n" for line in content.splitlines()), strict=True, **dialect
-        ):
-            table.append(row)
+        for columns in csv.reader(lines, strict=True, **dialect):
+            table.append((f"{name}, row {len(table) + 1}", columns))
         return table
     except UnicodeDecodeError:
         problem = "invalid UTF-8"
@@ -152,38 +172,42 @@ def _table(content: bytes, name: str, dialect: dict[str, Any]) -> list[list[str]
     raise UserError(f"{name}, row {len(table) + 1}: {problem}")
 
 
-def _rows(table: list[list[str]], header: list[str], name: str, first: int) -> list[Row]:
-    """The rows of the file `name`, from number `first` on."""
+def _rows(table: list[tuple[str, list[str]]], header: list[str], default_source: str) -> list[Row]:
     rows = []
-    for number, columns in enumerate(table, start=first):
-        place = f"{name}, row {number}"
+    for position, columns in table:
         if len(columns) != len(header):
-            raise UserError(f"{place}: expected {len(header)} columns, got {len(columns)}")
-        fields = {"source": Path(name).name, **dict(zip(header, columns))}
+            raise UserError(f"{position}: expected {len(header)} columns, got {len(columns)}")
+        fields = dict(zip(header, columns))
         for column in ("sentence", "label"):
             if not fields[column].strip():
-                raise UserError(f"{place}: the {column} is empty")
-        rows.append((place, fields["sentence"], fields["label"].strip(), fields["source"]))
+                raise UserError(f"{position}: the {column} is empty")
+        source = fields.get("source", default_source)
+        rows.append(Row(position, fields["sentence"], fields["label"].strip(), source))
     return rows
 
 
-def _numbered(rows: list[Row], classes: list[str], origin: str) -> Sentences:
-    """Sentences whose labels are indices into `classes`, the labels that occur in `origin`."""
-    index = {label: i for i, label in enumerate(classes)}
-    for place, _, label, _ in rows:
-        if label not in index:
-            raise UserError(f"{place}: the label {label!r} does not occur in {origin}")
-    _, sentences, labels, sources = map(list, zip(*rows))
-    return Sentences(sentences, [index[label] for label in labels], sources)
+def _numbered(rows: list[Row], class_names: list[str], origin: str) -> Sentences:
+    """Sentences whose labels are indices into `class_names`, the labels that occur in `origin`."""
+    index_of = {label: index for index, label in enumerate(class_names)}
+    for row in rows:
+        if row.label not in index_of:
+            raise UserError(f"{row.position}: the label {row.label!r} does not occur in {origin}")
+    return Sentences(
+        [row.sentence for row in rows],
+        [index_of[row.label] for row in rows],
+        [row.source for row in rows],
+    )
 
 
-def synthetic_sentences(train: int = 12_000, valid: int = 1_000, seed: int = 0) -> Corpus:
-    """Minimal pairs of the built-in grammar, each in one part only; the same arguments give the same sentences."""
-    pairs = minimal_pairs((train + valid) // 2, seed)
-    rows = [
-        (sentence, label, rule)
-        for good, bad, rule in pairs
-        for sentence, label in ((good, 1), (bad, 0))
-    ]
-    parts = (Sentences(*map(list, zip(*part))) for part in (rows[:train], rows[train:]))
-    return Corpus("synthetic", *parts, {}, ACCEPTABILITY, [])
+def synthetic_sentences(train: int = 12_000, valid: int = 1_000) -> Corpus:
+    """Minimal pairs of the built-in grammar; the parts have no sentence in common."""
+    sentences = []
+    labels = []
+    rules = []
+    for good, bad, rule in minimal_pairs((train + valid) // 2):
+        sentences += [good, bad]
+        labels += [1, 0]
+        rules += [rule, rule]
+    train_part = Sentences(sentences[:train], labels[:train], rules[:train])
+    valid_part = Sentences(sentences[train:], labels[train:], rules[train:])
+    return Corpus("synthetic", train_part, valid_part, {}, ACCEPTABILITY, [])
