@@ -83,8 +83,6 @@ from tasks.sentences import Corpus, load_corpus
 
 # -------------------------------------------------------------------------------------- data
 
-Pretrained = tuple[PreTrainedModel, PreTrainedTokenizerBase]
-
 
 class Task(NamedTuple):
     """What there is to learn, and what learns it."""
@@ -109,25 +107,20 @@ def load(settings: Settings) -> Corpus:
     return corpus
 
 
-def tokenise(session: Session, corpus: Corpus, pretrained: Pretrained) -> Task:
+def tokenise(session: Session, corpus: Corpus, pretrained: encoders.Pretrained) -> Task:
     """Tokenise the sentences, and take the model to the device."""
     model, tokenizer = pretrained
-    max_length = session.settings.max_length
-    sets = []
-    for part in (corpus.train, corpus.valid):
-        tokens = batching.tokenise(
-            part.sentences, part.labels, tokenizer, max_length, session.device
-        )
-        sets.append(tokens)
-    if cut := sum(tokens.cut for tokens in sets):
-        print(f"{cut} sentences are longer than --max_length {max_length} and are truncated.")
-    share = sets[1].labels.bincount().max() / len(sets[1].labels)
-    sizes = f"{len(corpus.train.labels):,} + {len(corpus.valid.labels):,} sentences"
-    majority = f"{share:.1%} of the latter in the most frequent class"
-    print(f"{corpus.name}: {sizes} for training and validation, {majority}")
+    limit, device = session.settings.max_length, session.device
+    train, valid = corpus.train, corpus.valid
+    train_set = batching.tokenise(train.sentences, train.labels, tokenizer, limit, device)
+    valid_set = batching.tokenise(valid.sentences, valid.labels, tokenizer, limit, device)
+    if cut := train_set.cut + valid_set.cut:
+        print(f"{cut} sentences are longer than --max_length {limit} and are truncated.")
+    sizes = f"{len(train_set.labels):,} + {len(valid_set.labels):,}"
+    print(f"{corpus.name}: {sizes} sentences for training and validation")
     session.describe(session.config["model"], model)
-    encoders.train_used_rows(model, [tokens.tokens for tokens in sets])
-    return Task(corpus, model.to(session.device), tokenizer, *sets)
+    encoders.train_used_rows(model, [train_set.tokens, valid_set.tokens])
+    return Task(corpus, model.to(device), tokenizer, train_set, valid_set)
 
 
 @logs_to_wandb
@@ -147,28 +140,12 @@ def log_dataset(run: Run, corpus: Corpus) -> None:
 # ------------------------------------------------------------------------------------- model
 
 
-def load_model(settings: Settings, corpus: Corpus, source: str) -> Pretrained:
+def load_model(settings: Settings, corpus: Corpus, source: str) -> encoders.Pretrained:
     """The model of a directory, the hub or "scratch"; new weights follow from the seed."""
     seed_everything(settings.seed, settings.deterministic)
     return encoders.load_model(
         source, corpus.train.sentences, corpus.class_names, settings.max_length
     )
-
-
-def fetch_model(session: Session, corpus: Corpus, name: str) -> Pretrained:
-    """The model of a W&B artifact, from the run's copy if it has one. Raises `UserError`."""
-    copy = session.output_dir / "pretrained"
-    with distributed.rank_0_first():
-        if distributed.rank() == 0 and not copy.exists():
-            with files.replacing_directory(copy) as directory:
-                try:
-                    artifact = session.run.wandb.use_artifact(name.removeprefix("wandb:"))
-                    artifact.verify(artifact.download(str(directory)))
-                    load_model(session.settings, corpus, str(directory))
-                except Exception as error:  # W&B raises arbitrary exceptions
-                    reason = str(error).replace("--model ", "").replace(str(directory), "it")
-                    raise UserError(f"--model {name} can't be used: {reason}") from None
-        return load_model(session.settings, corpus, str(copy))
 
 
 def make_optimizer(
@@ -179,11 +156,9 @@ def make_optimizer(
     Weight decay spares biases, LayerNorm and embeddings.
     """
     embeddings = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
-    decayed = []
-    spared = []
-    for weight in model.parameters():
-        is_spared = weight.ndim == 1 or weight in embeddings
-        (spared if is_spared else decayed).append(weight)
+    weights = list(model.parameters())
+    spared = [weight for weight in weights if weight.ndim == 1 or weight in embeddings]
+    decayed = [weight for weight in weights if weight.ndim > 1 and weight not in embeddings]
     groups = [
         {"params": decayed, "weight_decay": settings.weight_decay},
         {"params": spared, "weight_decay": 0.0},
@@ -458,7 +433,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         run = session.start(partial(wandb.init, project=settings.project, config=session.config))
         log_dataset(run, corpus)
         if is_artifact:
-            pretrained = fetch_model(session, corpus, source)
+            copy = session.output_dir / "pretrained"
+            check = partial(load_model, settings, corpus)
+            encoders.fetch_model(source, run.wandb.use_artifact, copy, check)
+            pretrained = load_model(settings, corpus, str(copy))
         task = tokenise(session, corpus, pretrained)
         seed_everything(settings.seed, settings.deterministic)
         seed_rank(settings.seed)

@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from harness import distributed
 from harness.errors import Stopped, UserError, warn_loudly
+from harness.files import replacing_directory
 from tasks.batching import TokenSet, inputs_of, tokenise, tokens_of
 from tasks.downloads import one_line, why_unreachable
 
@@ -97,6 +100,30 @@ def load_model(
         reason = _why_unusable(name, error)[:200]
         raise UserError(f"--model {one_line(name)} can't be used: {reason}") from None
     return model, tokenizer
+
+
+def fetch_model(
+    name: str,
+    use_artifact: Callable[[str], Any],
+    directory: Path,
+    check: Callable[[str], Any],
+) -> None:
+    """Download the model of a W&B artifact, unless an earlier process of the run has done so.
+
+    `name` is wandb:ENTITY/PROJECT/NAME:ALIAS. What `check` raises for is not kept. Raises
+    `UserError`.
+    """
+    with distributed.rank_0_first():
+        if distributed.rank() > 0 or directory.exists():
+            return
+        with replacing_directory(directory) as temporary:
+            try:
+                artifact = use_artifact(name.removeprefix("wandb:"))
+                artifact.verify(artifact.download(str(temporary)))
+                check(str(temporary))
+            except Exception as error:  # W&B raises arbitrary exceptions
+                reason = str(error).replace("--model ", "").replace(str(temporary), "it")
+                raise UserError(f"--model {name} can't be used: {reason}") from None
 
 
 def _why_unusable(name: str, error: BaseException) -> str:

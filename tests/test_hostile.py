@@ -399,35 +399,6 @@ def test_a_model_stored_in_half_precision_is_trained_in_float32(dtype, tmp_path)
     assert json.loads((run.files / "model/config.json").read_text())["dtype"] == "float32"
 
 
-def test_watch_may_compute_histograms_without_a_deterministic_algorithm(tmp_path, monkeypatch):
-    """On CUDA there is none for them; everything else stays strict."""
-    seen = {"histc": set(), "matmul": set()}
-    histc, addmm = torch.Tensor.histc, torch.nn.functional.linear
-
-    def recording(name, function):
-        def call_it(*arguments, **options):
-            seen[name].add(torch.are_deterministic_algorithms_enabled())
-            return function(*arguments, **options)
-
-        return call_it
-
-    monkeypatch.setattr(
-        files, "write_onnx", lambda path, *_, **__: path.touch()
-    )  # it takes most of the time
-    monkeypatch.setattr(torch.Tensor, "histc", recording("histc", histc))
-    monkeypatch.setattr(torch.nn.functional, "linear", recording("matmul", addmm))
-    monkeypatch.chdir(tmp_path)
-    for name, value in clean_environment(tmp_path, WANDB_MODE="offline").items():
-        monkeypatch.setenv(name, value)
-    try:
-        train_mnist.main(
-            f"{killing.DIGITS} --slice 20 --valid_size 1000 --epochs 1 --output_dir out".split()
-        )
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert seen == {"histc": {False}, "matmul": {True}}
-
-
 # ------------------------------------------------------------------------------------------ W&B
 
 
