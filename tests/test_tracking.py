@@ -1,0 +1,160 @@
+"""The tracked run: whatever is logged in whatever order, the journal and W&B hold the same rows."""
+
+import json
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import wandb
+
+from harness import tracking
+from tests import forking, killing
+from tests.conftest import REPO, clean_environment
+from tests.wandb_server import WandbServer, serving
+
+SCRIPT = REPO / "tests/logging_rows.py"
+ARGUMENTS = "--epochs 2 --batch_size 5 --checkpoint_every 3 --id same --output_dir out --resume"
+
+
+@pytest.fixture(scope="module")
+def server():
+    with serving() as running:
+        yield running
+
+
+def run_script(cwd: Path, seed: int, kill: int | None = None) -> int:
+    """The exit status of the script, killed at a call of `run.log`."""
+    changes = {"PYTHONPATH": str(REPO), "SEED": str(seed), "KILL": str(kill or -1)}
+    environment = clean_environment(cwd, **changes)
+    command = [sys.executable, SCRIPT, *ARGUMENTS.split()]
+    done = forking.run(command, cwd=cwd, env=environment, text=True, timeout=200)
+    if kill is None:
+        assert done.returncode == 0, done.stderr
+    return done.returncode
+
+
+def journal_rows(cwd: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (cwd / "out/history.jsonl").read_text().splitlines()]
+
+
+def wandb_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """W&B's rows as the journal has them: numbers only, with their step."""
+    kept = []
+    for row in rows:
+        numbers = {"step": row["_step"]}
+        for name, value in row.items():
+            value = float("nan") if value == "NaN" else value
+            if not name.startswith("_") and isinstance(value, (int, float)):
+                numbers[name] = value
+        if len(numbers) > 1:
+            kept.append(numbers)
+    return kept
+
+
+def comparable(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """With NaN equal to NaN, and 1 equal to 1.0, as in W&B."""
+    return [{name: repr(float(value)) for name, value in sorted(row.items())} for row in rows]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_journal_and_wandb_hold_the_same_rows_at_any_kill(seed, tmp_path, server: WandbServer):
+    rng = random.Random(seed)
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+    run_script(tmp_path / "whole", seed)
+    expected = comparable(journal_rows(tmp_path / "whole"))
+    steps = [row["step"] for row in journal_rows(tmp_path / "whole")]
+    assert steps == sorted(set(steps)) and len(steps) > 15
+    cwd = tmp_path / "killed"
+    for kill in (rng.randint(1, 60), rng.randint(30, 150), rng.randint(2, 40)):
+        if run_script(cwd, seed, kill) == 0:
+            break
+    run_script(cwd, seed)
+    assert comparable(journal_rows(cwd)) == expected
+    server.runs.pop("same", None)
+    server.history.pop("same", None)
+    killing.sync(cwd, clean_environment(cwd), server)
+    assert comparable(wandb_rows(server.rows("same"))) == expected
+    media = [row for row in server.rows("same") if "histogram" in row]
+    assert media and all("image" in row for row in media)
+
+
+class Silent:
+    """What a `Run` needs of a disabled `wandb.Run`."""
+
+    disabled, offline, config, summary = True, False, {}, {}
+
+
+def fresh(tmp_path: Path) -> tracking.Run:
+    return tracking.Run(Silent(), tmp_path / "history.jsonl")
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("values", "step", "problem"),
+    [
+        ({"a": 2}, None, "the row of step 20 has another value of 'a'"),
+        ({"a": float("nan")}, 20, "the row of step 20 has another value of 'a'"),
+        ({"b": 1}, 19, "step 19 comes after step 20"),
+        ({"b": 1}, -1, "step -1 comes after step 20"),
+        ({"step": 1}, None, "'step' can't be the name of a metric"),
+        ({"_step": 1}, None, "'_step' can't be the name of a metric"),
+        ({1: 1}, None, "1 can't be the name of a metric"),
+    ],
+)
+def test_what_would_be_lost_is_refused_at_its_line(values, step, problem, tmp_path):
+    run = fresh(tmp_path)
+    run.log({"a": 1.0}, step=20)
+    with pytest.raises(ValueError) as caught:
+        run.log(values, step=step)
+    assert str(caught.value) == f"run.log in test_tracking.py:{caught.tb.tb_lineno}: {problem}"
+    run.log({"a": 1}, step=20, commit=True)
+    assert journal(tmp_path) == [{"step": 20, "a": 1.0}]
+
+
+def journal(tmp_path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.quick
+def test_a_row_that_has_ended_stays_as_it_is(tmp_path):
+    run = fresh(tmp_path)
+    run.log({"a": 1}, step=20, commit=True)
+    run.log({})  # says nothing new
+    for step in (None, 20):
+        with pytest.raises(ValueError, match="the row of step 20 has ended"):
+            run.log({"b": 2}, step=step)
+    run.log({"b": 2}, step=40)
+    assert journal(tmp_path) == [{"step": 20, "a": 1}]
+    assert run.rows == [{"step": 20, "a": 1}, {"step": 40, "b": 2}]
+    run.commit()
+    run.commit()
+    assert journal(tmp_path) == [{"step": 20, "a": 1}, {"step": 40, "b": 2}]
+
+
+@pytest.mark.quick
+def test_numbers_are_logged_as_they_are_at_that_moment(tmp_path):
+    run = fresh(tmp_path)
+    loss = torch.tensor(0.5)
+    run.log({"loss": loss, "n": np.int64(3), "x": np.float32(0.25), "nan": torch.tensor(np.nan)})
+    loss.zero_()
+    run.log({"nan": float("nan"), "text": "a"})
+    run.log({"text": "a"}, commit=True)
+    (row,) = journal(tmp_path)
+    assert repr(row) == "{'step': 0, 'loss': 0.5, 'n': 3, 'x': 0.25, 'nan': nan}"
+
+
+@pytest.mark.quick
+def test_the_wandb_run_keeps_its_methods_but_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, value in clean_environment(tmp_path).items():
+        monkeypatch.setenv(name, value)
+    with wandb.init(mode="offline", dir=tmp_path) as inner:
+        before = dict(vars(inner))
+        tracking.Run(inner, tmp_path / "history.jsonl")
+        changed = {name for name in vars(inner) if before.get(name) is not vars(inner)[name]}
+        assert changed == {"_log"}
