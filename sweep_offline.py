@@ -36,10 +36,10 @@ except ImportError:
 
 from optuna.trial import FrozenTrial, TrialState
 
-from harness.sweep import study, trials
-from harness.sweep.file import read_sweep
-from harness.sweep.study import count_trials, ranked_trials
-from harness.sweep.trials import Search, find_files
+from sweeps import study, trials
+from sweeps.file import read_sweep
+from sweeps.study import count_trials, ranked_trials
+from sweeps.trials import Search, find_files
 
 MAX_INITIAL_FAILURES = 3
 

@@ -23,8 +23,8 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from harness.errors import UserError
-from harness.sweep.file import Sweep
-from harness.sweep.study import sampler, suggest
+from sweeps.file import Sweep
+from sweeps.study import sampler, suggest
 
 STOP_TIMEOUT = 30  # seconds; a run takes at most its --stop_timeout, and a little to close W&B
 MAX_ATTEMPTS = 3  # per epoch, for a run that something else keeps stopping

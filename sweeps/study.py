@@ -20,7 +20,7 @@ from optuna.distributions import (
 from optuna.trial import FrozenTrial, TrialState
 
 from harness.errors import UserError
-from harness.sweep.file import Sweep
+from sweeps.file import Sweep
 
 FAILURES = (sqlalchemy.exc.DBAPIError, optuna.exceptions.StorageInternalError)
 WRITTEN = (sqlalchemy.exc.IntegrityError, optuna.exceptions.UpdateFinishedTrialError)
