@@ -1,9 +1,8 @@
-"""Run the trials of a sweep: start, resume, watch, prune and record their processes."""
+"""The processes of a sweep's trials: starts, resumes, watches, prunes and records them."""
 
 import contextlib
 import dataclasses
 import fcntl
-import functools
 import json
 import os
 import re
@@ -15,103 +14,115 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, TextIO
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from harness.errors import UserError
 from sweeps.file import Sweep
-from sweeps.study import sampler, suggest
+from sweeps.study import RetryingStorage, sampler, suggest
 
 STOP_TIMEOUT = 30  # seconds; a run takes at most its --stop_timeout, and a little to close W&B
 MAX_ATTEMPTS = 3  # per epoch, for a run that something else keeps stopping
-STOP_STATUSES = (
-    130,
-    143,
-    -signal.SIGINT,
-    -signal.SIGTERM,
-)  # exit statuses after which a run can be resumed
+# Exit statuses after which a run can be resumed.
+STOP_STATUSES = (130, 143, -signal.SIGINT, -signal.SIGTERM)
 
 
 @dataclasses.dataclass
-class Run:
-    """A trial and the process that runs it."""
+class TrialProcess:
+    """The process that runs a trial."""
 
     trial: optuna.Trial
-    process: subprocess.Popen
+    popen: subprocess.Popen
     output_dir: Path
     lock: TextIO
-    reported: set[int]  # epochs
     gpu: str | None
+    reported: int  # epochs
+    last_value: Any = None
     pruned: bool = False
 
 
 @dataclasses.dataclass
 class Search:
-    """A search, and the runs that are at work for it."""
+    """A search and its running processes."""
 
     sweep: Sweep
     study: optuna.Study
+    storage: RetryingStorage
     trial_count: int
     jobs: int
     seed: int | None
-    trial_id: Callable[[int], int]  # by trial number
-    place: str  # stands for the directory that has the files of this search's runs
-    gpus: list[str]  # to be shared by the runs
-    running: dict[int, Run] = dataclasses.field(default_factory=dict)  # by trial number
-    attempts: Counter[tuple[int, int]] = dataclasses.field(
-        default_factory=Counter
-    )  # by trial number and epoch
+    directory_id: str
+    gpus: list[str]  # shared by the processes
+    running: list[TrialProcess] = dataclasses.field(default_factory=list)
+    attempts: Counter = dataclasses.field(default_factory=Counter)  # by trial number and epoch
+
+    def trials(self) -> list[FrozenTrial]:
+        """All trials in the storage, by number."""
+        return self.study.get_trials(deepcopy=False)
+
+    def unfinished(self) -> list[FrozenTrial]:
+        """The trials that have started in this directory and have not ended."""
+        return [
+            trial
+            for trial in self.trials()[: self.trial_count]
+            if trial.state == TrialState.RUNNING
+            and trial.user_attrs.get("place") == self.directory_id
+        ]
 
 
 def trial_command(sweep: Sweep, searched: dict[str, Any], interpreter: str) -> list[str]:
-    """The command that W&B's agent would run with these values. Raises `UserError` if it has an unknown macro."""
+    """The command that W&B's agent would run with these values of the searched parameters.
+
+    Raises `UserError` if the sweep's command has an unknown macro.
+    """
     arguments: dict[str, Any] = {}
-    for name, value in {**sweep.constants, **searched}.items():
-        *outer, inner = name.split("/")
-        mapping = functools.reduce(
-            lambda mapping, part: mapping.setdefault(part, {}), outer, arguments
-        )
-        mapping[inner] = sweep.lists.get(value, value) if name in searched else value
+    for name, value in (sweep.constants | searched).items():
+        if name in searched:
+            value = sweep.lists.get(value, value)
+        *outer_names, inner_name = name.split("/")
+        mapping = arguments
+        for outer_name in outer_names:
+            mapping = mapping.setdefault(outer_name, {})
+        mapping[inner_name] = value
+
     pairs = [f"{name}={value}" for name, value in arguments.items()]
-    switches = [
-        name if value is True else f"{name}={value}"
-        for name, value in arguments.items()
-        if value is not False
-    ]
+    flags = []
+    for name, value in arguments.items():
+        if value is not False:
+            flags.append(f"--{name}" if value is True else f"--{name}={value}")
     macros = {
         "${env}": ["/usr/bin/env"],
         "${interpreter}": [interpreter],
         "${program}": [sweep.program],
-    }
-    macros |= {"${args}": [f"--{pair}" for pair in pairs], "${args_no_hyphens}": pairs}
-    macros |= {
-        "${args_no_boolean_flags}": [f"--{word}" for word in switches],
+        "${args}": [f"--{pair}" for pair in pairs],
+        "${args_no_hyphens}": pairs,
+        "${args_no_boolean_flags}": flags,
         "${args_json}": [json.dumps(arguments)],
     }
     command = []
-    for word in sweep.command:
-        word = re.sub(
-            r"\$\{envvar:([A-Z0-9_]*)\}", lambda match: os.environ.get(match[1], match[1]), word
+    for part in sweep.command:
+        part = re.sub(
+            r"\$\{envvar:([A-Z0-9_]*)\}", lambda match: os.environ.get(match[1], match[1]), part
         )
-        if word.startswith("${") and word not in macros:
-            raise UserError(f"command: unknown macro {word}; must be one of {', '.join(macros)}")
-        command += macros.get(word, [word])
+        if part.startswith("${") and part not in macros:
+            raise UserError(f"command: unknown macro {part}; must be one of {', '.join(macros)}")
+        command += macros.get(part, [part])
     return command
 
 
 def check_command(sweep: Sweep) -> None:
     """Raise `UserError` if the command has an unknown macro, or its program can't be executed."""
-    words = [*trial_command(sweep, {}, sys.executable), "-"]
-    # The word after /usr/bin/env is the program, unless it is an option or sets a variable.
-    if words[0] == "/usr/bin/env" and not re.match("-|.*=", words[1]):
-        words = words[1:]
-    if not shutil.which(words[0]):
+    program, *rest = trial_command(sweep, {}, sys.executable) or [""]
+    # What follows /usr/bin/env is the program, unless it is an option or sets a variable.
+    if program == "/usr/bin/env" and rest and not re.match("-|.*=", rest[0]):
+        program = rest[0]
+    if not shutil.which(program):
         raise UserError(
-            f"command: {words[0]} not found on PATH, or not executable; a path needs a /, as in ./run.sh"
+            f"command: {program} not found on PATH, or not executable; "
+            "a path needs a /, as in ./run.sh"
         )
 
 
@@ -119,223 +130,222 @@ def visible_gpus() -> list[str]:
     """The GPUs in CUDA_VISIBLE_DEVICES, or those of the machine if it is not set."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        return [gpu.strip() for gpu in visible.split(",") if gpu.strip()]
-    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-        listed = subprocess.run(
-            ["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30
-        ).stdout
-        return re.findall(r"^GPU (\d+):", listed, re.MULTILINE)
-    return []
+        return re.findall(r"[^,\s]+", visible)
+    listing = subprocess.getoutput("nvidia-smi -L")  # or the shell's error message
+    return re.findall(r"^GPU (\d+):", listing, re.MULTILINE)
 
 
-def next_run(search: Search) -> Literal["started", "wait", "done"]:
-    """Resume a trial that was left unfinished here, or start a new one; "wait" if only other processes have some."""
-    study, count = search.study, search.trial_count
-    known = study.get_trials(deepcopy=False)
-    # With one seed for all trials, a resumed search would draw the same parameters again.
-    seed = None if search.seed is None else (search.seed * 1_000_003 + len(known)) % 2**32
-    study.sampler = sampler(search.sweep, seed)
-    here = [trial for trial in known[:count] if trial.user_attrs.get("place") == search.place]
-    unfinished = [trial for trial in here if trial.state == TrialState.RUNNING]
-    if any(start_run(search, trial) for trial in unfinished):
-        return "started"
-    if len(known) >= count:
-        return "wait" if unfinished else "done"
-    # Unlike study.ask(), this gives the trial a place from the start, so that no other search takes it.
-    study.add_trial(
-        optuna.create_trial(state=TrialState.RUNNING, user_attrs={"place": search.place})
-    )
-    return "started"
-
-
-def start_run(search: Search, known: FrozenTrial) -> bool:
-    """Start or resume a trial's run, unless it is at work. Raises `UserError` if the command can't be started."""
-    sweep = search.sweep
-    lock = (sweep.directory / f"trial-{known.number}.lock").open("a")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:  # running, possibly since a search that was killed
+def start_next(search: Search) -> bool:
+    """Start a trial, or resume one that was left unfinished; False if there is nothing to start."""
+    for trial in search.unfinished():
+        if start_process(search, trial.number):
+            return True
+    if len(search.trials()) >= search.trial_count:
         return False
-    if search.study.get_trials(deepcopy=False)[known.number].state != TrialState.RUNNING:
-        return False
-    trial = optuna.Trial(search.study, search.trial_id(known.number))
-    run_id = (
-        trial.user_attrs.get("run") or f"{secrets.token_hex(3)}-{trial.number}"
-    )  # W&B's, and the directory's name
-    output_dir = sweep.directory / run_id
-    trial.set_user_attr("run", run_id)
-    trial.set_user_attr("host", f"{socket.gethostname()}:{Path.cwd()}")
-    searched = {
-        name: suggest(trial, name, distribution) for name, distribution in sweep.searched.items()
-    }
-    trial.set_user_attr("parameters", searched)
-    gpu = min(search.gpus, key=[run.gpu for run in search.running.values()].count, default=None)
-    command = [
-        *trial_command(sweep, searched, sys.executable),
-        "--output_dir",
-        str(output_dir),
-        "--resume",
-    ]
-    with output_dir.with_suffix(".log").open("ab") as log:
-        try:
-            # Ctrl-C reaches only this process, which stops its runs; a run that outlives it keeps the lock.
-            how = {
-                "start_new_session": True,
-                "pass_fds": (lock.fileno(),),
-                "stdin": subprocess.DEVNULL,
-            }
-            how |= {
-                "stdout": log,
-                "stderr": subprocess.STDOUT,
-                "env": run_environment(search, trial, run_id, gpu),
-            }
-            process = subprocess.Popen(command, **how)
-        except OSError as error:  # for example, a script without #!
-            raise UserError(f"command: {command[0]}: {error.strerror}") from None
-    search.running[trial.number] = Run(
-        trial, process, output_dir, lock, set(known.intermediate_values), gpu
-    )
+    # Unlike study.ask(), this creates the trial with its directory, so that no other search
+    # takes it. The next call starts it.
+    attributes = {"place": search.directory_id}
+    search.study.add_trial(optuna.create_trial(state=TrialState.RUNNING, user_attrs=attributes))
     return True
 
 
-def read_place(directory: Path) -> str:
-    """The random name by which a storage knows a directory, whatever its host is called; the first call chooses it."""
+def start_process(search: Search, number: int) -> bool:
+    """Start or resume a trial; False if a process runs it already, or if it has ended.
+
+    Raises `UserError` if the command can't be started.
+    """
+    sweep = search.sweep
+    lock = (sweep.directory / f"trial-{number}.lock").open("a")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:  # the process may be left from a search that was killed
+        return False
+    known = search.trials()[number]
+    if known.state != TrialState.RUNNING:
+        return False
+    # With one seed for all trials, a resumed search would draw the same parameters again.
+    seed = None if search.seed is None else (search.seed * 1_000_003 + number + 1) % 2**32
+    search.study.sampler = sampler(sweep, seed)
+    study_id = search.storage.get_study_id_from_name(sweep.name)
+    trial_id = search.storage.get_trial_id_from_study_id_trial_number(study_id, number)
+    trial = optuna.Trial(search.study, trial_id)
+    # The W&B run id, and the name of the run's directory.
+    run_id = known.user_attrs.get("run") or f"{secrets.token_hex(3)}-{number}"
+    trial.set_user_attr("run", run_id)
+    trial.set_user_attr("host", f"{socket.gethostname()}:{Path.cwd()}")
+    searched = {name: suggest(trial, name, space) for name, space in sweep.searched.items()}
+    trial.set_user_attr("parameters", searched)
+
+    output_dir = sweep.directory / run_id
+    command = trial_command(sweep, searched, sys.executable)
+    command += ["--output_dir", str(output_dir), "--resume"]
+    gpus_in_use = [process.gpu for process in search.running]
+    gpu = min(search.gpus, key=gpus_in_use.count, default=None)
+    with output_dir.with_suffix(".log").open("ab") as log:
+        try:
+            popen = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=trial_environment(search, number, run_id, gpu),
+                start_new_session=True,  # Ctrl-C reaches only the search, which stops its runs
+                pass_fds=(lock.fileno(),),  # a run that outlives the search keeps the lock
+            )
+        except OSError as error:  # for example, a script without #!
+            raise UserError(f"command: {command[0]}: {error.strerror}") from None
+    reported = max(known.intermediate_values, default=0)
+    search.running.append(TrialProcess(trial, popen, output_dir, lock, gpu, reported))
+    return True
+
+
+def trial_environment(search: Search, number: int, run_id: str, gpu: str | None) -> dict[str, str]:
+    """The environment of a run: W&B offline, a GPU, and a share of the processor's threads."""
+    sweep = search.sweep
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith("WANDB_SWEEP")
+    }
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    threads = str(max(1, cores // search.jobs))
+    environment.setdefault("OMP_NUM_THREADS", threads)
+    environment.setdefault("RAYON_NUM_THREADS", threads)  # for tokenizers
+    environment.update(
+        WANDB_MODE="offline",
+        WANDB_NAME=f"{sweep.name}-{number}",
+        WANDB_RUN_ID=run_id,
+        WANDB_RUN_GROUP=sweep.name,
+    )
+    if sweep.project:
+        environment["WANDB_PROJECT"] = sweep.project
+    if sweep.entity:
+        environment["WANDB_ENTITY"] = sweep.entity
+    if gpu:
+        environment["CUDA_VISIBLE_DEVICES"] = gpu
+    return environment
+
+
+def read_directory_id(directory: Path) -> str:
+    """The random id by which a storage knows a directory, whatever its host is called.
+
+    The first call creates it.
+    """
     with (directory / "place").open("a+", errors="replace") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)
-        if not (place := file.read().strip()):
-            file.write(place := secrets.token_hex(8))
-        if not re.fullmatch("[0-9a-f]{16}", place):
-            raise UserError(
-                f"{file.name} is damaged: restore it, or choose another name for the sweep", 1
-            )
-        return place
+        directory_id = file.read().strip()
+        if not directory_id:
+            directory_id = secrets.token_hex(8)
+            file.write(directory_id)
+    if not re.fullmatch("[0-9a-f]{16}", directory_id):
+        raise UserError(
+            f"{file.name} is damaged: restore it, or choose another name for the sweep", 1
+        )
+    return directory_id
 
 
 def find_files(search: Search, trial: FrozenTrial, suffix: str = "") -> str | None:
-    """The directory of a trial's run, or its file with a suffix, as host:path if elsewhere; None if it is gone."""
+    """The directory of a trial's run, or its file with a suffix.
+
+    Prefixed with its host if it is in another directory; None if it is gone.
+    """
     path = f"{search.sweep.directory / trial.user_attrs['run']}{suffix}"
-    if trial.user_attrs["place"] != search.place:
+    if trial.user_attrs["place"] != search.directory_id:
         return f"{trial.user_attrs.get('host', 'elsewhere')}/{path}"
     return path if os.path.exists(path) else None
 
 
-def run_environment(
-    search: Search, trial: optuna.Trial, run_id: str, gpu: str | None
-) -> dict[str, str]:
-    """The environment of a run: W&B offline, a GPU, and a share of the processor's threads."""
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-    threads = str(max(1, cores // search.jobs))
-    inherited, sweep = (
-        {k: v for k, v in os.environ.items() if not k.startswith("WANDB_SWEEP")},
-        search.sweep,
-    )
-    chosen = {
-        "WANDB_PROJECT": sweep.project,
-        "WANDB_ENTITY": sweep.entity,
-        "WANDB_RUN_GROUP": sweep.name,
-    }
-    chosen |= {
-        "WANDB_MODE": "offline",
-        "WANDB_NAME": f"{sweep.name}-{trial.number}",
-        "WANDB_RUN_ID": run_id,
-    }
-    chosen["CUDA_VISIBLE_DEVICES"] = gpu
-    defaults = {
-        "OMP_NUM_THREADS": threads,
-        "RAYON_NUM_THREADS": threads,
-    }  # the tokenizers use the latter
-    return defaults | inherited | {name: value for name, value in chosen.items() if value}
+def watch(search: Search) -> list[FrozenTrial]:
+    """Report the progress of the processes; returns the trials that have ended."""
+    ended = []
+    for process in list(search.running):
+        exited = process.popen.poll() is not None  # before the last values are read
+        report_progress(search.sweep.metric, process)
+        if exited:
+            search.running.remove(process)
+            with process.lock:
+                trial = record_outcome(search, process)
+            if trial:
+                ended.append(trial)
+    return ended
 
 
-def watch_runs(search: Search) -> Iterator[FrozenTrial]:
-    """Report the runs' progress and yield the trials that have finished since the last call."""
-    for number, run in list(search.running.items()):
-        ended = run.process.poll() is not None
-        last = report_progress(search.sweep.metric, run)
-        if ended:
-            with search.running.pop(number).lock:
-                if trial := record_outcome(search, run, last):
-                    yield trial
-
-
-def report_progress(metric: str, run: Run) -> float | None:
-    """Report new values of the metric to Optuna and stop the run if it should be pruned; returns the latest value."""
-    journal = run.output_dir / "history.jsonl"
-    lines = (
-        journal.read_text(errors="replace").split("\n")[:-1] if journal.is_file() else []
-    )  # the last may be cut
+def report_progress(metric: str, process: TrialProcess) -> None:
+    """Report new values of the metric to Optuna, and stop the run if it should be pruned."""
+    journal = process.output_dir / "history.jsonl"
+    text = journal.read_text(errors="replace") if journal.is_file() else ""
     values = []
-    for line in (line for line in lines if json.dumps(metric) in line):
-        with contextlib.suppress(
-            ValueError, KeyError, TypeError, RecursionError
-        ):  # another program's journal
-            values.append(json.loads(line)[metric])
-    for epoch, value in enumerate(values, 1):
-        if is_finite(value) and epoch not in run.reported:
-            run.reported.add(epoch)
-            run.trial.report(value, epoch)
-            if not run.pruned and run.trial.should_prune():
-                run.pruned = True
-                send_signal(run, signal.SIGTERM)
-    return values[-1] if values else None
+    for line in text.split("\n")[:-1]:  # the last line may be incomplete
+        if json.dumps(metric) in line:
+            # Another program's journal may hold anything.
+            with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
+                values.append(json.loads(line)[metric])
+    if values:
+        process.last_value = values[-1]
+    for value in values[process.reported :]:
+        process.reported += 1
+        if is_finite(value):
+            process.trial.report(value, process.reported)
+            if not process.pruned and process.trial.should_prune():
+                process.pruned = True
+                send_signal(process, signal.SIGTERM)
 
 
-def is_finite(value: Any) -> bool:  # also of integers that no float can hold
+def is_finite(value: Any) -> bool:
+    """Whether a float can hold `value`, which may be a huge integer, as a finite number."""
     return isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
 
 
-def send_signal(run: Run, number: signal.Signals) -> None:
-    """Send a signal to the run's process group."""
+def send_signal(process: TrialProcess, number: signal.Signals) -> None:
+    """Send a signal to the process group."""
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(run.process.pid, number)
+        os.killpg(process.popen.pid, number)
 
 
-def record_outcome(search: Search, run: Run, last: float | None) -> FrozenTrial | None:
-    """Record the outcome of a run whose process has ended; None if the run is to be resumed."""
-    if run.process.returncode in STOP_STATUSES:
-        if run.pruned:
-            return search.study.tell(run.trial, state=TrialState.PRUNED)
-        search.attempts[run.trial.number, len(run.reported)] += 1
-        if search.attempts[run.trial.number, len(run.reported)] < MAX_ATTEMPTS:
+def record_outcome(search: Search, process: TrialProcess) -> FrozenTrial | None:
+    """Record the outcome of a process that has exited; None if its trial is to be resumed."""
+    trial = process.trial
+    if process.popen.returncode in STOP_STATUSES:
+        if process.pruned:
+            return search.study.tell(trial, state=TrialState.PRUNED)
+        search.attempts[trial.number, process.reported] += 1
+        if search.attempts[trial.number, process.reported] < MAX_ATTEMPTS:
             return None
-    value, error = read_result(search.sweep.metric, run, last)
-    if error is None:
-        return search.study.tell(run.trial, value)
-    run.trial.set_user_attr("error", error)
-    return search.study.tell(run.trial, state=TrialState.FAIL)
+    result = read_result(search.sweep.metric, process)
+    if isinstance(result, str):
+        trial.set_user_attr("error", result)
+        return search.study.tell(trial, state=TrialState.FAIL)
+    return search.study.tell(trial, result)
 
 
-def read_result(metric: str, run: Run, last: float | None) -> tuple[float | None, str | None]:
-    """The final value of a run's metric, and what is wrong with the run if it failed."""
-    status = run.process.returncode
+def read_result(metric: str, process: TrialProcess) -> float | str:
+    """The final value of the metric, or what is wrong with the run if it failed."""
+    status = process.popen.returncode
     if status < 0:
-        return None, f"killed by {signal.strsignal(-status) or f'signal {-status}'}"
+        return f"killed by {signal.strsignal(-status)}"
     if status > 0:
-        log = run.output_dir.with_suffix(".log")
-        lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
+        log = process.output_dir.with_suffix(".log")
+        lines = log.read_text(errors="replace").splitlines()
         messages = [line for line in lines if line.strip() and not line.startswith("wandb:")]
-        return None, messages[-1] if messages else f"exit status {status}"
-    try:  # metrics.json holds the best epoch's value, if there is one
-        value = json.loads((run.output_dir / "metrics.json").read_text()).get(metric, last)
+        return messages[-1] if messages else f"exit status {status}"
+    try:  # metrics.json holds the value of the best epoch, if there is one
+        metrics = json.loads((process.output_dir / "metrics.json").read_text())
+        value = metrics.get(metric, process.last_value)
     except (OSError, ValueError, AttributeError, RecursionError):
-        return None, "the run left no readable metrics.json"
-    if is_finite(value):
-        return value, None
-    return None, f"the run has no metric {metric}" if value is None else f"{metric} is {value!r}"
+        return "the run left no readable metrics.json"
+    if value is None:
+        return f"the run has no metric {metric}"
+    return value if is_finite(value) else f"{metric} is {value!r}"
 
 
-def stop_runs(running: dict[int, Run]) -> None:
+def stop(processes: list[TrialProcess]) -> None:
     """Ask the runs to write a checkpoint and stop; kill those that do not stop in time."""
     try:
-        for run in running.values():
-            send_signal(run, signal.SIGTERM)
+        for process in processes:
+            send_signal(process, signal.SIGTERM)
         deadline = time.monotonic() + STOP_TIMEOUT
-        for run in running.values():
+        for process in processes:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                run.process.wait(max(0, deadline - time.monotonic()))
+                process.popen.wait(max(0, deadline - time.monotonic()))
     finally:  # also after a second Ctrl-C
-        for run in running.values():
-            send_signal(run, signal.SIGKILL)
+        for process in processes:
+            send_signal(process, signal.SIGKILL)
