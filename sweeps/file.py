@@ -5,7 +5,6 @@ import math
 import os
 import re
 import zlib
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +144,7 @@ def _check(valid: object, key: str, expected: str, value: Any) -> None:
         raise ValueError(f"{key}: must be {expected}, not {value!r}")
 
 
-def _check_keys(key: str, value: Any, allowed: Collection[str]) -> None:
+def _check_keys(key: str, value: Any, allowed: tuple[str, ...]) -> None:
     """Raise `ValueError` if `value` is not a mapping, or has a key that is not `allowed`."""
     names = ", ".join(allowed)
     _check(isinstance(value, dict), key, f"a mapping with {names}", value)
@@ -221,10 +220,10 @@ def _distribution(key: str, parameter: dict[str, Any], method: str) -> BaseDistr
     kind = parameter.get("distribution", _default_kind(parameter))
     expected = f"one of {', '.join(DISTRIBUTIONS)}"
     _check(kind in list(DISTRIBUTIONS), f"{key}.distribution", expected, kind)
-    allowed = ("distribution", *DISTRIBUTIONS[kind])
-    if set(allowed) - parameter.keys() - {"distribution", "q"}:
-        raise ValueError(f"{key}: needs value, values, or min and max")
-    _check_keys(key, parameter, allowed)
+    for name in DISTRIBUTIONS[kind]:
+        if name not in parameter and name != "q":
+            raise ValueError(f"{key}: needs value, values, or min and max")
+    _check_keys(key, parameter, ("distribution", *DISTRIBUTIONS[kind]))
     if kind == "constant":
         return None
     if kind == "categorical":

@@ -140,7 +140,11 @@ def open_study(sweep: Sweep, url: str) -> tuple[Study, RetryingStorage]:
         definition["searched"][name] = distribution_to_json(distribution)
     if not study.trials:
         study.set_user_attr("sweep", definition)
-    stored = study.user_attrs.get("sweep", {})  # empty if another program created the study
+    stored = study.user_attrs.get("sweep")
+    if stored is None:
+        raise UserError(
+            f"the storage has a study {sweep.name!r} that sweep_offline.py did not create"
+        )
     current = json.loads(json.dumps(definition))
     changed = [name for name, value in current.items() if stored.get(name) != value]
     if changed:
@@ -151,36 +155,40 @@ def open_study(sweep: Sweep, url: str) -> tuple[Study, RetryingStorage]:
     return study, storage
 
 
-def _connect(sweep: Sweep, url: str, attempts: int = 5) -> BaseStorage:
+def _connect(sweep: Sweep, url: str) -> BaseStorage:
     """The storage at a URL, with the sweep's study. Raises `UserError` if it can't be used."""
     # SQLAlchemy's default driver depends on its version.
     address = re.sub("^postgres(ql)?:", "postgresql+psycopg:", url)
     limits = {}
     if url.startswith("sqlite"):
-        limits = {"timeout": 100}
+        limits = {"timeout": 100}  # seconds
     elif "+psycopg" in address:
         limits = POSTGRESQL_LIMITS
+    engine_options = {"pool_pre_ping": True, "connect_args": limits}
     shown_url = re.sub(":.*@", ":***@", url).partition("?")[0]  # without the password
-    try:
-        database = RDBStorage(
-            address, engine_kwargs={"pool_pre_ping": True, "connect_args": limits}
-        )
-        storage = get_storage(database)  # adds Optuna's cache
-        optuna.create_study(
-            storage=storage, study_name=sweep.name, direction=sweep.direction, load_if_exists=True
-        )
-        return storage
-    except ValueError:  # its message may quote a part of the password
-        problem = "not a valid URL"
-    except ImportError as error:
-        problem = f"no driver {error.__cause__.name}; requirements-sweep.txt has psycopg"
-    except (*FAILURES, SQLAlchemyError, RuntimeError) as error:
-        problem = _reason(error).replace(url, shown_url)
-        slow = re.search("timeout|resolve|translate", problem)
-        if isinstance(error, FAILURES) and attempts > 1 and not slow:
-            # If two processes create the tables at once, one of them fails.
-            time.sleep(1)
-            return _connect(sweep, url, attempts - 1)
+    for _ in range(5):  # if two processes create the tables at once, one of them fails
+        try:
+            database = RDBStorage(address, engine_kwargs=engine_options)
+            storage = get_storage(database)  # adds Optuna's cache
+            optuna.create_study(
+                storage=storage,
+                study_name=sweep.name,
+                direction=sweep.direction,
+                load_if_exists=True,
+            )
+            return storage
+        except ValueError:  # its message may quote a part of the password
+            problem = "not a valid URL"
+            break
+        except ImportError as error:
+            problem = f"no driver {error.__cause__.name}; requirements-sweep.txt has psycopg"
+            break
+        except (*FAILURES, SQLAlchemyError, RuntimeError) as error:
+            problem = _reason(error).replace(url, shown_url)
+            is_slow = re.search("timeout|resolve|translate", problem)
+            if is_slow or not isinstance(error, FAILURES):
+                break
+        time.sleep(1)
     raise UserError(f"--storage {shown_url}: {problem}")
 
 
