@@ -38,7 +38,7 @@ from optuna.trial import FrozenTrial, TrialState
 from sweeps import trials
 from sweeps.file import read_sweep
 from sweeps.study import count_trials, open_study, ranked_trials
-from sweeps.trials import Search, find_files
+from sweeps.trials import Search
 
 MAX_INITIAL_FAILURES = 3
 
@@ -65,7 +65,7 @@ def run_trials(search: Search) -> None:
     states: list[TrialState] = []
     waiting = False
     while True:
-        for trial in trials.watch(search):
+        for trial in search.watch():
             print(outcome(search.sweep.metric, trial), flush=True)
             states.append(trial.state)
             all_failed = states == [TrialState.FAIL] * MAX_INITIAL_FAILURES
@@ -74,7 +74,7 @@ def run_trials(search: Search) -> None:
                     f"the first {MAX_INITIAL_FAILURES} trials failed; {last_error(search)}", 1
                 )
         while len(search.running) < search.jobs:
-            if not trials.start_next(search):
+            if not search.start_next():
                 break
         if search.running:
             waiting = False
@@ -95,7 +95,7 @@ def last_error(search: Search) -> str:
     if not failed:
         return "all were pruned"
     error = failed[-1].user_attrs["error"]
-    return f"last error: {error} ({find_files(search, failed[-1], '.log')})"
+    return f"last error: {error} ({search.find_files(failed[-1], '.log')})"
 
 
 def outcome(metric: str, trial: FrozenTrial) -> str:
@@ -140,7 +140,7 @@ def report(search: Search) -> None:
     best = ranked[0]
     command = trials.trial_command(search.sweep, best.user_attrs["parameters"], "python")
     print(f"to repeat the best run: {shlex.join(command).removeprefix('/usr/bin/env ')}")
-    files = f"its files: {find_files(search, best)}"
+    files = f"its files: {search.find_files(best)}"
     if os.path.isdir("wandb"):
         files += " | to upload all that ran here: wandb sync wandb/offline-run-*"
     print(files)
@@ -165,7 +165,7 @@ def write_trials(search: Search, rows: list[FrozenTrial]) -> None:
                     len(trial.intermediate_values),
                     seconds,
                     attributes.get("error"),
-                    find_files(search, trial),
+                    search.find_files(trial),
                 ]
             )
 
@@ -239,7 +239,7 @@ def main(argv: list[str] | None = None) -> None:
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
             print("Stopping the runs; the same command resumes them.", flush=True)
         storage.patience = 0.0
-        trials.stop(search.running)
+        search.stop()
         with contextlib.suppress(UserError, OSError):  # the storage or the directory is gone
             report(search)
         raise

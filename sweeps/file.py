@@ -182,14 +182,13 @@ def _check_early_terminate(value: Any) -> None:
     key = "early_terminate"
     _check_keys(key, value, ("type", "min_iter", "max_iter", "s", "eta"))
     _check(value.get("type") == "hyperband", f"{key}.type", "hyperband", value.get("type"))
-    for name in ("min_iter", "max_iter"):
-        _check_count(f"{key}.{name}", value.get(name, 1))
+    max_iter = value.get("max_iter", MAX_COUNT)
+    _check_count(f"{key}.max_iter", max_iter)
+    _check_count(f"{key}.min_iter", value.get("min_iter", 1), high=max_iter)
     _check_count(f"{key}.s", value.get("s", 1), high=100)
     _check_count(f"{key}.eta", value.get("eta", 2), low=2)
     sufficient = "min_iter" in value or ("max_iter" in value and "s" in value)
     _check(sufficient, key, "given min_iter, or max_iter and s", value)
-    ordered = value.get("min_iter", 1) <= value.get("max_iter", MAX_COUNT)
-    _check(ordered, key, "given min_iter below max_iter", value)
 
 
 def _add_parameters(sweep: Sweep, key: str, parameters: Any, prefix: str = "") -> None:
