@@ -1,8 +1,9 @@
 """Run a W&B sweep file without a server: python sweep_offline.py sweep.yaml --count 20
 
-Each trial is a separate, offline process that runs the command W&B's agent would run. Optuna draws the parameters and
-prunes trials. Its storage holds the whole state, so the same command resumes an interrupted search. A program must
-accept --output_dir and --resume, and write history.jsonl and metrics.json as train_mnist.py and train_cola.py do.
+Each trial is a separate, offline process that runs the command W&B's agent would run. Optuna draws
+the parameters and prunes trials. Its storage holds the whole state, so the same command resumes an
+interrupted search. A program must accept --output_dir and --resume, and write history.jsonl and
+metrics.json as train_mnist.py and train_cola.py do.
 """
 
 import contextlib
@@ -13,7 +14,6 @@ import shlex
 import signal
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,8 @@ from harness.options import option, parse
 from harness.script import run_script
 
 if __name__ == "__main__":
-    signal.signal(
-        signal.SIGINT, signal.SIG_DFL
-    )  # Ctrl-C during the imports ends the process without a traceback
+    # Ctrl-C during the imports ends the process without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 try:
     import optuna
 except ImportError:
@@ -36,10 +35,10 @@ except ImportError:
 
 from optuna.trial import FrozenTrial, TrialState
 
-from harness.sweep import study, trials
-from harness.sweep.file import read_sweep
-from harness.sweep.study import count_trials, ranked_trials
-from harness.sweep.trials import Search, find_files
+from sweeps import trials
+from sweeps.file import read_sweep
+from sweeps.study import count_trials, open_study, ranked_trials
+from sweeps.trials import Search
 
 MAX_INITIAL_FAILURES = 3
 
@@ -59,55 +58,55 @@ class Options:
 
 
 def run_trials(search: Search) -> None:
-    """Run trials until the study has `trial_count`. Raises `UserError` if the first ones fail or none completes."""
-    finished: list[FrozenTrial] = []
-    state = "started"
-    while search.running or state != "done":
-        for trial in trials.watch_runs(search):
-            finished.append(trial)
+    """Run trials until the study has `trial_count`.
+
+    Raises `UserError` if the first ones fail or none completes.
+    """
+    states: list[TrialState] = []
+    waiting = False
+    while True:
+        for trial in search.watch():
             print(outcome(search.sweep.metric, trial), flush=True)
-            first = [trial.state for trial in finished[:MAX_INITIAL_FAILURES]]
-            if first == [TrialState.FAIL] * MAX_INITIAL_FAILURES and not ranked_trials(
-                search.study
-            ):
+            states.append(trial.state)
+            all_failed = states == [TrialState.FAIL] * MAX_INITIAL_FAILURES
+            if all_failed and not ranked_trials(search.study):
                 raise UserError(
                     f"the first {MAX_INITIAL_FAILURES} trials failed; {last_error(search)}", 1
                 )
-        before, state = state, "started"
-        while len(search.running) < search.jobs and state == "started":
-            state = trials.next_run(search)
-        if state == "wait" != before and not search.running:
+        while len(search.running) < search.jobs:
+            if not search.start_next():
+                break
+        if search.running:
+            waiting = False
+        elif not search.unfinished():
+            break
+        elif not waiting:
+            waiting = True
             print("Waiting for a run that another process has started.", flush=True)
         time.sleep(0.1)
-    known = search.study.get_trials(deepcopy=False)[: search.trial_count]
+    known = search.trials()[: search.trial_count]
     if all(trial.state.is_finished() for trial in known) and not ranked_trials(search.study):
         raise UserError(f"no trial completed; {last_error(search)}", 1)
 
 
 def last_error(search: Search) -> str:
-    """The last error of a trial, and where its log is."""
-    failed = [
-        trial for trial in search.study.get_trials(deepcopy=False) if "error" in trial.user_attrs
-    ]
-    error = (
-        failed and f"{failed[-1].user_attrs['error']} ({find_files(search, failed[-1], '.log')})"
-    )
-    return f"last error: {error}" if failed else "all were pruned"
+    """The last error of a trial, and the path of its log."""
+    failed = [trial for trial in search.trials() if "error" in trial.user_attrs]
+    if not failed:
+        return "all were pruned"
+    error = failed[-1].user_attrs["error"]
+    return f"last error: {error} ({search.find_files(failed[-1], '.log')})"
 
 
 def outcome(metric: str, trial: FrozenTrial) -> str:
     """One line about a finished trial."""
-    value = "no value" if trial.value is None else f"{metric} {trial.value:.4f}"
-    after = (
-        f" after {len(trial.intermediate_values)} epochs"
-        if trial.state == TrialState.PRUNED
-        else ""
-    )
-    parameters = " ".join(
-        f"{name}={rounded(value)}" for name, value in trial.user_attrs["parameters"].items()
-    )
-    state, value = trial.state.name.lower(), trial.user_attrs.get("error", value)
-    return f"trial {trial.number}: {state}{after}, {value} | {parameters}"
+    state = trial.state.name.lower()
+    if trial.state == TrialState.PRUNED:
+        state += f" after {len(trial.intermediate_values)} epochs"
+    result = trial.user_attrs.get("error") or f"{metric} {trial.value:.4f}"
+    values = trial.user_attrs["parameters"].items()
+    parameters = " ".join(f"{name}={rounded(value)}" for name, value in values)
+    return f"trial {trial.number}: {state}, {result} | {parameters}"
 
 
 def rounded(value: Any) -> str:
@@ -117,102 +116,121 @@ def rounded(value: Any) -> str:
 
 def report(search: Search) -> None:
     """Print the best trials and the parameter importances, and write both as CSV."""
-    sweep, directory = search.sweep, search.sweep.directory
-    started = [
-        trial
-        for trial in search.study.get_trials(deepcopy=False)
-        if "parameters" in trial.user_attrs
-    ]
+    started = [trial for trial in search.trials() if "parameters" in trial.user_attrs]
     ranked = ranked_trials(search.study)
-    rows = [
-        [
-            "trial",
-            "state",
-            sweep.metric,
-            *sweep.searched,
-            "epochs",
-            "seconds",
-            "error",
-            "output_dir",
-        ]
+    others = [trial for trial in started if trial.state != TrialState.COMPLETE]
+    write_trials(search, [*ranked, *others])
+    states = [trial.state for trial in started]
+    counts = [
+        f"{states.count(state)} {state.name.lower()}" for state in TrialState if state in states
     ]
-    for trial in [*ranked, *(trial for trial in started if trial.state != TrialState.COMPLETE)]:
-        parameters = [trial.user_attrs["parameters"].get(name) for name in sweep.searched]
-        seconds = trial.duration and round(trial.duration.total_seconds(), 1)
-        outcome = [
-            len(trial.intermediate_values),
-            seconds,
-            trial.user_attrs.get("error"),
-            find_files(search, trial),
-        ]
-        rows.append([trial.number, trial.state.name.lower(), trial.value, *parameters, *outcome])
-    with open(directory / "trials.csv", "w", newline="") as file:
-        csv.writer(file).writerows(rows)
-    counts = Counter(trial.state for trial in started)
-    summary = ", ".join(
-        f"{counts[state]} {state.name.lower()}" for state in TrialState if counts[state]
-    )
-    print(f"{summary}; all trials: {directory}/trials.csv")
+    print(f"{', '.join(counts)}; all trials: {search.sweep.directory}/trials.csv")
     for trial in started:
-        if trial.state == TrialState.RUNNING and trial.user_attrs["place"] != search.place:
+        if trial.state == TrialState.RUNNING and trial.user_attrs["place"] != search.directory_id:
             print(
-                f"trial {trial.number} is unfinished; its files are on {trial.user_attrs['host']}, which resumes it"
+                f"trial {trial.number} is unfinished; "
+                f"its files are on {trial.user_attrs['host']}, which resumes it"
             )
     if not ranked:
         return
-    table = [["trial", sweep.metric, *sweep.searched]]
-    for trial in ranked[:10]:
-        values = [trial.user_attrs["parameters"][name] for name in sweep.searched]
-        table.append([str(trial.number), f"{trial.value:.4f}", *map(rounded, values)])
-    widths = [max(map(len, column)) for column in zip(*table)]
-    print(
-        *("  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in table),
-        sep="\n",
-    )
-    if len(ranked) >= 20 and len({trial.value for trial in ranked}) > 1:  # fewer can't tell
-        # Each parameter's share in reaching the better half. Optuna's default is the best tenth: two trials of twenty.
-        evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=0.5)
-        importances = optuna.importance.get_param_importances(search.study, evaluator=evaluator)
-        print(
-            "importance: " + ", ".join(f"{name} {share:.0%}" for name, share in importances.items())
-        )
-        with open(directory / "importances.csv", "w", newline="") as file:
-            csv.writer(file).writerows([("parameter", "importance"), *importances.items()])
-    command = trials.trial_command(sweep, ranked[0].user_attrs["parameters"], "python")
+    print_best(search, ranked[:10])
+    # Fewer trials can't tell, nor can trials of one value.
+    if len(ranked) >= 20 and ranked[0].value != ranked[-1].value:
+        report_importances(search)
+    best = ranked[0]
+    command = trials.trial_command(search.sweep, best.user_attrs["parameters"], "python")
     print(f"to repeat the best run: {shlex.join(command).removeprefix('/usr/bin/env ')}")
-    upload = (
-        " | to upload all that ran here: wandb sync wandb/offline-run-*"
-        if os.path.isdir("wandb")
-        else ""
-    )
-    print(f"its files: {find_files(search, ranked[0])}{upload}")
+    files = f"its files: {search.find_files(best)}"
+    if os.path.isdir("wandb"):
+        files += " | to upload all that ran here: wandb sync wandb/offline-run-*"
+    print(files)
+
+
+def write_trials(search: Search, rows: list[FrozenTrial]) -> None:
+    """Write trials.csv, with a row for each trial."""
+    names = search.sweep.searched
+    results = ("epochs", "seconds", "error", "output_dir")
+    with (search.sweep.directory / "trials.csv").open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["trial", "state", search.sweep.metric, *names, *results])
+        for trial in rows:
+            attributes = trial.user_attrs
+            seconds = trial.duration and round(trial.duration.total_seconds(), 1)
+            table.writerow(
+                [
+                    trial.number,
+                    trial.state.name.lower(),
+                    trial.value,
+                    *[attributes["parameters"][name] for name in names],
+                    len(trial.intermediate_values),
+                    seconds,
+                    attributes.get("error"),
+                    search.find_files(trial),
+                ]
+            )
+
+
+def print_best(search: Search, best: list[FrozenTrial]) -> None:
+    """Print a table of trials with their parameters."""
+    names = search.sweep.searched
+    table = [["trial", search.sweep.metric, *names]]
+    for trial in best:
+        values = [rounded(trial.user_attrs["parameters"][name]) for name in names]
+        table.append([str(trial.number), f"{trial.value:.4f}", *values])
+    widths = [max(map(len, column)) for column in zip(*table)]
+    for row in table:
+        print("  ".join(cell.rjust(width) for cell, width in zip(row, widths)))
+
+
+def report_importances(search: Search) -> None:
+    """Print each parameter's share in reaching the better half, and write them as CSV."""
+    # Optuna's default is the best tenth: two trials of twenty.
+    evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=0.5)
+    importances = optuna.importance.get_param_importances(search.study, evaluator=evaluator)
+    shares = [f"{name} {share:.0%}" for name, share in importances.items()]
+    print(f"importance: {', '.join(shares)}")
+    with (search.sweep.directory / "importances.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("parameter", "importance"), *importances.items()])
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run or resume a search. Raises `UserError` if the arguments, the sweep file or the storage are unusable."""
-    file, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
-    if file.startswith("-") and file not in ("-h", "--help"):
+    """Run or resume a search.
+
+    Raises `UserError` if the arguments, the sweep file or the storage are unusable.
+    """
+    file, *rest = argv or sys.argv[1:] or ["--help"]
+    if file in ("-h", "--help"):
+        parse(Options, [file])  # prints the help and exits
+    if file.startswith("-"):
         raise UserError("the sweep file comes first: python sweep_offline.py sweep.yaml --count 20")
-    options = parse(Options, [file, *rest] if file.startswith("-") else rest)
+    options = parse(Options, rest)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     sweep = read_sweep(Path(file))
     trial_count = count_trials(sweep, options.count)
     trials.check_command(sweep)
+
     directory = sweep.directory
-    ours = any((directory / name).exists() for name in ("place", "study.db"))
-    empty = directory.is_dir() and not os.listdir(directory)
-    if os.path.lexists(directory) and not (ours or empty):
-        raise UserError(f"{directory} holds something else: choose another name for the sweep")
-    if not options.storage:
+    if os.path.lexists(directory):
+        is_empty = directory.is_dir() and not os.listdir(directory)
+        is_search = (directory / "place").exists() or (directory / "study.db").exists()
+        if not (is_empty or is_search):
+            raise UserError(f"{directory} holds something else: choose another name for the sweep")
+    url = options.storage
+    if not url:
         directory.mkdir(parents=True, exist_ok=True)
-    opened = study.open_study(sweep, options.storage or f"sqlite:///{directory}/study.db")
-    directory.mkdir(
-        parents=True, exist_ok=True
-    )  # not earlier: an unusable storage leaves no directory
-    place = trials.read_place(directory)  # a run can only be resumed where its files are
-    gpus = trials.visible_gpus() if options.jobs > 1 else []  # a single run may use all of them
+        url = f"sqlite:///{directory}/study.db"
+    study, storage = open_study(sweep, url)
+    # Not earlier: an unusable storage leaves no directory.
+    directory.mkdir(parents=True, exist_ok=True)
     search = Search(
-        sweep, opened[0], trial_count, options.jobs, options.seed, opened[1], place, gpus
+        sweep=sweep,
+        study=study,
+        storage=storage,
+        trial_count=trial_count,
+        jobs=options.jobs,
+        seed=options.seed,
+        directory_id=trials.read_directory_id(directory),
+        gpus=trials.visible_gpus() if options.jobs > 1 else [],  # a single run may use all of them
     )
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
@@ -220,8 +238,8 @@ def main(argv: list[str] | None = None) -> None:
     except BaseException as error:
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
             print("Stopping the runs; the same command resumes them.", flush=True)
-        study.patience = 0.0
-        trials.stop_runs(search.running)
+        storage.patience = 0.0
+        search.stop()
         with contextlib.suppress(UserError, OSError):  # the storage or the directory is gone
             report(search)
         raise

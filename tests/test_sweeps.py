@@ -25,9 +25,9 @@ from optuna.trial import TrialState
 import sweep_offline
 import train_cola
 from harness.errors import UserError
-from harness.sweep import file as sweep_file
-from harness.sweep import study as sweep_study
-from harness.sweep import trials
+from sweeps import file as sweep_file
+from sweeps import study as sweep_study
+from sweeps import trials
 from tests import forking, killing
 from tests.conftest import REPO, clean_environment
 from tests.wandb_server import WandbServer, serving
@@ -727,7 +727,8 @@ MISTAKES = {
     "recursive": ("{values: [1, 2, 3, 4]}", "&p {parameters: {a: *p}}", "maximum recursion depth exceeded"),
     "huge": ("{min: -2, max: 0}", f"{{distribution: uniform, min: 0, max: {'9' * 400}}}", "y.max: 9999"),
     "envvar": ("parameters:", "command: ['${envvar:home}']\nparameters:", "command: unknown macro ${envvar:home}"),
-    "min_iter": ("parameters:", "early_terminate: {type: hyperband, min_iter: 9, max_iter: 3}\nparameters:", "_iter b"),
+    "min_iter": ("parameters:", "early_terminate: {type: hyperband, min_iter: 9, max_iter: 3}\nparameters:",
+                 "early_terminate.min_iter: must be a whole number from 1 to 3, not 9"),
     "a large s": ("parameters:", "early_terminate: {type: hyperband, max_iter: 27, s: 100000000}\nparameters:",
                   "early_terminate.s: must be a whole number from 1 to 100"),
     "a NUL in a value": ("[1, 2, 3, 4]", '["a\\0"]', "parameters.x.values: 'a\\x00' has a control character"),

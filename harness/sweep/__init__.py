@@ -1,1 +1,0 @@
-"""Search a W&B sweep file on this machine, without a server."""

@@ -1,0 +1,1 @@
+"""The offline search of a W&B sweep file, without a server."""

@@ -1,0 +1,225 @@
+"""A sweep as an Optuna study: its storage, sampler and pruner."""
+
+import dataclasses
+import functools
+import json
+import math
+import re
+import time
+from collections.abc import Callable
+from typing import Any
+
+import optuna
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    IntDistribution,
+    distribution_to_json,
+)
+from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
+from optuna.pruners import BasePruner, HyperbandPruner, NopPruner
+from optuna.samplers import BaseSampler, RandomSampler, TPESampler
+from optuna.storages import BaseStorage, RDBStorage, get_storage
+from optuna.study import Study
+from optuna.trial import FrozenTrial, Trial, TrialState
+from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
+
+from harness.errors import UserError
+from sweeps.file import Sweep
+
+PATIENCE = 300.0  # seconds that a search waits for a database that does not answer
+FAILURES = (DBAPIError, StorageInternalError)
+ALREADY_WRITTEN = (IntegrityError, UpdateFinishedTrialError)
+POSTGRESQL_LIMITS = {
+    "connect_timeout": 5,  # seconds
+    "tcp_user_timeout": 10_000,  # milliseconds
+    "keepalives_idle": 5,
+    "keepalives_interval": 2,
+    "keepalives_count": 3,
+}
+
+
+class RetryingStorage:
+    """An Optuna storage that repeats a failed call for up to `patience` seconds.
+
+    Then the call raises `UserError`, and later calls are not repeated.
+    """
+
+    def __init__(self, storage: BaseStorage, patience: float) -> None:
+        self._storage = storage
+        self.patience = patience
+
+    def __getattr__(self, name: str) -> Any:
+        return functools.partial(self._call, getattr(self._storage, name))
+
+    def _call(self, method: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        start = time.monotonic()
+        failures = 0
+        while True:
+            try:
+                return method(*arguments, **options)
+            except ALREADY_WRITTEN:
+                if failures == 0:
+                    raise
+                return True  # the failed call did reach the database
+            except FAILURES as error:
+                failures += 1
+                problem = f"the storage does not answer ({_reason(error)})"
+            if time.monotonic() - start > self.patience:
+                self.patience = 0.0
+                raise UserError(f"{problem}; the same command goes on with the search", 1)
+            if failures == 2:  # a dropped connection fails only once
+                print(
+                    f"{problem}: the search waits up to {self.patience:g} seconds, "
+                    "and its runs go on.",
+                    flush=True,
+                )
+            time.sleep(0.2)
+
+
+def value_count(distribution: BaseDistribution) -> int:
+    """The number of values of a finite distribution."""
+    if isinstance(distribution, CategoricalDistribution):
+        return len(distribution.choices)
+    return round((distribution.high - distribution.low) / distribution.step) + 1
+
+
+class GridSampler(RandomSampler):
+    """Gives trial n cell n of the grid. Trial numbers are unique, so no cell is repeated."""
+
+    def __init__(self, searched: dict[str, BaseDistribution]) -> None:
+        super().__init__()
+        self._searched = searched
+
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, name: str, space: BaseDistribution
+    ) -> Any:
+        """The value of one parameter."""
+        cell = trial.number
+        for other in sorted(self._searched):
+            cell, index = divmod(cell, value_count(self._searched[other]))
+            if other == name:
+                break
+        if isinstance(space, CategoricalDistribution):
+            return space.choices[index]
+        return space.low + index * space.step
+
+
+def sampler(sweep: Sweep, seed: int | None) -> BaseSampler:
+    """The sampler for the sweep's method."""
+    if sweep.method == "grid":
+        return GridSampler(sweep.searched)
+    if sweep.method == "random":
+        return RandomSampler(seed)
+    return TPESampler(seed=seed, n_startup_trials=5, multivariate=True, constant_liar=True)
+
+
+def pruner(early_terminate: dict[str, Any] | None) -> BasePruner:
+    """The pruner for a sweep file's `early_terminate`."""
+    if early_terminate is None:
+        return NopPruner()
+    eta = early_terminate.get("eta", 3)
+    max_iter = early_terminate.get("max_iter", "auto")
+    min_iter = early_terminate.get("min_iter")
+    if min_iter is None:  # as in W&B, the first rung is then at max_iter / eta^s epochs
+        min_iter = max(1, max_iter // eta ** early_terminate["s"])
+    return HyperbandPruner(min_iter, max_iter, eta)
+
+
+def open_study(sweep: Sweep, url: str) -> tuple[Study, RetryingStorage]:
+    """The sweep's study and its storage. Raises `UserError` if the storage can't be used."""
+    patience = 0.0 if url.startswith("sqlite") else PATIENCE  # a damaged file does not recover
+    storage = RetryingStorage(_connect(sweep, url), patience)
+    study = optuna.load_study(
+        study_name=sweep.name, storage=storage, pruner=pruner(sweep.early_terminate)
+    )
+    definition = dataclasses.asdict(sweep)
+    for name in ("command", "run_cap", "lists"):
+        del definition[name]
+    for name, distribution in sweep.searched.items():
+        definition["searched"][name] = distribution_to_json(distribution)
+    if not study.trials:
+        study.set_user_attr("sweep", definition)
+    stored = study.user_attrs.get("sweep")
+    if stored is None:
+        raise UserError(
+            f"the storage has a study {sweep.name!r} that sweep_offline.py did not create"
+        )
+    current = json.loads(json.dumps(definition))
+    changed = [name for name, value in current.items() if stored.get(name) != value]
+    if changed:
+        raise UserError(
+            f"the sweep {sweep.name!r} was started with different {' and '.join(changed)}; to "
+            "start a new search, change name: in the file; to resume the old one, undo the change"
+        )
+    return study, storage
+
+
+def _connect(sweep: Sweep, url: str) -> BaseStorage:
+    """The storage at a URL, with the sweep's study. Raises `UserError` if it can't be used."""
+    # SQLAlchemy's default driver depends on its version.
+    address = re.sub("^postgres(ql)?:", "postgresql+psycopg:", url)
+    limits = {}
+    if url.startswith("sqlite"):
+        limits = {"timeout": 100}  # seconds
+    elif "+psycopg" in address:
+        limits = POSTGRESQL_LIMITS
+    engine_options = {"pool_pre_ping": True, "connect_args": limits}
+    shown_url = re.sub(":.*@", ":***@", url).partition("?")[0]  # without the password
+    for _ in range(5):  # if two processes create the tables at once, one of them fails
+        try:
+            database = RDBStorage(address, engine_kwargs=engine_options)
+            storage = get_storage(database)  # adds Optuna's cache
+            optuna.create_study(
+                storage=storage,
+                study_name=sweep.name,
+                direction=sweep.direction,
+                load_if_exists=True,
+            )
+            return storage
+        except ValueError:  # its message may quote a part of the password
+            problem = "not a valid URL"
+            break
+        except ImportError as error:
+            problem = f"no driver {error.__cause__.name}; requirements-sweep.txt has psycopg"
+            break
+        except (*FAILURES, SQLAlchemyError, RuntimeError) as error:
+            problem = _reason(error).replace(url, shown_url)
+            is_slow = re.search("timeout|resolve|translate", problem)
+            if is_slow or not isinstance(error, FAILURES):
+                break
+        time.sleep(1)
+    raise UserError(f"--storage {shown_url}: {problem}")
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of the driver's message, without what may be a password in a URL."""
+    while error.__cause__:
+        error = error.__cause__
+    return re.sub(r"\S*@", "***@", str(error).splitlines()[0])
+
+
+def count_trials(sweep: Sweep, count: int | None) -> int:
+    """The total number of trials of the search. Raises `UserError` if nothing limits it."""
+    limits = [limit for limit in (count, sweep.run_cap) if limit]
+    if sweep.method == "grid":
+        limits.append(math.prod(map(value_count, sweep.searched.values())))
+    if not limits:
+        raise UserError(f"method {sweep.method} never ends by itself; give --count")
+    return min(limits)
+
+
+def suggest(trial: Trial, name: str, space: BaseDistribution) -> Any:
+    """The trial's value of a parameter. The first call draws it."""
+    if isinstance(space, CategoricalDistribution):
+        return trial.suggest_categorical(name, space.choices)
+    draw = trial.suggest_int if isinstance(space, IntDistribution) else trial.suggest_float
+    value = draw(name, space.low, space.high, step=space.step, log=space.log)
+    return round(value, 12) if space.step else value
+
+
+def ranked_trials(study: Study) -> list[FrozenTrial]:
+    """The complete trials, best first."""
+    complete = study.get_trials(states=[TrialState.COMPLETE])
+    maximize = study.direction.name == "MAXIMIZE"
+    return sorted(complete, key=lambda trial: trial.value, reverse=maximize)

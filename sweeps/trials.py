@@ -1,0 +1,341 @@
+"""The processes of a sweep's trials: starts, resumes, watches, prunes and records them."""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import re
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any, TextIO
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from harness.errors import UserError
+from sweeps.file import Sweep
+from sweeps.study import RetryingStorage, sampler, suggest
+
+STOP_TIMEOUT = 30  # seconds; a run takes at most its --stop_timeout, and a little to close W&B
+MAX_ATTEMPTS = 3  # per epoch, for a run that something else keeps stopping
+# Exit statuses after which a run can be resumed.
+STOP_STATUSES = (130, 143, -signal.SIGINT, -signal.SIGTERM)
+
+
+def trial_command(sweep: Sweep, searched: dict[str, Any], interpreter: str) -> list[str]:
+    """The command that W&B's agent would run with these values of the searched parameters.
+
+    Raises `UserError` if the sweep's command has an unknown macro.
+    """
+    arguments: dict[str, Any] = {}
+    for name, value in (sweep.constants | searched).items():
+        if name in searched:
+            value = sweep.lists.get(value, value)
+        *outer_names, inner_name = name.split("/")
+        mapping = arguments
+        for outer_name in outer_names:
+            mapping = mapping.setdefault(outer_name, {})
+        mapping[inner_name] = value
+
+    pairs = [f"{name}={value}" for name, value in arguments.items()]
+    flags = []
+    for name, value in arguments.items():
+        if value is not False:
+            flags.append(f"--{name}" if value is True else f"--{name}={value}")
+    macros = {
+        "${env}": ["/usr/bin/env"],
+        "${interpreter}": [interpreter],
+        "${program}": [sweep.program],
+        "${args}": [f"--{pair}" for pair in pairs],
+        "${args_no_hyphens}": pairs,
+        "${args_no_boolean_flags}": flags,
+        "${args_json}": [json.dumps(arguments)],
+    }
+    command = []
+    for part in sweep.command:
+        part = re.sub(
+            r"\$\{envvar:([A-Z0-9_]*)\}", lambda match: os.environ.get(match[1], match[1]), part
+        )
+        if part.startswith("${") and part not in macros:
+            raise UserError(f"command: unknown macro {part}; must be one of {', '.join(macros)}")
+        command += macros.get(part, [part])
+    return command
+
+
+def check_command(sweep: Sweep) -> None:
+    """Raise `UserError` if the command has an unknown macro, or its program can't be executed."""
+    program, *rest = trial_command(sweep, {}, sys.executable) or [""]
+    # What follows /usr/bin/env is the program, unless it is an option or sets a variable.
+    if program == "/usr/bin/env" and rest and not re.match("-|.*=", rest[0]):
+        program = rest[0]
+    if not shutil.which(program):
+        raise UserError(
+            f"command: {program} not found on PATH, or not executable; "
+            "a path needs a /, as in ./run.sh"
+        )
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs in CUDA_VISIBLE_DEVICES, or those of the machine if it is not set."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return re.findall(r"[^,\s]+", visible)
+    listing = subprocess.getoutput("nvidia-smi -L")  # or the shell's error message
+    return re.findall(r"^GPU (\d+):", listing, re.MULTILINE)
+
+
+def read_directory_id(directory: Path) -> str:
+    """The random id by which a storage knows a directory, whatever its host is called.
+
+    The first call creates it.
+    """
+    with (directory / "place").open("a+", errors="replace") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        directory_id = file.read().strip()
+        if not directory_id:
+            directory_id = secrets.token_hex(8)
+            file.write(directory_id)
+    if not re.fullmatch("[0-9a-f]{16}", directory_id):
+        raise UserError(
+            f"{file.name} is damaged: restore it, or choose another name for the sweep", 1
+        )
+    return directory_id
+
+
+def is_finite(value: Any) -> bool:
+    """Whether a float can hold `value`, which may be a huge integer, as a finite number."""
+    return isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
+
+
+@dataclasses.dataclass
+class TrialProcess:
+    """The process that runs a trial."""
+
+    trial: optuna.Trial
+    popen: subprocess.Popen
+    output_dir: Path
+    lock: TextIO
+    gpu: str | None
+    reported: int  # epochs
+    last_value: Any = None
+    pruned: bool = False
+
+    def send_signal(self, number: signal.Signals) -> None:
+        """Send a signal to the process group."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.popen.pid, number)
+
+    def report_progress(self, metric: str) -> None:
+        """Report new values of the metric to Optuna, and stop the run if it should be pruned."""
+        journal = self.output_dir / "history.jsonl"
+        text = journal.read_text(errors="replace") if journal.is_file() else ""
+        values = []
+        for line in text.split("\n")[:-1]:  # the last line may be incomplete
+            if json.dumps(metric) in line:
+                # Another program's journal may hold anything.
+                with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
+                    values.append(json.loads(line)[metric])
+        if values:
+            self.last_value = values[-1]
+        for value in values[self.reported :]:
+            self.reported += 1
+            if is_finite(value):
+                self.trial.report(value, self.reported)
+                if not self.pruned and self.trial.should_prune():
+                    self.pruned = True
+                    self.send_signal(signal.SIGTERM)
+
+    def read_result(self, metric: str) -> float | str:
+        """The final value of the metric, or what is wrong with the run if it failed."""
+        status = self.popen.returncode
+        if status < 0:
+            return f"killed by {signal.strsignal(-status)}"
+        if status > 0:
+            log = self.output_dir.with_suffix(".log")
+            lines = log.read_text(errors="replace").splitlines()
+            messages = [line for line in lines if line.strip() and not line.startswith("wandb:")]
+            return messages[-1] if messages else f"exit status {status}"
+        try:  # metrics.json holds the value of the best epoch, if there is one
+            metrics = json.loads((self.output_dir / "metrics.json").read_text())
+            value = metrics.get(metric, self.last_value)
+        except (OSError, ValueError, AttributeError, RecursionError):
+            return "the run left no readable metrics.json"
+        if value is None:
+            return f"the run has no metric {metric}"
+        return value if is_finite(value) else f"{metric} is {value!r}"
+
+
+@dataclasses.dataclass
+class Search:
+    """A search and its running processes."""
+
+    sweep: Sweep
+    study: optuna.Study
+    storage: RetryingStorage
+    trial_count: int
+    jobs: int
+    seed: int | None
+    directory_id: str
+    gpus: list[str]  # shared by the processes
+    running: list[TrialProcess] = dataclasses.field(default_factory=list)
+    attempts: Counter = dataclasses.field(default_factory=Counter)  # by trial number and epoch
+
+    def trials(self) -> list[FrozenTrial]:
+        """All trials in the storage, by number."""
+        return self.study.get_trials(deepcopy=False)
+
+    def unfinished(self) -> list[FrozenTrial]:
+        """The trials that have started in this directory and have not ended."""
+        return [
+            trial
+            for trial in self.trials()[: self.trial_count]
+            if trial.state == TrialState.RUNNING
+            and trial.user_attrs.get("place") == self.directory_id
+        ]
+
+    def start_next(self) -> bool:
+        """Resume an unfinished trial or start a new one; False if there is nothing to start."""
+        for trial in self.unfinished():
+            if self._start(trial.number):
+                return True
+        if len(self.trials()) >= self.trial_count:
+            return False
+        # Unlike study.ask(), this creates the trial with its directory, so that no other search
+        # takes it. The next call starts it.
+        attributes = {"place": self.directory_id}
+        self.study.add_trial(optuna.create_trial(state=TrialState.RUNNING, user_attrs=attributes))
+        return True
+
+    def _start(self, number: int) -> bool:
+        """Start or resume a trial; False if a process runs it already, or if it has ended.
+
+        Raises `UserError` if the command can't be started.
+        """
+        sweep = self.sweep
+        lock = (sweep.directory / f"trial-{number}.lock").open("a")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:  # the process may be left from a search that was killed
+            return False
+        known = self.trials()[number]
+        if known.state != TrialState.RUNNING:
+            return False
+        # With one seed for all trials, a resumed search would draw the same parameters again.
+        seed = None if self.seed is None else (self.seed * 1_000_003 + number + 1) % 2**32
+        self.study.sampler = sampler(sweep, seed)
+        study_id = self.storage.get_study_id_from_name(sweep.name)
+        trial_id = self.storage.get_trial_id_from_study_id_trial_number(study_id, number)
+        trial = optuna.Trial(self.study, trial_id)
+        # The W&B run id, and the name of the run's directory.
+        run_id = known.user_attrs.get("run") or f"{secrets.token_hex(3)}-{number}"
+        trial.set_user_attr("run", run_id)
+        trial.set_user_attr("host", f"{socket.gethostname()}:{Path.cwd()}")
+        searched = {name: suggest(trial, name, space) for name, space in sweep.searched.items()}
+        trial.set_user_attr("parameters", searched)
+
+        output_dir = sweep.directory / run_id
+        command = trial_command(sweep, searched, sys.executable)
+        command += ["--output_dir", str(output_dir), "--resume"]
+        gpus_in_use = [process.gpu for process in self.running]
+        gpu = min(self.gpus, key=gpus_in_use.count, default=None)
+        with output_dir.with_suffix(".log").open("ab") as log:
+            try:
+                popen = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    env=self._environment(number, run_id, gpu),
+                    start_new_session=True,  # Ctrl-C reaches only the search, which stops its runs
+                    pass_fds=(lock.fileno(),),  # a run that outlives the search keeps the lock
+                )
+            except OSError as error:  # for example, a script without #!
+                raise UserError(f"command: {command[0]}: {error.strerror}") from None
+        reported = max(known.intermediate_values, default=0)
+        self.running.append(TrialProcess(trial, popen, output_dir, lock, gpu, reported))
+        return True
+
+    def _environment(self, number: int, run_id: str, gpu: str | None) -> dict[str, str]:
+        """The environment of a run: W&B offline, a GPU, and a share of the processor's threads."""
+        sweep = self.sweep
+        environment = {
+            name: value for name, value in os.environ.items() if not name.startswith("WANDB_SWEEP")
+        }
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        threads = str(max(1, cores // self.jobs))
+        environment.setdefault("OMP_NUM_THREADS", threads)
+        environment.setdefault("RAYON_NUM_THREADS", threads)  # for tokenizers
+        environment.update(
+            WANDB_MODE="offline",
+            WANDB_NAME=f"{sweep.name}-{number}",
+            WANDB_RUN_ID=run_id,
+            WANDB_RUN_GROUP=sweep.name,
+        )
+        if sweep.project:
+            environment["WANDB_PROJECT"] = sweep.project
+        if sweep.entity:
+            environment["WANDB_ENTITY"] = sweep.entity
+        if gpu:
+            environment["CUDA_VISIBLE_DEVICES"] = gpu
+        return environment
+
+    def watch(self) -> list[FrozenTrial]:
+        """Report the progress of the processes; returns the trials that have ended."""
+        ended = []
+        for process in list(self.running):
+            exited = process.popen.poll() is not None  # before the last values are read
+            process.report_progress(self.sweep.metric)
+            if exited:
+                self.running.remove(process)
+                with process.lock:
+                    trial = self._record_outcome(process)
+                if trial:
+                    ended.append(trial)
+        return ended
+
+    def _record_outcome(self, process: TrialProcess) -> FrozenTrial | None:
+        """Record the outcome of a process that has exited; None if its trial is to be resumed."""
+        trial = process.trial
+        if process.popen.returncode in STOP_STATUSES:
+            if process.pruned:
+                return self.study.tell(trial, state=TrialState.PRUNED)
+            self.attempts[trial.number, process.reported] += 1
+            if self.attempts[trial.number, process.reported] < MAX_ATTEMPTS:
+                return None
+        result = process.read_result(self.sweep.metric)
+        if isinstance(result, str):
+            trial.set_user_attr("error", result)
+            return self.study.tell(trial, state=TrialState.FAIL)
+        return self.study.tell(trial, result)
+
+    def find_files(self, trial: FrozenTrial, suffix: str = "") -> str | None:
+        """The directory of a trial's run, or its file with a suffix.
+
+        Prefixed with its host if it is in another directory; None if it is gone.
+        """
+        path = f"{self.sweep.directory / trial.user_attrs['run']}{suffix}"
+        if trial.user_attrs["place"] != self.directory_id:
+            return f"{trial.user_attrs.get('host', 'elsewhere')}/{path}"
+        return path if os.path.exists(path) else None
+
+    def stop(self) -> None:
+        """Ask the runs to write a checkpoint and stop; kill those that do not stop in time."""
+        try:
+            for process in self.running:
+                process.send_signal(signal.SIGTERM)
+            deadline = time.monotonic() + STOP_TIMEOUT
+            for process in self.running:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.popen.wait(max(0, deadline - time.monotonic()))
+        finally:  # also after a second Ctrl-C
+            for process in self.running:
+                process.send_signal(signal.SIGKILL)
