@@ -35,10 +35,10 @@ except ImportError:
 
 from optuna.trial import FrozenTrial, TrialState
 
-from sweeps import trials
-from sweeps.file import read_sweep
-from sweeps.study import count_trials, open_study, ranked_trials
-from sweeps.trials import Search
+from offline_sweep import trials
+from offline_sweep.file import read_sweep
+from offline_sweep.study import count_trials, open_study, ranked_trials
+from offline_sweep.trials import Search
 
 MAX_INITIAL_FAILURES = 3
 

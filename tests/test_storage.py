@@ -138,7 +138,7 @@ def test_a_search_without_its_database_can_be_stopped_and_gives_up(server, tmp_p
 
     server("start")
     program = f"import sys; sys.path.insert(0, {str(REPO)!r}); import sweep_offline\n"
-    program += "import sweeps.study; sweeps.study.PATIENCE = 2.0; sweep_offline.run_script(sweep_offline.main)"
+    program += "from offline_sweep import study; study.PATIENCE = 2.0; sweep_offline.run_script(sweep_offline.main)"
     command = [sys.executable, "-c", program, "s.yaml", "--storage", url]
     process = subprocess.Popen(
         command,

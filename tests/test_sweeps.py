@@ -25,9 +25,9 @@ from optuna.trial import TrialState
 import sweep_offline
 import train_cola
 from harness.errors import UserError
-from sweeps import file as sweep_file
-from sweeps import study as sweep_study
-from sweeps import trials
+from offline_sweep import file as sweep_file
+from offline_sweep import study as sweep_study
+from offline_sweep import trials
 from tests import forking, killing
 from tests.conftest import REPO, clean_environment
 from tests.wandb_server import WandbServer, serving

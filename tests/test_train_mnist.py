@@ -266,7 +266,7 @@ def test_artifacts(small_mnist):
         "metrics.py",
         "sweep.yaml",
         "harness/session.py",
-        "sweeps/study.py",
+        "offline_sweep/study.py",
         "tasks/digits.py",
     } <= logged
     assert not any(path.startswith(("tests/", "benchmarks/")) for path in logged)

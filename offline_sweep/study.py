@@ -25,7 +25,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
 
 from harness.errors import UserError
-from sweeps.file import Sweep
+from offline_sweep.file import Sweep
 
 PATIENCE = 300.0  # seconds that a search waits for a database that does not answer
 FAILURES = (DBAPIError, StorageInternalError)

@@ -21,8 +21,8 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from harness.errors import UserError
-from sweeps.file import Sweep
-from sweeps.study import RetryingStorage, sampler, suggest
+from offline_sweep.file import Sweep
+from offline_sweep.study import RetryingStorage, sampler, suggest
 
 STOP_TIMEOUT = 30  # seconds; a run takes at most its --stop_timeout, and a little to close W&B
 MAX_ATTEMPTS = 3  # per epoch, for a run that something else keeps stopping
@@ -88,7 +88,11 @@ def visible_gpus() -> list[str]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return re.findall(r"[^,\s]+", visible)
-    listing = subprocess.getoutput("nvidia-smi -L")  # or the shell's error message
+    command = ["nvidia-smi", "-L"]
+    try:
+        listing = subprocess.run(command, capture_output=True, text=True, timeout=30).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return []
     return re.findall(r"^GPU (\d+):", listing, re.MULTILINE)
 
 
