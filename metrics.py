@@ -173,8 +173,7 @@ def _matthews_corrcoef(hits: Tensor, labelled: Tensor, predicted: Tensor) -> Ten
 
 def _all_within(values: Tensor, low: float, high: float) -> bool:
     """Whether all values are in low .. high; NaN is not."""
-    within = (values >= low) & (values <= high)
-    return bool(within.all())
+    return torch.equal(values, values.clamp(low, high))
 
 
 class Evaluation(NamedTuple):
@@ -372,6 +371,7 @@ def _check_shapes(
     values: Tensor,
     labels: Tensor,
 ) -> None:
+    """Raise `ValueError` unless `values` has that many dimensions, and a row per label."""
     if values.ndim != dimensions or labels.shape != values.shape[:1] or not len(labels):
         raise ValueError(
             f"expected {expected} and labels (n,) with n > 0, "

@@ -92,7 +92,11 @@ def confusion_matrix_chart(result: Evaluation, class_names: list[str]) -> Custom
     )
 
 
-def confusion_matrix_picture(counts: Tensor, class_names: list[str], part: str) -> Image.Image:
+def confusion_matrix_picture(
+    counts: Tensor,
+    class_names: list[str],
+    part: str,
+) -> Image.Image:
     """Draw a confusion matrix: the counts and each one's share of its row.
 
     `counts` is integer (classes, classes) with a row per label. `part` is the name of the data
