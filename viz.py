@@ -1,131 +1,223 @@
 """Pictures, tables and charts of a model's predictions, for W&B and PNG files."""
 
+import functools
 import html
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from statistics import fmean
 
 import torch
 import wandb
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+from wandb.plot import CustomChart
 
 from metrics import ConfusionMatrix, Evaluation, calibration, precision_recall_curve, roc_curve
 
-INK, FAINT, GRID, PAPER = (20, 24, 32), (150, 156, 166), (226, 229, 234), (255, 255, 255)
-DEEP, WARM, MIDDLE = (24, 86, 156), (206, 96, 30), (110, 130, 155)
-CHART, LEFT, TOP, RIGHT, BOTTOM = (
-    (840, 660),
-    108,
-    108,
-    28,
-    96,
-)  # pixels, at twice the size of the picture
+Color = tuple[int, ...]
+INK = (20, 24, 32)
+FAINT = (150, 156, 166)
+GRID = (226, 229, 234)
+PAPER = (255, 255, 255)
+DEEP = (24, 86, 156)
+WARM = (206, 96, 30)
+MIDDLE = (110, 130, 155)
+
+# Size and margins of a chart in pixels, at twice the size of the picture.
+CHART = (840, 660)
+LEFT = 108
+TOP = 108
+RIGHT = 28
+BOTTOM = 96
+CHART_RIGHT = CHART[0] - RIGHT
+CHART_BOTTOM = CHART[1] - BOTTOM
+
 MAX_CLASSES = 30  # more don't fit on a picture or a chart
-MAX_SOURCES, MAX_MISTAKES = 200, 1000  # rows of tables
+MAX_CURVES = 20  # a thousand take W&B a minute, and nobody can tell them apart
+MAX_SOURCES = 200  # rows of a table
+MAX_MISTAKES = 1000  # rows of a table
+
+Point = tuple[float, float]
+History = Sequence[Mapping[str, float]]  # the rows of a run's history, each with `step`
 
 
 def most_confident_mistakes(result: Evaluation) -> Tensor:
-    """Indices of the wrong predictions, most confident first, ties in example order: int64 (mistakes,)."""
+    """Indices of the wrong predictions, int64 (mistakes,): most confident first, ties by index."""
     confidence = result.probabilities.max(1).values
     wrong = (result.predictions != result.labels).nonzero().flatten()
-    return wrong[confidence[wrong].argsort(descending=True, stable=True)]
+    order = confidence[wrong].argsort(descending=True, stable=True)
+    return wrong[order]
 
 
 def one_class_warning(result: Evaluation, class_names: list[str]) -> str | None:
-    """What to say of a model that predicts the same class for every example, which accuracy may not show."""
-    if len(result.predictions.unique()) > 1:
+    """A warning if the model predicts the same class for every example, which accuracy may hide."""
+    predicted = result.predictions.unique()
+    if len(predicted) > 1:
         return None
-    share = f"accuracy, {result.metrics['acc']:.1%}, is the share of that class"
     return (
-        f"the model predicts {class_names[result.predictions[0]]!r} for every example; its {share}"
+        f"the model predicts {class_names[predicted[0]]!r} for every example; "
+        f"its accuracy, {result.metrics['acc']:.1%}, is the share of that class"
     )
 
 
 def most_confused_classes(counts: Tensor) -> list[int]:
-    """The `MAX_CLASSES` classes with the most mistakes, in ascending order; all of them if there are no more.
+    """The `MAX_CLASSES` classes with the most mistakes, in ascending order; all if there are fewer.
 
     `counts` is a confusion matrix, integer (classes, classes) with a row per label.
     """
     mistakes = counts.sum(0) + counts.sum(1) - 2 * counts.diagonal()
-    return sorted(mistakes.argsort(descending=True, stable=True)[:MAX_CLASSES].tolist())
+    order = mistakes.argsort(descending=True, stable=True)
+    return sorted(order[:MAX_CLASSES].tolist())
 
 
-def confusion_matrix_chart(result: Evaluation, class_names: list[str]) -> wandb.plot.CustomChart:
+def confusion_matrix_chart(result: Evaluation, class_names: list[str]) -> CustomChart:
     """W&B's confusion matrix, of the most confused classes if there are many."""
     shown = most_confused_classes(result.confusion.counts)
-    place = {label: i for i, label in enumerate(shown)}
-    pairs = zip(result.labels.tolist(), result.predictions.tolist())
-    pairs = [
-        (place[label], place[prediction])
-        for label, prediction in pairs
-        if {label, prediction} <= place.keys()
-    ]
-    part = f" of the {MAX_CLASSES} most confused classes" if len(shown) < len(class_names) else ""
+    position = {label: i for i, label in enumerate(shown)}
+    labels = []
+    predictions = []
+    for label, prediction in zip(result.labels.tolist(), result.predictions.tolist()):
+        if label in position and prediction in position:
+            labels.append(position[label])
+            predictions.append(position[prediction])
+    title = "Confusion matrix"
+    if len(shown) < len(class_names):
+        title += f" of the {MAX_CLASSES} most confused classes"
     return wandb.plot.confusion_matrix(
-        y_true=[label for label, _ in pairs],
-        preds=[prediction for _, prediction in pairs],
+        y_true=labels,
+        preds=predictions,
         class_names=[class_names[label] for label in shown],
-        title=f"Confusion matrix{part}",
+        title=title,
     )
 
 
-def confusion_matrix_picture(counts: Tensor, class_names: list[str], part: str) -> Image.Image:
-    """Draw a confusion matrix, integer (classes, classes) with a row per label: counts and shares of the row.
+def confusion_matrix_picture(
+    counts: Tensor,
+    class_names: list[str],
+    part: str,
+) -> Image.Image:
+    """Draw a confusion matrix: the counts and each one's share of its row.
 
-    `part` is the name of the data split, for the heading. Only the most confused classes if there are many.
+    `counts` is integer (classes, classes) with a row per label. `part` is the name of the data
+    split, for the heading. If there are many classes, only the most confused ones are shown.
     """
-    counts = counts.cpu()
     shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
-    title, shown = f"{part}, {int(counts.sum()):,} examples", most_confused_classes(counts)
+    shown = most_confused_classes(counts)
+    names = [_shortened(class_names[label], 40) for label in shown]
+    title = f"{part}, {int(counts.sum()):,} examples"
     if len(shown) < len(class_names):
         title += f", the {len(shown)} most confused of {len(class_names):,} classes"
-    counts, shares = counts[shown][:, shown], shares[shown][:, shown]
-    class_names = [_shortened(class_names[label], 40) for label in shown]
-    classes = len(shown)
-    cell = 58 if classes > 4 else 120
-    big, small = ImageFont.load_default(size=cell * 0.27), ImageFont.load_default(size=cell * 0.21)
-    text, heading = ImageFont.load_default(size=15), ImageFont.load_default(size=19)
-    longest = max(text.getlength(name) for name in class_names)
-    vertical = longest > cell - 6  # some class name is wider than its column
-    left, top = int(longest) + 58, 46
-    side = cell * classes
-    canvas = Image.new(
-        "RGB", (left + side + 24, top + side + (longest if vertical else 20).__ceil__() + 52), PAPER
-    )
-    draw = ImageDraw.Draw(canvas)
 
-    draw.text((left + side / 2, 22), title, fill=INK, font=heading, anchor="mm")
-    draw.text(
-        (left + side / 2, canvas.height - 20), "prediction", fill=INK, font=heading, anchor="mm"
-    )
-    _draw_vertical(canvas, (22, top + side / 2), "label", heading)
-    for row in range(classes):
-        y = top + cell * row
-        draw.text((left - 10, y + cell / 2), class_names[row], fill=INK, font=text, anchor="rm")
-        for column in range(classes):
-            x = left + cell * column
-            count, share = int(counts[row, column]), float(shares[row, column])
-            draw.rectangle((x, y, x + cell, y + cell), fill=_shade(share**0.5), outline=GRID)
-            ink = FAINT if count == 0 else PAPER if share > 0.3 else INK
-            draw.text((x + cell / 2, y + cell * 0.4), f"{count:,}", fill=ink, font=big, anchor="mm")
-            if count:
-                percent = f"{100 * share:.1f} %"
-                draw.text(
-                    (x + cell / 2, y + cell * 0.72), percent, fill=ink, font=small, anchor="mm"
-                )
-    for column, name in enumerate(class_names):
-        x, y = left + cell * (column + 0.5), top + side + 8
+    cell = 58 if len(shown) > 4 else 120
+    side = cell * len(shown)
+    name_widths = [_font(15).getlength(name) for name in names]
+    longest = max(name_widths)
+    vertical = longest > cell - 6  # a class name is wider than its column
+    left = int(longest) + 58
+    top = 46
+    bottom = top + side
+    names_height = math.ceil(longest) if vertical else 20
+    canvas = Image.new("RGB", (left + side + 24, bottom + names_height + 52), PAPER)
+
+    center = left + side / 2
+    _draw_text(canvas, center, 22, title, 19)
+    _draw_text(canvas, center, canvas.height - 20, "prediction", 19)
+    _draw_vertical_text(canvas, 22, top + side / 2, "label", 19)
+    for i, name in enumerate(names):
+        middle = cell * (i + 0.5)
+        _draw_text(canvas, left - 10, top + middle, name, 15, "rm")
         if vertical:
-            _draw_vertical(canvas, (x, y + text.getlength(name) / 2), name, text)
+            y = bottom + 8 + name_widths[i] / 2
+            _draw_vertical_text(canvas, left + middle, y, name, 15)
         else:
-            draw.text((x, y), name, fill=INK, font=text, anchor="mt")
+            _draw_text(canvas, left + middle, bottom + 8, name, 15, "mt")
+    for row, label in enumerate(shown):
+        for column, prediction in enumerate(shown):
+            _draw_cell(
+                canvas,
+                left + cell * column,
+                top + cell * row,
+                cell,
+                int(counts[label, prediction]),
+                float(shares[label, prediction]),
+            )
     return canvas
 
 
+def _draw_cell(
+    canvas: Image.Image,
+    x: int,
+    y: int,
+    size: int,
+    count: int,
+    share: float,
+) -> None:
+    """Draw a square of `size` pixels with a count and its share, which is also the shade."""
+    draw = ImageDraw.Draw(canvas)
+    draw.rectangle((x, y, x + size, y + size), fill=_shade(share**0.5), outline=GRID)
+    center = x + size / 2
+    color = PAPER if share > 0.3 else INK
+    if count == 0:
+        color = FAINT
+    _draw_text(canvas, center, y + size * 0.4, f"{count:,}", size * 0.27, color=color)
+    if count:
+        percent = f"{100 * share:.1f} %"
+        _draw_text(canvas, center, y + size * 0.72, percent, size * 0.21, color=color)
+
+
+_font = functools.cache(ImageFont.load_default)  # by size; loading decodes the whole font
+
+
+def _draw_text(
+    canvas: Image.Image,
+    x: float,
+    y: float,
+    text: str,
+    size: float,
+    anchor: str = "mm",
+    color: Color = INK,
+) -> None:
+    """Draw text of `size` pixels with its `anchor`, by default its middle, at (x, y)."""
+    ImageDraw.Draw(canvas).text((x, y), text, fill=color, font=_font(size), anchor=anchor)
+
+
+def _draw_vertical_text(
+    canvas: Image.Image,
+    x: float,
+    y: float,
+    text: str,
+    size: int,
+) -> None:
+    """Draw text with its middle at (x, y), reading bottom to top."""
+    width = int(_font(size).getlength(text)) + 4
+    height = int(size * 1.5)
+    tile = Image.new("RGB", (width, height), PAPER)
+    _draw_text(tile, width / 2, height / 2, text, size)
+    corner = (round(x - height / 2), round(y - width / 2))
+    canvas.paste(tile.rotate(90, expand=True), corner)
+
+
+def _named_mistakes(
+    result: Evaluation,
+    mistakes: Tensor,
+    class_names: list[str],
+) -> Iterator[tuple[int, str, str, float]]:
+    """Index, label, prediction and the prediction's probability of some `mistakes`, int64 (n,)."""
+    for i in mistakes.tolist():
+        label = class_names[result.labels[i]]
+        prediction = class_names[result.predictions[i]]
+        yield i, label, prediction, float(result.probabilities[i].max())
+
+
 def sentence_mistakes_table(
-    result: Evaluation, sentences: list[str], sources: list[str], class_names: list[str], step: int
+    result: Evaluation,
+    sentences: list[str],
+    sources: list[str],
+    class_names: list[str],
+    step: int,
 ) -> wandb.Table:
-    """The `MAX_MISTAKES` most confident wrong predictions, one per row; "mistakes" is the number of all."""
+    """The `MAX_MISTAKES` most confident wrong predictions; "mistakes" is the number of all."""
     columns = [
         "sentence",
         "source",
@@ -136,14 +228,93 @@ def sentence_mistakes_table(
         "step",
         "mistakes",
     ]
-    table, wrong = wandb.Table(columns=columns), most_confident_mistakes(result)
-    for i in wrong[:MAX_MISTAKES].tolist():
-        label, prediction = class_names[result.labels[i]], class_names[result.predictions[i]]
-        probability, loss = float(result.probabilities[i].max()), float(result.losses[i])
-        table.add_data(
-            sentences[i], sources[i], label, prediction, probability, loss, step, len(wrong)
-        )
+    wrong = most_confident_mistakes(result)
+    table = wandb.Table(columns=columns)
+    for i, *mistake in _named_mistakes(result, wrong[:MAX_MISTAKES], class_names):
+        loss = float(result.losses[i])
+        table.add_data(sentences[i], sources[i], *mistake, loss, step, len(wrong))
     return table
+
+
+def digit_mistakes_table(
+    images: Tensor,
+    result: Evaluation,
+    class_names: list[str],
+    step: int,
+) -> wandb.Table:
+    """The 100 most confident mistakes; "mistakes" is the number of all.
+
+    `images` is uint8 (examples, 1, height, width).
+    """
+    columns = ["image", "label", "prediction", "probability", "step", "mistakes"]
+    wrong = most_confident_mistakes(result)
+    table = wandb.Table(columns=columns)
+    for i, *mistake in _named_mistakes(result, wrong[:100], class_names):
+        image = wandb.Image(images[i, 0].numpy())
+        table.add_data(image, *mistake, step, len(wrong))
+    return table
+
+
+def digit_mistakes_picture(
+    images: Tensor,
+    result: Evaluation,
+    class_names: list[str],
+    part: str,
+) -> Image.Image:
+    """Draw the 40 most confident mistakes. `part` is the name of the data split, for the heading.
+
+    `images` is uint8 (examples, 1, height, width), of 8×8 to 224×224 pixels. A 7 that was predicted
+    to be a 1 with probability 98 % has the caption "7 as 1, 98 %".
+    """
+    wrong = most_confident_mistakes(result)
+    shown = wrong[:40]
+    captions = []
+    for _, label, prediction, probability in _named_mistakes(result, shown, class_names):
+        captions.append(
+            f"{_shortened(label, 14)} as {_shortened(prediction, 14)}, {100 * probability:.0f} %"
+        )
+    selection = "no mistakes"
+    if captions:
+        selection = f"the {len(captions)} most confident of {len(wrong):,} mistakes"
+    title = f"{part}: {selection} in {len(images):,} examples, label as prediction"
+
+    gap = 12
+    height, width = images.shape[2:]
+    scale = max(1, round(84 / max(height, width)))
+    height *= scale
+    width *= scale
+    caption_widths = [_font(13).getlength(caption) for caption in captions]
+    column_width = math.ceil(max([width, *caption_widths])) + gap
+    row_height = height + 30
+    columns = max(4, min(10, 1000 // column_width))
+    rows = max(1, math.ceil(len(captions) / columns))
+    title_width = math.ceil(_font(19).getlength(title)) + gap
+    canvas_width = max(columns * column_width, title_width) + gap
+    canvas = Image.new("RGB", (canvas_width, 48 + rows * row_height), PAPER)
+    _draw_text(canvas, gap, 14, title, 19, "la")
+    for i, caption in enumerate(captions):
+        row, column = divmod(i, columns)
+        center = column_width * (column + 0.5) + gap / 2
+        y = 48 + row * row_height
+        image = Image.fromarray(images[shown[i], 0].numpy())
+        image = image.resize((width, height), Image.Resampling.NEAREST)
+        canvas.paste(image, (round(center - width / 2), y))
+        _draw_text(canvas, center, y + height + 4, caption, 13, "mt")
+    return canvas
+
+
+def captioned_digits(
+    images: Tensor,
+    predictions: Tensor,
+    labels: Tensor,
+    class_names: list[str],
+) -> list[wandb.Image]:
+    """W&B images of uint8 (n, 1, 28, 28) digits, with captions like "Pred: 3 Truth: 8"."""
+    captioned = []
+    for image, prediction, label in zip(images, predictions.tolist(), labels.tolist()):
+        caption = f"Pred: {class_names[prediction]} Truth: {class_names[label]}"
+        captioned.append(wandb.Image(image[0].numpy(), caption=caption))
+    return captioned
 
 
 def per_source_table(result: Evaluation, sources: list[str]) -> wandb.Table:
@@ -151,65 +322,75 @@ def per_source_table(result: Evaluation, sources: list[str]) -> wandb.Table:
 
     Beyond `MAX_SOURCES`, the sources with the fewest sentences share a row.
     """
+    sentences = Counter(sources)
+    largest = dict(sentences.most_common(MAX_SOURCES))
     indices: dict[str, list[int]] = {}
+    others = []
     for i, source in enumerate(sources):
-        indices.setdefault(source, []).append(i)
-    ranked = sorted(indices, key=lambda source: -len(indices[source]))
-    if rest := ranked[MAX_SOURCES:]:
-        indices[f"{len(rest):,} other sources"] = [
-            i for source in rest for i in indices.pop(source)
-        ]
+        if source in largest:
+            indices.setdefault(source, []).append(i)
+        else:
+            others.append(i)
+    if others:
+        indices[f"{len(sentences) - MAX_SOURCES:,} other sources"] = others
+
     rows = []
     for source, chosen in indices.items():
         confusion = ConfusionMatrix(result.confusion.num_classes)
         confusion.update(result.predictions[chosen], result.labels[chosen])
         rows.append([source, len(chosen), confusion.accuracy(), confusion.matthews_corrcoef()])
-    return wandb.Table(
-        columns=["source", "sentences", "acc", "mcc"], data=sorted(rows, key=lambda row: row[2])
-    )
+    rows.sort(key=lambda row: row[2])
+    return wandb.Table(columns=["source", "sentences", "acc", "mcc"], data=rows)
 
 
-def roc_chart(result: Evaluation, class_names: list[str]) -> wandb.plot.CustomChart:
+def roc_chart(result: Evaluation, class_names: list[str]) -> CustomChart:
     """ROC curves: one for the second class if there are two classes, otherwise one per class."""
-    curves = [
-        (name, *roc_curve(scores, labels)[:2])
-        for name, scores, labels in _one_vs_rest(result, class_names)
-    ]
+    curves = []
+    for label in _classes_with_curves(result):
+        fpr, tpr, _ = roc_curve(result.probabilities[:, label], result.labels == label)
+        curves.append((class_names[label], fpr, tpr))
     return _line_chart(curves, "ROC: true over false positive rate", "false positive rate")
 
 
-def precision_recall_chart(result: Evaluation, class_names: list[str]) -> wandb.plot.CustomChart:
-    """Precision-recall curves: one for the second class if there are two classes, otherwise one per class."""
+def precision_recall_chart(result: Evaluation, class_names: list[str]) -> CustomChart:
+    """Precision-recall curves, for the same classes as `roc_chart`."""
     curves = []
-    for name, scores, labels in _one_vs_rest(result, class_names):
-        precision, recall, _ = precision_recall_curve(scores, labels)
-        curves.append((name, recall, precision))
+    for label in _classes_with_curves(result):
+        scores = result.probabilities[:, label]
+        precision, recall, _ = precision_recall_curve(scores, result.labels == label)
+        curves.append((class_names[label], recall, precision))
     return _line_chart(curves, "Precision over recall", "recall")
 
 
-def _one_vs_rest(result: Evaluation, class_names: list[str]) -> list[tuple[str, Tensor, Tensor]]:
-    """Name, probabilities (examples,) and 0/1 labels (examples,) of the classes that have positives and negatives.
-
-    At most 20, the most frequent ones: a thousand curves take W&B a minute, and nobody can tell them apart.
-    """
-    classes = range(1 if len(class_names) == 2 else 0, len(class_names))
-    cases = [
-        (class_names[c], result.probabilities[:, c], (result.labels == c).long()) for c in classes
-    ]
-    drawn = [case for case in cases if 0 < case[2].sum() < len(case[2])]
-    return sorted(drawn, key=lambda case: int(case[2].sum()), reverse=True)[:20]
+def _classes_with_curves(result: Evaluation) -> list[int]:
+    """The `MAX_CURVES` most frequent of the classes that have positive and negative examples."""
+    frequency = result.confusion.counts.sum(1)
+    if len(frequency) == 2:
+        frequency[0] = 0  # the curve of the second class is enough
+    order = frequency.argsort(descending=True, stable=True).tolist()
+    classes = [label for label in order if 0 < frequency[label] < len(result.labels)]
+    return classes[:MAX_CURVES]
 
 
 def _line_chart(
-    curves: list[tuple[str, Tensor, Tensor]], title: str, x_name: str
-) -> wandb.plot.CustomChart:
-    """Lines of at most 1,000 points each."""
-    kept = [torch.linspace(0, len(x) - 1, min(len(x), 1000)).round().long() for _, x, _ in curves]
+    curves: list[tuple[str, Tensor, Tensor]],
+    title: str,
+    x_name: str,
+) -> CustomChart:
+    """A chart of curves, each a name, x and y, thinned to at most 1,000 points."""
+    names = []
+    xs = []
+    ys = []
+    for name, x, y in curves:
+        kept = torch.linspace(0, len(x) - 1, min(len(x), 1000)).round().long()
+        names.append(name)
+        xs.append(x[kept].tolist())
+        ys.append(y[kept].tolist())
+    # W&B requires a line even if no class has a curve.
     return wandb.plot.line_series(
-        # It wants a line even if no class has a curve.
-        xs=[x[points].tolist() for (_, x, _), points in zip(curves, kept)] or [[]],
-        ys=[y[points].tolist() for (_, _, y), points in zip(curves, kept)] or [[]],
-        keys=[name for name, _, _ in curves] or [""],
+        xs=xs or [[]],
+        ys=ys or [[]],
+        keys=names or [""],
         title=title,
         xname=x_name,
     )
@@ -218,246 +399,180 @@ def _line_chart(
 def shaded_words(words: list[tuple[str, float]], heading: str) -> str:
     """HTML of a sentence: red words pushed the model towards its mistake, blue words away from it.
 
-    `words` come with their attributions: positive is red, and the largest magnitude gets the full colour.
+    `words` come with their attributions: positive is red, and the largest magnitude gets the full
+    color.
     """
     largest = max((abs(value) for _, value in words), default=0) or 1.0
     spans = []
     for word, value in words:
-        colour = "214, 60, 50" if value > 0 else "50, 100, 214"
-        shade = f"background: rgba({colour}, {abs(value) / largest:.2f})"
-        spans.append(
-            f'<span style="{shade}; padding: 2px" title="{value:+.4f}">{html.escape(word)}</span>'
-        )
-    return f'<p style="font: 15px sans-serif"><small>{html.escape(heading)}</small><br>{" ".join(spans)}</p>'
-
-
-def captioned_digits(
-    images: Tensor, predictions: Tensor, labels: Tensor, class_names: list[str]
-) -> list[wandb.Image]:
-    """W&B images of uint8 (n, 1, 28, 28) digits, with captions like "Pred: 3 Truth: 8"."""
-    return [
-        wandb.Image(
-            image[0].numpy(), caption=f"Pred: {class_names[prediction]} Truth: {class_names[label]}"
-        )
-        for image, prediction, label in zip(images, predictions.tolist(), labels.tolist())
-    ]
-
-
-def digit_mistakes_table(
-    images: Tensor, result: Evaluation, class_names: list[str], step: int
-) -> wandb.Table:
-    """The 100 most confident mistakes on uint8 (examples, 1, height, width) images; "mistakes" is the number of all."""
-    columns = ["image", "label", "prediction", "probability", "step", "mistakes"]
-    table, wrong = wandb.Table(columns=columns), most_confident_mistakes(result)
-    for i in wrong[:100].tolist():
-        label, prediction = class_names[result.labels[i]], class_names[result.predictions[i]]
-        probability = float(result.probabilities[i].max())
-        table.add_data(
-            wandb.Image(images[i, 0].numpy()), label, prediction, probability, step, len(wrong)
-        )
-    return table
-
-
-def digit_mistakes_picture(
-    images: Tensor, result: Evaluation, class_names: list[str], part: str
-) -> Image.Image:
-    """Draw the 40 most confident mistakes on uint8 (examples, 1, height, width) images of 8×8 to 224×224 pixels.
-
-    A 7 that was predicted to be a 1 with probability 98 % has the caption "7 as 1, 98 %".
-    """
-    wrong = most_confident_mistakes(result)
-    shown = (
-        "no mistakes"
-        if not len(wrong)
-        else f"the {min(40, len(wrong))} most confident of {len(wrong):,} mistakes"
+        color = "214, 60, 50" if value > 0 else "50, 100, 214"
+        style = f"background: rgba({color}, {abs(value) / largest:.2f}); padding: 2px"
+        spans.append(f'<span style="{style}" title="{value:+.4f}">{html.escape(word)}</span>')
+    return (
+        f'<p style="font: 15px sans-serif"><small>{html.escape(heading)}</small><br>'
+        f"{' '.join(spans)}</p>"
     )
-    title = f"{part}: {shown} in {len(images):,} examples, label as prediction"
-    captions = []
-    for i in wrong[:40].tolist():
-        label, prediction = (
-            _shortened(class_names[which[i]], 14) for which in (result.labels, result.predictions)
-        )
-        captions.append(f"{label} as {prediction}, {100 * result.probabilities[i].max():.0f} %")
-    heading, font = ImageFont.load_default(size=19), ImageFont.load_default(size=13)
-    height, width = images.shape[2:]
-    scale = max(1, round(84 / max(height, width)))
-    height, width, gap = height * scale, width * scale, 12
-    pitch = gap + max(width, *(math.ceil(font.getlength(caption)) for caption in captions), 0)
-    columns = max(4, min(10, 1000 // pitch))
-    rows = max(1, math.ceil(len(captions) / columns))
-    side = max(columns * pitch, math.ceil(heading.getlength(title)) + gap) + gap
-    canvas = Image.new("RGB", (side, 48 + rows * (height + 30)), PAPER)
-    draw = ImageDraw.Draw(canvas)
-    draw.text((gap, 14), title, fill=INK, font=heading)
-    for i, caption in enumerate(captions):
-        centre, y = gap + i % columns * pitch + (pitch - gap) / 2, 48 + i // columns * (height + 30)
-        picture = Image.fromarray(images[wrong[i], 0].numpy()).resize(
-            (width, height), Image.Resampling.NEAREST
-        )
-        canvas.paste(picture, (round(centre - width / 2), y))
-        draw.text((centre, y + height + 4), caption, fill=INK, font=font, anchor="mt")
-    return canvas
 
 
 def curves_picture(
-    rows: Sequence[Mapping[str, float]], panels: Mapping[str, tuple[str, str]], best_epoch: int
+    rows: History,
+    panels: Mapping[str, tuple[str, str]],
+    best_epoch: int,
 ) -> Image.Image:
-    """Draw learning curves over the training examples seen, side by side, with the best epoch marked.
+    """Draw learning curves over the training examples seen, side by side.
 
-    `rows` are those of a run's history, each with `step`. `panels` has by title the keys of a metric in
-    training and in validation. The rows of training are averaged to at most 150 points.
+    `panels` maps a title to the keys of a metric in training and in validation. The best epoch is
+    marked.
     """
-    canvas = Image.new("RGB", (len(panels) * CHART[0], CHART[1]), PAPER)
-    last_step = max((row["step"] for row in rows), default=1)
-    for i, (title, (train_key, valid_key)) in enumerate(panels.items()):
-        train, valid = _points(rows, train_key, at_most=150), _points(rows, valid_key)
-        values = [y for _, y in train[len(train) // 10 :] + valid] or [
-            0.0,
-            1.0,
-        ]  # not the steep start of training
-        chart, place = _chart(
-            title, "training examples seen", (0, last_step), (min(values), max(values))
-        )
-        draw = ImageDraw.Draw(chart)
-        train = [(x, y) for x, y in train if min(values) <= y <= max(values)]
-        best = [
-            (row["step"], row[valid_key])
-            for row in rows
-            if row.get("epoch") == best_epoch and valid_key in row
-        ]
-        for x, y in best:
-            draw.line((place(x, y)[0], TOP, place(x, y)[0], CHART[1] - BOTTOM), fill=DEEP, width=4)
-        for points, colour in ((train, MIDDLE), (valid, WARM)):
-            drawn = [place(*point) for point in points]
-            if len(drawn) > 1:
-                draw.line(drawn, fill=colour, width=5, joint="curve")
-            for point in drawn if points is valid or len(drawn) == 1 else ():
-                draw.circle(point, 7, fill=colour)
-        x = LEFT
-        legend = [
-            ("training", train, MIDDLE),
-            ("validation", valid, WARM),
-            (f"best epoch: {best_epoch}", best, DEEP),
-        ]
-        for name, points, colour in legend:
-            if points:
-                draw.text(
-                    (x, TOP - 14),
-                    name,
-                    fill=colour,
-                    font=ImageFont.load_default(size=28),
-                    anchor="ls",
-                )
-                x += ImageFont.load_default(size=28).getlength(name) + 36
-        canvas.paste(chart, (i * CHART[0], 0))
+    width, height = CHART
+    canvas = Image.new("RGB", (len(panels) * width, height), PAPER)
+    for i, (title, keys) in enumerate(panels.items()):
+        panel = _curves_panel(rows, title, keys, best_epoch)
+        canvas.paste(panel, (i * width, 0))
     return canvas.reduce(2)
 
 
-def calibration_picture(result: Evaluation, part: str) -> Image.Image:
-    """Draw a reliability diagram: the accuracy of predictions over the confidence they were made with.
+def _curves_panel(
+    rows: History,
+    title: str,
+    keys: tuple[str, str],
+    best_epoch: int,
+) -> Image.Image:
+    """One panel of `curves_picture`, at twice its final size."""
+    train_key, valid_key = keys
+    train = _averaged(_points(rows, train_key))
+    valid = _points(rows, valid_key)
+    steep_start = len(train) // 10  # of training: it may be out of range
+    values = [y for _, y in train[steep_start:] + valid] or [0.0, 1.0]
+    low, high = min(values), max(values)
+    train = [(x, y) for x, y in train if low <= y <= high]
+    best_steps = []
+    for row in rows:
+        if row.get("epoch") == best_epoch and valid_key in row:
+            best_steps.append(row["step"])
 
-    `part` is the name of the data split. A calibrated model's bars end at the diagonal; a bar's shade shows how many
-    examples it stands for.
+    last_step = max((row["step"] for row in rows), default=1)
+    chart, to_pixels = _chart(title, "training examples seen", last_step, low, high)
+    draw = ImageDraw.Draw(chart)
+    for step in best_steps:
+        x, _ = to_pixels(step, low)
+        draw.line((x, TOP, x, CHART_BOTTOM), fill=DEEP, width=4)
+    curves = [("training", train, MIDDLE), ("validation", valid, WARM)]
+    for _, points, color in curves:
+        pixels = [to_pixels(x, y) for x, y in points]
+        if pixels:
+            draw.line(pixels, fill=color, width=5, joint="curve")
+        if points is valid or len(points) == 1:
+            for pixel in pixels:
+                draw.circle(pixel, 7, fill=color)
+
+    legend = [*curves, (f"best epoch: {best_epoch}", best_steps, DEEP)]
+    x = LEFT
+    for name, drawn, color in legend:
+        if drawn:
+            _draw_text(chart, x, TOP - 14, name, 28, "ls", color=color)
+            x += _font(28).getlength(name) + 36
+    return chart
+
+
+def _points(rows: History, key: str) -> list[Point]:
+    """Step and value of the rows that have a finite value of `key`."""
+    return [(row["step"], row[key]) for row in rows if math.isfinite(row.get(key, math.nan))]
+
+
+def _averaged(points: list[Point]) -> list[Point]:
+    """Averages of neighboring points, at most 150."""
+    size = max(1, math.ceil(len(points) / 150))
+    averages = []
+    for start in range(0, len(points), size):
+        xs, ys = zip(*points[start : start + size])
+        averages.append((fmean(xs), fmean(ys)))
+    return averages
+
+
+def calibration_picture(result: Evaluation, part: str) -> Image.Image:
+    """Draw a reliability diagram: the accuracy of predictions over their confidence.
+
+    `part` is the name of the data split. A calibrated model's bars end at the diagonal. A bar's
+    shade shows how many examples it stands for.
     """
     counts, _, accuracies = calibration(result.probabilities, result.labels)
     title = f"{part}: accuracy by confidence"
-    chart, place = _chart(
-        title,
-        f"confidence (expected calibration error {result.metrics['ece']:.3f})",
-        (0, 1),
-        (0, 1),
-    )
+    x_name = f"confidence (expected calibration error {result.metrics['ece']:.3f})"
+    chart, to_pixels = _chart(title, x_name, 1, 0, 1)
     draw = ImageDraw.Draw(chart)
-    for i, (share, accuracy) in enumerate(
-        zip((counts / counts.max()).tolist(), accuracies.tolist())
-    ):
-        if share:
-            (left, bottom), (right, top) = (
-                place(i / len(counts), 0),
-                place((i + 1) / len(counts), accuracy),
-            )
-            draw.rectangle((left + 2, top, right - 2, bottom), fill=_shade(0.15 + 0.85 * share))
-    draw.line((place(0, 0), place(1, 1)), fill=WARM, width=4)
+    bins = len(counts)
+    for i in counts.nonzero().flatten().tolist():
+        left, bottom = to_pixels(i / bins, 0)
+        right, top = to_pixels((i + 1) / bins, float(accuracies[i]))
+        share = float(counts[i] / counts.max())
+        shade = _shade(0.15 + 0.85 * share)
+        draw.rectangle((left + 2, top, right - 2, bottom), fill=shade)
+    draw.line((to_pixels(0, 0), to_pixels(1, 1)), fill=WARM, width=4)
     return chart.reduce(2)
 
 
-def _points(
-    rows: Sequence[Mapping[str, float]], key: str, at_most: int | None = None
-) -> list[tuple[float, float]]:
-    """Step and finite value of the rows that have `key`, averaged over neighbours to `at_most` points."""
-    points = [(row["step"], row[key]) for row in rows if math.isfinite(row.get(key, math.nan))]
-    size = math.ceil(len(points) / (at_most or len(points))) if points else 1
-    groups = [points[i : i + size] for i in range(0, len(points), size)]
-    return [
-        (sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group))
-        for group in groups
-    ]
-
-
 def _chart(
-    title: str, x_name: str, x_range: tuple[float, float], y_range: tuple[float, float]
-) -> tuple[Image.Image, Callable[[float, float], tuple[float, float]]]:
-    """An empty chart at twice its size, so that lines are smooth once reduced, and the place of a value on it."""
+    title: str,
+    x_name: str,
+    last_x: float,
+    low: float,
+    high: float,
+) -> tuple[Image.Image, Callable[[float, float], Point]]:
+    """An empty chart, and the function that turns (x, y) into pixels.
+
+    x ranges from 0 to `last_x`, y from `low` to `high`. The chart has twice its final size, so that
+    lines are smooth once it is reduced.
+    """
+    if low == high:
+        low -= 0.5
+        high += 0.5
+    width = CHART_RIGHT - LEFT
+    height = CHART_BOTTOM - TOP
+
+    def to_pixels(x: float, y: float) -> Point:
+        up = (y - low) / (high - low)
+        return LEFT + x / last_x * width, TOP + (0.97 - 0.94 * up) * height
+
     chart = Image.new("RGB", CHART, PAPER)
-    draw, font = ImageDraw.Draw(chart), ImageFont.load_default(size=26)
-    (low_x, high_x), (low_y, high_y) = x_range, y_range
-    low_y, high_y = (low_y, high_y) if low_y < high_y else (low_y - 0.5, high_y + 0.5)
-    width, height = CHART[0] - LEFT - RIGHT, CHART[1] - TOP - BOTTOM
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        across, up = (x - low_x) / (high_x - low_x), (y - low_y) / (high_y - low_y)
-        return LEFT + across * width, TOP + (0.97 - 0.94 * up) * height
-
-    for y in _ticks(low_y, high_y):
-        draw.line((place(low_x, y), place(high_x, y)), fill=GRID, width=2)
-        draw.text((LEFT - 14, place(0, y)[1]), f"{y:g}", fill=INK, font=font, anchor="rm")
-    for x in _ticks(low_x, high_x):
-        across, bottom = place(x, 0)[0], CHART[1] - BOTTOM
-        draw.line((across, bottom, across, bottom + 8), fill=FAINT, width=2)
-        draw.text((across, bottom + 14), _with_unit(x), fill=INK, font=font, anchor="mt")
-    draw.rectangle((LEFT, TOP, CHART[0] - RIGHT, CHART[1] - BOTTOM), outline=FAINT, width=2)
-    draw.text((LEFT, 18), title, fill=INK, font=ImageFont.load_default(size=36))
-    draw.text((LEFT + width / 2, CHART[1] - 16), x_name, fill=INK, font=font, anchor="ms")
-    return chart, place
+    draw = ImageDraw.Draw(chart)
+    for tick in _ticks(low, high):
+        _, y = to_pixels(0, tick)
+        draw.line((LEFT, y, CHART_RIGHT, y), fill=GRID, width=2)
+        _draw_text(chart, LEFT - 14, y, f"{tick:g}", 26, "rm")
+    for tick in _ticks(0, last_x):
+        x, _ = to_pixels(tick, low)
+        draw.line((x, CHART_BOTTOM, x, CHART_BOTTOM + 8), fill=FAINT, width=2)
+        _draw_text(chart, x, CHART_BOTTOM + 14, _with_unit(tick), 26, "mt")
+    draw.rectangle((LEFT, TOP, CHART_RIGHT, CHART_BOTTOM), outline=FAINT, width=2)
+    _draw_text(chart, LEFT, 18, title, 36, "la")
+    _draw_text(chart, LEFT + width / 2, CHART[1] - 16, x_name, 26, "ms")
+    return chart, to_pixels
 
 
 def _ticks(low: float, high: float) -> list[float]:
     """Two to seven round numbers between `low` and `high`."""
     magnitude = 10.0 ** math.floor(math.log10(high - low))
-    step = next(
-        s
-        for s in (0.2 * magnitude, 0.5 * magnitude, magnitude, 2 * magnitude)
-        if (high - low) / s <= 6
-    )
-    return [
-        float(f"{k * step:.12g}") for k in range(math.ceil(low / step), math.floor(high / step) + 1)
-    ]
+    for step in (0.2 * magnitude, 0.5 * magnitude, magnitude, 2 * magnitude):
+        if (high - low) / step <= 6:
+            break
+    multiples = range(math.ceil(low / step), math.floor(high / step) + 1)
+    return [multiple * step for multiple in multiples]
 
 
 def _with_unit(number: float) -> str:
     """A number of examples: 500, 20k, 1.5M."""
-    for unit, name in ((1e6, "M"), (1e3, "k")):
-        if number >= unit:
-            return f"{number / unit:g}{name}"
+    if number >= 1e6:
+        return f"{number / 1e6:g}M"
+    if number >= 1e3:
+        return f"{number / 1e3:g}k"
     return f"{number:g}"
 
 
-def _shade(share: float) -> tuple[int, ...]:
-    return tuple(round(p + (d - p) * share) for p, d in zip(PAPER, DEEP))
+def _shade(share: float) -> Color:
+    """A color between `PAPER` at 0 and `DEEP` at 1."""
+    return tuple(round(paper + (deep - paper) * share) for paper, deep in zip(PAPER, DEEP))
 
 
 def _shortened(name: str, length: int) -> str:
     return name if len(name) <= length else name[: length - 1] + "…"
-
-
-def _draw_vertical(
-    canvas: Image.Image, centre: tuple[float, float], words: str, font: ImageFont.FreeTypeFont
-) -> None:
-    """Draw `words` centred on `centre`, reading bottom to top."""
-    label = Image.new("L", (int(font.getlength(words)) + 4, int(font.size * 1.5)))
-    ImageDraw.Draw(label).text(
-        (label.width / 2, label.height / 2), words, fill=255, font=font, anchor="mm"
-    )
-    label = label.rotate(90, expand=True)
-    corner = (round(centre[0] - label.width / 2), round(centre[1] - label.height / 2))
-    canvas.paste(INK, (*corner, corner[0] + label.width, corner[1] + label.height), label)
