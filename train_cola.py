@@ -59,6 +59,7 @@ if __name__ == "__main__":
 import math
 import tempfile
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -115,9 +116,11 @@ def tokenise(session: Session, corpus: Corpus, pretrained: encoders.Pretrained) 
     train_set = batching.tokenise(train.sentences, train.labels, tokenizer, limit, device)
     valid_set = batching.tokenise(valid.sentences, valid.labels, tokenizer, limit, device)
     if cut := train_set.cut + valid_set.cut:
-        print(f"{cut} sentences are longer than --max_length {limit} and are truncated.")
+        print(f"{cut} sentences are longer than --max_length {limit} tokens and are truncated.")
     sizes = f"{len(train_set.labels):,} + {len(valid_set.labels):,}"
-    print(f"{corpus.name}: {sizes} sentences for training and validation")
+    share = valid_set.labels.bincount().max() / len(valid_set.labels)
+    majority = f"{share:.1%} of the latter in the most frequent class"
+    print(f"{corpus.name}: {sizes} sentences for training and validation, {majority}")
     session.describe(session.config["model"], model)
     encoders.train_used_rows(model, [train_set.tokens, valid_set.tokens])
     return Task(corpus, model.to(device), tokenizer, train_set, valid_set)
@@ -357,6 +360,11 @@ def log_model(run: Run, task: Task, results: dict[str, float], is_best: bool) ->
     run.log_artifact(artifact, aliases=["latest", "best"] if is_best else ["latest"])
 
 
+@logs_to_wandb
+def log_curves(run: Run, output_dir: Path) -> None:
+    run.log({"curves": wandb.Image(str(output_dir / "curves.png"))})
+
+
 def conclude(session: Session, task: Task, best: Best) -> dict[str, Any]:
     """Evaluate the best model, write its predictions and save it.
 
@@ -385,6 +393,7 @@ def conclude(session: Session, task: Task, best: Best) -> dict[str, Any]:
         task.tokenizer.save_pretrained(directory)
 
     share = valid.confusion.majority_share()
+    log_curves(run, output_dir)
     run.log(domains, commit=True)  # an open row would overwrite the summary
     run.summary.update(valid.named("best"))
     run.summary.update({"best/epoch": best.epoch, "best/majority_share": share})

@@ -38,6 +38,7 @@ if __name__ == "__main__":
     script.check_options(Settings)  # before the imports that take seconds
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -111,11 +112,11 @@ def make_optimizer(
 ) -> tuple[Optimizer, LRScheduler]:
     """Adam and its learning rate schedule over all `batches`."""
     rate = settings.learning_rate
-    if settings.schedule == "constant":
-        optimizer = torch.optim.Adam(model.parameters(), rate, fused=True)
-        return optimizer, ConstantLR(optimizer, factor=1)
-    betas = (0.7, 0.9)  # a short schedule needs averages over fewer steps than Adam's default
+    constant = settings.schedule == "constant"
+    betas = (0.9, 0.999) if constant else (0.7, 0.9)  # a short schedule needs short averages
     optimizer = torch.optim.Adam(model.parameters(), rate, betas, fused=True)
+    if constant:
+        return optimizer, ConstantLR(optimizer, factor=1)
     rise = 0.11 if batches == 10 else 0.1  # OneCycleLR can't rise for exactly one batch
     return optimizer, OneCycleLR(optimizer, rate, batches, pct_start=rise, cycle_momentum=False)
 
@@ -273,6 +274,11 @@ def log_model(
     run.log_artifact(artifact, aliases=["latest", "best"] if is_best else ["latest"])
 
 
+@logs_to_wandb
+def log_curves(run: Run, output_dir: Path) -> None:
+    run.log({"curves": wandb.Image(str(output_dir / "curves.png"))})
+
+
 def conclude(session: Session, progress: Progress, best: Best, data: Digits) -> dict[str, Any]:
     """Test and export the best model, write its predictions.
 
@@ -283,9 +289,8 @@ def conclude(session: Session, progress: Progress, best: Best, data: Digits) -> 
     model.load_state_dict(best.weights)
     test = evaluate(model, data.test)
     progress.check_finite("test", test.metrics["loss"])
-    name, shown = "test", test
-    if len(data.valid.labels):
-        name, shown = "valid", evaluate(model, data.valid)
+    name = "valid" if len(data.valid.labels) else "test"
+    shown = evaluate(model, getattr(data, name))
     if distributed.rank() > 0:
         return {}
 
@@ -301,6 +306,7 @@ def conclude(session: Session, progress: Progress, best: Best, data: Digits) -> 
     )
 
     log_charts(run, data, "test", test)
+    log_curves(run, output_dir)
     run.log(test.named("test"), commit=True)  # an open row would overwrite the summary
     run.summary["best/epoch"] = best.epoch
     if name == "valid":

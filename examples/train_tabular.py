@@ -275,6 +275,11 @@ def log_model(
     run.log_artifact(artifact, aliases=["latest", "best"] if is_best else ["latest"])
 
 
+@logs_to_wandb
+def log_curves(run: Run, output_dir: Path) -> None:
+    run.log({"curves": wandb.Image(str(output_dir / "curves.png"))})
+
+
 def conclude(session: Session, progress: Progress, best: Best, data: Spirals) -> dict[str, Any]:
     """Test and export the best model, write its predictions.
 
@@ -285,9 +290,8 @@ def conclude(session: Session, progress: Progress, best: Best, data: Spirals) ->
     model.load_state_dict(best.weights)
     test = evaluate(model, data.test)
     progress.check_finite("test", test.metrics["loss"])
-    name, shown = "test", test
-    if len(data.valid.labels):
-        name, shown = "valid", evaluate(model, data.valid)
+    name = "valid" if len(data.valid.labels) else "test"
+    shown = evaluate(model, getattr(data, name))
     if distributed.rank() > 0:
         return {}
 
@@ -298,6 +302,7 @@ def conclude(session: Session, progress: Progress, best: Best, data: Spirals) ->
     files.write_onnx(output_dir / "model.onnx", model, output="logits", features=torch.zeros(2, 2))
 
     log_charts(run, data, "test", test)
+    log_curves(run, output_dir)
     run.log(test.named("test"), commit=True)  # an open row would overwrite the summary
     run.summary["best/epoch"] = best.epoch
     if name == "valid":

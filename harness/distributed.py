@@ -97,6 +97,8 @@ def deferring_to_rank_0() -> Iterator[None]:
     try:
         yield
     except (Stopped, UserError) as error:
+        if isinstance(error, UserError) and error.of_this_rank:
+            raise
         with contextlib.suppress(Stopped):
             broadcast()  # returns when rank 0 exits
         if os.environ.get("LOCAL_RANK") == "0":
@@ -130,11 +132,16 @@ def _communicating() -> Iterator[None]:
 @contextlib.contextmanager
 def rank_0_first() -> Iterator[None]:
     """Rank 0 runs the block before the others, which then find what it has downloaded."""
-    if rank() > 0:
-        broadcast()
-    yield
     if rank() == 0:
+        yield
         broadcast()
+        return
+    broadcast()
+    try:
+        yield
+    except UserError as error:
+        error.of_this_rank = True
+        raise
 
 
 def share_of(items: Items) -> Items:

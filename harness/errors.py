@@ -17,6 +17,7 @@ class UserError(Exception):
     def __init__(self, message: str, status: int = 2):
         super().__init__(message)
         self.status = status
+        self.of_this_rank = False  # not of rank 0, which does not know of it
 
 
 class Stopped(BaseException):

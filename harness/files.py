@@ -153,6 +153,8 @@ def write_onnx(path: Path, model: nn.Module, output: str, **inputs: Tensor) -> N
 def read_tensors(path: Path) -> Any:
     """What `write_tensors` wrote, on the CPU. Raises one of many exceptions if it is damaged."""
     with zipfile.ZipFile(path) as archive:
-        if damaged := archive.testzip():  # torch.load does not compare the checksums
-            raise ValueError(f"its part {damaged} is damaged")
+        damaged = archive.testzip()  # torch.load does not compare the checksums
+        # torch.load would read a part that is marked as a directory as if it were empty.
+        if damaged or any(part.external_attr for part in archive.infolist()):
+            raise ValueError("it is damaged")
     return torch.load(path, map_location="cpu", weights_only=True)

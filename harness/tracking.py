@@ -51,9 +51,8 @@ def logs_to_wandb(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return function(run, *arguments, **options)
         except Exception as error:
-            refused_here = error.args and isinstance(error.args[0], _Refusal)
-            ours = refused_here or _is_from_agent(error)
-            if ours or not (wandb_service.raised_by_wandb(error) or disk_error(error)):
+            of_wandb = wandb_service.raised_by_wandb(error) or disk_error(error)
+            if isinstance(error, LogError) or _is_from_agent(error) or not of_wandb:
                 raise
             run.report(error)
             return None
@@ -61,8 +60,11 @@ def logs_to_wandb(function: Callable[..., Any]) -> Callable[..., Any]:
     return isolated
 
 
-class _Refusal(str):
-    """Why `Run.log` raises `ValueError`."""
+class LogError(ValueError):
+    """A call of `Run.log` that would lose something, with the script's line."""
+
+    def __init__(self, problem: str):
+        super().__init__(f"run.log in {script_line()}: {problem}")
 
 
 def _is_from_agent(error: Exception) -> bool:
@@ -115,31 +117,28 @@ class Run:
     def log(self, values: Mapping[str, Any], step: int | None = None, commit: bool = False) -> None:
         """Add numbers, media or charts to the row of `step`, by default the current one.
 
-        A larger step begins that row; `commit` ends the current one. Raises `ValueError` for a step
+        A larger step begins that row; `commit` ends the current one. Raises `LogError` for a step
         that falls, a row that has ended, a key that the row has with another value, and a key that
         W&B or the journal keeps for itself.
         """
         values = {name: _plain(value) for name, value in values.items()}
         for name in values:
             if not isinstance(name, str) or name == "step" or name.startswith("_"):
-                raise self._refusal(f"{name!r} can't be the name of a metric")
+                raise LogError(f"{name!r} can't be the name of a metric")
         if step is not None and step != self.step:
             self._begin_row(operator.index(step))
         if self._written and values:
-            raise self._refusal(f"the row of step {self.step} has ended")
+            raise LogError(f"the row of step {self.step} has ended")
         for name, value in values.items():
             if name in self._row and not _same(value, self._row[name]):
-                raise self._refusal(f"the row of step {self.step} has another value of {name!r}")
+                raise LogError(f"the row of step {self.step} has another value of {name!r}")
         self._row.update(values)
         if commit:
             self.commit()
 
-    def _refusal(self, reason: str) -> ValueError:
-        return ValueError(_Refusal(f"run.log in {script_line()}: {reason}"))
-
     def _begin_row(self, step: int) -> None:
         if step < self.step:
-            raise self._refusal(f"step {step} comes after step {self.step}")
+            raise LogError(f"step {step} comes after step {self.step}")
         self.commit()
         self.step = step
         self._written = False

@@ -20,6 +20,7 @@ import transformers
 
 import train_mnist
 from harness import files, script, tracking
+from harness.directory import read_checkpoint
 from harness.errors import UserError
 from tasks import encoders
 from tests import forking, killing
@@ -156,7 +157,7 @@ def test_a_damaged_archive_is_one_line(unfinished, capsys):
         garbled[8], garbled[directory + 10] = method, method
         (unfinished / "checkpoint.pt").write_bytes(garbled)
         (unfinished / "checkpoint.previous.pt").write_bytes(whole)
-        assert directory.read_checkpoint(unfinished)
+        assert read_checkpoint(unfinished)
         assert "checkpoint.pt can't be read: " in capsys.readouterr().err
 
 
