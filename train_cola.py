@@ -273,13 +273,12 @@ def train(session: Session, progress: Progress, task: Task) -> Best:
     best = Best(settings.monitor)
     meter = Meter(device)
     checkpoints = Checkpoints(
-        session,
         progress,
-        data=[train_set, task.valid],
+        [train_set, task.valid],
+        meter,
         model=model,
         optimizer=optimizer,
         schedule=schedule,
-        meter=meter,
         best=best,
     )
     checkpoints.restore_or_begin()  # a new run saves its first one here

@@ -193,14 +193,7 @@ def train(session: Session, progress: Progress, model: MLP, data: Spirals) -> Be
     best = Best(settings.monitor)
     meter = Meter(device)
     checkpoints = Checkpoints(
-        session,
-        progress,
-        data=data,
-        model=model,
-        optimizer=optimizer,
-        schedule=schedule,
-        meter=meter,
-        best=best,
+        progress, data, meter, model=model, optimizer=optimizer, schedule=schedule, best=best
     )
     checkpoints.restore_or_begin()  # a new run saves its first one here
 
@@ -254,7 +247,7 @@ def train(session: Session, progress: Progress, model: MLP, data: Spirals) -> Be
         improved = best.offer(epoch, results, model)
         write_curves(session, best.epoch)
         if settings.log_model == "all":
-            log_model(run, model.state_dict(), results, is_best=improved)
+            run.log_weights(model.state_dict(), results, is_best=improved)
         progress.end_epoch(results)
         if 0 < settings.patience <= epoch - best.epoch:
             break
@@ -262,17 +255,6 @@ def train(session: Session, progress: Progress, model: MLP, data: Spirals) -> Be
 
 
 # --------------------------------------------------------------------- from start to finish
-
-
-@logs_to_wandb
-def log_model(
-    run: Run, weights: dict[str, Tensor], results: dict[str, float], is_best: bool
-) -> None:
-    """Log the model's weights as an artifact with its results as metadata."""
-    artifact = wandb.Artifact(f"model-{run.wandb.id}", type="model", metadata=results)
-    with artifact.new_file("model.pt", mode="wb") as file:
-        torch.save({name: weight.cpu() for name, weight in weights.items()}, file)
-    run.log_artifact(artifact, aliases=["latest", "best"] if is_best else ["latest"])
 
 
 @logs_to_wandb
@@ -311,7 +293,7 @@ def conclude(session: Session, progress: Progress, best: Best, data: Spirals) ->
     run.save(output_dir / "model.onnx")
     results = test.named("test") | shown.named(name)
     if session.settings.log_model == "best":
-        log_model(run, best.weights, results, is_best=True)
+        run.log_weights(best.weights, results, is_best=True)
 
     accuracy = f"{results['test/acc']:.2%} of {len(data.test.labels):,} points"
     print(f"test accuracy {accuracy}, best epoch {best.epoch}")

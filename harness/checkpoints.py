@@ -17,7 +17,6 @@ from harness.directory import CHECKPOINT, PREVIOUS_CHECKPOINT
 from harness.errors import Stopped, UserError
 from harness.files import write_tensors
 from harness.progress import Meter, Progress
-from harness.session import Session
 
 
 class Checkpoints:
@@ -28,19 +27,13 @@ class Checkpoints:
     """
 
     def __init__(
-        self,
-        session: Session,
-        progress: Progress,
-        *,
-        data: Any,
-        model: nn.Module,
-        meter: Meter,
-        **stateful: Any,
+        self, progress: Progress, data: Any, meter: Meter, *, model: nn.Module, **stateful: Any
     ):
         """`data`: the tensors to train on, in nested sequences.
 
         `stateful`: whatever else has a `state_dict`, such as the optimizer.
         """
+        session = progress.session
         self._session = session
         self._progress = progress
         self._meter = meter

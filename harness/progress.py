@@ -51,7 +51,7 @@ class Progress:
         self.total_batches = min(batches, settings.max_steps or batches)
         self.watch_every = settings.watch_every or self.batches_per_epoch
         self._settings = settings
-        self._session = session
+        self.session = session
 
     def __str__(self) -> str:
         """The batch that comes next; at the end of an epoch, its last one."""
@@ -71,7 +71,7 @@ class Progress:
             disable=None,
             file=sys.stdout,
         )
-        with self._session.stop_requests.training(), bar as self.bar:
+        with self.session.stop_requests.training(), bar as self.bar:
             for epoch in range(self.epoch, self._settings.epochs + 1):
                 self.epoch = epoch
                 self._epoch_started = self._row_started = time.perf_counter()
@@ -93,7 +93,7 @@ class Progress:
     @property
     def watch_starts(self) -> bool:
         """Whether `run.watch` is to be called before this batch."""
-        watching = self._settings.watch != "off" and not self._session.run.wandb.disabled
+        watching = self._settings.watch != "off" and not self.session.run.wandb.disabled
         return watching and self.batch == self._first_watched
 
     @property
@@ -136,8 +136,8 @@ class Progress:
         `name` is the part of the data.
         """
         if not math.isfinite(loss):
-            self._session.run.commit()
-            rate = f"learning rate {self._session.config['learning_rate']:g}"
+            self.session.run.commit()
+            rate = f"learning rate {self.session.config['learning_rate']:g}"
             when = f"in epoch {self.epoch} by step {self.step}, {rate}"
             advice = "a lower --learning_rate may help"
             raise UserError(f"the {name} loss is {loss} {when}; {advice}", status=1)

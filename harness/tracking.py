@@ -16,8 +16,9 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
+import torch
 import wandb
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from harness import distributed, wandb_service
@@ -299,6 +300,17 @@ class Run:
             self._artifacts.put((artifact, options))
         else:
             self.call(self.wandb.log_artifact, artifact, **options)
+
+    @logs_to_wandb
+    def log_weights(
+        self, weights: Mapping[str, Tensor], metadata: Mapping[str, Any], is_best: bool
+    ) -> None:
+        """Log a state dict as the artifact model-<run id>, with the alias "best" if it is."""
+        name = f"model-{self.wandb.id}"
+        artifact = wandb.Artifact(name, type="model", metadata=dict(metadata))
+        with artifact.new_file("model.pt", mode="wb") as file:
+            torch.save({name: weight.cpu() for name, weight in weights.items()}, file)
+        self.log_artifact(artifact, aliases=["latest", "best"] if is_best else ["latest"])
 
     def _log_artifacts(self) -> None:
         while work := self._artifacts.get():

@@ -103,7 +103,7 @@ def main() -> None:
         log, model, meter = Script(run), nn.Linear(1, 1), Meter()
         log.log({"before": 1.0})
         progress_data = torch.arange(EXAMPLES)
-        checkpoints = Checkpoints(session, progress, data=progress_data, model=model, meter=meter)
+        checkpoints = Checkpoints(progress, progress_data, meter, model=model)
         checkpoints.restore_or_begin()
         for epoch in progress.epochs():
             for _ in progress.remaining(progress_data.split(session.settings.batch_size)):
