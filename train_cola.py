@@ -9,7 +9,7 @@ import dataclasses
 from harness import options, script
 from harness.options import option
 
-# ---------------------------------------------------------------------------------------------- settings
+# ----------------------------------------------------------------------------- settings
 
 
 @dataclasses.dataclass(kw_only=True, frozen=True)
@@ -82,7 +82,7 @@ from harness.tracking import Run, logs_to_wandb
 from tasks import batching, encoders
 from tasks.sentences import Corpus, load_corpus
 
-# -------------------------------------------------------------------------------------- data
+# --------------------------------------------------------------------------------- data
 
 
 class Task(NamedTuple):
@@ -140,7 +140,7 @@ def log_dataset(run: Run, corpus: Corpus) -> None:
     run.log_artifact(artifact)
 
 
-# ------------------------------------------------------------------------------------- model
+# -------------------------------------------------------------------------------- model
 
 
 def load_model(settings: Settings, corpus: Corpus, source: str) -> encoders.Pretrained:
@@ -179,7 +179,7 @@ def make_optimizer(
     return optimizer, LambdaLR(optimizer, factor)
 
 
-# -------------------------------------------------------------------------------- evaluation
+# --------------------------------------------------------------------------- evaluation
 
 
 @torch.inference_mode()
@@ -258,7 +258,7 @@ def write_curves(session: Session, best_epoch: int) -> None:
         files.write_png(session.output_dir / "curves.png", picture)
 
 
-# ---------------------------------------------------------------------------------- training
+# ----------------------------------------------------------------------------- training
 
 
 def train(session: Session, progress: Progress, task: Task) -> Best:
@@ -345,7 +345,7 @@ def train(session: Session, progress: Progress, task: Task) -> Best:
     return best
 
 
-# --------------------------------------------------------------------- from start to finish
+# ----------------------------------------------------------------- from start to finish
 
 
 @logs_to_wandb

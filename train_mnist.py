@@ -10,7 +10,7 @@ import dataclasses
 from harness import options, script
 from harness.options import option
 
-# ---------------------------------------------------------------------------------- settings
+# ----------------------------------------------------------------------------- settings
 
 
 @dataclasses.dataclass(kw_only=True, frozen=True)
@@ -58,7 +58,7 @@ from harness.tracking import Run, logs_to_wandb
 from metrics import Evaluation, evaluation
 from tasks.digits import Digits, ImageSet, load_digits, split_digits
 
-# -------------------------------------------------------------------------------------- data
+# --------------------------------------------------------------------------------- data
 
 
 def load(settings: Settings, device: torch.device) -> Digits:
@@ -81,7 +81,7 @@ def log_dataset(run: Run, digits: Digits) -> None:
     run.log_artifact(artifact)
 
 
-# ------------------------------------------------------------------------------------- model
+# -------------------------------------------------------------------------------- model
 
 
 class ConvNet(nn.Module):
@@ -121,7 +121,7 @@ def make_optimizer(
     return optimizer, OneCycleLR(optimizer, rate, batches, pct_start=rise, cycle_momentum=False)
 
 
-# -------------------------------------------------------------------------------- evaluation
+# --------------------------------------------------------------------------- evaluation
 
 
 @torch.inference_mode()
@@ -178,7 +178,7 @@ def write_curves(session: Session, best_epoch: int) -> None:
         files.write_png(session.output_dir / "curves.png", picture)
 
 
-# ---------------------------------------------------------------------------------- training
+# ----------------------------------------------------------------------------- training
 
 
 def train(session: Session, progress: Progress, model: ConvNet, data: Digits) -> Best:
@@ -253,7 +253,7 @@ def train(session: Session, progress: Progress, model: ConvNet, data: Digits) ->
     return best
 
 
-# --------------------------------------------------------------------- from start to finish
+# ----------------------------------------------------------------- from start to finish
 
 
 @logs_to_wandb

@@ -1,6 +1,7 @@
-"""Train an MLP on tabular data, logged with Weights & Biases: a copy of train_mnist.py with its own data and model.
+"""Train an MLP on tabular data, logged with Weights & Biases: a copy of train_mnist.py.
 
-Which of three spirals is a point on? Settings, data, model and evaluation are new; the rest is train_mnist.py's.
+Which of three spirals is a point on? Settings, data, model and evaluation are new; the rest is
+train_mnist.py's.
 """
 
 import dataclasses
@@ -14,7 +15,7 @@ sys.path.insert(
 from harness import options, script
 from harness.options import option
 
-# ---------------------------------------------------------------------------------------------- settings
+# ----------------------------------------------------------------------------- settings
 
 
 @dataclasses.dataclass(kw_only=True, frozen=True)
@@ -56,7 +57,7 @@ from harness.session import Session, open_session
 from harness.tracking import Run, logs_to_wandb
 from metrics import Evaluation, evaluation
 
-# -------------------------------------------------------------------------------------- data
+# --------------------------------------------------------------------------------- data
 
 
 class Points(NamedTuple):
@@ -101,7 +102,7 @@ def log_dataset(run: Run, data: Spirals) -> None:
     run.log_artifact(artifact)
 
 
-# ------------------------------------------------------------------------------------- model
+# -------------------------------------------------------------------------------- model
 
 
 class MLP(nn.Module):
@@ -134,7 +135,7 @@ def make_optimizer(model: MLP, settings: Settings, batches: int) -> tuple[Optimi
     return optimizer, OneCycleLR(optimizer, rate, batches, cycle_momentum=False)
 
 
-# -------------------------------------------------------------------------------- evaluation
+# --------------------------------------------------------------------------- evaluation
 
 
 @torch.inference_mode()
@@ -180,7 +181,7 @@ def write_curves(session: Session, best_epoch: int) -> None:
         files.write_png(session.output_dir / "curves.png", picture)
 
 
-# ---------------------------------------------------------------------------------- training
+# ----------------------------------------------------------------------------- training
 
 
 def train(session: Session, progress: Progress, model: MLP, data: Spirals) -> Best:
@@ -254,7 +255,7 @@ def train(session: Session, progress: Progress, model: MLP, data: Spirals) -> Be
     return best
 
 
-# --------------------------------------------------------------------- from start to finish
+# ----------------------------------------------------------------- from start to finish
 
 
 @logs_to_wandb
