@@ -21,7 +21,7 @@ EPOCHS = 5  # several, because train_mnist.py prints their times in tenths of a 
 def bare(data_dir: str) -> dict[str, float]:
     """Train on the same batches with the same optimizer as train_mnist.py, and nothing else; return seconds."""
     settings = train_mnist.Settings(dataset="mnist", data_dir=data_dir, epochs=EPOCHS, valid_size=0)
-    train_set = train_mnist.load(settings).train
+    train_set = train_mnist.load(settings, torch.device("cpu")).train
     torch.manual_seed(settings.seed)
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False

@@ -408,8 +408,9 @@ import glob, shutil, tempfile
 flush = files.flush
 def cleaning(path):
     flush(path)
-    for directory in glob.glob(tempfile.gettempdir() + "/*wandb*"):
-        shutil.rmtree(directory)
+    for directory in glob.glob(tempfile.gettempdir() + "/*wandb*/"):
+        if "checkpoint" in path.name:
+            shutil.rmtree(directory)
 files.flush = cleaning
 """
 
