@@ -118,9 +118,10 @@ from wandb.agents import pyagent
 
 pyagent.Agent.HEARTBEAT_SLEEP_SECONDS = 1
 sweep_id = wandb.sweep(yaml.safe_load(open({str(REPO / "sweep.yaml")!r})), project="cola")
-results = []
+results, loads, load = [], [], train_cola.load
+train_cola.load = lambda settings: loads.append(settings.seed) or load(settings)
 wandb.agent(sweep_id, function=lambda: results.append(train_cola.main([])), count=5, project="cola", entity="tester")
-json.dump(results, open("results.json", "w"))
+json.dump([results, loads], open("results.json", "w"))
 """
     trials = [
         SMALL | {"learning_rate": 0.002, "batch_size": 8},
@@ -138,7 +139,8 @@ json.dump(results, open("results.json", "w"))
         assert done.returncode == 0, done.stderr
         assert {run["exit"] for run in server.runs.values()} == {0}
     assert "Traceback" not in done.stderr and "!!" not in done.stderr
-    results = json.loads((tmp_path / "results.json").read_text())
+    results, loads = json.loads((tmp_path / "results.json").read_text())
+    assert loads == [trial.get("seed", 42) for trial in trials]  # once each, with the final settings
     assert (
         len(results) == 5
         and results[2] == {}
