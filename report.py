@@ -1,4 +1,4 @@
-"""Compare runs, or look at a sweep or one run, without an account: python report.py RUN_DIRECTORY...
+"""Compare runs, or view a sweep or one run, without an account: python report.py RUN_DIRECTORY...
 
 Prints the runs as a table and writes a page with their curves and comparison, report.html, that
 opens from disk.
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from harness.errors import UserError
-from harness.files import replacing
+from harness.files import write_text
 from harness.script import run_script
 
 if __name__ == "__main__":
@@ -92,9 +92,11 @@ def report(arguments: argparse.Namespace) -> None:
     if seed_groups:
         print()
         print_table(*seed_table(runs, seed_groups))
-    notes = [f"{run.label}: {note}" for run in runs for note in run.notes]
-    for line in problems + notes:
-        print(line)
+    for problem in problems:
+        print(problem)
+    for run in runs:
+        for note in run.notes:
+            print(f"{run.label}: {note}")
     try:
         from reporting.page import make_page
     except ImportError as error:
@@ -104,8 +106,7 @@ def report(arguments: argparse.Namespace) -> None:
     page = make_page(runs, seed_groups, studies, problems)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(output) as temporary:
-            temporary.write_text(page, encoding="utf-8", errors="replace")
+        write_text(output, page)
     except OSError as error:
         raise UserError(f"--output {output}: can't write there ({error.strerror})") from None
     print(f"\nThe page: {output} ({len(page) / 1e6:.1f} MB)")

@@ -3,10 +3,8 @@
 import html
 import math
 from collections import defaultdict
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
-
-import torch
 
 from metrics import calibration
 from reporting.predictions import Predictions
@@ -15,6 +13,9 @@ from reporting.runs import RunFiles, SeedGroups
 MAX_POINTS = 300_000  # in all curves together
 SHORT = 500  # points in a curve that is never thinned
 OVERVIEW = ("valid/loss", "train/loss_step", "valid/acc", "train/acc_step")  # after the monitored
+
+
+Figure = dict[str, Any]  # data and layout of a chart, as plotly.js takes them
 
 
 def chart_text(string: str, longest: int = 48) -> str:
@@ -34,9 +35,13 @@ def curves(runs: list[RunFiles], seed_groups: SeedGroups) -> dict[str, Any]:
     """For each metric, the curve of every run, and mean ± standard deviation of every group."""
     values = 4 * sum(len(run.rows) for run in runs)  # most rows have about four metrics
     every = math.ceil(values / MAX_POINTS)
-    names = {name for run in runs for row in run.rows for name in row} - {"step", "epoch"}
+    names = set()
+    for run in runs:
+        names.update(*run.rows)
     metrics = {}
-    for name in sorted(names, key=lambda name: (not name.startswith("valid/"), name)):
+    for name in sorted(
+        names - {"step", "epoch"}, key=lambda name: (not name.startswith("valid/"), name)
+    ):
         lines = []
         for i, run in enumerate(runs):
             rows = thinned([row for row in run.rows if name in row], every)
@@ -80,20 +85,22 @@ def band(runs: list[RunFiles], name: str, every: int) -> dict[str, list[Any]]:
     for step, values in thinned(sorted(by_step.items()), every):
         if len(values) > 1:
             mean = fmean(values)
-            squares = sum((value - mean) ** 2 for value in values)  # statistics.stdev is far slower
             points["x"].append(step)
             points["y"].append(finite(mean))
-            points["sd"].append(finite(math.sqrt(squares / (len(values) - 1))))
+            points["sd"].append(finite(stdev(values, mean)))
             points["n"].append(len(values))
     return points
 
 
-def confusion(predictions: Predictions) -> dict[str, Any]:
+def titled(title: str, **options: Any) -> dict[str, Any]:
+    """The layout of a chart or an axis."""
+    return {"title": {"text": title}, **options}
+
+
+def confusion(predictions: Predictions) -> Figure:
     """A confusion matrix with a row per label: shade and hover text give the share of the row."""
     names = [chart_text(name, 20) for name in predictions.class_names]
-    classes = len(names)
-    cells = predictions.labels * classes + predictions.predictions
-    counts = torch.bincount(cells, minlength=classes**2).view(classes, classes)
+    counts = predictions.confusion.counts
     shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
     heatmap = {
         "type": "heatmap",
@@ -101,19 +108,18 @@ def confusion(predictions: Predictions) -> dict[str, Any]:
         "text": counts.tolist(),
         "x": names,
         "y": names,
-        "texttemplate": "%{text}" if classes <= 20 else "",
+        "texttemplate": "%{text}" if len(names) <= 20 else "",
         "showscale": False,
         "colorscale": [[0, "rgba(47,111,181,0)"], [1, "rgba(47,111,181,1)"]],
         "hovertemplate": "label %{y}<br>prediction %{x}<br>"
         "%{text} examples, %{z:.1%} of the label<extra></extra>",
     }
-    xaxis = {"type": "category", "showgrid": False, "title": {"text": "prediction"}}
-    yaxis = xaxis | {"title": {"text": "label"}, "autorange": "reversed"}
-    layout = {"title": {"text": "Confusion matrix"}, "xaxis": xaxis, "yaxis": yaxis}
-    return {"data": [heatmap], "layout": layout}
+    xaxis = titled("prediction", type="category", showgrid=False)
+    yaxis = titled("label", type="category", showgrid=False, autorange="reversed")
+    return {"data": [heatmap], "layout": titled("Confusion matrix", xaxis=xaxis, yaxis=yaxis)}
 
 
-def reliability(predictions: Predictions) -> dict[str, Any]:
+def reliability(predictions: Predictions) -> Figure:
     """A reliability diagram: accuracy by the probability that the model gave its predictions."""
     bins = calibration(predictions.probabilities, predictions.labels)
     used = bins[0] > 0
@@ -136,22 +142,11 @@ def reliability(predictions: Predictions) -> dict[str, Any]:
         "hovertemplate": "mean probability %{x:.1%}<br>accuracy %{y:.1%}<br>"
         "%{customdata:,} examples<extra></extra>",
     }
-    xaxis = {
-        "title": {"text": "probability of the predicted class"},
-        "range": [0, 1.03],
-        "tickformat": ".0%",
-    }
-    layout = {
-        "title": {"text": "Calibration"},
-        "legend": {"x": 0, "y": 1},
-        "xaxis": xaxis,
-        "yaxis": xaxis | {"title": {"text": "accuracy"}},
-    }
+    axis = {"range": [0, 1.03], "tickformat": ".0%"}
+    layout = titled(
+        "Calibration",
+        legend={"x": 0, "y": 1},
+        xaxis=titled("probability of the predicted class", **axis),
+        yaxis=titled("accuracy", **axis),
+    )
     return {"data": [diagonal, points], "layout": layout}
-
-
-def add_chart(figures: dict[str, Any], figure: dict[str, Any]) -> str:
-    """Add a chart's data to `figures`, by the id of the element that is to hold it; its markup."""
-    name = f"figure-{len(figures)}"
-    figures[name] = figure
-    return f'<div class="chart" data-figure="{name}"></div>'

@@ -20,7 +20,7 @@ from metrics import (
 )
 from reporting.markup import cell, counted, details, paragraph, table
 from reporting.predictions import Predictions, read_predictions, show_examples
-from reporting.runs import RunFiles, SeedGroups, format_mean, format_value, one_per_seed, sort_key
+from reporting.runs import RunFiles, SeedGroups, format_mean, one_per_seed, sort_key
 
 MOST_COMPARED = 20  # runs per metric: each comparison takes about half a second
 MOST_GROUPS = 5  # of seeds
@@ -35,7 +35,7 @@ def compare_runs(runs: list[RunFiles], seed_groups: SeedGroups) -> str:
     parts = ["<h2>Is one better than another?</h2>", *compare_seeds(seed_groups)]
     for best, *others in sets:
         if len(sets) > 1:
-            heading = f"{dataset(best.run)}, by {best.run.monitor}"
+            heading = f"{best.run.dataset}, by {best.run.monitor}"
             parts.append(f"<h3>{html.escape(heading)}</h3>")
         if len(others) == 1:
             parts.append(compare_two(best, others[0]))
@@ -52,11 +52,6 @@ def compare_runs(runs: list[RunFiles], seed_groups: SeedGroups) -> str:
             names += f" and {len(labels) - 5} more"
         parts.append(paragraph(f"Not compared: {names} ({reason}).", "soft"))
     return "".join(parts)
-
-
-def dataset(run: RunFiles) -> str:
-    """The name of the data set of a run."""
-    return format_value(run.config.get("dataset"))
 
 
 def comparable_runs(
@@ -80,7 +75,7 @@ def comparable_runs(
             left_out[str(reason)].append(run.label)
         else:
             compared[run.monitor] += 1
-            sets[run.monitor, dataset(run), predictions.digest].append(predictions)
+            sets[run.monitor, run.dataset, predictions.examples].append(predictions)
     for members in sets.values():
         if len(members) == 1:
             left_out[ALONE].append(members[0].run.label)
@@ -96,23 +91,20 @@ def difference(a: Predictions, b: Predictions) -> tuple[float, float, float]:
     if name == "loss":
         return float((a.losses - b.losses).mean()), *paired_bootstrap(a.losses, b.losses)
 
-    def figure(probabilities: Tensor, labels: Tensor) -> float:
-        log_probabilities = probabilities.clamp(min=1e-300).log()
+    def figure(rows: Tensor) -> float:
+        log_probabilities = rows[:, :-1].clamp(min=1e-300).log()
+        labels = rows[:, -1].long()
         return evaluation(log_probabilities, labels).metrics.get(name, math.nan)
 
-    gap = figure(a.probabilities, a.labels) - figure(b.probabilities, b.labels)
+    rows_a, rows_b = (torch.cat([run.probabilities, run.labels[:, None]], 1) for run in (a, b))
+    gap = figure(rows_a) - figure(rows_b)
     if not math.isfinite(gap):
         return math.nan, math.nan, math.nan
     metric = EVALUATION_METRICS[name]
     if metric.of_counts:
         predictions = (a.predictions, b.predictions)
         return gap, *paired_bootstrap_counts(predictions, a.labels, metric.compute)
-
-    def figure_of_rows(rows: Tensor) -> float:
-        return figure(rows[:, :-1], rows[:, -1].long())
-
-    rows = [torch.cat([run.probabilities, run.labels[:, None]], 1) for run in (a, b)]
-    return gap, *paired_bootstrap(*rows, figure_of_rows, resamples=200)  # it is slow
+    return gap, *paired_bootstrap(rows_a, rows_b, figure, resamples=200)  # it is slow
 
 
 def verdict(a: str, b: str, metric: str, interval: tuple[float, float]) -> str:
@@ -189,7 +181,7 @@ def compare_seeds(seed_groups: SeedGroups) -> list[str]:
         metric = members[0].monitor
         values = [run.best.get(metric, math.nan) for run in one_per_seed(members)]
         if len(values) > 1 and all(map(math.isfinite, values)):
-            comparable[metric, dataset(members[0])].append((name, values))
+            comparable[metric, members[0].dataset].append((name, values))
     paragraphs = []
     for (metric, _), ranked in comparable.items():
         ranked.sort(key=lambda group: sort_key(mean(group[1]), metric))

@@ -1,6 +1,8 @@
 """HTML from text: everything that comes from a file is escaped here."""
 
 import html
+import json
+import secrets
 from typing import Any
 
 from reporting.runs import format_value, is_number
@@ -38,6 +40,19 @@ def table(header: list[str], rows: list[list[Any]], bold_first: bool = False) ->
         body += f"<tr{attribute}>{''.join(map(cell, row))}</tr>"
     content = f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
     return f'<div class="scroll"><table>{content}</table></div>'
+
+
+def chart(figure: dict[str, Any]) -> str:
+    """The element in which page.js draws a chart, and its data."""
+    name = f"figure-{secrets.token_hex(8)}"
+    return f'<div class="chart" data-figure="{name}"></div>{embedded_json(name, figure)}'
+
+
+def embedded_json(name: str, content: Any) -> str:
+    """An element that holds data for page.js."""
+    # Escaped, nothing in it can end the script element.
+    data = json.dumps(content, separators=(",", ":")).replace("<", "\\u003c")
+    return f'<script type="application/json" id="{name}">{data}</script>'
 
 
 def details(summary: str, content: str, is_open: bool = False) -> str:

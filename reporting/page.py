@@ -1,7 +1,6 @@
 """Makes the page: one HTML file that needs nothing else and requests nothing."""
 
 import html
-import json
 import secrets
 from collections import Counter
 from pathlib import Path
@@ -10,9 +9,9 @@ from typing import Any
 from plotly.offline import get_plotlyjs
 
 from harness.errors import UserError
-from reporting.charts import add_chart, confusion, curves, reliability
+from reporting.charts import confusion, curves, reliability
 from reporting.comparison import MOST_SHOWN, compare_runs
-from reporting.markup import MARK, cell, details, paragraph, table
+from reporting.markup import MARK, cell, chart, details, embedded_json, paragraph, table
 from reporting.predictions import read_predictions, show_examples
 from reporting.runs import (
     RunFiles,
@@ -39,7 +38,6 @@ def make_page(
 
     It shows `problems`, sentences about what could not be read, at its top.
     """
-    figures = {}  # the data of the charts, by id
     if studies:
         names = [f"Sweep {format_value(study.study_name)}" for study in studies.values()]
         title = ", ".join(names)
@@ -47,36 +45,27 @@ def make_page(
         title = runs[0].label if len(runs) == 1 else f"{len(runs)} runs"
     sections = [overview(runs)]
     sections += [paragraph(problem, "soft") for problem in problems]
-    sections += [show_sweep(study, path, figures) for path, study in studies.items()]
+    sections += [show_sweep(study, path) for path, study in studies.items()]
     sections.append(show_runs(runs, seed_groups))
-    sections.append(show_curves(runs, seed_groups, figures))
+    sections.append(show_curves(runs, seed_groups))
     if len(runs) > 1:
         sections.append(compare_runs(runs, seed_groups))
     else:
-        sections.append(show_run(runs[0], figures))
+        sections.append(show_run(runs[0]))
     sections.append(every_figure(runs))
-    data = ""
-    for name, figure in figures.items():
-        # Escaped, nothing in the JSON can end the script element.
-        content = json.dumps(figure, separators=(",", ":")).replace("<", "\\u003c")
-        data += f'<script type="application/json" id="{name}">{content}</script>'
+    style = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
+    code = Path(__file__).with_name("page.js").read_text(encoding="utf-8")
     nonce = secrets.token_urlsafe(16)
     return f"""<!doctype html>
 {MARK}
 <html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>
 <meta http-equiv="Content-Security-Policy" content="{POLICY.format(nonce)}">
-<meta name="viewport" content="width=device-width"><style>{read_asset("page.css")}</style></head>
+<meta name="viewport" content="width=device-width"><style>{style}</style></head>
 <body><h1>{html.escape(title)}</h1>
 {"".join(sections)}
-{data}
 <script nonce="{nonce}">{get_plotlyjs()}</script>
-<script nonce="{nonce}">{read_asset("page.js")}</script></body></html>
+<script nonce="{nonce}">{code}</script></body></html>
 """
-
-
-def read_asset(name: str) -> str:
-    """The text of a file beside this module."""
-    return Path(__file__).with_name(name).read_text(encoding="utf-8")
 
 
 def overview(runs: list[RunFiles]) -> str:
@@ -114,12 +103,11 @@ def show_runs(runs: list[RunFiles], seed_groups: SeedGroups) -> str:
     return "".join(parts)
 
 
-def show_curves(runs: list[RunFiles], seed_groups: SeedGroups, figures: dict[str, Any]) -> str:
-    """The element for the curves, and the controls that choose among them."""
+def show_curves(runs: list[RunFiles], seed_groups: SeedGroups) -> str:
+    """The element in which page.js draws the curves, their data, and the controls."""
     data = curves(runs, seed_groups)
     if not data["metrics"]:
         return ""
-    figures["curves-data"] = data
     remark = "Drag to zoom, double-click to zoom out. A click in the legend hides or shows a run."
     hidden = " hidden"
     if seed_groups:
@@ -131,13 +119,13 @@ def show_curves(runs: list[RunFiles], seed_groups: SeedGroups, figures: dict[str
 <div class="controls"><label>Metric <select id="metric"></select></label>
 <label><input type="checkbox" id="log"> log scale</label>
 <label{hidden}><input type="checkbox" id="each"> each seed, too</label></div>
-<div id="curves"></div>"""
+<div id="curves"></div>{embedded_json("curves-data", data)}"""
 
 
-def show_run(run: RunFiles, figures: dict[str, Any]) -> str:
+def show_run(run: RunFiles) -> str:
     """A single run: confusion matrix, calibration, mistakes, attributions and settings."""
     try:
-        parts = [show_predictions(run, figures)]
+        parts = [show_predictions(run)]
     except UserError as reason:
         parts = [paragraph(f"No predictions to show: {reason}.", "soft")]
     path = run.path / "attributions.html"
@@ -152,17 +140,16 @@ def show_run(run: RunFiles, figures: dict[str, Any]) -> str:
     return "".join(parts)
 
 
-def show_predictions(run: RunFiles, figures: dict[str, Any]) -> str:
+def show_predictions(run: RunFiles) -> str:
     """Confusion matrix, calibration and mistakes. Raises `UserError` without predictions."""
     predictions = read_predictions(run)
-    matrix = add_chart(figures, confusion(predictions))
-    diagram = add_chart(figures, reliability(predictions))
+    charts = chart(confusion(predictions)) + chart(reliability(predictions))
     wrong = (~predictions.correct).nonzero().flatten()
     confidence = predictions.probabilities[wrong].max(1).values
     surest = wrong[confidence.argsort(descending=True, stable=True)].tolist()
     summary = paragraph(f"{len(wrong):,} of {len(predictions.labels):,} are wrong.")
     return (
-        f'<h2>Predictions</h2><div class="pair">{matrix}{diagram}</div>'
+        f'<h2>Predictions</h2><div class="pair">{charts}</div>'
         f"<h2>Most confident mistakes</h2>{summary}"
         + show_examples(predictions, surest[:MOST_SHOWN])
     )
@@ -170,9 +157,9 @@ def show_predictions(run: RunFiles, figures: dict[str, Any]) -> str:
 
 def every_figure(runs: list[RunFiles]) -> str:
     """All figures of all runs, for those who miss one above."""
-    names = {name for run in runs for name in run.best} - {"epoch", "step"}
+    names = set().union(*(run.best for run in runs))
+    names = sorted(names - {"epoch", "step"})
     if not names:
         return ""
-    names = sorted(names)
     rows = [[run.label, *(run.best.get(name) for name in names)] for run in runs]
     return details("Every figure", table(["run", *names], rows))

@@ -3,12 +3,12 @@
 import base64
 import csv
 import functools
-import hashlib
 import html
 import io
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -17,10 +17,11 @@ from harness.errors import UserError
 from metrics import ConfusionMatrix, calibration
 from reporting.markup import paragraph, table
 from reporting.runs import RunFiles, format_value
-from tasks.digits import MNIST_SHA256, TORCHVISION_CLASS, ImageSet, load_digits, split_digits
+from tasks.digits import MNIST_SHA256, TORCHVISION_CLASS, load_digits, split_digits
 
 csv.field_size_limit(2**31 - 1)  # the default is 131,072 characters
 MAX_CLASSES = 1000  # a larger confusion matrix does not fit a page
+_load_digits = functools.lru_cache(maxsize=1)(load_digits)  # both runs of a comparison use it
 
 
 @dataclass
@@ -32,6 +33,7 @@ class Predictions:
     predictions: Tensor  # int64 (examples,)
     probabilities: Tensor  # float64 (examples, classes)
     losses: Tensor  # float64 (examples,), in nats
+    confusion: ConfusionMatrix
     texts: dict[str, tuple[str, ...]]  # the columns "sentence" and "source"; empty for images
 
     @property
@@ -40,10 +42,9 @@ class Predictions:
         return self.predictions == self.labels
 
     @property
-    def digest(self) -> str:
-        """A digest of the examples, which is the same for runs that can be compared."""
-        content = repr((self.probabilities.shape[1], self.labels.tolist(), self.texts))
-        return hashlib.sha256(content.encode()).hexdigest()
+    def examples(self) -> str:
+        """The classes, labels and sentences; runs with the same ones can be compared."""
+        return repr((self.probabilities.shape[1], self.labels.tolist(), self.texts))
 
     @property
     def class_names(self) -> list[str]:
@@ -64,45 +65,36 @@ def read_predictions(run: RunFiles) -> Predictions:
         with path.open(newline="", encoding="utf-8", errors="replace") as file:
             header, *rows = csv.reader(file)
         columns = dict(zip(header, zip(*rows, strict=True)))
-        labels = torch.tensor([int(label) for label in columns["label"]])
-        predictions = torch.tensor([int(label) for label in columns["prediction"]])
-        losses = _float64(columns["loss"])
-        classes = sum(name.startswith("probability_") for name in columns)
-        if classes > MAX_CLASSES:
+        classes = [name for name in columns if name.startswith("probability_")]
+        if len(classes) > MAX_CLASSES:
             raise ValueError("too many classes")
-        by_class = [_float64(columns[f"probability_{i}"]) for i in range(classes)]
-        probabilities = torch.stack(by_class, dim=1)
-        ConfusionMatrix(classes).update(predictions, labels)  # checks the range
+        labels = torch.tensor(np.array(columns["label"], dtype=int))
+        predictions = torch.tensor(np.array(columns["prediction"], dtype=int))
+        probabilities = torch.tensor(np.array([columns[name] for name in classes], dtype=float).T)
+        losses = torch.tensor(np.array(columns["loss"], dtype=float))
+        confusion = ConfusionMatrix(len(classes))
+        confusion.update(predictions, labels)  # checks the range
         calibration(probabilities, labels)  # checks the probabilities
-    except (OSError, ValueError, KeyError, RuntimeError, csv.Error):
+    except (OSError, ValueError, KeyError, csv.Error):
         raise UserError("predictions.csv can't be read") from None
     texts = {name: columns[name] for name in ("sentence", "source") if name in columns}
-    return Predictions(run, labels, predictions, probabilities, losses, texts)
-
-
-def _float64(column: tuple[str, ...]) -> Tensor:
-    return torch.tensor([float(value) for value in column], dtype=torch.float64)
+    return Predictions(run, labels, predictions, probabilities, losses, confusion, texts)
 
 
 def find_images(predictions: Predictions) -> Tensor | None:
     """The images that train_mnist.py predicted, uint8 (examples, 1, 28, 28), if on disk."""
     config = predictions.run.config
     try:
-        part = _evaluated_digits(
-            config["dataset"], config["data_dir"], config["valid_size"], config["slice"]
-        )
+        name = config["dataset"]
+        raw = Path(config["data_dir"], TORCHVISION_CLASS.get(name, ""), "raw")
+        if name != "synthetic" and not all((raw / file).is_file() for file in MNIST_SHA256):
+            return None  # load_digits would download them
+        digits = _load_digits(name, config["data_dir"])
+        digits = split_digits(digits, config["valid_size"], config["slice"])
     except (UserError, KeyError, TypeError, ValueError):
         return None
+    part = digits.valid if len(digits.valid.labels) else digits.test
     return part.images if torch.equal(part.labels, predictions.labels) else None
-
-
-@functools.lru_cache(maxsize=1)  # the two lists of a comparison show the same part
-def _evaluated_digits(name: str, data_dir: str, valid_size: int, every: int) -> ImageSet:
-    raw = Path(data_dir, TORCHVISION_CLASS.get(name, ""), "raw")
-    if name != "synthetic" and not all((raw / file).is_file() for file in MNIST_SHA256):
-        raise UserError("not on disk")  # load_digits would download them
-    digits = split_digits(load_digits(name, data_dir), valid_size, every)
-    return digits.valid if len(digits.valid.labels) else digits.test
 
 
 def show_examples(

@@ -48,7 +48,12 @@ class RunFiles:
     @property
     def monitor(self) -> str:
         """The metric that selects the best epoch, such as "valid/loss"."""
-        return str(self.config.get("monitor") or "valid/loss")
+        return format_value(self.config.get("monitor") or "valid/loss")
+
+    @property
+    def dataset(self) -> str:
+        """The name of the data set."""
+        return format_value(self.config.get("dataset"))
 
     @property
     def best(self) -> dict[str, float]:
@@ -149,7 +154,7 @@ def read_run(path: Path) -> RunFiles:
     if metrics is None and (path / METRICS).exists():
         notes.append(f"no readable {METRICS}")
     rows = read_journal(path / JOURNAL, notes)
-    label = format_value(str(config.get("name") or path.resolve().name))
+    label = format_value(config.get("name") or path.resolve().name)
     run = RunFiles(path, label, config, rows, metrics, notes)
     if metrics is None:
         run.state = "under way" if is_locked(path) else "died"
@@ -227,7 +232,7 @@ def groups(runs: list[RunFiles]) -> SeedGroups:
 def one_per_seed(members: list[RunFiles]) -> list[RunFiles]:
     """The finished runs of a group, one per seed: of a repeated run, the last by path."""
     finished = [run for run in members if run.metrics is not None]
-    finished.sort(key=lambda run: str(run.path))
+    finished.sort(key=lambda run: run.path)
     return list({run.seed: run for run in finished}.values())
 
 

@@ -11,8 +11,8 @@ from typing import Any
 from urllib.parse import quote
 
 from harness.errors import UserError
-from reporting.charts import add_chart, chart_text, finite
-from reporting.markup import paragraph
+from reporting.charts import Figure, chart_text, finite, titled
+from reporting.markup import chart, paragraph
 from reporting.runs import RunFiles, format_value
 
 ENOUGH_TRIALS = 20  # complete ones; importances of fewer are chance
@@ -42,7 +42,7 @@ def open_study(directory: Path, runs: list[RunFiles]) -> Any:
         storage = optuna.storages.RDBStorage(url, skip_table_creation=True)
         study = optuna.load_study(study_name=None, storage=storage)
         trials = study.get_trials(deepcopy=False)
-        if not isinstance(study.user_attrs.get("sweep"), dict) or len(study.directions) > 1:
+        if "metric" not in study.user_attrs.get("sweep", ""):
             raise ValueError("it is not of sweep_offline.py")
     except Exception as error:  # SQLAlchemy's, SQLite's or Optuna's own
         raise UserError(f"study.db can't be read ({str(error).splitlines()[0][:100]})") from None
@@ -51,7 +51,8 @@ def open_study(directory: Path, runs: list[RunFiles]) -> Any:
         run = by_directory.get(directory / str(trial.user_attrs.get("run")))
         if run:
             run.label = f"trial {trial.number}"
-            run.config = {"monitor": sweep_metric(study)} | trial.params | run.config
+            monitor = {"monitor": study.user_attrs["sweep"]["metric"]}
+            run.config = monitor | trial.params | run.config
             if trial.state.name == "PRUNED":
                 run.state = "pruned"
             elif trial.state.name == "FAIL":
@@ -60,24 +61,19 @@ def open_study(directory: Path, runs: list[RunFiles]) -> Any:
     return study
 
 
-def sweep_metric(study: Any) -> str:
-    """The name of the metric that a sweep searches by."""
-    return str(study.user_attrs["sweep"].get("metric", "value"))
-
-
-def show_sweep(study: Any, directory: Path, figures: dict[str, Any]) -> str:
+def show_sweep(study: Any, directory: Path) -> str:
     """A sweep: its trials over time, its parameters and their importances."""
     trials = study.get_trials(deepcopy=False)
-    metric = chart_text(sweep_metric(study))
+    metric = study.user_attrs["sweep"]["metric"]
     states = Counter(trial.state.name for trial in trials)
     counts = [f"{states[state]} {name}" for state, name in STATES.items() if state in states]
     parts = [
         paragraph(f"{len(trials)} trials: {', '.join(counts)}."),
-        add_chart(figures, history(study, trials, metric)),
+        chart(history(study, trials, metric)),
     ]
     if "COMPLETE" in states:
-        parts.append(add_chart(figures, parallel_coordinates(study)))
-    parts.append(add_chart(figures, parameters(trials, metric)))
+        parts.append(chart(parallel_coordinates(study, metric)))
+    parts.append(chart(parameters(trials, metric)))
     importances = read_importances(directory)
     if importances and states["COMPLETE"] >= ENOUGH_TRIALS:
         parts.append(paragraph(f"Importances: {', '.join(importances)}."))
@@ -101,10 +97,10 @@ def read_importances(directory: Path) -> list[str]:
     return []
 
 
-def points(trials: list[Any], positions: list[Any], metric: str) -> list[dict[str, Any]]:
-    """A trace of the complete trials and one of the pruned ones, at their last reported values.
+def points(trials: list[Any], metric: str, parameter: str | None = None) -> list[Figure]:
+    """The values of the complete trials and the last ones of the pruned trials, as two traces.
 
-    `positions` are their places on the x axis.
+    The x axis is the parameter if there is one, otherwise the trial's number.
     """
     traces = []
     for state, symbol, color in (("COMPLETE", "circle", "#3b82c4"), ("PRUNED", "x", "#d9662b")):
@@ -116,21 +112,21 @@ def points(trials: list[Any], positions: list[Any], metric: str) -> list[dict[st
             "name": STATES[state],
             "legendgroup": state,
             "marker": {"symbol": symbol, "color": color, "size": 8},
-            "hovertemplate": f"{metric} %{{y:.4g}}<br>%{{text}}<extra>{STATES[state]}</extra>",
+            "hovertemplate": f"{chart_text(metric)} %{{y:.4g}}<br>%{{text}}<extra>{STATES[state]}</extra>",
         }
-        for trial, position in zip(trials, positions):
+        for trial in trials:
             if trial.state.name == state and trial.value is not None:
                 lines = [f"trial {trial.number}"]
                 for name, value in trial.params.items():
                     lines.append(chart_text(f"{name} = {format_value(value)}"))
-                trace["x"].append(position)
+                trace["x"].append(trial.params.get(parameter) if parameter else trial.number)
                 trace["y"].append(finite(trial.value))
                 trace["text"].append("<br>".join(lines))
         traces.append(trace)
     return traces
 
 
-def history(study: Any, trials: list[Any], metric: str) -> dict[str, Any]:
+def history(study: Any, trials: list[Any], metric: str) -> Figure:
     """A chart of the trials' values and of the best so far."""
     complete = [trial for trial in trials if trial.state.name == "COMPLETE"]
     better = max if study.direction.name == "MAXIMIZE" else min
@@ -142,16 +138,11 @@ def history(study: Any, trials: list[Any], metric: str) -> dict[str, Any]:
         "name": "best so far",
         "line": {"shape": "hv", "color": "#2e9d6a"},
     }
-    layout = {
-        "title": {"text": "Values over time"},
-        "xaxis": {"title": {"text": "trial"}},
-        "yaxis": {"title": {"text": metric}},
-    }
-    numbers = [trial.number for trial in trials]
-    return {"data": [*points(trials, numbers, metric), line], "layout": layout}
+    layout = titled("Values over time", xaxis=titled("trial"), yaxis=titled(chart_text(metric)))
+    return {"data": [*points(trials, metric), line], "layout": layout}
 
 
-def parameters(trials: list[Any], metric: str) -> dict[str, Any]:
+def parameters(trials: list[Any], metric: str) -> Figure:
     """A chart of each parameter against the metric."""
     spaces = {}
     for trial in trials:
@@ -159,17 +150,17 @@ def parameters(trials: list[Any], metric: str) -> dict[str, Any]:
     panels = max(1, len(spaces))
     columns = min(4, panels)
     rows = math.ceil(panels / columns)
+    layout = titled(
+        f"Each parameter against {chart_text(metric)}",
+        height=90 + 230 * rows,
+        grid={"rows": rows, "columns": columns, "pattern": "independent"},
+    )
     data = []
-    layout = {
-        "title": {"text": f"Each parameter against {metric}"},
-        "height": 90 + 230 * rows,
-        "grid": {"rows": rows, "columns": columns, "pattern": "independent"},
-    }
     for i, (name, space) in enumerate(spaces.items(), start=1):
-        for trace in points(trials, [trial.params.get(name) for trial in trials], metric):
+        for trace in points(trials, metric, name):
             trace |= {"xaxis": f"x{i}", "yaxis": f"y{i}", "showlegend": i == 1}
             data.append(trace)
-        axis = {"title": {"text": chart_text(name)}, "type": "linear"}
+        axis = titled(chart_text(name), type="linear")
         if choices := getattr(space, "choices", None):
             axis |= {"type": "category", "categoryarray": choices}
         elif getattr(space, "log", False):
@@ -179,12 +170,10 @@ def parameters(trials: list[Any], metric: str) -> dict[str, Any]:
     return {"data": data, "layout": layout}
 
 
-def parallel_coordinates(study: Any) -> dict[str, Any]:
+def parallel_coordinates(study: Any, metric: str) -> Figure:
     """Optuna's parallel coordinates of the complete trials."""
     from optuna import visualization
 
-    metric = sweep_metric(study)
-    figure = json.loads(visualization.plot_parallel_coordinate(study, target_name=metric).to_json())
-    title = "Complete trials: a line from each parameter's value to the next"
-    figure["layout"]["title"] = {"text": title}
-    return figure
+    figure = visualization.plot_parallel_coordinate(study, target_name=metric)
+    figure.layout.title = "Complete trials: a line from each parameter's value to the next"
+    return json.loads(figure.to_json())
