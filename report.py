@@ -55,7 +55,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def print_table(header: list[str], rows: list[list[Any]]) -> None:
     """Print a table in columns."""
-    cells = [[format_value(value)[:40] for value in row] for row in (header, *rows)]
+    cells = []
+    for row in [header, *rows]:
+        cells.append([format_value(value)[:40] for value in row])
     widths = [max(map(len, column)) for column in zip(*cells)]
     for row in cells:
         padded = [content.ljust(width) for content, width in zip(row, widths)]
@@ -64,10 +66,11 @@ def print_table(header: list[str], rows: list[list[Any]]) -> None:
 
 def check_output(path: Path) -> None:
     """Raise `UserError` if the page would replace something that is not a report."""
-    if path.is_symlink() or (path.exists() and not path.is_file()):
+    if path.is_file() and not path.is_symlink():
+        if MARK.encode() not in path.open("rb").read(200):
+            raise UserError(f"--output {path} is not a report; choose another name")
+    elif path.exists() or path.is_symlink():
         raise UserError(f"--output {path} is not a file; choose another name")
-    if path.exists() and MARK.encode() not in path.open("rb").read(200):
-        raise UserError(f"--output {path} is not a report; choose another name")
 
 
 def report(arguments: argparse.Namespace) -> None:
@@ -77,7 +80,7 @@ def report(arguments: argparse.Namespace) -> None:
     runs = find_runs(arguments.directories)
     studies = {}
     problems = []
-    for directory in dict.fromkeys(arguments.directories):
+    for directory in arguments.directories:
         if (directory / "study.db").is_file():
             try:
                 studies[directory] = open_study(directory, runs)
@@ -92,11 +95,10 @@ def report(arguments: argparse.Namespace) -> None:
     if seed_groups:
         print()
         print_table(*seed_table(runs, seed_groups))
+    for run in runs:
+        problems += [f"{run.label}: {note}" for note in run.notes]
     for problem in problems:
         print(problem)
-    for run in runs:
-        for note in run.notes:
-            print(f"{run.label}: {note}")
     try:
         from reporting.page import make_page
     except ImportError as error:

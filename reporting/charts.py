@@ -51,8 +51,9 @@ def curves(runs: list[RunFiles], seed_groups: SeedGroups) -> dict[str, Any]:
         bands = []
         for i, members in enumerate(seed_groups.values()):
             points = band(members, name, every)
-            if points["x"]:
-                bands.append({"group": i} | points)
+            if points:
+                steps, means, deviations, counts = zip(*points)
+                bands.append({"group": i, "x": steps, "y": means, "sd": deviations, "n": counts})
         metrics[name] = {"runs": lines, "groups": bands}
     shown_first = dict.fromkeys([*(run.monitor for run in runs), *OVERVIEW])
     group_of = {}
@@ -74,21 +75,19 @@ def thinned(points: list[Any], every: int) -> list[Any]:
     return points[(len(points) - 1) % every :: every]
 
 
-def band(runs: list[RunFiles], name: str, every: int) -> dict[str, list[Any]]:
-    """Mean and standard deviation of a metric at each step that at least two runs have reached."""
+def band(runs: list[RunFiles], name: str, every: int) -> list[tuple[Any, ...]]:
+    """Step, mean, standard deviation and count of a metric, where at least two runs have it."""
     by_step = defaultdict(list)
     for run in runs:
         for row in run.rows:
             if math.isfinite(row.get(name, math.nan)):
                 by_step[int(row["step"])].append(row[name])
-    points = {"x": [], "y": [], "sd": [], "n": []}
+    points = []
     for step, values in thinned(sorted(by_step.items()), every):
         if len(values) > 1:
             mean = fmean(values)
-            points["x"].append(step)
-            points["y"].append(finite(mean))
-            points["sd"].append(finite(stdev(values, mean)))
-            points["n"].append(len(values))
+            deviation = stdev(values, mean)
+            points.append((step, finite(mean), finite(deviation), len(values)))
     return points
 
 

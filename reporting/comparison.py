@@ -32,26 +32,26 @@ ALONE = "no other run has predicted the same validation examples and monitors th
 def compare_runs(runs: list[RunFiles], seed_groups: SeedGroups) -> str:
     """The section that compares the best run with the others, and the best group of seeds."""
     sets, left_out = comparable_runs(runs)
-    parts = ["<h2>Is one better than another?</h2>", *compare_seeds(seed_groups)]
+    content = f"<h2>Is one better than another?</h2>{compare_seeds(seed_groups)}"
     for best, *others in sets:
         if len(sets) > 1:
             heading = f"{best.run.dataset}, by {best.run.monitor}"
-            parts.append(f"<h3>{html.escape(heading)}</h3>")
+            content += f"<h3>{html.escape(heading)}</h3>"
         if len(others) == 1:
-            parts.append(compare_two(best, others[0]))
+            content += compare_two(best, others[0])
         else:
-            parts.append(compare_many(best, others))
+            content += compare_many(best, others)
         rivals = others
         for members in seed_groups.values():
             if best.run in members:
                 rivals = [other for other in others if other.run not in members]
-        parts.append(disagreements(best, rivals[0] if rivals else others[0]))
+        content += disagreements(best, rivals[0] if rivals else others[0])
     for reason, labels in left_out.items():
         names = ", ".join(labels[:5])
         if len(labels) > 5:
             names += f" and {len(labels) - 5} more"
-        parts.append(paragraph(f"Not compared: {names} ({reason}).", "soft"))
-    return "".join(parts)
+        content += paragraph(f"Not compared: {names} ({reason}).", "soft")
+    return content
 
 
 def comparable_runs(
@@ -174,7 +174,7 @@ def compare_many(best: Predictions, others: list[Predictions]) -> str:
     return paragraph(introduction) + table(header, rows) + paragraph(method, "soft")
 
 
-def compare_seeds(seed_groups: SeedGroups) -> list[str]:
+def compare_seeds(seed_groups: SeedGroups) -> str:
     """Paragraphs on the best group of seeds against others with the same data set and metric."""
     comparable = defaultdict(list)
     for name, members in seed_groups.items():
@@ -182,7 +182,7 @@ def compare_seeds(seed_groups: SeedGroups) -> list[str]:
         values = [run.best.get(metric, math.nan) for run in one_per_seed(members)]
         if len(values) > 1 and all(map(math.isfinite, values)):
             comparable[metric, members[0].dataset].append((name, values))
-    paragraphs = []
+    content = ""
     for (metric, _), ranked in comparable.items():
         ranked.sort(key=lambda group: sort_key(mean(group[1]), metric))
         (best, values), *others = ranked
@@ -201,13 +201,13 @@ def compare_seeds(seed_groups: SeedGroups) -> list[str]:
                 f"{format_mean(other_values)} (n = {len(other_values)}), "
                 f"permutation test of the means, p = {p:.2g}{few}."
             )
-            paragraphs.append(paragraph(sentence))
-    return paragraphs
+            content += paragraph(sentence)
+    return content
 
 
 def disagreements(a: Predictions, b: Predictions) -> str:
     """The examples that only one of two runs gets right, by how much they differ on them."""
-    parts = []
+    content = ""
     for right, wrong in ((a, b), (b, a)):
         chosen = (right.correct & ~wrong.correct).nonzero().flatten()
         labels = right.labels[chosen]
@@ -218,5 +218,5 @@ def disagreements(a: Predictions, b: Predictions) -> str:
         if len(chosen) > MOST_SHOWN:
             heading += f", the {MOST_SHOWN} on which they differ most"
         examples = show_examples(wrong, chosen[:MOST_SHOWN], right)
-        parts.append(details(heading, examples, is_open=bool(chosen)))
-    return "".join(parts)
+        content += details(heading, examples, is_open=bool(chosen))
+    return content

@@ -36,23 +36,21 @@ def make_page(
 ) -> str:
     """The page on `runs`, the best first, and on the sweeps' Optuna `studies` by directory.
 
-    It shows `problems`, sentences about what could not be read, at its top.
+    It begins with `problems`, which say what could not be read.
     """
+    title = runs[0].label if len(runs) == 1 else f"{len(runs)} runs"
     if studies:
         names = [f"Sweep {format_value(study.study_name)}" for study in studies.values()]
         title = ", ".join(names)
-    else:
-        title = runs[0].label if len(runs) == 1 else f"{len(runs)} runs"
-    sections = [overview(runs)]
-    sections += [paragraph(problem, "soft") for problem in problems]
-    sections += [show_sweep(study, path) for path, study in studies.items()]
-    sections.append(show_runs(runs, seed_groups))
-    sections.append(show_curves(runs, seed_groups))
-    if len(runs) > 1:
-        sections.append(compare_runs(runs, seed_groups))
-    else:
-        sections.append(show_run(runs[0]))
-    sections.append(every_figure(runs))
+    content = overview(runs)
+    for problem in problems:
+        content += paragraph(problem, "soft")
+    for directory, study in studies.items():
+        content += show_sweep(study, directory)
+    content += show_runs(runs, seed_groups)
+    content += show_curves(runs, seed_groups)
+    content += compare_runs(runs, seed_groups) if len(runs) > 1 else show_run(runs[0])
+    content += every_figure(runs)
     style = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
     code = Path(__file__).with_name("page.js").read_text(encoding="utf-8")
     nonce = secrets.token_urlsafe(16)
@@ -62,23 +60,20 @@ def make_page(
 <meta http-equiv="Content-Security-Policy" content="{POLICY.format(nonce)}">
 <meta name="viewport" content="width=device-width"><style>{style}</style></head>
 <body><h1>{html.escape(title)}</h1>
-{"".join(sections)}
+{content}
 <script nonce="{nonce}">{get_plotlyjs()}</script>
 <script nonce="{nonce}">{code}</script></body></html>
 """
 
 
 def overview(runs: list[RunFiles]) -> str:
-    """How many runs are in which state, the best by each metric, and the notes on their files."""
+    """How many runs are in which state, and the best by each metric."""
     states = Counter(run.state for run in runs)
     summary = ", ".join(f"{number} {state}" for state, number in states.items()) + "."
     best = {run.monitor: run for run in reversed(runs) if run.monitor in run.best}
     for metric, run in best.items():
         summary += f" Best {metric}: {format_value(run.best[metric])} ({run.label})."
-    parts = [paragraph(summary)]
-    for run in runs:
-        parts += [paragraph(f"{run.label}: {note}.", "soft") for note in run.notes]
-    return "".join(parts)
+    return paragraph(summary)
 
 
 def show_runs(runs: list[RunFiles], seed_groups: SeedGroups) -> str:
@@ -92,15 +87,15 @@ def show_runs(runs: list[RunFiles], seed_groups: SeedGroups) -> str:
         "best so far. A click on a head sorts."
     )
     has_best = len(runs) > 1 and len({run.monitor for run in runs}) == 1
-    parts = ["<h2>Runs</h2>", paragraph(remark, "soft"), table(header, rows, has_best)]
+    content = f"<h2>Runs</h2>{paragraph(remark, 'soft')}{table(header, rows, has_best)}"
     if seed_groups:
         remark = (
             "Mean ± sample standard deviation over finished runs that differ in nothing but the "
             "seed, one per seed."
         )
         means = table(*seed_table(runs, seed_groups))
-        parts += ["<h2>Over seeds</h2>", paragraph(remark, "soft"), means]
-    return "".join(parts)
+        content += f"<h2>Over seeds</h2>{paragraph(remark, 'soft')}{means}"
+    return content
 
 
 def show_curves(runs: list[RunFiles], seed_groups: SeedGroups) -> str:
@@ -125,19 +120,18 @@ def show_curves(runs: list[RunFiles], seed_groups: SeedGroups) -> str:
 def show_run(run: RunFiles) -> str:
     """A single run: confusion matrix, calibration, mistakes, attributions and settings."""
     try:
-        parts = [show_predictions(run)]
+        content = show_predictions(run)
     except UserError as reason:
-        parts = [paragraph(f"No predictions to show: {reason}.", "soft")]
+        content = paragraph(f"No predictions to show: {reason}.", "soft")
     path = run.path / "attributions.html"
     if path.is_file():
-        content = html.escape(path.read_text(encoding="utf-8", errors="replace"))
-        frame = f'<iframe sandbox title="attributions" srcdoc="{content}"></iframe>'
-        parts.append(f"<h2>Attributions</h2>{frame}")
+        source = html.escape(path.read_text(encoding="utf-8", errors="replace"))
+        frame = f'<iframe sandbox title="attributions" srcdoc="{source}"></iframe>'
+        content += f"<h2>Attributions</h2>{frame}"
     settings = run.config | run.settings  # which has the versions one by one
     settings.pop("versions", None)
     rows = [[name, format_value(value)] for name, value in settings.items()]
-    parts += ["<h2>Settings</h2>", table(["setting", "value"], rows)]
-    return "".join(parts)
+    return f"{content}<h2>Settings</h2>{table(['setting', 'value'], rows)}"
 
 
 def show_predictions(run: RunFiles) -> str:
@@ -148,10 +142,10 @@ def show_predictions(run: RunFiles) -> str:
     confidence = predictions.probabilities[wrong].max(1).values
     surest = wrong[confidence.argsort(descending=True, stable=True)].tolist()
     summary = paragraph(f"{len(wrong):,} of {len(predictions.labels):,} are wrong.")
+    examples = show_examples(predictions, surest[:MOST_SHOWN])
     return (
         f'<h2>Predictions</h2><div class="pair">{charts}</div>'
-        f"<h2>Most confident mistakes</h2>{summary}"
-        + show_examples(predictions, surest[:MOST_SHOWN])
+        f"<h2>Most confident mistakes</h2>{summary}{examples}"
     )
 
 

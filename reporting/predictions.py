@@ -68,10 +68,10 @@ def read_predictions(run: RunFiles) -> Predictions:
         classes = [name for name in columns if name.startswith("probability_")]
         if len(classes) > MAX_CLASSES:
             raise ValueError("too many classes")
-        labels = torch.tensor(np.array(columns["label"], dtype=int))
-        predictions = torch.tensor(np.array(columns["prediction"], dtype=int))
-        probabilities = torch.tensor(np.array([columns[name] for name in classes], dtype=float).T)
-        losses = torch.tensor(np.array(columns["loss"], dtype=float))
+        labels = torch.tensor(np.array(columns["label"], int))
+        predictions = torch.tensor(np.array(columns["prediction"], int))
+        probabilities = torch.tensor(np.array([columns[name] for name in classes], float).T)
+        losses = torch.tensor(np.array(columns["loss"], float))
         confusion = ConfusionMatrix(len(classes))
         confusion.update(predictions, labels)  # checks the range
         calibration(probabilities, labels)  # checks the probabilities
@@ -108,21 +108,21 @@ def show_examples(
         return paragraph("None.", "soft")
     images = None if predictions.texts else find_images(predictions)
     names = predictions.class_names
-    figures = []
+    figures = ""
     rows = []
     for i in indices:
         label = names[predictions.labels[i]]
         prediction = names[predictions.predictions[i]]
         confidence = float(predictions.probabilities[i].max())
         if images is not None:
-            figures.append(_figure(images[i, 0], f"{label} as {prediction}, {confidence:.0%}"))
+            figures += _figure(images[i, 0], f"{label} as {prediction}, {confidence:.0%}")
         example = [column[i] for column in predictions.texts.values()] or [i]
         rows.append([*example, label, prediction, confidence])
         if other:
             rows[-1].append(float(other.probabilities[i, predictions.labels[i]]))
     if figures:
         heading = paragraph("Label as prediction, and its probability:", "soft")
-        return f'{heading}<div class="images">{"".join(figures)}</div>'
+        return f'{heading}<div class="images">{figures}</div>'
     header = [*(predictions.texts or ["example"]), "label", "prediction", "its probability"]
     if other:
         header.append("the other run's probability of the label")

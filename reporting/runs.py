@@ -212,8 +212,7 @@ def groups(runs: list[RunFiles]) -> SeedGroups:
         settings = {
             name: value for name, value in run.settings.items() if name not in SEED_AND_REMARKS
         }
-        if settings:
-            by_settings[json.dumps(settings, sort_keys=True)].append(run)
+        by_settings[json.dumps(settings, sort_keys=True)].append(run)
     seeded = [members for members in by_settings.values() if len({run.seed for run in members}) > 1]
     differences = differing([members[0] for members in seeded])
     names = [name for name in differences if name not in SEED_AND_REMARKS]
@@ -231,9 +230,11 @@ def groups(runs: list[RunFiles]) -> SeedGroups:
 
 def one_per_seed(members: list[RunFiles]) -> list[RunFiles]:
     """The finished runs of a group, one per seed: of a repeated run, the last by path."""
-    finished = [run for run in members if run.metrics is not None]
-    finished.sort(key=lambda run: run.path)
-    return list({run.seed: run for run in finished}.values())
+    by_seed = {}
+    for run in sorted(members, key=lambda run: run.path):
+        if run.metrics is not None:
+            by_seed[run.seed] = run
+    return list(by_seed.values())
 
 
 def format_value(value: Any) -> str:

@@ -67,32 +67,26 @@ def show_sweep(study: Any, directory: Path) -> str:
     metric = study.user_attrs["sweep"]["metric"]
     states = Counter(trial.state.name for trial in trials)
     counts = [f"{states[state]} {name}" for state, name in STATES.items() if state in states]
-    parts = [
-        paragraph(f"{len(trials)} trials: {', '.join(counts)}."),
-        chart(history(study, trials, metric)),
-    ]
+    content = paragraph(f"{len(trials)} trials: {', '.join(counts)}.")
+    content += chart(history(study, trials, metric))
     if "COMPLETE" in states:
-        parts.append(chart(parallel_coordinates(study, metric)))
-    parts.append(chart(parameters(trials, metric)))
+        content += chart(parallel_coordinates(study, metric))
+    content += chart(parameters(trials, metric))
     importances = read_importances(directory)
     if importances and states["COMPLETE"] >= ENOUGH_TRIALS:
-        parts.append(paragraph(f"Importances: {', '.join(importances)}."))
-    else:
-        remark = (
-            "Importances are computed at the end of a search with "
-            f"{ENOUGH_TRIALS} complete trials or more."
-        )
-        parts.append(paragraph(remark, "soft"))
-    return "".join(parts)
+        return content + paragraph(f"Importances: {', '.join(importances)}.")
+    remark = (
+        "Importances are computed at the end of a search with "
+        f"{ENOUGH_TRIALS} complete trials or more."
+    )
+    return content + paragraph(remark, "soft")
 
 
 def read_importances(directory: Path) -> list[str]:
     """The importances that sweep_offline.py computes at the end of the search; empty before."""
-    with (
-        contextlib.suppress(OSError, ValueError, csv.Error),
-        (directory / "importances.csv").open(newline="") as file,
-    ):
-        _, *rows = csv.reader(file)
+    with contextlib.suppress(OSError, ValueError):
+        lines = (directory / "importances.csv").read_text().splitlines()
+        _, *rows = csv.reader(lines)
         return [f"{format_value(name)} {float(share):.0%}" for name, share in rows]
     return []
 
@@ -104,21 +98,22 @@ def points(trials: list[Any], metric: str, parameter: str | None = None) -> list
     """
     traces = []
     for state, symbol, color in (("COMPLETE", "circle", "#3b82c4"), ("PRUNED", "x", "#d9662b")):
+        name = STATES[state]
         trace = {
             "x": [],
             "y": [],
             "text": [],
             "mode": "markers",
-            "name": STATES[state],
+            "name": name,
             "legendgroup": state,
             "marker": {"symbol": symbol, "color": color, "size": 8},
-            "hovertemplate": f"{chart_text(metric)} %{{y:.4g}}<br>%{{text}}<extra>{STATES[state]}</extra>",
+            "hovertemplate": f"{chart_text(metric)} %{{y:.4g}}<br>%{{text}}<extra>{name}</extra>",
         }
         for trial in trials:
             if trial.state.name == state and trial.value is not None:
                 lines = [f"trial {trial.number}"]
-                for name, value in trial.params.items():
-                    lines.append(chart_text(f"{name} = {format_value(value)}"))
+                for key, value in trial.params.items():
+                    lines.append(chart_text(f"{key} = {format_value(value)}"))
                 trace["x"].append(trial.params.get(parameter) if parameter else trial.number)
                 trace["y"].append(finite(trial.value))
                 trace["text"].append("<br>".join(lines))
