@@ -22,7 +22,6 @@ import torch
 from reporting.markup import MARK
 from reporting.runs import (
     find_runs,
-    format_seconds,
     format_value,
     groups,
     run_table,
@@ -48,7 +47,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="of a run, of a sweep, or of several runs",
     )
     parser.add_argument(
-        "--output", type=Path, default=Path("report.html"), help="the page to write [report.html]"
+        "--output", type=Path, default="report.html", help="the page to write [report.html]"
     )
     return parser.parse_args(argv)
 
@@ -60,8 +59,7 @@ def print_table(header: list[str], rows: list[list[Any]]) -> None:
         cells.append([format_value(value)[:40] for value in row])
     widths = [max(map(len, column)) for column in zip(*cells)]
     for row in cells:
-        padded = [content.ljust(width) for content, width in zip(row, widths)]
-        print("  ".join(padded).rstrip())
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
 
 
 def check_output(path: Path) -> None:
@@ -90,7 +88,7 @@ def report(arguments: argparse.Namespace) -> None:
     seed_groups = groups(runs)
     header, rows = run_table(runs)
     for row in rows:
-        row[-1] = format_seconds(row[-1])
+        _, row[-1] = row[-1]  # the time as text
     print_table(header, rows)
     if seed_groups:
         print()
@@ -119,7 +117,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         report(parse_arguments(argv))
     except UserError as error:  # may quote a path with line breaks
-        raise UserError(format_value(str(error)), error.status) from None
+        raise UserError(format_value(str(error))) from None
 
 
 if __name__ == "__main__":

@@ -21,8 +21,7 @@ Figure = dict[str, Any]  # data and layout of a chart, as plotly.js takes them
 def chart_text(string: str, longest: int = 48) -> str:
     """Text for plotly.js, which interprets HTML; a long string is shortened in the middle."""
     if len(string) > longest:
-        half = longest // 2
-        string = f"{string[:half]}…{string[1 - half :]}"
+        string = f"{string[: longest // 2]}…{string[1 - longest // 2 :]}"
     return html.escape(string, quote=False)
 
 
@@ -33,35 +32,45 @@ def finite(value: float) -> float | None:
 
 def curves(runs: list[RunFiles], seed_groups: SeedGroups) -> dict[str, Any]:
     """For each metric, the curve of every run, and mean ± standard deviation of every group."""
-    values = 4 * sum(len(run.rows) for run in runs)  # most rows have about four metrics
-    every = math.ceil(values / MAX_POINTS)
+    total = 4 * sum(len(run.rows) for run in runs)  # most rows have about four metrics
+    every = math.ceil(total / MAX_POINTS)
     names = set()
     for run in runs:
         names.update(*run.rows)
+    names -= {"step", "epoch"}
     metrics = {}
-    for name in sorted(
-        names - {"step", "epoch"}, key=lambda name: (not name.startswith("valid/"), name)
-    ):
+    for name in sorted(names, key=lambda name: (not name.startswith("valid/"), name)):
         lines = []
         for i, run in enumerate(runs):
             rows = thinned([row for row in run.rows if name in row], every)
             if rows:
                 steps = [int(row["step"]) for row in rows]
-                lines.append({"run": i, "x": steps, "y": [finite(row[name]) for row in rows]})
+                values = [finite(row[name]) for row in rows]
+                lines.append({"run": i, "x": steps, "y": values})
         bands = []
         for i, members in enumerate(seed_groups.values()):
             points = band(members, name, every)
             if points:
                 steps, means, deviations, counts = zip(*points)
-                bands.append({"group": i, "x": steps, "y": means, "sd": deviations, "n": counts})
+                bands.append(
+                    {
+                        "group": i,
+                        "x": steps,
+                        "y": means,
+                        "sd": deviations,
+                        "n": counts,
+                    }
+                )
         metrics[name] = {"runs": lines, "groups": bands}
-    shown_first = dict.fromkeys([*(run.monitor for run in runs), *OVERVIEW])
+    group_names = []
     group_of = {}
-    for i, members in enumerate(seed_groups.values()):
+    for i, (name, members) in enumerate(seed_groups.items()):
+        group_names.append(chart_text(f"{name} (n = {len(members)})"))
         group_of.update((run.path, i) for run in members)
+    shown_first = dict.fromkeys([*(run.monitor for run in runs), *OVERVIEW])
     return {
         "runs": [{"name": chart_text(run.label), "group": group_of.get(run.path)} for run in runs],
-        "groups": [chart_text(f"{name} (n = {len(seed_groups[name])})") for name in seed_groups],
+        "groups": group_names,
         "metrics": metrics,
         "overview": [name for name in shown_first if name in metrics][:4],
         "thinned": every > 1,
@@ -75,7 +84,7 @@ def thinned(points: list[Any], every: int) -> list[Any]:
     return points[(len(points) - 1) % every :: every]
 
 
-def band(runs: list[RunFiles], name: str, every: int) -> list[tuple[Any, ...]]:
+def band(runs: list[RunFiles], name: str, every: int) -> list[tuple]:
     """Step, mean, standard deviation and count of a metric, where at least two runs have it."""
     by_step = defaultdict(list)
     for run in runs:
@@ -93,7 +102,7 @@ def band(runs: list[RunFiles], name: str, every: int) -> list[tuple[Any, ...]]:
 
 def titled(title: str, **options: Any) -> dict[str, Any]:
     """The layout of a chart or an axis."""
-    return {"title": {"text": title}, **options}
+    return {"title": {"text": chart_text(title)}, **options}
 
 
 def confusion(predictions: Predictions) -> Figure:
@@ -120,9 +129,8 @@ def confusion(predictions: Predictions) -> Figure:
 
 def reliability(predictions: Predictions) -> Figure:
     """A reliability diagram: accuracy by the probability that the model gave its predictions."""
-    bins = calibration(predictions.probabilities, predictions.labels)
-    used = bins[0] > 0
-    counts, confidences, accuracies = (column[used] for column in bins)
+    counts, confidences, accuracies = calibration(predictions.probabilities, predictions.labels)
+    used = counts > 0
     diagonal = {
         "x": [0, 1],
         "y": [0, 1],
@@ -132,12 +140,12 @@ def reliability(predictions: Predictions) -> Figure:
         "hoverinfo": "skip",
     }
     points = {
-        "x": confidences.tolist(),
-        "y": accuracies.tolist(),
-        "customdata": counts.tolist(),
+        "x": confidences[used].tolist(),
+        "y": accuracies[used].tolist(),
+        "customdata": counts[used].tolist(),
         "mode": "markers",
         "name": "this model",
-        "marker": {"size": (4 + 20 * (counts / counts.max()).sqrt()).tolist()},
+        "marker": {"size": (4 + 20 * (counts[used] / counts.max()).sqrt()).tolist()},
         "hovertemplate": "mean probability %{x:.1%}<br>accuracy %{y:.1%}<br>"
         "%{customdata:,} examples<extra></extra>",
     }

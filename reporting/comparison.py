@@ -12,13 +12,12 @@ from harness.errors import UserError
 from metrics import (
     EVALUATION_METRICS,
     evaluation,
-    lower_is_better,
     mcnemar_exact,
     paired_bootstrap,
     paired_bootstrap_counts,
     permutation_test,
 )
-from reporting.markup import cell, counted, details, paragraph, table
+from reporting.markup import counted, details, paragraph, table
 from reporting.predictions import Predictions, read_predictions, show_examples
 from reporting.runs import RunFiles, SeedGroups, format_mean, one_per_seed, sort_key
 
@@ -35,17 +34,18 @@ def compare_runs(runs: list[RunFiles], seed_groups: SeedGroups) -> str:
     content = f"<h2>Is one better than another?</h2>{compare_seeds(seed_groups)}"
     for best, *others in sets:
         if len(sets) > 1:
-            heading = f"{best.run.dataset}, by {best.run.monitor}"
-            content += f"<h3>{html.escape(heading)}</h3>"
+            content += (
+                f"<h3>{html.escape(best.run.dataset)}, by {html.escape(best.run.monitor)}</h3>"
+            )
         if len(others) == 1:
             content += compare_two(best, others[0])
         else:
             content += compare_many(best, others)
-        rivals = others
+        rival = others[0]
         for members in seed_groups.values():
             if best.run in members:
-                rivals = [other for other in others if other.run not in members]
-        content += disagreements(best, rivals[0] if rivals else others[0])
+                rival = next((other for other in others if other.run not in members), rival)
+        content += disagreements(best, rival)
     for reason, labels in left_out.items():
         names = ", ".join(labels[:5])
         if len(labels) > 5:
@@ -114,31 +114,29 @@ def verdict(a: str, b: str, metric: str, interval: tuple[float, float]) -> str:
         return f"{metric} can't be computed from predictions.csv"
     if low <= 0 <= high:
         return f"No evidence of a difference in {metric}"
-    better = b if (low > 0) == lower_is_better(metric) else a
+    better = a if sort_key(low, metric) < 0 else b
     return f"{better} is better in {metric}"
 
 
 def compare_two(a: Predictions, b: Predictions) -> str:
     """Two runs compared in sentences."""
-    name_a = a.run.label
-    name_b = b.run.label
     metric = a.run.monitor
     gap, low, high = difference(a, b)
     sentences = ""
     if math.isfinite(gap):
         sentences = (
-            f"{metric} of {name_a} minus that of {name_b} is {gap:+.4g}, "
+            f"{metric} of {a.run.label} minus that of {b.run.label} is {gap:+.4g}, "
             f"95% interval {low:+.4g} to {high:+.4g} (paired bootstrap). "
         )
     test = mcnemar_exact(a.correct, b.correct)
     found = "no evidence of a difference" if test.p_value > 0.05 else "a difference"
     sentences += (
-        f"Of the same {counted(len(a.labels), 'validation example')}, only {name_a} is right on "
-        f"{test.only_a:,} and only {name_b} on {test.only_b:,}: {found} in accuracy "
+        f"Of the same {counted(len(a.labels), 'validation example')}, only {a.run.label} is right "
+        f"on {test.only_a:,} and only {b.run.label} on {test.only_b:,}: {found} in accuracy "
         f"(McNemar's exact test, p = {test.p_value:.2g})."
     )
-    conclusion = paragraph(verdict(name_a, name_b, metric, (low, high)) + ".", "verdict")
-    return conclusion + paragraph(sentences) + paragraph(CAUTION, "soft")
+    conclusion = verdict(a.run.label, b.run.label, metric, (low, high)) + "."
+    return f"{paragraph(conclusion, 'verdict')}{paragraph(sentences)}{paragraph(CAUTION, 'soft')}"
 
 
 def compare_many(best: Predictions, others: list[Predictions]) -> str:
@@ -147,9 +145,7 @@ def compare_many(best: Predictions, others: list[Predictions]) -> str:
     rows = []
     for other in others:
         gap, low, high = difference(best, other)
-        interval = None
-        if math.isfinite(gap):
-            interval = cell(low, f"{low:+.4g} to {high:+.4g}")
+        interval = (low, f"{low:+.4g} to {high:+.4g}") if math.isfinite(gap) else None
         conclusion = verdict("The best", "This one", metric, (low, high))
         test = mcnemar_exact(best.correct, other.correct)
         rows.append([other.run.label, gap, interval, *test, conclusion])
@@ -171,7 +167,7 @@ def compare_many(best: Predictions, others: list[Predictions]) -> str:
         "examples are right. The best of several was chosen for its figure, which flatters it. "
         f"{CAUTION}"
     )
-    return paragraph(introduction) + table(header, rows) + paragraph(method, "soft")
+    return f"{paragraph(introduction)}{table(header, rows)}{paragraph(method, 'soft')}"
 
 
 def compare_seeds(seed_groups: SeedGroups) -> str:
@@ -196,12 +192,11 @@ def compare_seeds(seed_groups: SeedGroups) -> str:
             if len(values) == len(other_values):
                 least *= 2  # swapping two groups of one size changes nothing
             few = f"; with so few runs it can't be below {least:.2g}" if least > 0.05 else ""
-            sentence = (
+            content += paragraph(
                 f"Over seeds, {found}: {format_mean(values)} (n = {len(values)}) and "
                 f"{format_mean(other_values)} (n = {len(other_values)}), "
                 f"permutation test of the means, p = {p:.2g}{few}."
             )
-            content += paragraph(sentence)
     return content
 
 
@@ -213,8 +208,8 @@ def disagreements(a: Predictions, b: Predictions) -> str:
         labels = right.labels[chosen]
         margin = right.probabilities[chosen, labels] - wrong.probabilities[chosen, labels]
         chosen = chosen[margin.argsort(descending=True, stable=True)].tolist()
-        number = counted(len(chosen), "example")
-        heading = f"{right.run.label} right, {wrong.run.label} wrong: {number}"
+        heading = f"{right.run.label} right, {wrong.run.label} wrong: "
+        heading += counted(len(chosen), "example")
         if len(chosen) > MOST_SHOWN:
             heading += f", the {MOST_SHOWN} on which they differ most"
         examples = show_examples(wrong, chosen[:MOST_SHOWN], right)

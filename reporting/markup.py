@@ -10,25 +10,23 @@ from reporting.runs import format_value, is_number
 MARK = "<!-- written by report.py -->"  # near the beginning of every page
 
 
-class Markup(str):
-    """HTML that is already escaped."""
-
-
 def paragraph(content: str, css_class: str = "") -> str:
     """A paragraph of text."""
     return f'<p class="{css_class}">{html.escape(content)}</p>'
 
 
-def cell(value: Any, shown: str | None = None) -> Markup:
-    """A table cell. A number is sorted by its value and shown to four digits, or as `shown`."""
-    if isinstance(value, Markup):
-        return value
-    content = html.escape(shown or format_value(value))
+def cell(value: Any) -> str:
+    """A table cell. A number is sorted by its value; a pair is a value and the text to show."""
+    if isinstance(value, tuple):
+        value, shown = value
+    else:
+        shown = format_value(value)
+    content = html.escape(shown)
     if is_number(value):
         exact = repr(value).replace("inf", "Infinity")
-        return Markup(f'<td class="number" data-value="{exact}" title="{exact}">{content}</td>')
-    attribute = ' class="short"' if len(format_value(value)) <= 30 else ""
-    return Markup(f"<td{attribute}>{content}</td>")
+        return f'<td class="number" data-value="{exact}" title="{exact}">{content}</td>'
+    attribute = ' class="short"' if len(shown) <= 30 else ""
+    return f"<td{attribute}>{content}</td>"
 
 
 def table(header: list[str], rows: list[list[Any]], bold_first: bool = False) -> str:

@@ -11,12 +11,11 @@ from plotly.offline import get_plotlyjs
 from harness.errors import UserError
 from reporting.charts import confusion, curves, reliability
 from reporting.comparison import MOST_SHOWN, compare_runs
-from reporting.markup import MARK, cell, chart, details, embedded_json, paragraph, table
+from reporting.markup import MARK, chart, details, embedded_json, paragraph, table
 from reporting.predictions import read_predictions, show_examples
 from reporting.runs import (
     RunFiles,
     SeedGroups,
-    format_seconds,
     format_value,
     run_table,
     seed_table,
@@ -40,8 +39,7 @@ def make_page(
     """
     title = runs[0].label if len(runs) == 1 else f"{len(runs)} runs"
     if studies:
-        names = [f"Sweep {format_value(study.study_name)}" for study in studies.values()]
-        title = ", ".join(names)
+        title = ", ".join(f"Sweep {format_value(study.study_name)}" for study in studies.values())
     content = overview(runs)
     for problem in problems:
         content += paragraph(problem, "soft")
@@ -79,8 +77,6 @@ def overview(runs: list[RunFiles]) -> str:
 def show_runs(runs: list[RunFiles], seed_groups: SeedGroups) -> str:
     """The tables of the runs, and of means over seeds."""
     header, rows = run_table(runs)
-    for row in rows:
-        row[-1] = cell(row[-1], format_seconds(row[-1]))
     remark = (
         "Settings that are the same in all runs, or concern only logging, are left out. Figures "
         "are those of the best epoch by the monitored metric; of a run that has not finished, the "
@@ -126,8 +122,8 @@ def show_run(run: RunFiles) -> str:
     path = run.path / "attributions.html"
     if path.is_file():
         source = html.escape(path.read_text(encoding="utf-8", errors="replace"))
-        frame = f'<iframe sandbox title="attributions" srcdoc="{source}"></iframe>'
-        content += f"<h2>Attributions</h2>{frame}"
+        content += "<h2>Attributions</h2>"
+        content += f'<iframe sandbox title="attributions" srcdoc="{source}"></iframe>'
     settings = run.config | run.settings  # which has the versions one by one
     settings.pop("versions", None)
     rows = [[name, format_value(value)] for name, value in settings.items()]
@@ -151,8 +147,7 @@ def show_predictions(run: RunFiles) -> str:
 
 def every_figure(runs: list[RunFiles]) -> str:
     """All figures of all runs, for those who miss one above."""
-    names = set().union(*(run.best for run in runs))
-    names = sorted(names - {"epoch", "step"})
+    names = sorted(set().union(*(run.best for run in runs)) - {"epoch", "step"})
     if not names:
         return ""
     rows = [[run.label, *(run.best.get(name) for name in names)] for run in runs]

@@ -20,7 +20,6 @@ from reporting.runs import RunFiles, format_value
 from tasks.digits import MNIST_SHA256, TORCHVISION_CLASS, load_digits, split_digits
 
 csv.field_size_limit(2**31 - 1)  # the default is 131,072 characters
-MAX_CLASSES = 1000  # a larger confusion matrix does not fit a page
 _load_digits = functools.lru_cache(maxsize=1)(load_digits)  # both runs of a comparison use it
 
 
@@ -66,12 +65,11 @@ def read_predictions(run: RunFiles) -> Predictions:
             header, *rows = csv.reader(file)
         columns = dict(zip(header, zip(*rows, strict=True)))
         classes = [name for name in columns if name.startswith("probability_")]
-        if len(classes) > MAX_CLASSES:
-            raise ValueError("too many classes")
-        labels = torch.tensor(np.array(columns["label"], int))
-        predictions = torch.tensor(np.array(columns["prediction"], int))
-        probabilities = torch.tensor(np.array([columns[name] for name in classes], float).T)
-        losses = torch.tensor(np.array(columns["loss"], float))
+        integers = np.array([columns["label"], columns["prediction"]], int)
+        labels, predictions = torch.from_numpy(integers)
+        floats = torch.from_numpy(np.array([columns[name] for name in ("loss", *classes)], float))
+        losses = floats[0]
+        probabilities = floats[1:].T
         confusion = ConfusionMatrix(len(classes))
         confusion.update(predictions, labels)  # checks the range
         calibration(probabilities, labels)  # checks the probabilities

@@ -171,13 +171,11 @@ def read_journal(path: Path, notes: list[str]) -> list[dict[str, float]]:
             lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     rows = []
     for line in lines:
-        try:
+        with contextlib.suppress(ValueError, AttributeError, KeyError, RecursionError):
             cells = json.loads(line)
             row = {name: float(value) for name, value in cells.items() if is_number(value)}
             if math.isfinite(row["step"]):
                 rows.append(row)
-        except (ValueError, AttributeError, KeyError, RecursionError):
-            pass  # counted below
     if len(rows) < len(lines):
         notes.append(f"{len(lines) - len(rows)} of {len(lines)} rows of {JOURNAL} can't be read")
     return rows
@@ -196,13 +194,13 @@ def is_locked(directory: Path) -> bool:
     return False
 
 
-def differing(runs: list[RunFiles]) -> list[str]:
-    """The names of the settings that differ between the runs that have them."""
+def differing(runs: list[RunFiles], ignored: Iterable[str] = ()) -> list[str]:
+    """The names of the settings, save `ignored`, that differ between the runs that have them."""
     values = defaultdict(set)
     for run in runs:
         for name, value in run.settings.items():
             values[name].add(json.dumps(value, sort_keys=True))
-    return [name for name, distinct in values.items() if len(distinct) > 1]
+    return [name for name, distinct in values.items() if len(distinct) > 1 and name not in ignored]
 
 
 def groups(runs: list[RunFiles]) -> SeedGroups:
@@ -214,8 +212,7 @@ def groups(runs: list[RunFiles]) -> SeedGroups:
         }
         by_settings[json.dumps(settings, sort_keys=True)].append(run)
     seeded = [members for members in by_settings.values() if len({run.seed for run in members}) > 1]
-    differences = differing([members[0] for members in seeded])
-    names = [name for name in differences if name not in SEED_AND_REMARKS]
+    names = differing([members[0] for members in seeded], SEED_AND_REMARKS)
     named = {}
     for members in seeded:
         first = members[0]
@@ -249,8 +246,8 @@ def format_value(value: Any) -> str:
 
 def format_seconds(value: float | None) -> str:
     """A duration in seconds, minutes or hours."""
-    if value is None or not math.isfinite(value):
-        return format_value(value)
+    if value is None:
+        return "–"
     if value < 100:
         return f"{value:.1f} s"
     if value < 6000:
@@ -264,15 +261,19 @@ def format_mean(values: list[float]) -> str:
 
 
 def run_table(runs: list[RunFiles]) -> Table:
-    """Header and rows: the settings that differ, and the figures; the last column is in seconds."""
-    settings = [name for name in differing(runs) if name != "name"]
+    """Header and rows: the settings that differ, and the figures.
+
+    The last column holds pairs: the time in seconds, and as text.
+    """
+    settings = differing(runs, ["name"])
     figures = shown_figures(runs)
     rows = []
     for run in runs:
         row = [run.label, run.state + run.detail]
         row += [run.settings.get(name) for name in settings]
-        row += [run.best.get(name) for name in ("epoch", *figures, "seconds")]
-        rows.append(row)
+        row += [run.best.get(name) for name in ("epoch", *figures)]
+        seconds = run.best.get("seconds")
+        rows.append([*row, (seconds, format_seconds(seconds))])
     return ["run", "state", *settings, "best epoch", *figures, "time"], rows
 
 

@@ -34,14 +34,14 @@ def open_study(directory: Path, runs: list[RunFiles]) -> Any:
         import optuna
     except ImportError:
         raise UserError("Optuna is not installed: pip install -r requirements-sweep.txt") from None
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    optuna.logging.disable_default_handler()
     directory = directory.resolve()
     file = quote(str(directory / "study.db"))
     url = f"sqlite:///file:{file}?mode=ro&uri=true"  # read-only: the search may be under way
     try:
         storage = optuna.storages.RDBStorage(url, skip_table_creation=True)
         study = optuna.load_study(study_name=None, storage=storage)
-        trials = study.get_trials(deepcopy=False)
+        trials = study.trials
         if "metric" not in study.user_attrs.get("sweep", ""):
             raise ValueError("it is not of sweep_offline.py")
     except Exception as error:  # SQLAlchemy's, SQLite's or Optuna's own
@@ -63,7 +63,7 @@ def open_study(directory: Path, runs: list[RunFiles]) -> Any:
 
 def show_sweep(study: Any, directory: Path) -> str:
     """A sweep: its trials over time, its parameters and their importances."""
-    trials = study.get_trials(deepcopy=False)
+    trials = study.trials
     metric = study.user_attrs["sweep"]["metric"]
     states = Counter(trial.state.name for trial in trials)
     counts = [f"{states[state]} {name}" for state, name in STATES.items() if state in states]
@@ -75,18 +75,17 @@ def show_sweep(study: Any, directory: Path) -> str:
     importances = read_importances(directory)
     if importances and states["COMPLETE"] >= ENOUGH_TRIALS:
         return content + paragraph(f"Importances: {', '.join(importances)}.")
-    remark = (
+    return content + paragraph(
         "Importances are computed at the end of a search with "
-        f"{ENOUGH_TRIALS} complete trials or more."
+        f"{ENOUGH_TRIALS} complete trials or more.",
+        "soft",
     )
-    return content + paragraph(remark, "soft")
 
 
 def read_importances(directory: Path) -> list[str]:
     """The importances that sweep_offline.py computes at the end of the search; empty before."""
     with contextlib.suppress(OSError, ValueError):
-        lines = (directory / "importances.csv").read_text().splitlines()
-        _, *rows = csv.reader(lines)
+        _, *rows = csv.reader((directory / "importances.csv").read_text().splitlines())
         return [f"{format_value(name)} {float(share):.0%}" for name, share in rows]
     return []
 
@@ -133,7 +132,7 @@ def history(study: Any, trials: list[Any], metric: str) -> Figure:
         "name": "best so far",
         "line": {"shape": "hv", "color": "#2e9d6a"},
     }
-    layout = titled("Values over time", xaxis=titled("trial"), yaxis=titled(chart_text(metric)))
+    layout = titled("Values over time", xaxis=titled("trial"), yaxis=titled(metric))
     return {"data": [*points(trials, metric), line], "layout": layout}
 
 
@@ -142,20 +141,18 @@ def parameters(trials: list[Any], metric: str) -> Figure:
     spaces = {}
     for trial in trials:
         spaces |= trial.distributions
-    panels = max(1, len(spaces))
-    columns = min(4, panels)
-    rows = math.ceil(panels / columns)
+    rows = math.ceil(len(spaces) / 4)
     layout = titled(
-        f"Each parameter against {chart_text(metric)}",
+        f"Each parameter against {metric}",
         height=90 + 230 * rows,
-        grid={"rows": rows, "columns": columns, "pattern": "independent"},
+        grid={"rows": rows, "columns": min(4, len(spaces)), "pattern": "independent"},
     )
     data = []
     for i, (name, space) in enumerate(spaces.items(), start=1):
         for trace in points(trials, metric, name):
             trace |= {"xaxis": f"x{i}", "yaxis": f"y{i}", "showlegend": i == 1}
             data.append(trace)
-        axis = titled(chart_text(name), type="linear")
+        axis = titled(name, type="linear")
         if choices := getattr(space, "choices", None):
             axis |= {"type": "category", "categoryarray": choices}
         elif getattr(space, "log", False):
