@@ -13,8 +13,6 @@ from reporting.runs import RunFiles, SeedGroups
 MAX_POINTS = 300_000  # in all curves together
 SHORT = 500  # points in a curve that is never thinned
 OVERVIEW = ("valid/loss", "train/loss_step", "valid/acc", "train/acc_step")  # after the monitored
-
-
 Figure = dict[str, Any]  # data and layout of a chart, as plotly.js takes them
 
 

@@ -13,17 +13,11 @@ from reporting.charts import confusion, curves, reliability
 from reporting.comparison import MOST_SHOWN, compare_runs
 from reporting.markup import MARK, chart, details, embedded_json, paragraph, table
 from reporting.predictions import read_predictions, show_examples
-from reporting.runs import (
-    RunFiles,
-    SeedGroups,
-    format_value,
-    run_table,
-    seed_table,
-)
+from reporting.runs import RunFiles, SeedGroups, format_value, run_table, seed_table
 from reporting.sweep import show_sweep
 
-# Only the page's own scripts may run, and nothing is fetched. plotly.js compiles code for parallel
-# coordinates.
+# Only the page's own scripts may run, and nothing is fetched. plotly.js needs 'unsafe-eval' for
+# parallel coordinates.
 POLICY = (
     "default-src 'none'; img-src data: blob:; style-src 'unsafe-inline'; "
     "script-src 'nonce-{}' 'unsafe-eval'"
