@@ -1,6 +1,7 @@
-"""Compare runs, or look at a sweep or one run, without an account: python report.py RUN_DIRECTORY...
+"""Compare runs, or view a sweep or one run, without an account: python report.py RUN_DIRECTORY...
 
-Prints the runs as a table and writes a page with their curves and comparison, report.html, that opens from disk.
+Prints the runs as a table and writes a page with their curves and comparison, report.html, that
+opens from disk.
 """
 
 import argparse
@@ -9,18 +10,25 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from harness.errors import UserError
-from harness.files import replacing
+from harness.files import write_text
 from harness.script import run_script
 
 if __name__ == "__main__":
-    signal.signal(
-        signal.SIGINT, signal.SIG_DFL
-    )  # Ctrl-C during the imports ends the process without a traceback
+    # Ctrl-C during the imports ends the process without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
 
-from reporting.runs import MARK, find_runs, groups, run_table, seconds, seed_table, sort_runs, text
-from reporting.sweep import open_study, sweep_charts
+from reporting.markup import MARK
+from reporting.runs import (
+    find_runs,
+    format_value,
+    groups,
+    run_table,
+    seed_table,
+    sort_runs,
+)
+from reporting.sweep import open_study
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -39,66 +47,69 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="of a run, of a sweep, or of several runs",
     )
     parser.add_argument(
-        "--output", type=Path, default=Path("report.html"), help="the page to write [report.html]"
+        "--output", type=Path, default="report.html", help="the page to write [report.html]"
     )
     return parser.parse_args(argv)
 
 
 def print_table(header: list[str], rows: list[list[Any]]) -> None:
     """Print a table in columns."""
-    cells = [[text(value)[:40] for value in row] for row in (header, *rows)]
+    cells = []
+    for row in [header, *rows]:
+        cells.append([format_value(value)[:40] for value in row])
     widths = [max(map(len, column)) for column in zip(*cells)]
     for row in cells:
-        print("  ".join(word.ljust(width) for word, width in zip(row, widths)).rstrip())
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
 
 
 def check_output(path: Path) -> None:
     """Raise `UserError` if the page would replace something that is not a report."""
-    if path.is_symlink() or (path.exists() and not path.is_file()):
+    if path.is_file() and not path.is_symlink():
+        if MARK.encode() not in path.open("rb").read(200):
+            raise UserError(f"--output {path} is not a report; choose another name")
+    elif path.exists() or path.is_symlink():
         raise UserError(f"--output {path} is not a file; choose another name")
-    if path.exists() and MARK.encode() not in path.open("rb").read(200):
-        raise UserError(f"--output {path} is not a report; choose another name")
 
 
 def report(arguments: argparse.Namespace) -> None:
     """Print the table and write the page."""
-    check_output(arguments.output)
+    output = arguments.output
+    check_output(output)
     runs = find_runs(arguments.directories)
-    studies, problems = {}, []
-    for directory in dict.fromkeys(
-        path for path in arguments.directories if (path / "study.db").is_file()
-    ):
-        try:
-            studies[directory] = open_study(directory, runs)
-        except UserError as error:
-            problems.append(f"{directory}: {error}")
+    studies = {}
+    problems = []
+    for directory in arguments.directories:
+        if (directory / "study.db").is_file():
+            try:
+                studies[directory] = open_study(directory, runs)
+            except UserError as error:
+                problems.append(format_value(f"{directory}: {error}"))
     runs = sort_runs(runs)
+    seed_groups = groups(runs)
     header, rows = run_table(runs)
-    print_table(header, [[*row[:-1], seconds(row[-1])] for row in rows])
-    seeds = groups(runs)
-    if seeds:
+    for row in rows:
+        _, row[-1] = row[-1]  # the time as text
+    print_table(header, rows)
+    if seed_groups:
         print()
-        print_table(*seed_table(runs, seeds))
-    for line in (*problems, *(f"{run.label}: {note}" for run in runs for note in run.notes)):
-        print(text(line))
+        print_table(*seed_table(runs, seed_groups))
+    for run in runs:
+        problems += [f"{run.label}: {note}" for note in run.notes]
+    for problem in problems:
+        print(problem)
     try:
         from reporting.page import make_page
     except ImportError as error:
         raise UserError(
             f"no page without plotly ({error}): pip install -r requirements-report.txt"
         ) from None
-    page = make_page(
-        runs, [sweep_charts(study, directory) for directory, study in studies.items()], problems
-    )
+    page = make_page(runs, seed_groups, studies, problems)
     try:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(arguments.output) as temporary:
-            temporary.write_text(page, encoding="utf-8", errors="replace")
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_text(output, page)
     except OSError as error:
-        raise UserError(
-            f"--output {arguments.output}: can't write there ({error.strerror})"
-        ) from None
-    print(f"\nThe page: {arguments.output} ({len(page) / 1e6:.1f} MB)")
+        raise UserError(f"--output {output}: can't write there ({error.strerror})") from None
+    print(f"\nThe page: {output} ({len(page) / 1e6:.1f} MB)")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -106,11 +117,9 @@ def main(argv: list[str] | None = None) -> None:
     try:
         report(parse_arguments(argv))
     except UserError as error:  # may quote a path with line breaks
-        raise UserError(text(str(error)), error.status) from None
+        raise UserError(format_value(str(error))) from None
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(
-        1
-    )  # the tensors are small: several threads would mostly wait for each other
+    torch.set_num_threads(1)  # the tensors are small: several threads would wait for each other
     run_script(main)

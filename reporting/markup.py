@@ -1,58 +1,65 @@
-"""HTML from text: whatever comes from a file is escaped here."""
+"""HTML from text: everything that comes from a file is escaped here."""
 
-import base64
 import html
+import json
+import secrets
 from typing import Any
 
-from reporting.runs import is_number, text
+from reporting.runs import format_value, is_number
+
+MARK = "<!-- written by report.py -->"  # near the beginning of every page
 
 
-class Markup(str):
-    """HTML that is escaped already."""
+def paragraph(content: str, css_class: str = "") -> str:
+    """A paragraph of text."""
+    return f'<p class="{css_class}">{html.escape(content)}</p>'
 
 
-def paragraph(words: str, kind: str = "") -> str:
-    """A paragraph of text, in a CSS class."""
-    return f'<p class="{kind}">{html.escape(words)}</p>'
+def cell(value: Any) -> str:
+    """A table cell. A number is sorted by its value; a pair is a value and the text to show."""
+    if isinstance(value, tuple):
+        value, shown = value
+    else:
+        shown = format_value(value)
+    content = html.escape(shown)
+    if is_number(value):
+        exact = repr(value).replace("inf", "Infinity")
+        return f'<td class="number" data-value="{exact}" title="{exact}">{content}</td>'
+    attribute = ' class="short"' if len(shown) <= 30 else ""
+    return f"<td{attribute}>{content}</td>"
 
 
-def cell(value: Any, words: str | None = None) -> Markup:
-    """A cell of a table: a number is shown to four digits, or as `words`, and sorted by its value."""
-    if isinstance(value, Markup):
-        return value
-    if not is_number(value):
-        short = ' class="short"' if len(text(value)) <= 30 else ""
-        return Markup(f"<td{short}>{html.escape(text(value))}</td>")
-    exact = repr(value).replace("inf", "Infinity")
-    return Markup(
-        f'<td class="number" data-value="{exact}" title="{exact}">{html.escape(words or text(value))}</td>'
-    )
+def table(header: list[str], rows: list[list[Any]], bold_first: bool = False) -> str:
+    """A table that a click on a column head sorts; the first row may be bold."""
+    head = "".join(f"<th>{html.escape(format_value(name))}</th>" for name in header)
+    body = ""
+    for i, row in enumerate(rows):
+        attribute = " class=best" if bold_first and i == 0 else ""
+        body += f"<tr{attribute}>{''.join(map(cell, row))}</tr>"
+    content = f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
+    return f'<div class="scroll"><table>{content}</table></div>'
 
 
-def table(header: list[str], rows: list[list[Any]], best: int | None = None) -> str:
-    """A table that a click on its head sorts; the row `best` is bold."""
-    head = "".join(f"<th>{html.escape(text(name))}</th>" for name in header)
-    body = "".join(
-        f"<tr{' class=best' * (i == best)}>{''.join(map(cell, row))}</tr>"
-        for i, row in enumerate(rows)
-    )
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+def chart(figure: dict[str, Any]) -> str:
+    """The element in which page.js draws a chart, and its data."""
+    name = f"figure-{secrets.token_hex(8)}"
+    return f'<div class="chart" data-figure="{name}"></div>{embedded_json(name, figure)}'
 
 
-def details(summary: str, content: str, opened: bool = False) -> str:
-    """Markup that a click on its summary shows or hides."""
-    return (
-        f"<details{' open' * opened}><summary>{html.escape(summary)}</summary>{content}</details>"
-    )
+def embedded_json(name: str, content: Any) -> str:
+    """An element that holds data for page.js."""
+    # Escaped, nothing in it can end the script element.
+    data = json.dumps(content, separators=(",", ":")).replace("<", "\\u003c")
+    return f'<script type="application/json" id="{name}">{data}</script>'
 
 
-def picture(png: bytes, kind: str) -> str:
-    """A PNG file as part of the page, in a CSS class."""
-    return (
-        f'<img class="{kind}" alt="" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
-    )
+def details(summary: str, content: str, is_open: bool = False) -> str:
+    """Content that a click on its summary shows or hides."""
+    attribute = " open" if is_open else ""
+    return f"<details{attribute}><summary>{html.escape(summary)}</summary>{content}</details>"
 
 
 def counted(number: int, noun: str) -> str:
     """A number with its noun: 1 example, 2 examples."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+    ending = "" if number == 1 else "s"
+    return f"{number:,} {noun}{ending}"

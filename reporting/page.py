@@ -1,163 +1,148 @@
-"""The page: one HTML file that needs nothing else and asks for nothing."""
+"""Makes the page: one HTML file that needs nothing else and requests nothing."""
 
 import html
-import json
 import secrets
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from plotly.offline import get_plotlyjs
 
 from harness.errors import UserError
-from reporting import charts
+from reporting.charts import confusion, curves, reliability
 from reporting.comparison import MOST_SHOWN, compare_runs
-from reporting.markup import cell, details, paragraph, table
+from reporting.markup import MARK, chart, details, embedded_json, paragraph, table
 from reporting.predictions import read_predictions, show_examples
-from reporting.runs import MARK, Run, groups, run_table, seconds, seed_table, text
+from reporting.runs import RunFiles, SeedGroups, format_value, run_table, seed_table
+from reporting.sweep import show_sweep
 
-# Only the page's own scripts may run, and nothing is fetched. plotly.js compiles code for parallel coordinates.
-POLICY = "default-src 'none'; img-src data: blob:; style-src 'unsafe-inline'; script-src 'nonce-{}' 'unsafe-eval'"
+# Only the page's own scripts may run, and nothing is fetched. plotly.js needs 'unsafe-eval' for
+# parallel coordinates.
+POLICY = (
+    "default-src 'none'; img-src data: blob:; style-src 'unsafe-inline'; "
+    "script-src 'nonce-{}' 'unsafe-eval'"
+)
 
 
-def make_page(runs: list[Run], sweeps: list[dict[str, Any]], problems: list[str]) -> str:
-    """The page over `runs`, sorted from the best, and over the sweeps they belong to; `problems` stand at its top."""
-    seeds = groups(runs)
-    figures: dict[str, Any] = {}  # the data of the charts, by the id of the element that holds it
-    title = text(runs[0].label) if len(runs) == 1 else f"{len(runs)} runs"
-    title = ", ".join(f"Sweep {text(sweep['name'])}" for sweep in sweeps) or title
-    sections = [overview(runs), *(paragraph(text(problem), "soft") for problem in problems)]
-    sections += [show_sweep(sweep, figures) for sweep in sweeps]
-    sections += [show_runs(runs, seeds), show_curves(runs, seeds, figures)]
-    sections.append(compare_runs(runs, seeds) if len(runs) > 1 else show_run(runs[0], figures))
-    sections.append(every_figure(runs))
-    nonce, here = secrets.token_urlsafe(16), Path(__file__).parent
-    style, code = ((here / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
-    data = "".join(
-        f'<script type="application/json" id="{name}">{as_json(figures[name])}</script>'
-        for name in figures
-    )
+def make_page(
+    runs: list[RunFiles], seed_groups: SeedGroups, studies: dict[Path, Any], problems: list[str]
+) -> str:
+    """The page on `runs`, the best first, and on the sweeps' Optuna `studies` by directory.
+
+    It begins with `problems`, which say what could not be read.
+    """
+    title = runs[0].label if len(runs) == 1 else f"{len(runs)} runs"
+    if studies:
+        title = ", ".join(f"Sweep {format_value(study.study_name)}" for study in studies.values())
+    content = overview(runs)
+    for problem in problems:
+        content += paragraph(problem, "soft")
+    for directory, study in studies.items():
+        content += show_sweep(study, directory)
+    content += show_runs(runs, seed_groups)
+    content += show_curves(runs, seed_groups)
+    content += compare_runs(runs, seed_groups) if len(runs) > 1 else show_run(runs[0])
+    content += every_figure(runs)
+    style = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
+    code = Path(__file__).with_name("page.js").read_text(encoding="utf-8")
+    nonce = secrets.token_urlsafe(16)
     return f"""<!doctype html>
 {MARK}
 <html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>
 <meta http-equiv="Content-Security-Policy" content="{POLICY.format(nonce)}">
 <meta name="viewport" content="width=device-width"><style>{style}</style></head>
 <body><h1>{html.escape(title)}</h1>
-{"".join(sections)}
-{data}
+{content}
 <script nonce="{nonce}">{get_plotlyjs()}</script>
 <script nonce="{nonce}">{code}</script></body></html>
 """
 
 
-def as_json(content: Any) -> str:
-    """JSON in which nothing can end the <script> that holds it."""
-    return json.dumps(content, separators=(",", ":")).replace("<", "\\u003c")
-
-
-def place(figures: dict[str, Any], figure: dict[str, Any]) -> str:
-    """The element for a chart, whose data is added to `figures`."""
-    name = f"figure-{len(figures)}"
-    figures[name] = figure
-    return f'<div class="chart" data-figure="{name}"></div>'
-
-
-def overview(runs: list[Run]) -> str:
-    """How many runs there are in which states, the best of each monitored metric, and what is wrong with files."""
-    states = [run.state.split(" at ")[0].split(":")[0] for run in runs]
-    words = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states)) + "."
+def overview(runs: list[RunFiles]) -> str:
+    """How many runs are in which state, and the best by each metric."""
+    states = Counter(run.state for run in runs)
+    summary = ", ".join(f"{number} {state}" for state, number in states.items()) + "."
     best = {run.monitor: run for run in reversed(runs) if run.monitor in run.best}
-    words += "".join(
-        f" Best {metric}: {text(run.best[metric])} ({text(run.label)})."
-        for metric, run in best.items()
-    )
-    notes = (paragraph(f"{text(run.label)}: {note}.", "soft") for run in runs for note in run.notes)
-    return paragraph(words) + "".join(notes)
+    for metric, run in best.items():
+        summary += f" Best {metric}: {format_value(run.best[metric])} ({run.label})."
+    return paragraph(summary)
 
 
-def show_runs(runs: list[Run], seeds: dict[str, list[Run]]) -> str:
+def show_runs(runs: list[RunFiles], seed_groups: SeedGroups) -> str:
     """The tables of the runs, and of means over seeds."""
     header, rows = run_table(runs)
-    for row in rows:
-        row[-1] = cell(row[-1], seconds(row[-1]))
     remark = (
-        "Settings that are the same in all runs, or concern only logging, are left out. Figures are those of the best "
-        "epoch by the monitored metric; of a run that has not finished, the best so far. A click on a head sorts."
+        "Settings that are the same in all runs, or concern only logging, are left out. Figures "
+        "are those of the best epoch by the monitored metric; of a run that has not finished, the "
+        "best so far. A click on a head sorts."
     )
-    best = 0 if len({run.monitor for run in runs}) == 1 < len(runs) else None
-    parts = ["<h2>Runs</h2>", paragraph(remark, "soft"), table(header, rows, best)]
-    if seeds:
-        remark = "Mean ± sample standard deviation over finished runs that differ in nothing but the seed, one per seed."
-        parts += ["<h2>Over seeds</h2>", paragraph(remark, "soft"), table(*seed_table(runs, seeds))]
-    return "".join(parts)
+    has_best = len(runs) > 1 and len({run.monitor for run in runs}) == 1
+    content = f"<h2>Runs</h2>{paragraph(remark, 'soft')}{table(header, rows, has_best)}"
+    if seed_groups:
+        remark = (
+            "Mean ± sample standard deviation over finished runs that differ in nothing but the "
+            "seed, one per seed."
+        )
+        means = table(*seed_table(runs, seed_groups))
+        content += f"<h2>Over seeds</h2>{paragraph(remark, 'soft')}{means}"
+    return content
 
 
-def show_curves(runs: list[Run], seeds: dict[str, list[Run]], figures: dict[str, Any]) -> str:
-    """The place of the curves, and what chooses among them."""
-    curves = charts.curves(runs, seeds)
-    if not curves["metrics"]:
+def show_curves(runs: list[RunFiles], seed_groups: SeedGroups) -> str:
+    """The element in which page.js draws the curves, their data, and the controls."""
+    data = curves(runs, seed_groups)
+    if not data["metrics"]:
         return ""
-    figures["curves-data"] = curves
     remark = "Drag to zoom, double-click to zoom out. A click in the legend hides or shows a run."
-    remark += " Lines with a band are the mean ± standard deviation over seeds." if seeds else ""
-    remark += (
-        " Of long curves, only points at equal distances are drawn." if curves["thinned"] else ""
-    )
+    hidden = " hidden"
+    if seed_groups:
+        remark += " Lines with a band are the mean ± standard deviation over seeds."
+        hidden = ""
+    if data["thinned"]:
+        remark += " Of long curves, only points at equal distances are drawn."
     return f"""<h2>Curves</h2>{paragraph(remark, "soft")}
 <div class="controls"><label>Metric <select id="metric"></select></label>
 <label><input type="checkbox" id="log"> log scale</label>
-<label{"" if seeds else " hidden"}><input type="checkbox" id="each"> each seed, too</label></div>
-<div id="curves"></div>"""
+<label{hidden}><input type="checkbox" id="each"> each seed, too</label></div>
+<div id="curves"></div>{embedded_json("curves-data", data)}"""
 
 
-def show_sweep(sweep: dict[str, Any], figures: dict[str, Any]) -> str:
-    """A sweep: its values over time, its parameters, and their importances."""
-    parts = [paragraph(sweep["summary"]), *(place(figures, figure) for figure in sweep["figures"])]
-    shares = ", ".join(f"{text(name)} {share:.0%}" for name, share in sweep["importances"])
-    none = f"Importances are computed at the end of a search with {sweep['enough']} complete trials or more."
-    return "".join(parts) + (
-        paragraph(f"Importances: {shares}.") if shares else paragraph(none, "soft")
+def show_run(run: RunFiles) -> str:
+    """A single run: confusion matrix, calibration, mistakes, attributions and settings."""
+    try:
+        content = show_predictions(run)
+    except UserError as reason:
+        content = paragraph(f"No predictions to show: {reason}.", "soft")
+    path = run.path / "attributions.html"
+    if path.is_file():
+        source = html.escape(path.read_text(encoding="utf-8", errors="replace"))
+        content += "<h2>Attributions</h2>"
+        content += f'<iframe sandbox title="attributions" srcdoc="{source}"></iframe>'
+    settings = run.config | run.settings  # which has the versions one by one
+    settings.pop("versions", None)
+    rows = [[name, format_value(value)] for name, value in settings.items()]
+    return f"{content}<h2>Settings</h2>{table(['setting', 'value'], rows)}"
+
+
+def show_predictions(run: RunFiles) -> str:
+    """Confusion matrix, calibration and mistakes. Raises `UserError` without predictions."""
+    predictions = read_predictions(run)
+    charts = chart(confusion(predictions)) + chart(reliability(predictions))
+    wrong = (~predictions.correct).nonzero().flatten()
+    confidence = predictions.probabilities[wrong].max(1).values
+    surest = wrong[confidence.argsort(descending=True, stable=True)].tolist()
+    summary = paragraph(f"{len(wrong):,} of {len(predictions.labels):,} are wrong.")
+    examples = show_examples(predictions, surest[:MOST_SHOWN])
+    return (
+        f'<h2>Predictions</h2><div class="pair">{charts}</div>'
+        f"<h2>Most confident mistakes</h2>{summary}{examples}"
     )
 
 
-def show_run(run: Run, figures: dict[str, Any]) -> str:
-    """What there is to see of a single run: confusion matrix, calibration, mistakes, attributions, settings."""
-    parts = []
-    try:
-        of = read_predictions(run.path)
-        drawn = (
-            charts.confusion(of, run.class_names(of.probabilities.shape[1])),
-            charts.reliability(of),
-        )
-        wrong = (~of.correct).nonzero().flatten()
-        surest = wrong[of.probabilities[wrong].max(1).values.argsort(descending=True, stable=True)]
-        parts += [
-            '<h2>Predictions</h2><div class="pair">',
-            *(place(figures, chart) for chart in drawn),
-            "</div>",
-        ]
-        parts += [
-            "<h2>Most confident mistakes</h2>",
-            paragraph(f"{len(wrong):,} of {len(of.labels):,} are wrong."),
-        ]
-        parts.append(show_examples(run, of, surest[:MOST_SHOWN].tolist()))
-    except UserError as reason:
-        parts.append(paragraph(f"No predictions to show: {reason}.", "soft"))
-    if (run.path / "attributions.html").is_file():
-        content = html.escape(
-            (run.path / "attributions.html").read_text(encoding="utf-8", errors="replace")
-        )
-        parts.append(
-            f'<h2>Attributions</h2><iframe sandbox title="attributions" srcdoc="{content}"></iframe>'
-        )
-    versions = {name: value for name, value in run.settings.items() if name not in run.config}
-    settings = [
-        [name, text(value)] for name, value in (run.config | versions).items() if name != "versions"
-    ]
-    return "".join(parts) + "<h2>Settings</h2>" + table(["setting", "value"], settings)
-
-
-def every_figure(runs: list[Run]) -> str:
+def every_figure(runs: list[RunFiles]) -> str:
     """All figures of all runs, for those who miss one above."""
-    names = sorted({name for run in runs for name in run.best if name not in ("epoch", "step")})
+    names = sorted(set().union(*(run.best for run in runs)) - {"epoch", "step"})
+    if not names:
+        return ""
     rows = [[run.label, *(run.best.get(name) for name in names)] for run in runs]
-    return details("Every figure", table(["run", *names], rows)) if names else ""
+    return details("Every figure", table(["run", *names], rows))

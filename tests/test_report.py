@@ -430,9 +430,9 @@ def test_the_difference_is_that_of_the_figures(monitor, tmp_path):
     paths = [
         make_run(tmp_path / str(seed), seed=seed, monitor=monitor, examples=300) for seed in (1, 2)
     ]
-    a, b = (comparison.read_predictions(path) for path in paths)
+    a, b = (comparison.read_predictions(run) for run in runs.find_runs(paths))
     name = monitor.removeprefix("valid/")
-    gap, low, high = comparison.difference(a, b, name)
+    gap, low, high = comparison.difference(a, b)
     expected = [
         metrics.evaluation(of.probabilities.log(), of.labels).metrics[name] for of in (a, b)
     ]

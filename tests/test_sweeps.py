@@ -140,7 +140,9 @@ json.dump([results, loads], open("results.json", "w"))
         assert {run["exit"] for run in server.runs.values()} == {0}
     assert "Traceback" not in done.stderr and "!!" not in done.stderr
     results, loads = json.loads((tmp_path / "results.json").read_text())
-    assert loads == [trial.get("seed", 42) for trial in trials]  # once each, with the final settings
+    assert loads == [
+        trial.get("seed", 42) for trial in trials
+    ]  # once each, with the final settings
     assert (
         len(results) == 5
         and results[2] == {}
