@@ -111,8 +111,10 @@ def load(settings: Settings) -> Corpus:
 def tokenise(session: Session, corpus: Corpus, pretrained: encoders.Pretrained) -> Task:
     """Tokenise the sentences, and take the model to the device."""
     model, tokenizer = pretrained
-    limit, device = session.settings.max_length, session.device
-    train, valid = corpus.train, corpus.valid
+    limit = session.settings.max_length
+    device = session.device
+    train = corpus.train
+    valid = corpus.valid
     train_set = batching.tokenise(train.sentences, train.labels, tokenizer, limit, device)
     valid_set = batching.tokenise(valid.sentences, valid.labels, tokenizer, limit, device)
     if cut := train_set.cut + valid_set.cut:
@@ -263,8 +265,11 @@ def write_curves(session: Session, best_epoch: int) -> None:
 
 def train(session: Session, progress: Progress, task: Task) -> Best:
     """Train the model, from the checkpoint if the run is resumed; returns the best model."""
-    settings, run, device = session.settings, session.run, session.device
-    model, train_set = task.model, task.train
+    settings = session.settings
+    run = session.run
+    device = session.device
+    model = task.model
+    train_set = task.train
     optimizer, schedule = make_optimizer(
         model, settings, session.config["learning_rate"], progress.total_batches
     )
@@ -369,7 +374,9 @@ def conclude(session: Session, task: Task, best: Best) -> dict[str, Any]:
 
     Returns the content of metrics.json.
     """
-    run, corpus, output_dir = session.run, task.corpus, session.output_dir
+    run = session.run
+    corpus = task.corpus
+    output_dir = session.output_dir
     task.model.load_state_dict(best.weights)
     valid = evaluate(task.model, task.valid)
     if distributed.rank() > 0:

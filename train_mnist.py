@@ -21,8 +21,17 @@ class Settings(options.SharedSettings):
         placeholder="auto",
         choices=("auto", "mnist", "fashion_mnist", "kmnist", "synthetic"),
     )
-    schedule: str = option("onecycle", "learning rate schedule", choices=("onecycle", "constant"))
-    kernels: list[int] = option([16, 32], "channels of the two convolutions", length=2, at_least=1)
+    schedule: str = option(
+        "onecycle",
+        "learning rate schedule",
+        choices=("onecycle", "constant"),
+    )
+    kernels: list[int] = option(
+        [16, 32],
+        "channels of the two convolutions",
+        length=2,
+        at_least=1,
+    )
     slice: int = option(1, "use every n-th image of each part", at_least=1, below=10**6)
     valid_size: int = option(
         5000, "number of training images held out for validation, from the end", at_least=0
@@ -178,12 +187,23 @@ def write_curves(session: Session, best_epoch: int) -> None:
         files.write_png(session.output_dir / "curves.png", picture)
 
 
+def write_pictures(output_dir: Path, data: Digits, name: str, result: Evaluation) -> None:
+    """Write the confusion matrix and the most confident mistakes as PNG."""
+    matrix = viz.confusion_matrix_picture(result.confusion.counts, data.class_names, name)
+    files.write_png(output_dir / "confusion_matrix.png", matrix)
+    images = getattr(data, name).images.cpu()
+    mistakes = viz.digit_mistakes_picture(images, result, data.class_names, name)
+    files.write_png(output_dir / "mistakes.png", mistakes)
+
+
 # ----------------------------------------------------------------------------- training
 
 
 def train(session: Session, progress: Progress, model: ConvNet, data: Digits) -> Best:
     """Train `model`, from the checkpoint if the run is resumed; returns the best model."""
-    settings, run, device = session.settings, session.run, session.device
+    settings = session.settings
+    run = session.run
+    device = session.device
     train_set = data.train
     optimizer, schedule = make_optimizer(model, settings, progress.total_batches)
     if settings.compile:
@@ -204,7 +224,8 @@ def train(session: Session, progress: Progress, model: ConvNet, data: Digits) ->
             if progress.watch_starts:
                 run.watch(model, log=settings.watch, log_freq=progress.watch_every)
             share = distributed.share_of(indices)  # all, unless torchrun started several processes
-            images, labels = train_set.images[share], train_set.labels[share]
+            images = train_set.images[share]
+            labels = train_set.labels[share]
 
             with torch.autocast(device.type, torch.bfloat16, enabled=session.precision == "bf16"):
                 logits = model(pixels(images))
@@ -266,7 +287,8 @@ def conclude(session: Session, progress: Progress, best: Best, data: Digits) -> 
 
     Returns the content of metrics.json.
     """
-    run, output_dir = session.run, session.output_dir
+    run = session.run
+    output_dir = session.output_dir
     model = make_model(session.settings, session.device)
     model.load_state_dict(best.weights)
     test = evaluate(model, data.test)
@@ -277,11 +299,7 @@ def conclude(session: Session, progress: Progress, best: Best, data: Digits) -> 
         return {}
 
     files.write_csv(output_dir / "predictions.csv", shown.columns())
-    matrix = viz.confusion_matrix_picture(shown.confusion.counts, data.class_names, name)
-    files.write_png(output_dir / "confusion_matrix.png", matrix)
-    images = getattr(data, name).images.cpu()
-    mistakes = viz.digit_mistakes_picture(images, shown, data.class_names, name)
-    files.write_png(output_dir / "mistakes.png", mistakes)
+    write_pictures(output_dir, data, name, shown)
     files.write_tensors(output_dir / "model.pt", best.weights)
     files.write_onnx(
         output_dir / "model.onnx", model, output="logits", images=torch.zeros(2, 1, 28, 28)

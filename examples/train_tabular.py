@@ -25,9 +25,18 @@ class Settings(options.SharedSettings):
         6000, "points on the spirals; a sixth of them each for validation and test", at_least=600
     )
     noise: float = option(0.1, "standard deviation of the points around their spiral", at_least=0)
-    hidden: list[int] = option([64, 64], "units of the two hidden layers", length=2, at_least=1)
+    hidden: list[int] = option(
+        [64, 64],
+        "units of the two hidden layers",
+        length=2,
+        at_least=1,
+    )
     epochs: int = option(10, "passes over the training data", at_least=1)
-    schedule: str = option("onecycle", "learning rate schedule", choices=("onecycle", "constant"))
+    schedule: str = option(
+        "onecycle",
+        "learning rate schedule",
+        choices=("onecycle", "constant"),
+    )
     monitor: str = option(
         "valid/loss", "metric that selects the best model", choices=options.metric_names("valid")
     )
@@ -181,12 +190,20 @@ def write_curves(session: Session, best_epoch: int) -> None:
         files.write_png(session.output_dir / "curves.png", picture)
 
 
+def write_pictures(output_dir: Path, data: Spirals, name: str, result: Evaluation) -> None:
+    """Write the confusion matrix as PNG."""
+    matrix = viz.confusion_matrix_picture(result.confusion.counts, data.class_names, name)
+    files.write_png(output_dir / "confusion_matrix.png", matrix)
+
+
 # ----------------------------------------------------------------------------- training
 
 
 def train(session: Session, progress: Progress, model: MLP, data: Spirals) -> Best:
     """Train `model`, from the checkpoint if the run is resumed; returns the best model."""
-    settings, run, device = session.settings, session.run, session.device
+    settings = session.settings
+    run = session.run
+    device = session.device
     train_set = data.train
     optimizer, schedule = make_optimizer(model, settings, progress.total_batches)
     if settings.compile:
@@ -207,7 +224,8 @@ def train(session: Session, progress: Progress, model: MLP, data: Spirals) -> Be
             if progress.watch_starts:
                 run.watch(model, log=settings.watch, log_freq=progress.watch_every)
             share = distributed.share_of(indices)  # all, unless torchrun started several processes
-            features, labels = train_set.features[share], train_set.labels[share]
+            features = train_set.features[share]
+            labels = train_set.labels[share]
 
             with torch.autocast(device.type, torch.bfloat16, enabled=session.precision == "bf16"):
                 logits = model(features)
@@ -268,7 +286,8 @@ def conclude(session: Session, progress: Progress, best: Best, data: Spirals) ->
 
     Returns the content of metrics.json.
     """
-    run, output_dir = session.run, session.output_dir
+    run = session.run
+    output_dir = session.output_dir
     model = make_model(session.settings, session.device)
     model.load_state_dict(best.weights)
     test = evaluate(model, data.test)
@@ -279,8 +298,7 @@ def conclude(session: Session, progress: Progress, best: Best, data: Spirals) ->
         return {}
 
     files.write_csv(output_dir / "predictions.csv", shown.columns())
-    matrix = viz.confusion_matrix_picture(shown.confusion.counts, data.class_names, name)
-    files.write_png(output_dir / "confusion_matrix.png", matrix)
+    write_pictures(output_dir, data, name, shown)
     files.write_tensors(output_dir / "model.pt", best.weights)
     files.write_onnx(output_dir / "model.onnx", model, output="logits", features=torch.zeros(2, 2))
 
