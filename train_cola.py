@@ -275,7 +275,7 @@ def train(session: Session, progress: Progress, task: Task) -> Best:
     )
     if settings.compile:  # model.compile() would include the hooks of run.watch
         model.forward = torch.compile(model.forward, dynamic=True)
-    best = Best(settings.monitor)
+    best = Best(settings.monitor, metrics.lower_is_better(settings.monitor))
     meter = Meter(device)
     checkpoints = Checkpoints(
         progress,

@@ -64,7 +64,7 @@ from harness.device import seed_everything, seed_rank, shuffled
 from harness.progress import Best, Meter, Progress
 from harness.session import Session, open_session
 from harness.tracking import Run, logs_to_wandb
-from metrics import Evaluation, evaluation
+from metrics import Evaluation, evaluation, lower_is_better
 from tasks.digits import Digits, ImageSet, load_digits, split_digits
 
 # --------------------------------------------------------------------------------- data
@@ -208,7 +208,7 @@ def train(session: Session, progress: Progress, model: ConvNet, data: Digits) ->
     optimizer, schedule = make_optimizer(model, settings, progress.total_batches)
     if settings.compile:
         model.forward = torch.compile(model.forward)  # model.compile() would include the hooks
-    best = Best(settings.monitor)
+    best = Best(settings.monitor, lower_is_better(settings.monitor))
     meter = Meter(device)
     checkpoints = Checkpoints(
         progress, data, meter, model=model, optimizer=optimizer, schedule=schedule, best=best

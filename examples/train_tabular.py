@@ -1,53 +1,60 @@
-"""Train an MLP on tabular data, logged with Weights & Biases: a copy of train_mnist.py.
+"""Train an MLP on a table, logged with Weights & Biases: a copy of train_mnist.py for regression.
 
-Which of three spirals is a point on? Settings, data, model and evaluation are new; the rest is
-train_mnist.py's.
+What does a flat cost? Reads a CSV file with a header, by default one that it writes itself. Columns
+of numbers are normalised, columns of text become one column per word, fitted on the training part.
 """
 
 import dataclasses
 import sys
 from pathlib import Path
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parent.parent)
-)  # a copy beside train_mnist.py does not need this
+# A copy beside train_mnist.py does not need this.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from harness import options, script
 from harness.options import option
 
 # ----------------------------------------------------------------------------- settings
 
+METRICS = {"valid/loss": "min", "valid/mae": "min", "valid/r2": "max"}  # which way is better
+
 
 @dataclasses.dataclass(kw_only=True, frozen=True)
 class Settings(options.SharedSettings):
-    dataset: str = option("spirals", "the only one there is", choices=("spirals",))
-    examples: int = option(
-        6000, "points on the spirals; a sixth of them each for validation and test", at_least=600
+    dataset: str = option(
+        "auto",
+        "auto: the table in --file",
+        placeholder="auto",
+        choices=("auto",),
     )
-    noise: float = option(0.1, "standard deviation of the points around their spiral", at_least=0)
+    file: str | None = option(None, "your CSV file [flats.csv, which is made up]", path=True)
+    target: str = option("price", "the column to predict")
     hidden: list[int] = option(
         [64, 64],
         "units of the two hidden layers",
         length=2,
         at_least=1,
     )
-    epochs: int = option(10, "passes over the training data", at_least=1)
+    epochs: int = option(20, "passes over the training data", at_least=1)
     schedule: str = option(
         "onecycle",
         "learning rate schedule",
         choices=("onecycle", "constant"),
     )
     monitor: str = option(
-        "valid/loss", "metric that selects the best model", choices=options.metric_names("valid")
+        "valid/mae",
+        "metric that selects the best model",
+        choices=tuple(METRICS),
     )
 
 
 if __name__ == "__main__":
     script.check_options(Settings)  # before the imports that take seconds
 
+import csv
 import math
+import random
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -61,53 +68,99 @@ import viz
 from harness import distributed, files
 from harness.checkpoints import Checkpoints
 from harness.device import seed_everything, seed_rank, shuffled
+from harness.errors import UserError
 from harness.progress import Best, Meter, Progress
 from harness.session import Session, open_session
 from harness.tracking import Run, logs_to_wandb
-from metrics import Evaluation, evaluation
 
 # --------------------------------------------------------------------------------- data
 
 
-class Points(NamedTuple):
-    """Points in the plane."""
+class Part(NamedTuple):
+    """The rows for training, validation or test."""
 
-    features: Tensor  # float32 (examples, 2)
-    labels: Tensor  # int64 (examples,), 0 to 2
+    features: Tensor  # float32 (rows, features)
+    targets: Tensor  # float32 (rows,), normalised
 
 
-class Spirals(NamedTuple):
-    """Points on three spirals."""
+class Table(NamedTuple):
+    """A CSV file in three parts."""
 
     name: str
-    train: Points
-    valid: Points
-    test: Points
-    class_names: list[str]
+    train: Part
+    valid: Part
+    test: Part
+    mean: float  # of the target, in its own unit
+    scale: float  # its standard deviation
 
 
-def load(settings: Settings, device: torch.device) -> Spirals:
-    """The data on the device, in three parts."""
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.randint(3, (settings.examples,), generator=generator)
-    radius = torch.rand(settings.examples, generator=generator).sqrt()
-    angle = 2 * math.pi * (radius + labels / 3)
-    features = 2 * radius[:, None] * torch.stack([angle.cos(), angle.sin()], dim=1)
-    features += settings.noise * torch.randn(features.shape, generator=generator)
-    held_out = settings.examples // 6
-    sizes = [settings.examples - 2 * held_out, held_out, held_out]
-    parts = zip(features.to(device).split(sizes), labels.to(device).split(sizes))
-    train, valid, test = (Points(*part) for part in parts)
-    return Spirals("spirals", train, valid, test, class_names=["red", "green", "blue"])
+def write_flats(path: Path) -> None:
+    """Write a table of 3,000 flats with made-up prices."""
+    rng = random.Random(0)
+    columns: dict[str, list[Any]] = {name: [] for name in ("area", "age", "district", "price")}
+    for _ in range(3000):
+        area = round(rng.uniform(20, 180), 1)
+        age = rng.randrange(120)
+        district = rng.choice(["Hafen", "Mitte", "Nord"])
+        rate = {"Hafen": 6.5, "Mitte": 5.0, "Nord": 3.0}[district]
+        price = area * rate * (1 - age / 400) + rng.gauss(0, 10)
+        for column, value in zip(columns.values(), (area, age, district, round(price, 1))):
+            column.append(value)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files.write_csv(path, columns)
+
+
+def load(settings: Settings, device: torch.device) -> Table:
+    """The table on the device, in three parts. Raises `UserError`."""
+    path = Path(settings.file or Path(settings.data_dir, "flats.csv"))
+    if not settings.file and not path.exists():
+        write_flats(path)
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, ValueError, csv.Error) as error:
+        raise UserError(f"{path} can't be read: {error}") from None
+    if len(rows) < 20 or settings.target not in rows[0]:
+        names = ", ".join(rows[0]) if rows else "no rows"
+        raise UserError(f"{path}: needs 20 rows and a column {settings.target!r}; it has {names}")
+    held_out = len(rows) // 6
+    random.Random(0).shuffle(rows)
+    fitted = rows[2 * held_out :]
+    columns = []
+    for name in rows[0]:
+        if name != settings.target:
+            columns += encode(name, rows, fitted)
+    features = torch.tensor(columns).T
+    try:
+        values = torch.tensor([float(row[settings.target]) for row in rows])
+    except ValueError as error:
+        raise UserError(f"{path}: column {settings.target!r}: {error}") from None
+    mean = values[2 * held_out :].mean()
+    scale = values[2 * held_out :].std()
+    targets = (values - mean) / scale
+    sizes = [held_out, held_out, len(fitted)]
+    parts = zip(features.to(device).split(sizes), targets.to(device).split(sizes))
+    valid, test, train = (Part(*part) for part in parts)
+    return Table(path.stem, train, valid, test, float(mean), float(scale))
+
+
+def encode(name: str, rows: list[dict], fitted: list[dict]) -> list[list[float]]:
+    """Columns of floats for one of the file: normalised, or one per word if it is not numeric."""
+    try:
+        values = [float(row[name]) for row in fitted]
+        mean = sum(values) / len(values)
+        deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / len(values)) or 1.0
+        return [[(float(row[name]) - mean) / deviation for row in rows]]
+    except ValueError:
+        words = sorted({row[name] for row in fitted})
+        return [[float(row[name] == word) for row in rows] for word in words]
 
 
 @logs_to_wandb
-def log_dataset(run: Run, data: Spirals) -> None:
-    run.add_tag(data.name)
-    artifact = wandb.Artifact(data.name, type="dataset")
-    for name, part in (("train", data.train), ("valid", data.valid), ("test", data.test)):
-        columns = [*part.features.T.tolist(), part.labels.tolist()]
-        artifact.add(wandb.Table(columns=["x", "y", "label"], data=list(zip(*columns))), name)
+def log_dataset(run: Run, table: Table) -> None:
+    run.add_tag(table.name)
+    artifact = wandb.Artifact(table.name, type="dataset")
+    artifact.metadata = {name: len(getattr(table, name).targets) for name in ("train", "test")}
     run.log_artifact(artifact)
 
 
@@ -115,24 +168,24 @@ def log_dataset(run: Run, data: Spirals) -> None:
 
 
 class MLP(nn.Module):
-    """Two hidden layers. Takes float (batch, 2) and returns logits, float (batch, 3)."""
+    """Two hidden layers. Takes float (batch, features) and returns float (batch,)."""
 
-    def __init__(self, hidden: list[int]):
+    def __init__(self, features: int, hidden: list[int]):
         super().__init__()
         self.layers = nn.Sequential(
-            nn.Linear(2, hidden[0]),
+            nn.Linear(features, hidden[0]),
             nn.ReLU(),
             nn.Linear(hidden[0], hidden[1]),
             nn.ReLU(),
-            nn.Linear(hidden[1], 3),
+            nn.Linear(hidden[1], 1),
         )
 
     def forward(self, features: Tensor) -> Tensor:
-        return self.layers(features)
+        return self.layers(features).squeeze(1)
 
 
-def make_model(settings: Settings, device: torch.device) -> MLP:
-    return MLP(settings.hidden).to(device)
+def make_model(settings: Settings, table: Table, device: torch.device) -> MLP:
+    return MLP(table.train.features.shape[1], settings.hidden).to(device)
 
 
 def make_optimizer(model: MLP, settings: Settings, batches: int) -> tuple[Optimizer, LRScheduler]:
@@ -147,34 +200,46 @@ def make_optimizer(model: MLP, settings: Settings, batches: int) -> tuple[Optimi
 # --------------------------------------------------------------------------- evaluation
 
 
+class Result(NamedTuple):
+    """Predictions on the CPU, in the unit of the target, and their metrics."""
+
+    predictions: Tensor  # float32 (rows,)
+    targets: Tensor  # float32 (rows,)
+    metrics: dict[str, float]
+
+    def named(self, prefix: str) -> dict[str, float]:
+        return {f"{prefix}/{name}": value for name, value in self.metrics.items()}
+
+
 @torch.inference_mode()
-def evaluate(model: MLP, part: Points) -> Evaluation:
-    """Predict every point; small enough for each rank to predict all of them."""
+def evaluate(model: MLP, part: Part, table: Table) -> Result:
+    """Predict every row; few enough for each rank to predict all of them."""
     model.eval()
-    logits = type(model).forward(model, part.features)  # skips the hooks of run.watch
-    return evaluation(logits, part.labels)
+    predictions = type(model).forward(model, part.features).cpu()  # skips the hooks of run.watch
+    targets = part.targets.cpu()
+    loss = F.mse_loss(predictions, targets)
+    metrics = {
+        "loss": float(loss),
+        "mae": table.scale * float((predictions - targets).abs().mean()),
+        "r2": 1 - float(loss / targets.var(correction=0)),
+    }
+    predictions = table.mean + table.scale * predictions
+    targets = table.mean + table.scale * targets
+    return Result(predictions, targets, metrics)
 
 
 @logs_to_wandb
-def log_charts(run: Run, data: Spirals, name: str, result: Evaluation) -> None:
-    """Log charts and tables of `name`, "valid" or "test"."""
-    points = getattr(data, name).features
-    classes = data.class_names
-    mistakes = wandb.Table(columns=["x", "y", "label", "prediction", "probability", "step"])
-    for i in viz.most_confident_mistakes(result).tolist():
-        label = classes[result.labels[i]]
-        prediction = classes[result.predictions[i]]
-        probability = float(result.probabilities[i].max())
-        mistakes.add_data(*points[i].tolist(), label, prediction, probability, run.step)
-    matrix = viz.confusion_matrix_picture(result.confusion.counts, classes, name)
-    calibration = viz.calibration_picture(result, name)
+def log_charts(run: Run, name: str, result: Result) -> None:
+    """Log the largest errors and the distribution of all."""
+    errors = result.predictions - result.targets
+    largest = wandb.Table(columns=["target", "prediction", "error", "step"])
+    for i in errors.abs().argsort(descending=True)[:100].tolist():
+        row = [float(column[i]) for column in (result.targets, result.predictions, errors)]
+        largest.add_data(*row, run.step)
     run.log(
         {
-            f"{name}/confusion_matrix": viz.confusion_matrix_chart(result, classes),
-            f"{name}/confusion_matrix_image": wandb.Image(matrix),
-            f"{name}/calibration": wandb.Image(calibration),
-            f"{name}/mistakes": mistakes,
-            f"{name}/logits": wandb.Histogram(result.logits.numpy()),
+            f"{name}/errors": wandb.Histogram(errors.numpy()),
+            f"{name}/largest_errors": largest,
         }
     )
 
@@ -183,23 +248,17 @@ def write_curves(session: Session, best_epoch: int) -> None:
     """Draw the learning curves of the run so far."""
     panels = {
         "loss": ("train/loss_step", "valid/loss"),
-        "accuracy": ("train/acc_step", "valid/acc"),
+        "mean absolute error": ("", "valid/mae"),
     }
     if distributed.rank() == 0:
         picture = viz.curves_picture(session.run.rows, panels, best_epoch)
         files.write_png(session.output_dir / "curves.png", picture)
 
 
-def write_pictures(output_dir: Path, data: Spirals, name: str, result: Evaluation) -> None:
-    """Write the confusion matrix as PNG."""
-    matrix = viz.confusion_matrix_picture(result.confusion.counts, data.class_names, name)
-    files.write_png(output_dir / "confusion_matrix.png", matrix)
-
-
 # ----------------------------------------------------------------------------- training
 
 
-def train(session: Session, progress: Progress, model: MLP, data: Spirals) -> Best:
+def train(session: Session, progress: Progress, model: MLP, data: Table) -> Best:
     """Train `model`, from the checkpoint if the run is resumed; returns the best model."""
     settings = session.settings
     run = session.run
@@ -208,7 +267,7 @@ def train(session: Session, progress: Progress, model: MLP, data: Spirals) -> Be
     optimizer, schedule = make_optimizer(model, settings, progress.total_batches)
     if settings.compile:
         model.forward = torch.compile(model.forward)  # model.compile() would include the hooks
-    best = Best(settings.monitor)
+    best = Best(settings.monitor, lower_is_better=METRICS[settings.monitor] == "min")
     meter = Meter(device)
     checkpoints = Checkpoints(
         progress, data, meter, model=model, optimizer=optimizer, schedule=schedule, best=best
@@ -217,7 +276,7 @@ def train(session: Session, progress: Progress, model: MLP, data: Spirals) -> Be
 
     for epoch in progress.epochs():
         model.train()
-        order = shuffled(len(train_set.labels), settings.seed, epoch).to(device)
+        order = shuffled(len(train_set.targets), settings.seed, epoch).to(device)
         batches = order.split(settings.batch_size)
         for indices in progress.remaining(batches):  # after a resume, the rest of the epoch
             run.log({}, step=progress.step)  # begin this batch's row
@@ -225,18 +284,15 @@ def train(session: Session, progress: Progress, model: MLP, data: Spirals) -> Be
                 run.watch(model, log=settings.watch, log_freq=progress.watch_every)
             share = distributed.share_of(indices)  # all, unless torchrun started several processes
             features = train_set.features[share]
-            labels = train_set.labels[share]
+            targets = train_set.targets[share]
 
             with torch.autocast(device.type, torch.bfloat16, enabled=session.precision == "bf16"):
-                logits = model(features)
-                loss = F.cross_entropy(
-                    logits, labels, reduction="sum", label_smoothing=settings.label_smoothing
-                )
+                loss = F.mse_loss(model(features), targets, reduction="sum")
             (loss / len(indices)).backward()  # of the whole batch: ranks sum their gradients
             distributed.sum_gradients(model)
             optimizer.step()
             optimizer.zero_grad()
-            meter.add(len(share), loss=loss, acc=(logits.argmax(1) == labels).sum())
+            meter.add(len(share), loss=loss)
 
             if progress.row_is_due:
                 row = meter.take_row()  # means over the batches since the last row
@@ -245,7 +301,6 @@ def train(session: Session, progress: Progress, model: MLP, data: Spirals) -> Be
                     {
                         "epoch": epoch,
                         "train/loss_step": row["loss"],
-                        "train/acc_step": row["acc"],
                         "train/learning_rate": schedule.get_last_lr()[0],
                         "train/examples_per_second": progress.examples_per_second(),
                     }
@@ -255,14 +310,13 @@ def train(session: Session, progress: Progress, model: MLP, data: Spirals) -> Be
             checkpoints.save_if_due()  # also at an epoch's end, and on a request to stop
 
         mean = meter.take_epoch()
-        results = {"train/loss_epoch": mean["loss"], "train/acc_epoch": mean["acc"]}
+        results = {"train/loss_epoch": mean["loss"]}
         run.log(results)
-        if len(data.valid.labels):
-            valid = evaluate(model, data.valid)
-            progress.check_finite("validation", valid.metrics["loss"])
-            log_charts(run, data, "valid", valid)
-            results |= valid.named("valid")
-            run.log(results)
+        valid = evaluate(model, data.valid, data)
+        progress.check_finite("validation", valid.metrics["loss"])
+        log_charts(run, "valid", valid)
+        results |= valid.named("valid")
+        run.log(results)
         improved = best.offer(epoch, results, model)
         write_curves(session, best.epoch)
         if settings.log_model == "all":
@@ -281,48 +335,45 @@ def log_curves(run: Run, output_dir: Path) -> None:
     run.log({"curves": wandb.Image(str(output_dir / "curves.png"))})
 
 
-def conclude(session: Session, progress: Progress, best: Best, data: Spirals) -> dict[str, Any]:
+def conclude(session: Session, progress: Progress, best: Best, data: Table) -> dict[str, Any]:
     """Test and export the best model, write its predictions.
 
     Returns the content of metrics.json.
     """
     run = session.run
     output_dir = session.output_dir
-    model = make_model(session.settings, session.device)
+    model = make_model(session.settings, data, session.device)
     model.load_state_dict(best.weights)
-    test = evaluate(model, data.test)
+    test = evaluate(model, data.test, data)
     progress.check_finite("test", test.metrics["loss"])
-    name = "valid" if len(data.valid.labels) else "test"
-    shown = evaluate(model, getattr(data, name))
+    valid = evaluate(model, data.valid, data)
     if distributed.rank() > 0:
         return {}
 
-    files.write_csv(output_dir / "predictions.csv", shown.columns())
-    write_pictures(output_dir, data, name, shown)
+    columns = {"target": valid.targets.tolist(), "prediction": valid.predictions.tolist()}
+    files.write_csv(output_dir / "predictions.csv", columns)
     files.write_tensors(output_dir / "model.pt", best.weights)
-    files.write_onnx(output_dir / "model.onnx", model, output="logits", features=torch.zeros(2, 2))
+    inputs = data.test.features[:2].cpu()
+    files.write_onnx(output_dir / "model.onnx", model, output="prediction", features=inputs)
 
-    log_charts(run, data, "test", test)
+    log_charts(run, "test", test)
     log_curves(run, output_dir)
     run.log(test.named("test"), commit=True)  # an open row would overwrite the summary
     run.summary["best/epoch"] = best.epoch
-    if name == "valid":
-        run.summary.update(shown.named("best"))
+    run.summary.update(valid.named("best"))
     run.save(output_dir / "model.pt")
     run.save(output_dir / "model.onnx")
-    results = test.named("test") | shown.named(name)
+    results = test.named("test") | valid.named("valid")
     if session.settings.log_model == "best":
         run.log_weights(best.weights, results, is_best=True)
 
-    accuracy = f"{results['test/acc']:.2%} of {len(data.test.labels):,} points"
-    print(f"test accuracy {accuracy}, best epoch {best.epoch}")
+    error = f"{results['test/mae']:.4g} in {len(data.test.targets):,} rows"
+    print(f"test: mean absolute error {error}, best epoch {best.epoch}")
     return {
         "dataset": data.name,
         "model": f"MLP {session.settings.hidden}",
-        "class_names": data.class_names,
         "best/epoch": best.epoch,
         **results,
-        f"{name}/majority_share": shown.confusion.majority_share(),
     }
 
 
@@ -338,14 +389,14 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         with distributed.rank_0_first():  # which downloads the data
             data = load(settings, session.device)
         session.config["dataset"] = data.name  # what "auto" stands for
-        progress = Progress(session, len(data.train.labels), held_out=len(data.valid.labels))
+        progress = Progress(session, len(data.train.targets), held_out=len(data.valid.targets))
         run = session.start(partial(wandb.init, project=settings.project, config=session.config))
         log_dataset(run, data)
         seed_everything(settings.seed, settings.deterministic)
-        model = make_model(settings, session.device)
+        model = make_model(settings, data, session.device)
         seed_rank(settings.seed)
-        sizes = [f"{len(part.labels):,}" for part in (data.train, data.valid, data.test)]
-        print(f"{data.name}: {' + '.join(sizes)} points for training, validation and test")
+        sizes = [f"{len(part.targets):,}" for part in (data.train, data.valid, data.test)]
+        print(f"{data.name}: {' + '.join(sizes)} rows for training, validation and test")
         print(model)
         session.describe("MLP", model)
         best = train(session, progress, model, data)

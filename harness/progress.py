@@ -14,7 +14,6 @@ from tqdm import tqdm
 from harness import distributed
 from harness.errors import UserError
 from harness.session import Session
-from metrics import lower_is_better
 
 
 class Progress:
@@ -215,17 +214,24 @@ class Best:
     The last one if nothing is validated.
     """
 
-    def __init__(self, monitor: str):
+    def __init__(self, monitor: str, lower_is_better: bool):
         """`monitor` is the name of the metric, such as "valid/loss"."""
         self.monitor = monitor
+        self.lower_is_better = lower_is_better
         self.epoch = 0
         self.value: float | None = None
         self.weights: dict[str, Tensor] = {}  # a state dict
 
     def offer(self, epoch: int, metrics: Mapping[str, float], model: nn.Module) -> bool:
-        """Keep a copy of the model's weights if it is the best so far; returns whether it is."""
+        """Keep a copy of the model's weights if it is the best so far; returns whether it is.
+
+        Raises `UserError` if something was validated, but not the monitored metric.
+        """
+        validated = [name for name in metrics if name.startswith("valid/")]
+        if validated and self.monitor not in metrics:
+            raise UserError(f"--monitor {self.monitor}: there are {', '.join(validated)}")
         value = distributed.broadcast(metrics.get(self.monitor))  # all ranks must decide alike
-        improves = operator.lt if lower_is_better(self.monitor) else operator.gt
+        improves = operator.lt if self.lower_is_better else operator.gt
         better = self.value is None or math.isnan(self.value) or improves(value, self.value)
         if better:
             self.epoch = epoch

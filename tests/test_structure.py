@@ -65,7 +65,7 @@ def test_imports_point_downwards():
 
 
 def test_example_differs_from_its_template_in_few_lines():
-    """Outside the sections on settings, data, model and evaluation."""
+    """Outside the sections on settings, data, model and evaluation, for regression with one loss."""
 
     def rest(file: Path) -> list[str]:
         lines = file.read_text().splitlines()
@@ -79,7 +79,7 @@ def test_example_differs_from_its_template_in_few_lines():
         None, rest(REPO / "train_mnist.py"), rest(REPO / EXAMPLE), autojunk=False
     )
     assert (
-        sum(max(b - a, d - c) for tag, a, b, c, d in matcher.get_opcodes() if tag != "equal") <= 13
+        sum(max(b - a, d - c) for tag, a, b, c, d in matcher.get_opcodes() if tag != "equal") <= 50
     )
 
 
@@ -98,7 +98,7 @@ def test_example_learns_and_survives_kills(tmp_path, monkeypatch):
             assert killing.killed_and_resumed(EXAMPLE, cwd, environment, duration, random.Random(0))
         outs.append(cwd / "out")
     assert killing.differences(*outs) == []
-    assert killing.outcome(outs[0])["metrics.json"]["test/acc"] > 0.9
+    assert killing.outcome(outs[0])["metrics.json"]["test/r2"] > 0.9
 
 
 @pytest.mark.parametrize("script", [EXAMPLE, "train_mnist.py"])
