@@ -70,7 +70,6 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-import metrics
 import viz
 from harness import distributed, files
 from harness.checkpoints import Checkpoints
@@ -79,7 +78,10 @@ from harness.errors import UserError
 from harness.progress import Best, Meter, Progress
 from harness.session import Session, open_session
 from harness.tracking import Run, logs_to_wandb
-from tasks import batching, encoders
+from metrics import Evaluation, evaluation, lower_is_better, matthews_corrcoef_interval
+from tasks import encoders
+from tasks.batching import TokenSet, by_length, inputs_of, tokenise
+from tasks.encoders import Pretrained
 from tasks.sentences import Corpus, load_corpus
 
 # --------------------------------------------------------------------------------- data
@@ -91,8 +93,8 @@ class Task(NamedTuple):
     corpus: Corpus
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    train: batching.TokenSet
-    valid: batching.TokenSet
+    train: TokenSet
+    valid: TokenSet
 
 
 def load(settings: Settings) -> Corpus:
@@ -102,21 +104,21 @@ def load(settings: Settings) -> Corpus:
     )
     labels = torch.tensor(corpus.valid.labels)
     any_logits = torch.zeros(len(labels), len(corpus.class_names))
-    if settings.monitor not in metrics.evaluation(any_logits, labels).named("valid"):
+    if settings.monitor not in evaluation(any_logits, labels).named("valid"):
         problem = "needs two classes, both in the validation data"
         raise UserError(f"--monitor {settings.monitor} {problem}")
     return corpus
 
 
-def tokenise(session: Session, corpus: Corpus, pretrained: encoders.Pretrained) -> Task:
+def prepare(session: Session, corpus: Corpus, pretrained: Pretrained) -> Task:
     """Tokenise the sentences, and take the model to the device."""
     model, tokenizer = pretrained
     limit = session.settings.max_length
     device = session.device
     train = corpus.train
     valid = corpus.valid
-    train_set = batching.tokenise(train.sentences, train.labels, tokenizer, limit, device)
-    valid_set = batching.tokenise(valid.sentences, valid.labels, tokenizer, limit, device)
+    train_set = tokenise(train.sentences, train.labels, tokenizer, limit, device)
+    valid_set = tokenise(valid.sentences, valid.labels, tokenizer, limit, device)
     if cut := train_set.cut + valid_set.cut:
         print(f"{cut} sentences are longer than --max_length {limit} tokens and are truncated.")
     sizes = f"{len(train_set.labels):,} + {len(valid_set.labels):,}"
@@ -145,7 +147,7 @@ def log_dataset(run: Run, corpus: Corpus) -> None:
 # -------------------------------------------------------------------------------- model
 
 
-def load_model(settings: Settings, corpus: Corpus, source: str) -> encoders.Pretrained:
+def load_model(settings: Settings, corpus: Corpus, source: str) -> Pretrained:
     """The model of a directory, the hub or "scratch"; new weights follow from the seed."""
     seed_everything(settings.seed, settings.deterministic)
     return encoders.load_model(
@@ -185,20 +187,20 @@ def make_optimizer(
 
 
 @torch.inference_mode()
-def evaluate(model: PreTrainedModel, part: batching.TokenSet) -> metrics.Evaluation:
+def evaluate(model: PreTrainedModel, part: TokenSet) -> Evaluation:
     """Predict every sentence, in float32 like the saved model, shared among the ranks."""
     model.eval()
     logits = torch.zeros(len(part.labels), model.config.num_labels, device=part.labels.device)
     batches = part.lengths.argsort(stable=True).split(64)
     for indices in distributed.share_of(batches):
-        inputs = batching.inputs_of(part, indices)
+        inputs = inputs_of(part, indices)
         output = type(model).forward(model, **inputs)  # skips the hooks of run.watch
         logits[indices.to(logits.device)] = output.logits
     distributed.sum_over_ranks(logits)  # the other ranks' logits are zero here
-    return metrics.evaluation(logits, part.labels)
+    return evaluation(logits, part.labels)
 
 
-def attributions(task: Task, result: metrics.Evaluation) -> str:
+def attributions(task: Task, result: Evaluation) -> str:
     """HTML of the 20 most confident mistakes.
 
     Each word is shaded by how much it moved the decision.
@@ -221,7 +223,7 @@ def attributions(task: Task, result: metrics.Evaluation) -> str:
 
 
 @logs_to_wandb
-def log_charts(run: Run, task: Task, result: metrics.Evaluation) -> None:
+def log_charts(run: Run, task: Task, result: Evaluation) -> None:
     """Log charts and tables of the validation sentences."""
     names = task.corpus.class_names
     valid = task.corpus.valid
@@ -275,7 +277,7 @@ def train(session: Session, progress: Progress, task: Task) -> Best:
     )
     if settings.compile:  # model.compile() would include the hooks of run.watch
         model.forward = torch.compile(model.forward, dynamic=True)
-    best = Best(settings.monitor, metrics.lower_is_better(settings.monitor))
+    best = Best(settings.monitor, lower_is_better(settings.monitor))
     meter = Meter(device)
     checkpoints = Checkpoints(
         progress,
@@ -291,9 +293,7 @@ def train(session: Session, progress: Progress, task: Task) -> Best:
     for epoch in progress.epochs():
         model.train()  # from_pretrained returns it in eval mode, without dropout
         # From seed and epoch alone, so that a resumed run repeats them.
-        batches = batching.by_length(
-            train_set.lengths, settings.batch_size, seed=(settings.seed, epoch)
-        )
+        batches = by_length(train_set.lengths, settings.batch_size, seed=(settings.seed, epoch))
         for indices in progress.remaining(batches):  # after a resume, the rest of the epoch
             run.log({}, step=progress.step)  # begin this batch's row
             if progress.watch_starts:
@@ -302,7 +302,7 @@ def train(session: Session, progress: Progress, task: Task) -> Best:
             labels = train_set.labels[share.to(device, non_blocking=True)]
 
             with torch.autocast(device.type, torch.bfloat16, enabled=session.precision == "bf16"):
-                logits = model(**batching.inputs_of(train_set, share)).logits
+                logits = model(**inputs_of(train_set, share)).logits
                 loss = F.cross_entropy(
                     logits, labels, reduction="sum", label_smoothing=settings.label_smoothing
                 )
@@ -383,7 +383,7 @@ def conclude(session: Session, task: Task, best: Best) -> dict[str, Any]:
         return {}
     domains = {}
     for domain, rows in corpus.domains.items():
-        part = metrics.evaluation(valid.logits[rows], valid.labels[rows])
+        part = evaluation(valid.logits[rows], valid.labels[rows])
         domains |= part.named(f"valid_{domain}")
     results = valid.named("valid")
 
@@ -406,7 +406,7 @@ def conclude(session: Session, task: Task, best: Best) -> dict[str, Any]:
     if session.settings.log_model == "best":
         log_model(run, task, results, is_best=True)
 
-    low, high = metrics.matthews_corrcoef_interval(valid.confusion)
+    low, high = matthews_corrcoef_interval(valid.confusion)
     correlation = f"{results['valid/mcc']:.3f} (95% interval {low:.3f} to {high:.3f})"
     accuracy = f"{results['valid/acc']:.2%} (always the most frequent class: {share:.2%})"
     print(f"best epoch {best.epoch}: Matthews correlation {correlation}, accuracy {accuracy}")
@@ -434,11 +434,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         settings = session.settings
         with distributed.rank_0_first():  # which downloads the data and the model
             corpus = load(settings)
-            source = encoders.find_model(settings.model)
+            can_fetch = settings.wandb == "online" or settings.resume
+            source = encoders.find_model(settings.model, can_fetch)
             is_artifact = source.startswith("wandb:")
-            if is_artifact and settings.wandb != "online" and not settings.resume:
-                problem = f"is fetched from W&B, but this run is {settings.wandb}"
-                raise UserError(f"--model {source} {problem}")
             pretrained = None if is_artifact else load_model(settings, corpus, source)
         default_rate = 1e-3 if source == "scratch" else 1e-4
         session.config["dataset"] = corpus.name
@@ -452,7 +450,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             check = partial(load_model, settings, corpus)
             encoders.fetch_model(source, run.wandb.use_artifact, copy, check)
             pretrained = load_model(settings, corpus, str(copy))
-        task = tokenise(session, corpus, pretrained)
+        task = prepare(session, corpus, pretrained)
         seed_everything(settings.seed, settings.deterministic)
         seed_rank(settings.seed)
         best = train(session, progress, task)

@@ -33,13 +33,17 @@ transformers.logging.set_verbosity_error()  # `_load_pretrained` itself reports 
 transformers.logging.disable_progress_bar()
 
 
-def find_model(name: str | None) -> str:
+def find_model(name: str | None, can_fetch: bool = False) -> str:
     """The model to use: `name`, or BERT-tiny if it is None.
+
+    `can_fetch`: whether the run can fetch an artifact from W&B, or has done so.
 
     A model from the Hub is downloaded unless it is completely cached. If that fails, BERT-tiny is
     replaced by "scratch" with a loud warning; a model named by the user raises `UserError`.
     """
     wanted = name or BERT_TINY
+    if wanted.startswith("wandb:") and not can_fetch:
+        raise UserError(f"--model {wanted} is fetched from W&B, but this run is not online")
     if wanted == "scratch" or wanted.startswith("wandb:") or Path(wanted).is_dir():
         return wanted
     reason = _why_unavailable(wanted)

@@ -840,7 +840,7 @@ BAD = {
     "--dataset synthetic --model MODEL --max_length 513": "--max_length 513 is more than the model's limit, 512",
     "--dataset synthetic --model bare": "--model bare can't be used: it has no tokenizer: save it there too",
     "--dataset synthetic --model empty": "--model empty can't be used: ",
-    "--dataset synthetic --model wandb:a/b/c:best": "wandb:a/b/c:best is fetched from W&B, but this run is offline",
+    "--dataset synthetic --model wandb:a/b/c:best": "wandb:a/b/c:best is fetched from W&B, but this run is not online",
     "--max_length 3": "--max_length: must be at least 4, got '3'",
     "--dataset snythetic": "must be one of auto, cola, synthetic, files; got 'snythetic'; did you mean synthetic?",
     "--monitor valid/auc": "--monitor: must be one of valid/loss",
