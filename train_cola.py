@@ -194,7 +194,7 @@ def evaluate(model: PreTrainedModel, part: TokenSet) -> Evaluation:
     batches = part.lengths.argsort(stable=True).split(64)
     for indices in distributed.share_of(batches):
         inputs = inputs_of(part, indices)
-        output = type(model).forward(model, **inputs)  # skips the hooks of run.watch
+        output = type(model).forward(model, **inputs)  # without the hooks of run.watch
         logits[indices.to(logits.device)] = output.logits
     distributed.sum_over_ranks(logits)  # the other ranks' logits are zero here
     return evaluation(logits, part.labels)
@@ -295,8 +295,8 @@ def train(session: Session, progress: Progress, task: Task) -> Best:
         # From seed and epoch alone, so that a resumed run repeats them.
         batches = by_length(train_set.lengths, settings.batch_size, seed=(settings.seed, epoch))
         for indices in progress.remaining(batches):  # after a resume, the rest of the epoch
-            run.log({}, step=progress.step)  # begin this batch's row
-            if progress.watch_starts:
+            run.log({}, step=progress.step)  # begin the row of this batch
+            if progress.watch_is_due:
                 run.watch(model, log=settings.watch, log_freq=progress.watch_every)
             share = distributed.share_of(indices)  # all, unless torchrun started several processes
             labels = train_set.labels[share.to(device, non_blocking=True)]
@@ -329,7 +329,8 @@ def train(session: Session, progress: Progress, task: Task) -> Best:
                 )
                 progress.show(row)
             schedule.step()
-            checkpoints.save_if_due()  # also at an epoch's end, and on a request to stop
+            # Writes the row; saves if it is time to, or on a request to stop, which is then raised.
+            checkpoints.end_batch()
 
         mean = meter.take_epoch()
         results = {"train/loss_epoch": mean["loss"], "train/acc_epoch": mean["acc"]}
@@ -339,12 +340,12 @@ def train(session: Session, progress: Progress, task: Task) -> Best:
         log_charts(run, task, valid)
         results |= valid.named("valid")
         results["valid/majority_share"] = valid.confusion.majority_share()
-        run.log(results)
+        run.log(results)  # the training figures are there already, with the same values
         improved = best.offer(epoch, results, model)
         write_curves(session, best.epoch)
         if settings.log_model == "all":
             log_model(run, task, results, is_best=improved)
-        progress.end_epoch(results)
+        progress.print_epoch(results)
         if 0 < settings.patience <= epoch - best.epoch:
             break
     return best

@@ -1,8 +1,9 @@
 """Train a ConvNet on MNIST, logged with Weights & Biases.
 
-The model and the task are those of the W&B PyTorch tutorial. Sections: settings, data, model,
-evaluation, training, from start to finish. Under torchrun all ranks run this; rank 0 alone logs,
-writes files and prints.
+The model and the task are those of the W&B PyTorch tutorial. To make it yours: README, "Start your
+own". `run` holds the W&B run: `run.log` adds to the row of the current step, which is the number of
+training examples seen, and raises rather than lose a value. A function that is decorated with
+@logs_to_wandb runs on rank 0 only, and an error of W&B in it is reported, not raised.
 """
 
 import dataclasses
@@ -140,7 +141,7 @@ def evaluate(model: ConvNet, part: ImageSet) -> Evaluation:
     logits = torch.zeros(len(part.images), model.fc.out_features, device=part.images.device)
     batches = list(zip(part.images.split(200), logits.split(200)))
     for images, slots in distributed.share_of(batches):
-        slots.copy_(type(model).forward(model, pixels(images)))  # skips the hooks of run.watch
+        slots.copy_(type(model).forward(model, pixels(images)))  # without the hooks of run.watch
     distributed.sum_over_ranks(logits)  # the other ranks' logits are zero here
     return evaluation(logits, part.labels)
 
@@ -211,7 +212,13 @@ def train(session: Session, progress: Progress, model: ConvNet, data: Digits) ->
     best = Best(settings.monitor, lower_is_better(settings.monitor))
     meter = Meter(device)
     checkpoints = Checkpoints(
-        progress, data, meter, model=model, optimizer=optimizer, schedule=schedule, best=best
+        progress,
+        [data.train, data.valid],
+        meter,
+        model=model,
+        optimizer=optimizer,
+        schedule=schedule,
+        best=best,
     )
     checkpoints.restore_or_begin()  # a new run saves its first one here
 
@@ -220,8 +227,8 @@ def train(session: Session, progress: Progress, model: ConvNet, data: Digits) ->
         order = shuffled(len(train_set.labels), settings.seed, epoch).to(device)
         batches = order.split(settings.batch_size)
         for indices in progress.remaining(batches):  # after a resume, the rest of the epoch
-            run.log({}, step=progress.step)  # begin this batch's row
-            if progress.watch_starts:
+            run.log({}, step=progress.step)  # begin the row of this batch
+            if progress.watch_is_due:
                 run.watch(model, log=settings.watch, log_freq=progress.watch_every)
             share = distributed.share_of(indices)  # all, unless torchrun started several processes
             images = train_set.images[share]
@@ -252,23 +259,24 @@ def train(session: Session, progress: Progress, model: ConvNet, data: Digits) ->
                 )
                 progress.show(row)
             schedule.step()
-            checkpoints.save_if_due()  # also at an epoch's end, and on a request to stop
+            # Writes the row; saves if it is time to, or on a request to stop, which is then raised.
+            checkpoints.end_batch()
 
         mean = meter.take_epoch()
         results = {"train/loss_epoch": mean["loss"], "train/acc_epoch": mean["acc"]}
-        run.log(results)
+        run.log(results)  # into the row of the last batch, like all that follows
         log_inputs(run, model, data, batches[-1][:16])
         if len(data.valid.labels):
             valid = evaluate(model, data.valid)
             progress.check_finite("validation", valid.metrics["loss"])
             log_charts(run, data, "valid", valid)
+            run.log(valid.named("valid"))
             results |= valid.named("valid")
-            run.log(results)
         improved = best.offer(epoch, results, model)
         write_curves(session, best.epoch)
         if settings.log_model == "all":
             run.log_weights(model.state_dict(), results, is_best=improved)
-        progress.end_epoch(results)
+        progress.print_epoch(results)
         if 0 < settings.patience <= epoch - best.epoch:
             break
     return best

@@ -215,7 +215,7 @@ class Result(NamedTuple):
 def evaluate(model: MLP, part: Part, table: Table) -> Result:
     """Predict every row; few enough for each rank to predict all of them."""
     model.eval()
-    predictions = type(model).forward(model, part.features).cpu()  # skips the hooks of run.watch
+    predictions = type(model).forward(model, part.features).cpu()  # without the hooks of run.watch
     targets = part.targets.cpu()
     loss = F.mse_loss(predictions, targets)
     metrics = {
@@ -270,7 +270,13 @@ def train(session: Session, progress: Progress, model: MLP, data: Table) -> Best
     best = Best(settings.monitor, lower_is_better=METRICS[settings.monitor] == "min")
     meter = Meter(device)
     checkpoints = Checkpoints(
-        progress, data, meter, model=model, optimizer=optimizer, schedule=schedule, best=best
+        progress,
+        [data.train, data.valid],
+        meter,
+        model=model,
+        optimizer=optimizer,
+        schedule=schedule,
+        best=best,
     )
     checkpoints.restore_or_begin()  # a new run saves its first one here
 
@@ -279,8 +285,8 @@ def train(session: Session, progress: Progress, model: MLP, data: Table) -> Best
         order = shuffled(len(train_set.targets), settings.seed, epoch).to(device)
         batches = order.split(settings.batch_size)
         for indices in progress.remaining(batches):  # after a resume, the rest of the epoch
-            run.log({}, step=progress.step)  # begin this batch's row
-            if progress.watch_starts:
+            run.log({}, step=progress.step)  # begin the row of this batch
+            if progress.watch_is_due:
                 run.watch(model, log=settings.watch, log_freq=progress.watch_every)
             share = distributed.share_of(indices)  # all, unless torchrun started several processes
             features = train_set.features[share]
@@ -307,21 +313,22 @@ def train(session: Session, progress: Progress, model: MLP, data: Table) -> Best
                 )
                 progress.show(row)
             schedule.step()
-            checkpoints.save_if_due()  # also at an epoch's end, and on a request to stop
+            # Writes the row; saves if it is time to, or on a request to stop, which is then raised.
+            checkpoints.end_batch()
 
         mean = meter.take_epoch()
         results = {"train/loss_epoch": mean["loss"]}
-        run.log(results)
+        run.log(results)  # into the row of the last batch, like all that follows
         valid = evaluate(model, data.valid, data)
         progress.check_finite("validation", valid.metrics["loss"])
         log_charts(run, "valid", valid)
+        run.log(valid.named("valid"))
         results |= valid.named("valid")
-        run.log(results)
         improved = best.offer(epoch, results, model)
         write_curves(session, best.epoch)
         if settings.log_model == "all":
             run.log_weights(model.state_dict(), results, is_best=improved)
-        progress.end_epoch(results)
+        progress.print_epoch(results)
         if 0 < settings.patience <= epoch - best.epoch:
             break
     return best

@@ -18,6 +18,9 @@ from harness.errors import Stopped, UserError
 from harness.files import write_tensors
 from harness.progress import Meter, Progress
 
+# What a checkpoint holds beside the state of the script's objects.
+RESERVED = {"position", "history", "processes", "settings", "data", "seconds"}
+
 
 class Checkpoints:
     """Saves the state of training to `checkpoint.pt`, and restores it when a run is resumed.
@@ -29,10 +32,12 @@ class Checkpoints:
     def __init__(
         self, progress: Progress, data: Any, meter: Meter, *, model: nn.Module, **stateful: Any
     ):
-        """`data`: the tensors to train on, in nested sequences.
+        """`data`: what a resumed run must find unchanged, tensors and values in nested sequences.
 
         `stateful`: whatever else has a `state_dict`, such as the optimizer.
         """
+        if taken := sorted(RESERVED & stateful.keys()):
+            raise ValueError(f"Checkpoints has its own {taken[0]!r}: choose another name")
         session = progress.session
         self._session = session
         self._progress = progress
@@ -90,17 +95,17 @@ class Checkpoints:
         else:
             self._meter.load_state_dict({"sums": {}, "epoch": meters[0]["epoch"]})
 
-    def save_if_due(self) -> None:
-        """End the batch, and save if a checkpoint is due.
+    def end_batch(self) -> None:
+        """End the row of the batch, and save if a checkpoint is due.
 
-        That is every `--checkpoint_every` batches, at the end of an epoch, and on a request to
-        stop, which is then raised.
+        One is due every `--checkpoint_every` batches, at the end of an epoch, whose row stays open
+        for the validation metrics, and on a request to stop: then `Stopped` is raised.
         """
         progress = self._progress
         requests = self._session.stop_requests
-        if not progress.epoch_ends:  # at an epoch's end the row still lacks the validation metrics
+        if not progress.epoch_ends:
             self._session.run.commit()
-        # Ranks agree on stopping, but not after every batch: communication takes time.
+        # Asking all ranks takes time, so only when a row is due.
         stops = []
         if distributed.world_size() == 1 or progress.row_is_due:
             stops = distributed.gather(requests.first and requests.first.status)
@@ -110,8 +115,10 @@ class Checkpoints:
             self._save()
         if stopping:
             status = max(stopping)
+            # If this process got a request itself, its own reason stays.
             requests.add("a signal to another process" if status else "another process", status)
             reason = f"{requests.first.reason} at step {progress.step}, saved"
+            # torchrun knows only of signals to itself and to the process that it watches.
             raise Stopped(reason, status, ends_launcher=status > 0 and requests.signal is None)
 
     def _save(self) -> None:
@@ -132,19 +139,21 @@ class Checkpoints:
 
 
 def fingerprint(data: Any, checksum: int = 0) -> int:
-    """A checksum of all tensors in nested sequences.
+    """A checksum of tensors, text, numbers and paths in nested sequences.
 
     Raises `TypeError` for what would go unchecked.
     """
-    if isinstance(data, Tensor):
-        return zlib.crc32(data.cpu().contiguous().numpy(), checksum)
     if isinstance(data, (list, tuple)):
         for part in data:
             checksum = fingerprint(part, checksum)
-    elif not isinstance(data, (str, int, float, Path, type(None))):
-        kind = type(data).__name__
-        raise TypeError(f"Checkpoints(data=...) must be tensors in lists and tuples, not {kind}")
-    return checksum
+        return zlib.crc32(b"end", checksum)
+    if isinstance(data, Tensor):
+        checksum = zlib.crc32(f"{data.dtype}{list(data.shape)}".encode(), checksum)
+        return zlib.crc32(data.cpu().flatten().view(torch.uint8).numpy(), checksum)
+    if isinstance(data, (str, int, float, Path, type(None))):
+        return zlib.crc32(repr(data).encode(), checksum)
+    kind = type(data).__name__
+    raise TypeError(f"the data of Checkpoints must be tensors or values in lists, not {kind}")
 
 
 def _random_state() -> dict[str, Any]:

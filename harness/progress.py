@@ -19,8 +19,8 @@ from harness.session import Session
 class Progress:
     """Position in training, the batches that are left, and what is due after a batch.
 
-    `epoch` and `batch` count from 1 over the whole run; `step`, the step of W&B, is the number of
-    examples seen. They include the current batch. The batches of an epoch must follow from the seed
+    `epoch` and `batch` count from 1 over the whole run, the current batch included; `step`, W&B's
+    step, is the number of training examples seen. The batches of an epoch must follow from the seed
     and the epoch alone. `bar` is tqdm's: `bar.write` prints a line above it.
     """
 
@@ -90,8 +90,8 @@ class Progress:
             self.bar.update()
 
     @property
-    def watch_starts(self) -> bool:
-        """Whether `run.watch` is to be called before this batch."""
+    def watch_is_due(self) -> bool:
+        """Whether `run.watch` is to be called now, before the model sees this batch."""
         watching = self._settings.watch != "off" and not self.session.run.wandb.disabled
         return watching and self.batch == self._first_watched
 
@@ -119,7 +119,7 @@ class Progress:
         """Show figures beside the progress bar."""
         self.bar.set_postfix({name: f"{value:.4f}" for name, value in figures.items()})
 
-    def end_epoch(self, results: Mapping[str, float]) -> None:
+    def print_epoch(self, results: Mapping[str, float]) -> None:
         """Print the epoch's losses, accuracies and monitored metric, and the seconds it took."""
         shown = [
             f"{name} {value:.4f}"
@@ -158,7 +158,7 @@ class Progress:
 class Meter:
     """Means over examples of what is summed batch by batch.
 
-    Only reading them waits for an accelerator.
+    `add` does not wait for an accelerator; `take_row` and `state_dict` do.
     """
 
     def __init__(self, device: torch.device | str | None = None):
@@ -167,7 +167,7 @@ class Meter:
         self._epoch: dict[str, float] = {}  # of all ranks, over the rows of the epoch
 
     def add(self, examples: int, **sums: Tensor | float) -> None:
-        """Add a batch: how many examples this rank had, and the sum of each quantity over them."""
+        """Add a batch: how many examples this rank had, and sums (not means) over them."""
         self._add({**sums, "examples": examples})
 
     def _add(self, sums: Mapping[str, Tensor | float]) -> None:
@@ -230,7 +230,8 @@ class Best:
         validated = [name for name in metrics if name.startswith("valid/")]
         if validated and self.monitor not in metrics:
             raise UserError(f"--monitor {self.monitor}: there are {', '.join(validated)}")
-        value = distributed.broadcast(metrics.get(self.monitor))  # all ranks must decide alike
+        # From rank 0, so that all ranks decide the same.
+        value = distributed.broadcast(metrics.get(self.monitor))
         improves = operator.lt if self.lower_is_better else operator.gt
         better = self.value is None or math.isnan(self.value) or improves(value, self.value)
         if better:

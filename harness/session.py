@@ -39,16 +39,16 @@ LIBRARIES = ("torch", "torchvision", "transformers", "wandb", "numpy")
 
 @dataclasses.dataclass
 class Session:
-    """What a script needs of its run, on each rank."""
+    """A run, on each rank: what a script needs of it first, then what the harness does."""
 
-    settings: Any  # final: as requested, or as the run was begun with if it is resumed
+    settings: Any  # final: those requested or, on resuming, those of the run
     stop_requests: StopRequests
-    # Every setting as used, for W&B, config.json and the checkpoint; the script adds what its
-    # placeholders stand for, such as the data set.
+    # The settings as used, for W&B, config.json and the checkpoint: in the place of placeholders,
+    # which `settings` keeps, what they stand for. The script adds that of its own, "dataset".
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
     device: torch.device | None = None
     checkpoint: Mapping[str, Any] | None = None  # to resume from; None for a new run
-    started: float = 0.0  # by `time.perf_counter`, earlier by what previous processes took
+    started: float = 0.0  # by `time.perf_counter`, moved back by the time of earlier processes
     run: tracking.Run | None = None  # from `start` on
     metrics: dict[str, Any] = dataclasses.field(default_factory=dict)  # of metrics.json
     finished: bool = False  # by an earlier process: there is nothing left to do
@@ -86,7 +86,7 @@ class Session:
         return self.run
 
     def describe(self, name: str, model: nn.Module) -> None:
-        """Print the size of the model, and how it is trained."""
+        """Print the size of the model, and its device, precision and seed."""
         parameters = sum(parameter.numel() for parameter in model.parameters())
         how = f"on {self.device.type} in {self.precision}, seed {self.settings.seed}"
         print(f"{name}: {parameters:,} parameters {how}")
@@ -101,6 +101,7 @@ def open_session(requested: SharedSettings, task: str) -> Iterator[Session]:
     """
     keep_freed_memory()
     output_dir = requested.output_dir
+    # How long the other ranks wait for rank 0, which ends the W&B run.
     finish_limit = tracking.FINISH_TIMEOUT[requested.log_model] + tracking.KILL_AFTER
     last_wait = finish_limit + tracking.ARTIFACT_TIMEOUT
     try:
@@ -149,8 +150,8 @@ def _open_on_rank_0(
     started = time.perf_counter()
     _check_leader(requested)
     identity = _identify(requested, task)
-    begun = dataclasses.asdict(requested) | identity
     output_dir = Path(identity["output_dir"])
+    begun = dataclasses.asdict(requested) | identity
     with output_directory(output_dir, requested.resume, begun):
         checkpoint = read_checkpoint(output_dir)
         if checkpoint:
@@ -170,6 +171,8 @@ def _open_on_rank_0(
         session = Session(settings, requests, config, device, checkpoint, started)
         with session.exits:
             yield session
+            if session.run is None:
+                raise RuntimeError("the script has not called session.start")
             last_line = _where_to_look(session.run, output_dir)
         session.metrics["seconds"] = time.perf_counter() - started
         write_json(output_dir / METRICS, session.metrics)
@@ -185,11 +188,11 @@ def _open_on_other_rank(requested: SharedSettings, requests: StopRequests) -> It
         distributed.deferring_to_rank_0(),
     ):
         _check_leader(requested)
-        begun = distributed.broadcast()
-        if not begun:
+        received = distributed.broadcast()
+        if not received:
             yield Session(requested, requests, finished=True)
             return
-        settings, config, checkpoint = begun
+        settings, config, checkpoint = received
         device = find_device(config["device"])
         yield Session(settings, requests, config, device, checkpoint)
 

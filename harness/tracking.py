@@ -52,8 +52,8 @@ def logs_to_wandb(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return function(run, *arguments, **options)
         except Exception as error:
-            of_wandb = wandb_service.raised_by_wandb(error) or disk_error(error)
-            if isinstance(error, LogError) or _is_from_agent(error) or not of_wandb:
+            ours = isinstance(error, (LogError, JournalError)) or _is_from_agent(error)
+            if ours or not (wandb_service.raised_by_wandb(error) or disk_error(error)):
                 raise
             run.report(error)
             return None
@@ -66,6 +66,10 @@ class LogError(ValueError):
 
     def __init__(self, problem: str):
         super().__init__(f"run.log in {script_line()}: {problem}")
+
+
+class JournalError(OSError):
+    """The journal can't be written: unlike an error of W&B, this ends the run."""
 
 
 def _is_from_agent(error: Exception) -> bool:
@@ -90,8 +94,8 @@ class Run:
         self.failed = False  # whether a failure of W&B was reported
         self.lost = False  # whether W&B's service is gone
         self._row: dict[str, Any] = {}
-        self._written = False  # whether the current row was
-        self._restoring = False  # a resumed run repeats what it did before training
+        self._written = False  # whether the current row has been written
+        self._restoring = False  # from `take_over` to `load_state_dict`: nothing is written
         self._rows: list[dict[str, float]] = []  # of the journal
         self._journal = journal
         self._checksum = 0
@@ -147,7 +151,7 @@ class Run:
     def commit(self) -> None:
         """End the current row: write it to the journal, then to W&B.
 
-        Raises `OSError` if the journal can't be written.
+        Raises `JournalError` if the journal can't be written.
         """
         row = self._row
         self._row = {}
@@ -156,10 +160,14 @@ class Run:
             return
         numbers = _numbers(row)
         if numbers and self._journal:
-            self._rows.append({"step": self.step, **numbers})
-            line = json.dumps(self._rows[-1]) + "\n"
-            with self._journal.open("a") as journal:
-                journal.write(line)
+            entry = {"step": self.step, **numbers}
+            line = json.dumps(entry) + "\n"
+            try:
+                with self._journal.open("a") as journal:
+                    journal.write(line)
+            except OSError as error:
+                raise JournalError(error.errno, error.strerror, str(self._journal)) from None
+            self._rows.append(entry)
             self._checksum = zlib.crc32(line.encode(), self._checksum)
         self._send(row, self.step)
 
@@ -196,14 +204,15 @@ class Run:
             if self._handing_over:
                 log_to_wandb(data, step, commit)
             elif step is None and commit is False:  # a hook, which may run several times in a step
-                self._row.update({} if self._written else data)
+                if not self._written:
+                    self._row.update(data)
             else:
                 self.log(data, step, bool(commit))
 
         setattr(self.wandb, LOG_METHOD, log)
 
     def state_dict(self) -> dict[str, Any]:
-        """The length of the journal, flushed to disk, its CRC-32, and the current row's numbers."""
+        """Flush the journal; returns its length, its CRC-32 and the numbers of the current row."""
         with self._journal.open("ab") as journal:
             os.fsync(journal.fileno())
             length = journal.tell()
@@ -237,7 +246,7 @@ class Run:
         logs = [log for log in wandb_service.log_files(self.wandb.id) if log != current]
         logged = wandb_service.logged_rows(logs)
         if self.wandb.offline and self._wandb_step >= 0:
-            for step in sorted(logged):  # or the summary would lack what earlier processes logged
+            for step in sorted(logged):  # an offline summary starts empty
                 if step <= self._wandb_step:
                     self.summary.update(_public(logged[step][0]))
         lost = [row for row in rows if row["step"] > self._wandb_step]
@@ -279,7 +288,7 @@ class Run:
 
     @logs_to_wandb
     def save(self, path: Path) -> None:
-        """`wandb.Run.save` a copy of a file; W&B by itself would only link to the file."""
+        """Save a copy of a file to the W&B run; `wandb.Run.save` alone would link to the file."""
         if not self.wandb.disabled:
             copy = shutil.copy(path, self.wandb.dir)
             self.wandb.save(copy, base_path=self.wandb.dir, policy="now", glob=False)
@@ -337,7 +346,7 @@ class Run:
             self._artifacts.put(None)
             self._worker.join(ARTIFACT_TIMEOUT if status == 0 else 0)
             if self._worker.is_alive():
-                self.failed = True  # what W&B raises later is a consequence
+                self.failed = True  # later errors are expected, and not reported
         limit = self.wandb.settings.finish_timeout + KILL_AFTER
         killer = threading.Timer(limit, self._give_up)
         killer.daemon = True

@@ -111,7 +111,7 @@ def main() -> None:
                 log_randomly(log, progress.step, rng)
                 if session.settings.watch != "off" and rng.random() < 0.3:
                     run.wandb._log({"hook": rng.random()}, commit=False)  # as run.watch does
-                checkpoints.save_if_due()
+                checkpoints.end_batch()
             if not run._written:
                 log.log({"epoch": epoch, "valid/loss": 1 / epoch})
         session.metrics = {"rows": len(run.rows)}
