@@ -149,7 +149,8 @@ def fingerprint(data: Any, checksum: int = 0) -> int:
         return zlib.crc32(b"end", checksum)
     if isinstance(data, Tensor):
         checksum = zlib.crc32(f"{data.dtype}{list(data.shape)}".encode(), checksum)
-        return zlib.crc32(data.cpu().contiguous().flatten().view(torch.uint8).numpy(), checksum)
+        values = data.cpu().flatten().clone(memory_format=torch.contiguous_format)
+        return zlib.crc32(values.view(torch.uint8).numpy(), checksum)
     if isinstance(data, (str, int, float, Path, type(None))):
         return zlib.crc32(repr(data).encode(), checksum)
     kind = type(data).__name__
