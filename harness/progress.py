@@ -236,7 +236,7 @@ class Best:
         better = self.value is None or math.isnan(self.value) or improves(value, self.value)
         if better:
             self.epoch = epoch
-            self.value = value
+            self.value = None if value is None else float(value)  # not a NumPy number
             # On the CPU, so that machines without an accelerator can load what is saved.
             weights = model.state_dict()
             self.weights = {name: weights[name].to("cpu", copy=True) for name in weights}

@@ -2,6 +2,7 @@
 
 import ast
 import difflib
+import graphlib
 import random
 import subprocess
 import sys
@@ -62,6 +63,13 @@ def test_imports_point_downwards():
     ):
         for file in (REPO / package).rglob("*.py"):
             assert all(name.startswith(allowed) for name in imported(file)), file
+
+
+def test_imports_go_in_no_circle():
+    folders = ("harness", "tasks", "offline_sweep", "reporting")
+    files = [*REPO.glob("*.py"), *(file for name in folders for file in (REPO / name).glob("*.py"))]
+    graph = {str(file.relative_to(REPO)): imported(file) for file in files}
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError
 
 
 def test_example_differs_from_its_template_in_few_lines():
