@@ -62,6 +62,7 @@ class Checkpoints:
         """
         checkpoint = self._session.checkpoint
         if checkpoint is None:
+            self._session.run.commit()  # a resumed run does not repeat what comes before
             self._save()
             return
         if checkpoint["data"] != self._fingerprint:

@@ -1,5 +1,6 @@
 """Errors that end a run in one line instead of a traceback, and the warning that nobody misses."""
 
+import errno
 import os
 import re
 import sys
@@ -8,6 +9,14 @@ import textwrap
 import traceback
 from pathlib import Path
 
+DISK_ERRORS = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EIO,
+    errno.EMFILE,
+)
 LIBRARIES = (sysconfig.get_path("stdlib"), str(Path(__file__).parent), "<")
 
 

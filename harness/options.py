@@ -201,7 +201,7 @@ def _read_sweep_file() -> dict[str, Any]:
         with open(path, encoding="utf-8") as file:
             content = yaml.safe_load(file)
         content.pop("wandb_version")
-        return {name: entry["value"] for name, entry in content.items()}
+        return {str(name): entry["value"] for name, entry in content.items()}
     except (OSError, ValueError, yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
         raise UserError(f"{SWEEP_FILE}: {path} can't be read: {error}") from None
 

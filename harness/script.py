@@ -13,19 +13,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from harness.errors import Stopped, UserError, disk_error
+from harness.errors import DISK_ERRORS, Stopped, UserError, disk_error
 from harness.options import SharedSettings, parse
 
 GRACE = 2  # seconds from a signal to the exit if there is nothing to save
 EXIT_TIMEOUT = 30  # seconds
-DISK_ERRORS = (
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.EROFS,
-    errno.EIO,
-    errno.EMFILE,
-)
 PATH_ERRORS = (
     errno.EACCES,
     errno.EPERM,

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import os
 import platform
 import secrets
@@ -79,6 +80,7 @@ class Session:
         command = resume_command(self.settings.output_dir, self.settings.resume)
         self.exits.enter_context(tracking.finishing(self.run, command))
         self.config["id"] = self.run.wandb.id  # W&B's agent may have chosen it
+        self.config = json.loads(json.dumps(self.config))  # plain values, also of NumPy's
         write_json(self.output_dir / CONFIG, self.config | {"versions": _versions()})
         _log_config(self.run, self.config)
         if state:
@@ -159,7 +161,7 @@ def _open_on_rank_0(
             identity |= _settings_of(checkpoint["settings"], requested, output_dir)
         settings = dataclasses.replace(requested, **identity)
         metrics = _finished_before(output_dir, settings, checkpoint)
-        if metrics:
+        if metrics is not None:
             distributed.broadcast(None)
             yield Session(settings, requests, metrics=metrics, finished=True)
             return
@@ -257,13 +259,15 @@ def _settings_of(
     if others := sorted(used.keys() ^ fields.keys()):
         names = ", ".join(f"--{name}" for name in others)
         raise UserError(f"{run} is of another script or version: its options differ ({names})")
-    taken = {name: used[name] for name in ("project", "entity", "id")}
+    identity = ("project", "entity", "id")
     differ = []
+    taken = {}
     for name in sorted(fields):
         value = getattr(requested, name)
-        if not fields[name]["may_change"]:
+        placeholder = None if name in identity else fields[name]["placeholder"]
+        if name in identity or not fields[name]["may_change"]:
             taken[name] = used[name]
-            if value not in (used[name], fields[name]["placeholder"]):
+            if value not in (used[name], placeholder):
                 differ.append(f"--{name} was {used[name]!r}, is {value!r}")
         elif value is None:
             taken[name] = used[name]

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import logging
+import math
 import operator
 import os
 import queue
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from harness import distributed, wandb_service
-from harness.errors import Stopped, UserError, disk_error, script_line, warn_loudly
+from harness.errors import DISK_ERRORS, Stopped, UserError, disk_error, script_line, warn_loudly
 from harness.files import replacing
 from harness.options import SharedSettings
 from harness.script import StopRequests, cancel_timeout, in_main_thread
@@ -33,6 +34,7 @@ KILL_AFTER = 10  # seconds after that until the service is killed
 CLOSE_TIMEOUT = 2  # seconds to close the run after a signal
 ARTIFACT_TIMEOUT = 5  # seconds to hand over artifacts at the end; uploading them comes after that
 LOG_METHOD = "_log"  # undocumented: what the hooks of `watch` call
+HOOK_KEYS = ("gradients/", "parameters/")
 NO_ANSWER = (
     "W&B does not answer.",
     "The same command with --resume logs the rest once it does.",
@@ -52,8 +54,10 @@ def logs_to_wandb(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return function(run, *arguments, **options)
         except Exception as error:
+            failure = disk_error(error)
+            disk_fails = failure is not None and failure.errno in DISK_ERRORS
             ours = isinstance(error, (LogError, JournalError)) or _is_from_agent(error)
-            if ours or not (wandb_service.raised_by_wandb(error) or disk_error(error)):
+            if ours or not (disk_fails or wandb_service.raised_by_wandb(error)):
                 raise
             run.report(error)
             return None
@@ -95,12 +99,13 @@ class Run:
         self.lost = False  # whether W&B's service is gone
         self._row: dict[str, Any] = {}
         self._written = False  # whether the current row has been written
+        self._ended = ""  # by which line of the script
         self._restoring = False  # from `take_over` to `load_state_dict`: nothing is written
         self._rows: list[dict[str, float]] = []  # of the journal
         self._journal = journal
         self._checksum = 0
         self._wandb_step = wandb_step
-        self._handing_over = False
+        self._handing_over: int | None = None  # the thread that hands over a row
         self._artifacts: queue.SimpleQueue = queue.SimpleQueue()
         self._worker: threading.Thread | None = None
         if not run.disabled:
@@ -126,14 +131,11 @@ class Run:
         that falls, a row that has ended, a key that the row has with another value, and a key that
         W&B or the journal keeps for itself.
         """
-        values = {name: _plain(value) for name, value in values.items()}
-        for name in values:
-            if not isinstance(name, str) or name == "step" or name.startswith("_"):
-                raise LogError(f"{name!r} can't be the name of a metric")
+        values = _plain_values(values)
         if step is not None and step != self.step:
             self._begin_row(operator.index(step))
         if self._written and values:
-            raise LogError(f"the row of step {self.step} has ended")
+            raise LogError(f"the row of step {self.step} has ended in {self._ended}")
         for name, value in values.items():
             if name in self._row and not _same(value, self._row[name]):
                 raise LogError(f"the row of step {self.step} has another value of {name!r}")
@@ -155,6 +157,8 @@ class Run:
         """
         row = self._row
         self._row = {}
+        if not self._written:
+            self._ended = script_line()
         self._written = True
         if self._restoring:
             return
@@ -182,12 +186,12 @@ class Run:
     def _hand_over(self, row: Mapping[str, Any], step: int) -> bool:
         if self.lost:
             return False
-        self._handing_over = True
+        self._handing_over = threading.get_ident()
         try:
             self.wandb.log({}, step=step)  # W&B names media files after the row that is open
             self.wandb.log(row, step=step, commit=True)
         finally:
-            self._handing_over = False
+            self._handing_over = None
         return True
 
     def _intercept_hooks(self) -> None:
@@ -201,10 +205,10 @@ class Run:
         def log(
             data: Mapping[str, Any], step: int | None = None, commit: bool | None = None
         ) -> None:
-            if self._handing_over:
+            if self._handing_over == threading.get_ident():
                 log_to_wandb(data, step, commit)
-            elif step is None and commit is False:  # a hook, which may run several times in a step
-                if not self._written:
+            elif all(name.startswith(HOOK_KEYS) for name in data):
+                if not self._written:  # a hook may run several times in a step
                     self._row.update(data)
             else:
                 self.log(data, step, bool(commit))
@@ -212,7 +216,7 @@ class Run:
         setattr(self.wandb, LOG_METHOD, log)
 
     def state_dict(self) -> dict[str, Any]:
-        """Flush the journal; returns its length, its CRC-32 and the numbers of the current row."""
+        """Flush the journal; returns its length, its CRC-32, and the current row without media."""
         with self._journal.open("ab") as journal:
             os.fsync(journal.fileno())
             length = journal.tell()
@@ -220,7 +224,7 @@ class Run:
             "journal": length,
             "checksum": self._checksum,
             "step": self.step,
-            "row": _numbers(self._row),
+            "row": {name: value for name, value in self._row.items() if _is_plain(value)},
             "written": self._written,
         }
 
@@ -263,10 +267,10 @@ class Run:
     def _save_media(self, values: Mapping[str, Any], directory: Path) -> None:
         """Save the files of a row that an earlier process logged."""
         for value in values.values():
-            if not isinstance(value, dict):
+            if not isinstance(value, dict) or "_type" not in value:
                 continue
-            for name in filter(None, [*value.get("filenames", ()), value.get("path")]):
-                if (directory / name).exists():
+            for name in [*value.get("filenames", ()), value.get("path", "")]:
+                if (directory / name).is_file():
                     copy = Path(self.wandb.dir, name)
                     copy.parent.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(directory / name, copy)
@@ -386,7 +390,7 @@ class _Mapping:
         self._content = content
 
     def __getitem__(self, name: str) -> Any:
-        return self._content[name]
+        return self._run.call(self._content.__getitem__, name)
 
     def __setitem__(self, name: str, value: Any) -> None:
         self._run.call(self._content.__setitem__, name, value)
@@ -395,19 +399,48 @@ class _Mapping:
         self._run.call(self._content.update, values, **options)
 
 
-def _plain(value: Any) -> Any:
-    """A number as Python's own, also from a tensor or an array; anything else as it is."""
-    if getattr(value, "ndim", None) == 0:
+def _plain_values(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values as they are now, nested ones as outer.inner, as in W&B. Raises `LogError`."""
+    plain = {}
+    for name, value in values.items():
+        if not isinstance(name, str) or not name or name == "step" or name.startswith("_"):
+            raise LogError(f"{name!r} can't be the name of a metric")
+        if isinstance(value, Mapping):
+            plain |= _plain_values(value, f"{prefix}{name}.")
+        else:
+            plain[f"{prefix}{name}"] = _plain(value, name)
+    return plain
+
+
+def _plain(value: Any, name: str) -> Any:
+    """A number or a text as Python's own, also from a tensor or an array; a copy of others."""
+    if hasattr(value, "shape") and hasattr(value, "item"):
+        if math.prod(value.shape) != 1:
+            return value.detach().clone() if isinstance(value, Tensor) else value.copy()
         value = value.item()
-    if isinstance(value, Real) and not isinstance(value, int):
+    if isinstance(value, (list, tuple)):
+        return [_plain(item, name) for item in value]
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, Real):
         return float(value)
+    if isinstance(value, str):
+        return str.__str__(value)
+    if not any(kind.__module__.startswith("wandb.") for kind in type(value).__mro__):
+        problem = f"{name!r} is of type {type(value).__name__}"
+        raise LogError(f"{problem}: use wandb.Image, wandb.Html or the like")
     return value
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, (int, float, str))
 
 
 def _same(a: Any, b: Any) -> bool:
     """Whether two values of a row are the same; NaN is the same as NaN."""
-    plain = (int, float, str)
-    if isinstance(a, plain) and isinstance(b, plain):
+    if _is_plain(a) and _is_plain(b):
         return a == b or (a != a and b != b)
     return a is b
 

@@ -110,7 +110,7 @@ def main() -> None:
                 rng = random.Random(f"{os.environ['SEED']} {progress.step}")
                 log_randomly(log, progress.step, rng)
                 if session.settings.watch != "off" and rng.random() < 0.3:
-                    run.wandb._log({"hook": rng.random()}, commit=False)  # as run.watch does
+                    run.wandb._log({"gradients/w": rng.random()}, commit=False)  # as run.watch does
                 checkpoints.end_batch()
             if not run._written:
                 log.log({"epoch": epoch, "valid/loss": 1 / epoch})

@@ -60,7 +60,7 @@ def comparable(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
     return [{name: repr(float(value)) for name, value in sorted(row.items())} for row in rows]
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 def test_journal_and_wandb_hold_the_same_rows_at_any_kill(seed, tmp_path, server: WandbServer):
     rng = random.Random(seed)
     for name in ("whole", "killed"):
@@ -104,6 +104,13 @@ def fresh(tmp_path: Path) -> tracking.Run:
         ({"step": 1}, None, "'step' can't be the name of a metric"),
         ({"_step": 1}, None, "'_step' can't be the name of a metric"),
         ({1: 1}, None, "1 can't be the name of a metric"),
+        ({"": 1}, None, "'' can't be the name of a metric"),
+        ({"b": {"_c": 1}}, None, "'_c' can't be the name of a metric"),
+        (
+            {"b": object()},
+            None,
+            "'b' is of type object: use wandb.Image, wandb.Html or the like",
+        ),
     ],
 )
 def test_what_would_be_lost_is_refused_at_its_line(values, step, problem, tmp_path):
@@ -126,7 +133,8 @@ def test_a_row_that_has_ended_stays_as_it_is(tmp_path):
     run.log({"a": 1}, step=20, commit=True)
     run.log({})  # says nothing new
     for step in (None, 20):
-        with pytest.raises(ValueError, match="the row of step 20 has ended"):
+        ended = r"the row of step 20 has ended in test_tracking.py:\d+$"
+        with pytest.raises(ValueError, match=ended):
             run.log({"b": 2}, step=step)
     run.log({"b": 2}, step=40)
     assert journal(tmp_path) == [{"step": 20, "a": 1}]
@@ -146,6 +154,57 @@ def test_numbers_are_logged_as_they_are_at_that_moment(tmp_path):
     run.log({"text": "a"}, commit=True)
     (row,) = journal(tmp_path)
     assert repr(row) == "{'step': 0, 'loss': 0.5, 'n': 3, 'x': 0.25, 'nan': nan}"
+
+
+@pytest.mark.quick
+def test_what_is_changed_later_was_logged_before(tmp_path):
+    run = fresh(tmp_path)
+    values = {"list": [1, 2], "array": np.ones(2), "tensor": torch.ones(2), "one": [np.float64(1)]}
+    run.log(values | {"valid": {"loss": np.array([0.5]), "per class": {"a": 1}}})
+    values["list"].append(3)
+    values["array"] += 1
+    values["tensor"] += 1
+    row = run._row
+    assert (row["list"], row["array"].tolist(), row["tensor"].tolist()) == ([1, 2], [1, 1], [1, 1])
+    assert type(row["one"][0]) is float
+    run.commit()
+    assert journal(tmp_path) == [{"step": 0, "valid.loss": 0.5, "valid.per class.a": 1}]
+
+
+@pytest.mark.quick
+def test_what_a_checkpoint_keeps_of_a_row_can_be_loaded(tmp_path):
+    run = fresh(tmp_path)
+    run.log({np.str_("key"): np.str_("text"), "n": np.int64(1), "flag": np.bool_(True)})
+    torch.save(run.state_dict(), tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert state["row"] == {"key": "text", "n": 1, "flag": True}
+    another = fresh(tmp_path)
+    another.load_state_dict(state)
+    another.log({"n": 1, "more": 2}, commit=True)
+    assert journal(tmp_path) == [{"step": 0, "n": 1, "flag": True, "more": 2}]
+
+
+@pytest.mark.quick
+def test_a_journal_that_cannot_be_written_ends_the_run(tmp_path):
+    run = fresh(tmp_path)
+    (tmp_path / "history.jsonl").mkdir()
+
+    @tracking.logs_to_wandb
+    def log(run: tracking.Run) -> None:
+        run.log({"a": 1}, commit=True)
+
+    with pytest.raises(tracking.JournalError):
+        log(run)
+
+
+@pytest.mark.quick
+def test_the_users_own_mistakes_are_not_swallowed(tmp_path):
+    @tracking.logs_to_wandb
+    def log(run: tracking.Run) -> None:
+        (tmp_path / "missing").read_text()
+
+    with pytest.raises(FileNotFoundError):
+        log(fresh(tmp_path))
 
 
 @pytest.mark.quick
