@@ -26,6 +26,7 @@ from harness.directory import (
     CONFIG,
     JOURNAL,
     METRICS,
+    PREVIOUS_CHECKPOINT,
     newest_unfinished,
     output_directory,
     read_checkpoint,
@@ -284,6 +285,8 @@ def _finished_before(
     if metrics is None:
         return None
     if checkpoint:
+        if not (output_dir / PREVIOUS_CHECKPOINT).exists():
+            return None  # it has replaced the newest one, which was damaged
         last_step = checkpoint["position"]["step"]
         if not wandb_service.is_complete(settings.id, settings.wandb, last_step):
             problem = "is finished, but W&B does not have all of it"

@@ -313,8 +313,10 @@ def test_corrupt_byte_is_detected_or_harmless(copied):
     assert detected > 80
 
 
-def test_resume_falls_back_to_the_previous_checkpoint(copied, references):
-    (copied / "out/metrics.json").unlink()
+@pytest.mark.parametrize("finished", [False, True])
+def test_resume_falls_back_to_the_previous_checkpoint(finished, copied, references):
+    if not finished:
+        (copied / "out/metrics.json").unlink()
     os.truncate(copied / "out/checkpoint.pt", 1000)
     expected = torch.load(copied / "out/checkpoint.previous.pt", weights_only=True)["position"]
     assert read_checkpoint(copied / "out")["position"] == expected
