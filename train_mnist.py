@@ -213,7 +213,7 @@ def train(session: Session, progress: Progress, model: ConvNet, data: Digits) ->
     meter = Meter(device)
     checkpoints = Checkpoints(
         progress,
-        [data.train, data.valid],
+        [data.train, data.valid, data.test],
         meter,
         model=model,
         optimizer=optimizer,
@@ -325,8 +325,10 @@ def conclude(session: Session, progress: Progress, best: Best, data: Digits) -> 
     if session.settings.log_model == "best":
         run.log_weights(best.weights, results, is_best=True)
 
-    accuracy = f"{results['test/acc']:.2%} of {len(data.test.labels):,} images"
-    print(f"test accuracy {accuracy}, best epoch {best.epoch}")
+    print(
+        f"test accuracy {results['test/acc']:.2%} of {len(data.test.labels):,} images, "
+        f"best epoch {best.epoch}"
+    )
     return {
         "dataset": data.name,
         "model": f"ConvNet {session.settings.kernels}",
@@ -355,8 +357,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         seed_everything(settings.seed, settings.deterministic)
         model = make_model(settings, session.device)
         seed_rank(settings.seed)
-        sizes = [f"{len(part.labels):,}" for part in (data.train, data.valid, data.test)]
-        print(f"{data.name}: {' + '.join(sizes)} images for training, validation and test")
+        print(
+            f"{data.name}: {len(data.train.labels):,} + {len(data.valid.labels):,} + "
+            f"{len(data.test.labels):,} images for training, validation and test"
+        )
         print(model)
         session.describe("ConvNet", model)
         best = train(session, progress, model, data)

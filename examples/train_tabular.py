@@ -271,7 +271,7 @@ def train(session: Session, progress: Progress, model: MLP, data: Table) -> Best
     meter = Meter(device)
     checkpoints = Checkpoints(
         progress,
-        [data.train, data.valid],
+        [data.train, data.valid, data.test],
         meter,
         model=model,
         optimizer=optimizer,
@@ -402,8 +402,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         seed_everything(settings.seed, settings.deterministic)
         model = make_model(settings, data, session.device)
         seed_rank(settings.seed)
-        sizes = [f"{len(part.targets):,}" for part in (data.train, data.valid, data.test)]
-        print(f"{data.name}: {' + '.join(sizes)} rows for training, validation and test")
+        print(
+            f"{data.name}: {len(data.train.targets):,} + {len(data.valid.targets):,} + "
+            f"{len(data.test.targets):,} rows for training, validation and test"
+        )
         print(model)
         session.describe("MLP", model)
         best = train(session, progress, model, data)
