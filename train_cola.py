@@ -121,10 +121,11 @@ def prepare(session: Session, corpus: Corpus, pretrained: Pretrained) -> Task:
     valid_set = tokenise(valid.sentences, valid.labels, tokenizer, limit, device)
     if cut := train_set.cut + valid_set.cut:
         print(f"{cut} sentences are longer than --max_length {limit} tokens and are truncated.")
-    sizes = f"{len(train_set.labels):,} + {len(valid_set.labels):,}"
     share = valid_set.labels.bincount().max() / len(valid_set.labels)
-    majority = f"{share:.1%} of the latter in the most frequent class"
-    print(f"{corpus.name}: {sizes} sentences for training and validation, {majority}")
+    print(
+        f"{corpus.name}: {len(train_set.labels):,} + {len(valid_set.labels):,} sentences for "
+        f"training and validation, {share:.1%} of the latter in the most frequent class"
+    )
     session.describe(session.config["model"], model)
     encoders.train_used_rows(model, [train_set.tokens, valid_set.tokens])
     return Task(corpus, model.to(device), tokenizer, train_set, valid_set)
@@ -216,8 +217,9 @@ def attributions(task: Task, result: Evaluation) -> str:
         sentence = task.corpus.valid.sentences[i]
         words = encoders.words_of(task.tokenizer, sentence, len(shades))
         shaded = [(word, float(shades[tokens].sum())) for word, tokens in words]
-        confidence = f"{result.probabilities[i].max():.1%}"
-        heading = f"{names[label]} taken for {names[prediction]}, {confidence}"
+        heading = (
+            f"{names[label]} taken for {names[prediction]}, {result.probabilities[i].max():.1%}"
+        )
         page += viz.shaded_words(shaded, heading)
     return page
 
@@ -408,9 +410,11 @@ def conclude(session: Session, task: Task, best: Best) -> dict[str, Any]:
         log_model(run, task, results, is_best=True)
 
     low, high = matthews_corrcoef_interval(valid.confusion)
-    correlation = f"{results['valid/mcc']:.3f} (95% interval {low:.3f} to {high:.3f})"
-    accuracy = f"{results['valid/acc']:.2%} (always the most frequent class: {share:.2%})"
-    print(f"best epoch {best.epoch}: Matthews correlation {correlation}, accuracy {accuracy}")
+    print(
+        f"best epoch {best.epoch}: Matthews correlation {results['valid/mcc']:.3f} "
+        f"(95% interval {low:.3f} to {high:.3f}), accuracy {results['valid/acc']:.2%} "
+        f"(always the most frequent class: {share:.2%})"
+    )
     return {
         "dataset": corpus.name,
         "model": session.config["model"],
