@@ -290,7 +290,7 @@ def train(session: Session, progress: Progress, task: Task) -> Best:
         schedule=schedule,
         best=best,
     )
-    checkpoints.restore_or_begin()  # a new run saves its first one here
+    checkpoints.restore_or_begin()  # a new run saves its first checkpoint here
 
     for epoch in progress.epochs():
         model.train()  # from_pretrained returns it in eval mode, without dropout
@@ -308,7 +308,7 @@ def train(session: Session, progress: Progress, task: Task) -> Best:
                 loss = F.cross_entropy(
                     logits, labels, reduction="sum", label_smoothing=settings.label_smoothing
                 )
-            (loss / len(indices)).backward()  # of the whole batch: ranks sum their gradients
+            (loss / len(indices)).backward()  # by the whole batch: ranks sum their gradients
             distributed.sum_gradients(model)
             max_norm = settings.clip_norm or math.inf
             grad_norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
@@ -331,7 +331,8 @@ def train(session: Session, progress: Progress, task: Task) -> Best:
                 )
                 progress.show(row)
             schedule.step()
-            # Writes the row; saves if it is time to, or on a request to stop, which is then raised.
+            # Writes the row, except an epoch's last, which stays open for the rest; saves if due.
+            # Ctrl-C or SIGTERM: saves, and raises Stopped. A second one kills.
             checkpoints.end_batch()
 
         mean = meter.take_epoch()
@@ -403,7 +404,7 @@ def conclude(session: Session, task: Task, best: Best) -> dict[str, Any]:
 
     share = valid.confusion.majority_share()
     log_curves(run, output_dir)
-    run.log(domains, commit=True)  # an open row would overwrite the summary
+    run.log(domains, commit=True)  # or it would overwrite the summary below
     run.summary.update(valid.named("best"))
     run.summary.update({"best/epoch": best.epoch, "best/majority_share": share})
     if session.settings.log_model == "best":

@@ -1,9 +1,11 @@
 """Train a ConvNet on MNIST, logged with Weights & Biases.
 
 The model and the task are those of the W&B PyTorch tutorial. To make it yours: README, "Start your
-own". `run` holds the W&B run: `run.log` adds to the row of the current step, which is the number of
-training examples seen, and raises rather than lose a value. A function that is decorated with
-@logs_to_wandb runs on rank 0 only, and an error of W&B in it is reported, not raised.
+own". `run` wraps the W&B run. `run.log` adds to the row of the current step, the number of training
+examples seen; a row is written when the next one begins, by `end_batch`, or on commit. A key with a
+second value, a smaller step and a row that was written are errors at once. W&B's own errors are
+reported, and never reach training: neither from `run` nor from functions with @logs_to_wandb, which
+run on rank 0 only.
 """
 
 import dataclasses
@@ -123,7 +125,7 @@ def make_optimizer(
     """Adam and its learning rate schedule over all `batches`."""
     rate = settings.learning_rate
     constant = settings.schedule == "constant"
-    betas = (0.9, 0.999) if constant else (0.7, 0.9)  # a short schedule needs short averages
+    betas = (0.9, 0.999) if constant else (0.7, 0.9)  # few steps need short averages
     optimizer = torch.optim.Adam(model.parameters(), rate, betas, fused=True)
     if constant:
         return optimizer, ConstantLR(optimizer, factor=1)
@@ -211,6 +213,7 @@ def train(session: Session, progress: Progress, model: ConvNet, data: Digits) ->
         model.forward = torch.compile(model.forward)  # model.compile() would include the hooks
     best = Best(settings.monitor, lower_is_better(settings.monitor))
     meter = Meter(device)
+    # Also saved: position, meter, random state. At an epoch's end that is before validation.
     checkpoints = Checkpoints(
         progress,
         [data.train, data.valid, data.test],
@@ -220,7 +223,7 @@ def train(session: Session, progress: Progress, model: ConvNet, data: Digits) ->
         schedule=schedule,
         best=best,
     )
-    checkpoints.restore_or_begin()  # a new run saves its first one here
+    checkpoints.restore_or_begin()  # a new run saves its first checkpoint here
 
     for epoch in progress.epochs():
         model.train()
@@ -239,7 +242,7 @@ def train(session: Session, progress: Progress, model: ConvNet, data: Digits) ->
                 loss = F.cross_entropy(
                     logits, labels, reduction="sum", label_smoothing=settings.label_smoothing
                 )
-            (loss / len(indices)).backward()  # of the whole batch: ranks sum their gradients
+            (loss / len(indices)).backward()  # by the whole batch: ranks sum their gradients
             distributed.sum_gradients(model)
             optimizer.step()
             optimizer.zero_grad()
@@ -259,12 +262,13 @@ def train(session: Session, progress: Progress, model: ConvNet, data: Digits) ->
                 )
                 progress.show(row)
             schedule.step()
-            # Writes the row; saves if it is time to, or on a request to stop, which is then raised.
+            # Writes the row, except an epoch's last, which stays open for the rest; saves if due.
+            # Ctrl-C or SIGTERM: saves, and raises Stopped. A second one kills.
             checkpoints.end_batch()
 
         mean = meter.take_epoch()
         results = {"train/loss_epoch": mean["loss"], "train/acc_epoch": mean["acc"]}
-        run.log(results)  # into the row of the last batch, like all that follows
+        run.log(results)  # into the row of the last batch, like what follows
         log_inputs(run, model, data, batches[-1][:16])
         if len(data.valid.labels):
             valid = evaluate(model, data.valid)
@@ -315,7 +319,7 @@ def conclude(session: Session, progress: Progress, best: Best, data: Digits) -> 
 
     log_charts(run, data, "test", test)
     log_curves(run, output_dir)
-    run.log(test.named("test"), commit=True)  # an open row would overwrite the summary
+    run.log(test.named("test"), commit=True)  # or it would overwrite the summary below
     run.summary["best/epoch"] = best.epoch
     if name == "valid":
         run.summary.update(shown.named("best"))
@@ -350,7 +354,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         settings = session.settings
         with distributed.rank_0_first():  # which downloads the data
             data = load(settings, session.device)
-        session.config["dataset"] = data.name  # what "auto" stands for
+        session.config["dataset"] = data.name  # what "auto" has found
         progress = Progress(session, len(data.train.labels), held_out=len(data.valid.labels))
         run = session.start(partial(wandb.init, project=settings.project, config=session.config))
         log_dataset(run, data)

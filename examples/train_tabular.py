@@ -278,7 +278,7 @@ def train(session: Session, progress: Progress, model: MLP, data: Table) -> Best
         schedule=schedule,
         best=best,
     )
-    checkpoints.restore_or_begin()  # a new run saves its first one here
+    checkpoints.restore_or_begin()  # a new run saves its first checkpoint here
 
     for epoch in progress.epochs():
         model.train()
@@ -294,7 +294,7 @@ def train(session: Session, progress: Progress, model: MLP, data: Table) -> Best
 
             with torch.autocast(device.type, torch.bfloat16, enabled=session.precision == "bf16"):
                 loss = F.mse_loss(model(features), targets, reduction="sum")
-            (loss / len(indices)).backward()  # of the whole batch: ranks sum their gradients
+            (loss / len(indices)).backward()  # by the whole batch: ranks sum their gradients
             distributed.sum_gradients(model)
             optimizer.step()
             optimizer.zero_grad()
@@ -313,12 +313,13 @@ def train(session: Session, progress: Progress, model: MLP, data: Table) -> Best
                 )
                 progress.show(row)
             schedule.step()
-            # Writes the row; saves if it is time to, or on a request to stop, which is then raised.
+            # Writes the row, except an epoch's last, which stays open for the rest; saves if due.
+            # Ctrl-C or SIGTERM: saves, and raises Stopped. A second one kills.
             checkpoints.end_batch()
 
         mean = meter.take_epoch()
         results = {"train/loss_epoch": mean["loss"]}
-        run.log(results)  # into the row of the last batch, like all that follows
+        run.log(results)  # into the row of the last batch, like what follows
         valid = evaluate(model, data.valid, data)
         progress.check_finite("validation", valid.metrics["loss"])
         log_charts(run, "valid", valid)
@@ -365,7 +366,7 @@ def conclude(session: Session, progress: Progress, best: Best, data: Table) -> d
 
     log_charts(run, "test", test)
     log_curves(run, output_dir)
-    run.log(test.named("test"), commit=True)  # an open row would overwrite the summary
+    run.log(test.named("test"), commit=True)  # or it would overwrite the summary below
     run.summary["best/epoch"] = best.epoch
     run.summary.update(valid.named("best"))
     run.save(output_dir / "model.pt")
@@ -395,7 +396,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         settings = session.settings
         with distributed.rank_0_first():  # which downloads the data
             data = load(settings, session.device)
-        session.config["dataset"] = data.name  # what "auto" stands for
+        session.config["dataset"] = data.name  # what "auto" has found
         progress = Progress(session, len(data.train.targets), held_out=len(data.valid.targets))
         run = session.start(partial(wandb.init, project=settings.project, config=session.config))
         log_dataset(run, data)

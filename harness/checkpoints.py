@@ -50,6 +50,9 @@ class Checkpoints:
         }
         self._fingerprint = fingerprint(data)
         if distributed.world_size() > 1:
+            if any(getattr(module, "track_running_stats", False) for module in model.modules()):
+                problem = "running statistics, as of BatchNorm, would differ between processes"
+                raise UserError(f"{problem}: use GroupNorm or LayerNorm, or one process")
             weights = fingerprint(list(model.state_dict().values()))
             if len(set(distributed.gather((self._fingerprint, weights)))) > 1:
                 problem = "the processes do not have the same data and model"
@@ -99,8 +102,8 @@ class Checkpoints:
     def end_batch(self) -> None:
         """End the row of the batch, and save if a checkpoint is due.
 
-        One is due every `--checkpoint_every` batches, at the end of an epoch, whose row stays open
-        for the validation metrics, and on a request to stop: then `Stopped` is raised.
+        One is due every `--checkpoint_every` batches, at an epoch's end, and on a request to stop,
+        then raised as `Stopped`. An epoch's last row stays open for the validation metrics.
         """
         progress = self._progress
         requests = self._session.stop_requests

@@ -41,12 +41,12 @@ LIBRARIES = ("torch", "torchvision", "transformers", "wandb", "numpy")
 
 @dataclasses.dataclass
 class Session:
-    """A run, on each rank: what a script needs of it first, then what the harness does."""
+    """A run, on each rank; the fields for scripts come first, then those for the harness."""
 
     settings: Any  # final: those requested or, on resuming, those of the run
     stop_requests: StopRequests
-    # The settings as used, for W&B, config.json and the checkpoint: in the place of placeholders,
-    # which `settings` keeps, what they stand for. The script adds that of its own, "dataset".
+    # For W&B, config.json and the checkpoint: the settings, with placeholders such as "auto"
+    # replaced by what was found. The script replaces its own, such as "dataset".
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
     device: torch.device | None = None
     checkpoint: Mapping[str, Any] | None = None  # to resume from; None for a new run

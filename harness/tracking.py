@@ -42,9 +42,9 @@ NO_ANSWER = (
 
 
 def logs_to_wandb(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorator for a function of a `Run` that hands something to W&B, isolated from training.
+    """Decorator: call a function that takes a `Run` without letting W&B's errors reach training.
 
-    It is called on rank 0 only. The first error of W&B is reported, and none is raised.
+    It is called on rank 0 only. The first error of W&B is reported; the user's own are raised.
     """
 
     @functools.wraps(function)
@@ -66,7 +66,7 @@ def logs_to_wandb(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class LogError(ValueError):
-    """A call of `Run.log` that would lose something, with the script's line."""
+    """`Run.log` was called in a way that would lose data; names the calling line."""
 
     def __init__(self, problem: str):
         super().__init__(f"run.log in {script_line()}: {problem}")
@@ -99,7 +99,7 @@ class Run:
         self.lost = False  # whether W&B's service is gone
         self._row: dict[str, Any] = {}
         self._written = False  # whether the current row has been written
-        self._ended = ""  # by which line of the script
+        self._ended = ""  # the line of the script that ended the row
         self._restoring = False  # from `take_over` to `load_state_dict`: nothing is written
         self._rows: list[dict[str, float]] = []  # of the journal
         self._journal = journal
@@ -331,7 +331,7 @@ class Run:
             self.call(self.wandb.log_artifact, artifact, **options)
 
     def report(self, error: Exception) -> None:
-        """Report the first failure of W&B; later ones are its consequences."""
+        """Report the first failure of W&B; later ones are assumed to follow from it."""
         if isinstance(error, ConnectionError):
             self.lost = True
         if self.failed:

@@ -15,6 +15,9 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
 
 from harness import distributed
+from harness.checkpoints import Checkpoints
+from harness.errors import UserError
+from harness.progress import Meter
 from tasks import encoders
 from tests import forking, killing
 from tests.conftest import clean_environment, made_once, wandb_records
@@ -294,3 +297,12 @@ def test_whether_there_are_several_hosts(size, several, monkeypatch):
     if size is not None:
         monkeypatch.setenv("GROUP_WORLD_SIZE", size)
     assert distributed.spans_hosts() == several
+
+
+def test_running_statistics_are_refused(monkeypatch):
+    """Each rank would have its own, and the checkpoint those of rank 0."""
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+    progress = SimpleNamespace(session=SimpleNamespace(run=None))
+    with pytest.raises(UserError, match="BatchNorm"):
+        Checkpoints(progress, [], Meter(), model=model)
