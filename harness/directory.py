@@ -59,7 +59,7 @@ def output_directory(path: Path, resume: bool, config: Mapping[str, Any]) -> Ite
         try:
             yield
         except BaseException as error:
-            if isinstance(error, FileNotFoundError) and not path.exists():
+            if isinstance(error, OSError) and not path.exists():
                 problem = f"--output_dir {path} was removed while the run was using it"
                 raise UserError(problem, 1) from None
             if new_run and not any((path / name).exists() for name in RESULTS - before):

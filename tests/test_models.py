@@ -354,7 +354,7 @@ def test_page_without_attributions_says_so_once(tmp_path, monkeypatch):
         valid=part,
     )
     logits = torch.tensor([[0.0, 1.0], [1.0, 0.0]])  # two mistakes
-    page = train_cola.attributions(task, train_cola.metrics.evaluation(logits, part.labels))
+    page = train_cola.attributions(task, train_cola.evaluation(logits, part.labels))
     assert page.count("No attributions") == 1
 
 
