@@ -49,6 +49,7 @@ class Progress:
         batches = settings.epochs * self.batches_per_epoch
         self.total_batches = min(batches, settings.max_steps or batches)
         self.watch_every = settings.watch_every or self.batches_per_epoch
+        session.config["watch_every"] = self.watch_every
         self._settings = settings
         self.session = session
 
