@@ -1,5 +1,6 @@
 """Checkpoints: all that training needs to continue as if it had never been interrupted."""
 
+import io
 import random
 import textwrap
 import time
@@ -66,6 +67,7 @@ class Checkpoints:
         checkpoint = self._session.checkpoint
         if checkpoint is None:
             self._session.run.commit()  # a resumed run does not repeat what comes before
+            self._check_state()
             self._save()
             return
         if checkpoint["data"] != self._fingerprint:
@@ -79,6 +81,22 @@ class Checkpoints:
             raise UserError(f"--resume: {run} can't be resumed: {problem}") from None
         self._session.stop_requests.saved_step = self._progress.step
         print(f"Resuming {self._session.output_dir} at {self._progress}")
+
+    def _check_state(self) -> None:
+        """Raise `UserError` for a state that could be saved, but not loaded again."""
+        for name, thing in self._stateful.items():
+            if name in RESERVED or name == "model":  # whose state is large, and all tensors
+                continue
+            content = io.BytesIO()
+            try:
+                torch.save(thing.state_dict(), content)
+                content.seek(0)
+                torch.load(content, weights_only=True)
+            except Exception as error:  # of pickle and others
+                reason = textwrap.shorten(str(error), 200)
+                problem = f"the state of {name!r} can't be loaded again from a checkpoint"
+                advice = "its state_dict must hold tensors and plain values only"
+                raise UserError(f"{problem}: {advice} ({reason})") from None
 
     def _restore(self, checkpoint: Mapping[str, Any]) -> None:
         """Raises one of several exceptions if the state does not fit."""

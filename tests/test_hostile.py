@@ -161,6 +161,17 @@ def test_a_damaged_archive_is_one_line(unfinished, capsys):
         assert "checkpoint.pt can't be read: " in capsys.readouterr().err
 
 
+def test_a_state_that_cannot_be_loaded_is_refused_before_training(tmp_path):
+    change = """
+import numpy as np
+from harness import progress
+progress.Best.state_dict = lambda best: {"epoch": 0, "value": np.float64(1), "weights": {}}
+"""
+    out = start_changed(tmp_path, change).communicate(timeout=100)[0].decode()
+    assert "error: the state of 'best' can't be loaded again from a checkpoint" in out
+    assert "Traceback" not in out and not (tmp_path / "out/checkpoint.pt").exists()
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
