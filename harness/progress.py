@@ -81,7 +81,16 @@ class Progress:
                     return
 
     def remaining(self, batches: Sequence[Tensor]) -> Iterator[Tensor]:
-        """Yield the epoch's remaining batches of indices and advance the position."""
+        """Yield the epoch's remaining batches of indices and advance the position.
+
+        Raises `ValueError` for another number of batches than a resumed run would count on.
+        """
+        if not isinstance(batches, Sequence) or len(batches) != self.batches_per_epoch:
+            got = type(batches).__name__
+            if isinstance(batches, Sequence):
+                got = f"{len(batches)} batches"
+            needed = f"{self.batches_per_epoch} batches of indices, as --batch_size makes them"
+            raise ValueError(f"progress.remaining needs {needed}, in a list; got {got}")
         done = self.batch - (self.epoch - 1) * self.batches_per_epoch
         left_in_run = self.total_batches - self.batch
         for indices in batches[done : done + left_in_run]:

@@ -257,14 +257,17 @@ def _settings_of(
     """
     run = f"--resume: the run in {output_dir}"
     fields = {field.name: field.metadata for field in dataclasses.fields(requested)}
-    if others := sorted(used.keys() ^ fields.keys()):
-        names = ", ".join(f"--{name}" for name in others)
+    if used.keys() - fields.keys():
+        names = ", ".join(f"--{name}" for name in sorted(used.keys() ^ fields.keys()))
         raise UserError(f"{run} is of another script or version: its options differ ({names})")
     identity = ("project", "entity", "id")
     differ = []
     taken = {}
     for name in sorted(fields):
         value = getattr(requested, name)
+        if name not in used:
+            print(f"--{name} is new in the script: the run goes on with {value!r}.")
+            continue
         placeholder = None if name in identity else fields[name]["placeholder"]
         if name in identity or not fields[name]["may_change"]:
             taken[name] = used[name]

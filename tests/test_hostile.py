@@ -17,11 +17,13 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
+from torch.utils.data import DataLoader
 
 import train_mnist
 from harness import files, script, tracking
 from harness.directory import read_checkpoint
 from harness.errors import UserError
+from harness.progress import Progress
 from tasks import encoders
 from tests import forking, killing
 from tests.conftest import REPO, call, clean_environment, finished_run, wandb_records
@@ -200,6 +202,32 @@ def test_another_model_or_version_is_refused(unfinished):
         done.status == 2
         and "of another script or version: its options differ (--kernels, --lr)" in done.last
     )
+
+
+def test_a_new_option_takes_its_default_and_says_so(unfinished, reference):
+    state = torch.load(unfinished / "checkpoint.pt", weights_only=True)
+    del state["settings"]["patience"]
+    torch.save(state, unfinished / "checkpoint.pt")
+    done = resume(unfinished.parent)
+    assert done.status == 0
+    assert "--patience is new in the script: the run goes on with 0." in done.out.splitlines()
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("batches", "got"),
+    [
+        (torch.arange(10).split(5), "2 batches"),
+        (list(torch.arange(8).split(2)), "4 batches"),
+        (DataLoader(torch.arange(10), batch_size=4), "DataLoader"),
+    ],
+)
+def test_batches_that_could_not_be_resumed_are_refused(batches, got):
+    settings = train_mnist.Settings(batch_size=4)
+    session = SimpleNamespace(settings=settings, config={})
+    progress = Progress(session, examples=10, held_out=1)
+    with pytest.raises(ValueError, match=f"needs 3 batches of indices.* got {got}"):
+        next(progress.remaining(batches))
 
 
 def test_the_other_scripts_run_is_refused(unfinished):
