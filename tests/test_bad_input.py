@@ -273,6 +273,14 @@ def test_wrong_values_of_a_sweep(name, value, message, tmp_path, monkeypatch):
 
 
 @pytest.mark.quick
+def test_a_name_that_is_no_text_in_a_sweep_file_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "sweep.yaml").write_text("wandb_version: 1\n5:\n  value: 3\n")
+    monkeypatch.setenv("WANDB_SWEEP_PARAM_PATH", str(tmp_path / "sweep.yaml"))
+    with pytest.raises(UserError, match=r"config\.5: no such option"):
+        options.parse(train_mnist.Settings, [])
+
+
+@pytest.mark.quick
 @pytest.mark.parametrize("content", ["", "[1, 2]", "wandb_version: 1\nepochs: 3", "a: {b"])
 def test_a_sweep_file_that_no_agent_wrote_is_one_line(content, tmp_path, monkeypatch):
     (tmp_path / "sweep.yaml").write_text(content)

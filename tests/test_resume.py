@@ -178,6 +178,12 @@ def test_changed_settings_are_refused_but_not_names_and_tags(copied):
     assert resume(copied, "--tags", "new", "--notes", "new", "--name", "new").status == 0
 
 
+def test_another_id_is_refused_without_the_config(copied):
+    (copied / "out/config.json").unlink()
+    refused = resume(copied, "--id", "other")
+    assert refused.status == 2 and "--id was 'same', is 'other'" in refused.out.splitlines()[-1]
+
+
 def test_changed_data_is_refused(copied, references):
     state = torch.load(copied / "out/checkpoint.pt", weights_only=True)
     (copied / "out/metrics.json").unlink()
