@@ -406,9 +406,12 @@ def _plain_values(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]
         if not isinstance(name, str) or not name or name == "step" or name.startswith("_"):
             raise LogError(f"{name!r} can't be the name of a metric")
         if isinstance(value, Mapping):
-            plain |= _plain_values(value, f"{prefix}{name}.")
+            inner = _plain_values(value, f"{prefix}{name}.")
         else:
-            plain[f"{prefix}{name}"] = _plain(value, name)
+            inner = {f"{prefix}{name}": _plain(value, name)}
+        if twice := plain.keys() & inner.keys():
+            raise LogError(f"{twice.pop()!r} is logged twice")
+        plain |= inner
     return plain
 
 

@@ -105,6 +105,7 @@ def fresh(tmp_path: Path) -> tracking.Run:
         ({"_step": 1}, None, "'_step' can't be the name of a metric"),
         ({1: 1}, None, "1 can't be the name of a metric"),
         ({"": 1}, None, "'' can't be the name of a metric"),
+        ({"b": {"c": 1}, "b.c": 2}, None, "'b.c' is logged twice"),
         ({"b": {"_c": 1}}, None, "'_c' can't be the name of a metric"),
         (
             {"b": object()},
