@@ -5,7 +5,7 @@ If a definition divides by zero or a class never occurs, a metric is scikit-lear
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -208,7 +208,6 @@ class Metric(NamedTuple):
 
     compute: Callable[[Any], float]
     of_counts: bool = True  # `compute` takes a `ConfusionMatrix`, otherwise an `Evaluation`
-    lower_is_better: bool = False
     two_classes: bool = False  # defined only if there are two classes, and both occur in the labels
 
 
@@ -217,7 +216,6 @@ EVALUATION_METRICS = {
     "loss": Metric(
         lambda result: float(result.losses.mean()),
         of_counts=False,
-        lower_is_better=True,
     ),
     "acc": Metric(ConfusionMatrix.accuracy),
     "balanced_acc": Metric(ConfusionMatrix.balanced_accuracy),
@@ -231,7 +229,6 @@ EVALUATION_METRICS = {
     "ece": Metric(
         lambda result: expected_calibration_error(result.probabilities, result.labels),
         of_counts=False,
-        lower_is_better=True,
     ),
     "roc_auc": Metric(
         lambda result: roc_auc(result.probabilities[:, 1], result.labels),
@@ -246,17 +243,9 @@ EVALUATION_METRICS = {
 }
 
 
-def lower_is_better(name: str) -> bool:
-    """Whether lower is better for a metric ("ece") or a key ("valid/ece").
-
-    A name that is not in `EVALUATION_METRICS` counts as a loss if it ends in "loss".
-    """
-    name = name.rpartition("/")[2]
-    metric = EVALUATION_METRICS.get(name)
-    return metric.lower_is_better if metric else name.endswith("loss")
-
-
-def evaluation(logits: Tensor, labels: Tensor) -> Evaluation:
+def evaluation(
+    logits: Tensor, labels: Tensor, names: Iterable[str] = tuple(EVALUATION_METRICS)
+) -> Evaluation:
     """Evaluate logits, float (examples, classes), against labels, int64 (examples,).
 
     Computed in float64, so that metrics recomputed from the probabilities agree. If the model has
@@ -284,7 +273,8 @@ def evaluation(logits: Tensor, labels: Tensor) -> Evaluation:
     )
     has_diverged = not losses.isfinite().all()
     both_occur = confusion.num_classes == 2 and len(labels.unique()) == 2
-    for name, metric in EVALUATION_METRICS.items():
+    for name in names:
+        metric = EVALUATION_METRICS[name]
         if has_diverged and name != "loss":
             continue
         if metric.two_classes and not both_occur:

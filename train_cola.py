@@ -11,6 +11,22 @@ from harness.options import option
 
 # ----------------------------------------------------------------------------- settings
 
+METRICS = {  # of an evaluation, and which way each is better
+    "loss": "min",
+    "acc": "max",
+    "balanced_acc": "max",
+    "precision_macro": "max",
+    "recall_macro": "max",
+    "f1_macro": "max",
+    "precision_micro": "max",
+    "recall_micro": "max",
+    "f1_micro": "max",
+    "mcc": "max",
+    "ece": "min",
+    "roc_auc": "max",
+    "average_precision": "max",
+}
+
 
 @dataclasses.dataclass(kw_only=True, frozen=True)
 class Settings(options.SharedSettings):
@@ -30,10 +46,16 @@ class Settings(options.SharedSettings):
         placeholder=None,
         path=True,
     )
-    epochs: int = option(10, "passes over the training data", at_least=1)
+    epochs: int = option(10, "passes over the training data", at_least=1, below=10**6)
     batch_size: int = option(64, "sentences in a batch", at_least=1)
     learning_rate: float | None = option(
         None, "the highest learning rate [1e-4; 1e-3 for scratch]", placeholder=None, above=0
+    )
+    label_smoothing: float = option(
+        0.0,
+        "share of each label spread over all classes; the training loss includes it",
+        at_least=0,
+        below=1,
     )
     schedule: str = option(
         "linear", "learning rate schedule after the warm-up", choices=("linear", "constant")
@@ -49,7 +71,7 @@ class Settings(options.SharedSettings):
     monitor: str = option(
         "valid/mcc",
         "metric that selects the best model",
-        choices=options.metric_names("valid", two_classes=True),
+        choices=[f"valid/{name}" for name in METRICS],
     )
 
 
@@ -78,7 +100,7 @@ from harness.errors import UserError
 from harness.progress import Best, Meter, Progress
 from harness.session import Session, open_session
 from harness.tracking import Run, logs_to_wandb
-from metrics import Evaluation, evaluation, lower_is_better, matthews_corrcoef_interval
+from metrics import Evaluation, evaluation, matthews_corrcoef_interval
 from tasks import encoders
 from tasks.batching import TokenSet, by_length, inputs_of, tokenise
 from tasks.encoders import Pretrained
@@ -198,7 +220,7 @@ def evaluate(model: PreTrainedModel, part: TokenSet) -> Evaluation:
         output = type(model).forward(model, **inputs)  # without the hooks of run.watch
         logits[indices.to(logits.device)] = output.logits
     distributed.sum_over_ranks(logits)  # the other ranks' logits are zero here
-    return evaluation(logits, part.labels)
+    return evaluation(logits, part.labels, METRICS)
 
 
 def attributions(task: Task, result: Evaluation) -> str:
@@ -279,8 +301,9 @@ def train(session: Session, progress: Progress, task: Task) -> Best:
     )
     if settings.compile:  # model.compile() would include the hooks of run.watch
         model.forward = torch.compile(model.forward, dynamic=True)
-    best = Best(settings.monitor, lower_is_better(settings.monitor))
+    best = Best(settings.monitor, METRICS)
     meter = Meter(device)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=session.precision == "bf16")
     checkpoints = Checkpoints(
         progress,
         [train_set, task.valid],
@@ -299,22 +322,22 @@ def train(session: Session, progress: Progress, task: Task) -> Best:
         for indices in progress.remaining(batches):  # after a resume, the rest of the epoch
             run.log({}, step=progress.step)  # begin the row of this batch
             if progress.watch_is_due:
-                run.watch(model, log=settings.watch, log_freq=progress.watch_every)
+                run.watch(model, log=settings.watch, log_freq=progress.watch_freq)
             share = distributed.share_of(indices)  # all, unless torchrun started several processes
-            labels = train_set.labels[share.to(device, non_blocking=True)]
-
-            with torch.autocast(device.type, torch.bfloat16, enabled=session.precision == "bf16"):
-                logits = model(**inputs_of(train_set, share)).logits
-                loss = F.cross_entropy(
-                    logits, labels, reduction="sum", label_smoothing=settings.label_smoothing
-                )
-            (loss / len(indices)).backward()  # by the whole batch: ranks sum their gradients
+            for part in share.split(settings.micro_batch_size or len(share)):
+                labels = train_set.labels[part.to(device, non_blocking=True)]
+                with autocast:
+                    logits = model(**inputs_of(train_set, part)).logits
+                    loss = F.cross_entropy(
+                        logits, labels, reduction="sum", label_smoothing=settings.label_smoothing
+                    )
+                (loss / len(indices)).backward()  # parts and ranks add up to the batch's gradient
+                meter.add(len(part), loss=loss, acc=(logits.argmax(1) == labels).sum())
             distributed.sum_gradients(model)
             max_norm = settings.clip_norm or math.inf
             grad_norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
             optimizer.step()
             optimizer.zero_grad()
-            meter.add(len(share), loss=loss, acc=(logits.argmax(1) == labels).sum())
 
             if progress.row_is_due:
                 row = meter.take_row()  # means over the batches since the last row
@@ -434,7 +457,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
     Returns the content of metrics.json.
     """
-    with open_session(options.parse(Settings, argv), "cola") as session:
+    with open_session(options.parse(Settings, argv), "cola", METRICS) as session:
         if session.finished:
             return session.metrics
         settings = session.settings

@@ -15,6 +15,20 @@ from harness.options import option
 
 # ----------------------------------------------------------------------------- settings
 
+METRICS = {  # of an evaluation, and which way each is better
+    "loss": "min",
+    "acc": "max",
+    "balanced_acc": "max",
+    "precision_macro": "max",
+    "recall_macro": "max",
+    "f1_macro": "max",
+    "precision_micro": "max",
+    "recall_micro": "max",
+    "f1_micro": "max",
+    "mcc": "max",
+    "ece": "min",
+}
+
 
 @dataclasses.dataclass(kw_only=True, frozen=True)
 class Settings(options.SharedSettings):
@@ -29,6 +43,12 @@ class Settings(options.SharedSettings):
         "learning rate schedule",
         choices=("onecycle", "constant"),
     )
+    label_smoothing: float = option(
+        0.0,
+        "share of each label spread over all classes; the training loss includes it",
+        at_least=0,
+        below=1,
+    )
     kernels: list[int] = option(
         [16, 32],
         "channels of the two convolutions",
@@ -42,7 +62,7 @@ class Settings(options.SharedSettings):
     monitor: str = option(
         "valid/loss",
         "metric that selects the best model",
-        choices=options.metric_names("valid"),
+        choices=[f"valid/{name}" for name in METRICS],
     )
 
 
@@ -67,7 +87,7 @@ from harness.device import seed_everything, seed_rank, shuffled
 from harness.progress import Best, Meter, Progress
 from harness.session import Session, open_session
 from harness.tracking import Run, logs_to_wandb
-from metrics import Evaluation, evaluation, lower_is_better
+from metrics import Evaluation, evaluation
 from tasks.digits import Digits, ImageSet, load_digits, split_digits
 
 # --------------------------------------------------------------------------------- data
@@ -99,14 +119,14 @@ def log_dataset(run: Run, digits: Digits) -> None:
 class ConvNet(nn.Module):
     """Two 5×5 convolutions, each with max-pooling and ReLU, and a linear layer.
 
-    Takes float (batch, 1, 28, 28) in 0..1 and returns logits, float (batch, 10).
+    Takes float (batch, 1, 28, 28) in 0..1 and returns logits, float (batch, classes).
     """
 
-    def __init__(self, kernels: list[int]):
+    def __init__(self, kernels: list[int], classes: int):
         super().__init__()
         self.conv1 = nn.Conv2d(1, kernels[0], kernel_size=5, padding=2)
         self.conv2 = nn.Conv2d(kernels[0], kernels[1], kernel_size=5, padding=2)
-        self.fc = nn.Linear(7 * 7 * kernels[1], 10)
+        self.fc = nn.Linear(7 * 7 * kernels[1], classes)
 
     def forward(self, images: Tensor) -> Tensor:
         # Pooling before ReLU gives the same result, with a quarter of the values left for ReLU.
@@ -115,8 +135,9 @@ class ConvNet(nn.Module):
         return self.fc(x.flatten(1))
 
 
-def make_model(settings: Settings, device: torch.device) -> ConvNet:
-    return ConvNet(settings.kernels).to(device, memory_format=torch.channels_last)
+def make_model(settings: Settings, data: Digits, device: torch.device) -> ConvNet:
+    model = ConvNet(settings.kernels, len(data.class_names))
+    return model.to(device, memory_format=torch.channels_last)
 
 
 def make_optimizer(
@@ -145,7 +166,7 @@ def evaluate(model: ConvNet, part: ImageSet) -> Evaluation:
     for images, slots in distributed.share_of(batches):
         slots.copy_(type(model).forward(model, pixels(images)))  # without the hooks of run.watch
     distributed.sum_over_ranks(logits)  # the other ranks' logits are zero here
-    return evaluation(logits, part.labels)
+    return evaluation(logits, part.labels, METRICS)
 
 
 @logs_to_wandb
@@ -211,8 +232,9 @@ def train(session: Session, progress: Progress, model: ConvNet, data: Digits) ->
     optimizer, schedule = make_optimizer(model, settings, progress.total_batches)
     if settings.compile:
         model.forward = torch.compile(model.forward)  # model.compile() would include the hooks
-    best = Best(settings.monitor, lower_is_better(settings.monitor))
+    best = Best(settings.monitor, METRICS)
     meter = Meter(device)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=session.precision == "bf16")
     # Also saved: position, meter, random state. At an epoch's end that is before validation.
     checkpoints = Checkpoints(
         progress,
@@ -232,21 +254,21 @@ def train(session: Session, progress: Progress, model: ConvNet, data: Digits) ->
         for indices in progress.remaining(batches):  # after a resume, the rest of the epoch
             run.log({}, step=progress.step)  # begin the row of this batch
             if progress.watch_is_due:
-                run.watch(model, log=settings.watch, log_freq=progress.watch_every)
+                run.watch(model, log=settings.watch, log_freq=progress.watch_freq)
             share = distributed.share_of(indices)  # all, unless torchrun started several processes
-            images = train_set.images[share]
-            labels = train_set.labels[share]
-
-            with torch.autocast(device.type, torch.bfloat16, enabled=session.precision == "bf16"):
-                logits = model(pixels(images))
-                loss = F.cross_entropy(
-                    logits, labels, reduction="sum", label_smoothing=settings.label_smoothing
-                )
-            (loss / len(indices)).backward()  # by the whole batch: ranks sum their gradients
+            for part in share.split(settings.micro_batch_size or len(share)):
+                images = train_set.images[part]
+                labels = train_set.labels[part]
+                with autocast:
+                    logits = model(pixels(images))
+                    loss = F.cross_entropy(
+                        logits, labels, reduction="sum", label_smoothing=settings.label_smoothing
+                    )
+                (loss / len(indices)).backward()  # parts and ranks add up to the batch's gradient
+                meter.add(len(part), loss=loss, acc=(logits.argmax(1) == labels).sum())
             distributed.sum_gradients(model)
             optimizer.step()
             optimizer.zero_grad()
-            meter.add(len(share), loss=loss, acc=(logits.argmax(1) == labels).sum())
 
             if progress.row_is_due:
                 row = meter.take_row()  # means over the batches since the last row
@@ -301,7 +323,7 @@ def conclude(session: Session, progress: Progress, best: Best, data: Digits) -> 
     """
     run = session.run
     output_dir = session.output_dir
-    model = make_model(session.settings, session.device)
+    model = make_model(session.settings, data, session.device)
     model.load_state_dict(best.weights)
     test = evaluate(model, data.test)
     progress.check_finite("test", test.metrics["loss"])
@@ -348,7 +370,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
     Returns the content of metrics.json.
     """
-    with open_session(options.parse(Settings, argv), "mnist") as session:
+    with open_session(options.parse(Settings, argv), "mnist", METRICS) as session:
         if session.finished:
             return session.metrics
         settings = session.settings
@@ -359,7 +381,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         run = session.start(partial(wandb.init, project=settings.project, config=session.config))
         log_dataset(run, data)
         seed_everything(settings.seed, settings.deterministic)
-        model = make_model(settings, session.device)
+        model = make_model(settings, data, session.device)
         seed_rank(settings.seed)
         print(
             f"{data.name}: {len(data.train.labels):,} + {len(data.valid.labels):,} + "

@@ -16,17 +16,11 @@ from harness.options import option
 
 # ----------------------------------------------------------------------------- settings
 
-METRICS = {"valid/loss": "min", "valid/mae": "min", "valid/r2": "max"}  # which way is better
+METRICS = {"loss": "min", "mae": "min", "r2": "max"}  # of an evaluation: which way is better
 
 
 @dataclasses.dataclass(kw_only=True, frozen=True)
 class Settings(options.SharedSettings):
-    dataset: str = option(
-        "auto",
-        "auto: the table in --file",
-        placeholder="auto",
-        choices=("auto",),
-    )
     file: str | None = option(None, "your CSV file [flats.csv, which is made up]", path=True)
     target: str = option("price", "the column to predict")
     hidden: list[int] = option(
@@ -44,7 +38,7 @@ class Settings(options.SharedSettings):
     monitor: str = option(
         "valid/mae",
         "metric that selects the best model",
-        choices=tuple(METRICS),
+        choices=[f"valid/{name}" for name in METRICS],
     )
 
 
@@ -267,8 +261,9 @@ def train(session: Session, progress: Progress, model: MLP, data: Table) -> Best
     optimizer, schedule = make_optimizer(model, settings, progress.total_batches)
     if settings.compile:
         model.forward = torch.compile(model.forward)  # model.compile() would include the hooks
-    best = Best(settings.monitor, lower_is_better=METRICS[settings.monitor] == "min")
+    best = Best(settings.monitor, METRICS)
     meter = Meter(device)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=session.precision == "bf16")
     checkpoints = Checkpoints(
         progress,
         [data.train, data.valid, data.test],
@@ -287,18 +282,18 @@ def train(session: Session, progress: Progress, model: MLP, data: Table) -> Best
         for indices in progress.remaining(batches):  # after a resume, the rest of the epoch
             run.log({}, step=progress.step)  # begin the row of this batch
             if progress.watch_is_due:
-                run.watch(model, log=settings.watch, log_freq=progress.watch_every)
+                run.watch(model, log=settings.watch, log_freq=progress.watch_freq)
             share = distributed.share_of(indices)  # all, unless torchrun started several processes
-            features = train_set.features[share]
-            targets = train_set.targets[share]
-
-            with torch.autocast(device.type, torch.bfloat16, enabled=session.precision == "bf16"):
-                loss = F.mse_loss(model(features), targets, reduction="sum")
-            (loss / len(indices)).backward()  # by the whole batch: ranks sum their gradients
+            for part in share.split(settings.micro_batch_size or len(share)):
+                features = train_set.features[part]
+                targets = train_set.targets[part]
+                with autocast:
+                    loss = F.mse_loss(model(features), targets, reduction="sum")
+                (loss / len(indices)).backward()  # parts and ranks add up to the batch's gradient
+                meter.add(len(part), loss=loss)
             distributed.sum_gradients(model)
             optimizer.step()
             optimizer.zero_grad()
-            meter.add(len(share), loss=loss)
 
             if progress.row_is_due:
                 row = meter.take_row()  # means over the batches since the last row
@@ -390,13 +385,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
     Returns the content of metrics.json.
     """
-    with open_session(options.parse(Settings, argv), "tabular") as session:
+    with open_session(options.parse(Settings, argv), "tabular", METRICS) as session:
         if session.finished:
             return session.metrics
         settings = session.settings
-        with distributed.rank_0_first():  # which downloads the data
+        with distributed.rank_0_first():  # which writes the table
             data = load(settings, session.device)
-        session.config["dataset"] = data.name  # what "auto" has found
         progress = Progress(session, len(data.train.targets), held_out=len(data.valid.targets))
         run = session.start(partial(wandb.init, project=settings.project, config=session.config))
         log_dataset(run, data)

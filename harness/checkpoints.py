@@ -35,7 +35,8 @@ class Checkpoints:
     ):
         """`data`: what a resumed run must find unchanged, tensors and values in nested sequences.
 
-        `stateful`: whatever else has a `state_dict`, such as the optimizer.
+        `stateful`: whatever else has a `state_dict`: the optimizer, a second model, an average.
+        Raises `UserError` if the ranks would differ.
         """
         if taken := sorted(RESERVED & stateful.keys()):
             raise ValueError(f"Checkpoints has its own {taken[0]!r}: choose another name")
@@ -49,12 +50,15 @@ class Checkpoints:
             "position": progress,
             "history": session.run,
         }
+        models = [thing for thing in self._stateful.values() if isinstance(thing, nn.Module)]
+        self._parameters = [weight for each in models for weight in each.parameters()]
         self._fingerprint = fingerprint(data)
         if distributed.world_size() > 1:
-            if any(getattr(module, "track_running_stats", False) for module in model.modules()):
+            layers = [layer for each in models for layer in each.modules()]
+            if any(getattr(layer, "track_running_stats", False) for layer in layers):
                 problem = "running statistics, as of BatchNorm, would differ between processes"
                 raise UserError(f"{problem}: use GroupNorm or LayerNorm, or one process")
-            weights = fingerprint(list(model.state_dict().values()))
+            weights = fingerprint([list(each.state_dict().values()) for each in models])
             if len(set(distributed.gather((self._fingerprint, weights)))) > 1:
                 problem = "the processes do not have the same data and model"
                 raise UserError(f"{problem}: give all of them the same files")
@@ -107,8 +111,15 @@ class Checkpoints:
         meters = [process["meter"] for process in processes]
         if len(processes) == distributed.world_size():
             self._meter.load_state_dict(meters[rank])
+            for weight, gradient in zip(self._parameters, processes[rank]["gradients"]):
+                weight.grad = None if gradient is None else gradient.to(weight.device)
             _set_random_state(processes[rank]["random"])
             return
+        if any(gradient is not None for gradient in processes[0]["gradients"]):
+            advice = "call optimizer.zero_grad() after each step"
+            raise ValueError(
+                f"gradients of {len(processes)} processes can't be shared out: {advice}"
+            )
         numbers = f"{len(processes)} process(es) and goes on with {distributed.world_size()}"
         differ = "the batches are the same; rounding and dropout differ"
         print(f"The run was begun with {numbers}: {differ}.")
@@ -145,14 +156,18 @@ class Checkpoints:
 
     def _save(self) -> None:
         """Write `checkpoint.pt` and keep the one before; rank 0 writes, all contribute."""
-        own = {"meter": self._meter.state_dict(), "random": _random_state()}
+        own = {
+            "meter": self._meter.state_dict(),
+            "random": _random_state(),
+            "gradients": [weight.grad for weight in self._parameters],  # if they accumulate
+        }
         processes = distributed.gather(own)
         if distributed.rank() > 0:
             return
         session = self._session
         state = {name: thing.state_dict() for name, thing in self._stateful.items()}
         state["processes"] = processes
-        state["settings"] = session.config
+        state["settings"] = {name: session.config[name] for name in vars(session.settings)}
         state["data"] = self._fingerprint
         state["seconds"] = time.perf_counter() - session.started
         path = session.output_dir / CHECKPOINT

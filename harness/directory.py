@@ -23,6 +23,7 @@ CONFIG, JOURNAL, METRICS = "config.json", "history.jsonl", "metrics.json"
 CHECKPOINT, PREVIOUS_CHECKPOINT = "checkpoint.pt", "checkpoint.previous.pt"
 RESULTS = {JOURNAL, CHECKPOINT, PREVIOUS_CHECKPOINT, METRICS}  # of a run that has begun to train
 CONTENT = ("model", "position", "history", "processes", "settings", "data")  # of every checkpoint
+LOCKED: set[int] = set()  # descriptors of the locked directories
 PROBE_BYTES = 8 << 20  # a disk that can't take this much at the start counts as full
 
 
@@ -89,6 +90,7 @@ def _locked(path: Path) -> Iterator[None]:
     created = [directory for directory in (path, *path.parents) if not directory.exists()]
     path.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDONLY)
+    LOCKED.add(descriptor)
     try:
         _lock(descriptor, path)
         try:
@@ -99,7 +101,17 @@ def _locked(path: Path) -> Iterator[None]:
                     directory.rmdir()
             raise
     finally:
+        LOCKED.discard(descriptor)
         os.close(descriptor)
+
+
+def _unlock_in_child() -> None:
+    """A DataLoader's worker may outlive a killed run for seconds, and must not hold its lock."""
+    while LOCKED:
+        os.close(LOCKED.pop())
+
+
+os.register_at_fork(after_in_child=_unlock_in_child)
 
 
 def _lock(descriptor: int, path: Path) -> None:

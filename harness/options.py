@@ -11,7 +11,7 @@ import difflib
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
 from harness.errors import UserError
@@ -35,8 +35,7 @@ def option(
     `may_change`: a resumed run may have another value, because no number of the run depends on it.
     `tells_apart`: a report shows it where runs differ. `placeholder`: the value that stands for one
     found at the start, such as "auto". `limits` may hold `at_least`, `above` and `below` (numbers),
-    `length` (of a list), `path` (~ is expanded) and `choices`: a tuple, or a function that returns
-    one, called only if the option is given.
+    `length` (of a list), `path` (~ is expanded) and `choices`.
     """
     metadata = {
         "help": help,
@@ -59,7 +58,6 @@ def housekeeping(default: Any, help: str, **limits: Any) -> Any:
 class SharedSettings:
     """The options that every script has, with a line of help each."""
 
-    dataset: str = option("auto", "which data to train on", placeholder="auto")
     data_dir: str = housekeeping(
         "downloads", "directory to read the data from, or to download it to", path=True
     )
@@ -68,15 +66,12 @@ class SharedSettings:
     )
     resume: bool = housekeeping(False, "continue the run in --output_dir, if there is one")
 
-    epochs: int = option(5, "passes over the training data", at_least=1)
+    epochs: int = option(5, "passes over the training data", at_least=1, below=10**6)
     batch_size: int = option(128, "examples in a batch", at_least=1)
-    learning_rate: float = option(0.005, "the highest learning rate of the schedule", above=0)
-    label_smoothing: float = option(
-        0.0,
-        "share of each label spread over all classes; the training loss includes it",
-        at_least=0,
-        below=1,
+    micro_batch_size: int | None = option(
+        None, "examples in a forward pass, if a batch does not fit in memory", at_least=1
     )
+    learning_rate: float = option(0.005, "the highest learning rate of the schedule", above=0)
     seed: int = option(42, "seeds Python, NumPy and torch", at_least=0, below=2**32)
     max_steps: int | None = option(None, "end after this many optimizer steps", at_least=1)
     device: str = option(
@@ -166,8 +161,8 @@ def _read_command_line(settings_class: type, argv: Sequence[str] | None) -> dict
     for field in dataclasses.fields(settings_class):
         kind = kinds[field.name]
         default = getattr(defaults, field.name)
-        choices = field.metadata["limits"].get("choices")
-        listed = isinstance(choices, tuple) and len(choices) < 6
+        choices = field.metadata["limits"].get("choices", ())
+        listed = 0 < len(choices) < 6
         text = field.metadata["help"].replace("%", "%%")
         nargs = None
         if kind is bool:
@@ -267,15 +262,12 @@ def _list(kind: type, value: Any, length: int | None = None, **limits: float) ->
     return [_convert(kind, part, limits) for part in parts]
 
 
-def _text(
-    value: Any, choices: Sequence[str] | Callable[[], Sequence[str]] = (), path: bool = False
-) -> str:
+def _text(value: Any, choices: Sequence[str] = (), path: bool = False) -> str:
     if value is None or str(value) == "":
         raise ValueError("must not be empty")
     text = str(value)
     if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
         raise ValueError(f"must be UTF-8 text, got {value!r}")
-    choices = choices() if callable(choices) else choices
     if choices and value not in choices:
         near = _nearest(text, choices)
         raise ValueError(f"must be one of {', '.join(choices)}; got {value!r}{near}")
@@ -305,18 +297,3 @@ def _number(
     if number >= below:
         raise ValueError(f"must be below {below}, got {value!r}")
     return kind(number)
-
-
-def metric_names(prefix: str, two_classes: bool = False) -> Callable[[], tuple[str, ...]]:
-    """Choices for a metric, which import torch only if they are needed.
-
-    `two_classes` adds those that are defined for two classes only.
-    """
-
-    def names() -> tuple[str, ...]:
-        from metrics import EVALUATION_METRICS as metrics
-
-        chosen = [name for name in metrics if two_classes or not metrics[name].two_classes]
-        return tuple(f"{prefix}/{name}" for name in chosen)
-
-    return names

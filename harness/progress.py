@@ -1,11 +1,12 @@
 """How far training has come: Progress (the position), Meter (means), Best (the model to keep)."""
 
+import itertools
 import math
 import operator
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,50 +16,62 @@ from harness import distributed
 from harness.errors import UserError
 from harness.session import Session
 
+Indices = TypeVar("Indices", bound=Sequence[int] | Tensor)  # of the examples of a batch
+
 
 class Progress:
     """Position in training, the batches that are left, and what is due after a batch.
 
     `epoch` and `batch` count from 1 over the whole run, the current batch included; `step`, W&B's
-    step, is the number of training examples seen. The batches of an epoch must follow from the seed
-    and the epoch alone. `bar` is tqdm's: `bar.write` prints a line above it.
+    step, is the number of training examples seen. `bar` is tqdm's: `bar.write` prints a line
+    above it.
     """
 
-    def __init__(self, session: Session, examples: int, held_out: int):
+    def __init__(
+        self,
+        session: Session,
+        examples: int,
+        held_out: int,
+        batches: int | Sequence[int] | None = None,
+    ):
         """`examples` and `held_out`: how many there are for training and for validation.
 
+        `batches`: how many an epoch has, or each of the epochs, unless --batch_size decides.
         Raises `UserError` if the batches can't be shared among the ranks.
         """
         settings = session.settings
         if settings.patience and not held_out:
             raise UserError("--patience needs examples to judge by, but none are held out")
-        if settings.batch_size > examples:
-            problem = f"is more than the {examples} training examples"
-            raise UserError(f"--batch_size {settings.batch_size} {problem}")
-        last_batch = examples % settings.batch_size or settings.batch_size
-        ranks = distributed.world_size()
-        if last_batch < ranks:
-            problem = f"{ranks} processes can't share the last batch of an epoch"
-            size = f"which has {last_batch} of the {examples} examples"
-            advice = "choose another --batch_size, or fewer processes"
-            raise UserError(f"{problem}, {size}: {advice}")
+        if batches is None:
+            if settings.batch_size > examples:
+                problem = f"is more than the {examples} training examples"
+                raise UserError(f"--batch_size {settings.batch_size} {problem}")
+            _check_size(examples % settings.batch_size or settings.batch_size)
+            batches = math.ceil(examples / settings.batch_size)
+        if isinstance(batches, int):
+            batches = [batches] * settings.epochs
+        if len(batches) != settings.epochs or min(batches) < 1:
+            raise ValueError(f"Progress needs a number of batches for each epoch, got {batches}")
         self.epoch = 1
         self.batch = 0
         self.step = 0
-        self.batches_per_epoch = math.ceil(examples / settings.batch_size)
-        batches = settings.epochs * self.batches_per_epoch
-        self.total_batches = min(batches, settings.max_steps or batches)
-        self.watch_every = settings.watch_every or self.batches_per_epoch
+        self._ends = [0, *itertools.accumulate(batches)]  # batches by the end of each epoch
+        self.total_batches = min(self._ends[-1], settings.max_steps or self._ends[-1])
+        self.watch_every = settings.watch_every or batches[0]
         session.config["watch_every"] = self.watch_every
         self._settings = settings
         self.session = session
 
     def __str__(self) -> str:
         """The batch that comes next; at the end of an epoch, its last one."""
-        batch = self.batch - (self.epoch - 1) * self.batches_per_epoch
+        batch = self.batch - self._ends[self.epoch - 1]
         if not self.epoch_ends:
             batch += 1
-        return f"epoch {self.epoch}, batch {batch} of {self.batches_per_epoch}"
+        return f"epoch {self.epoch}, batch {batch} of {self.batches_in_epoch}"
+
+    @property
+    def batches_in_epoch(self) -> int:
+        return self._ends[self.epoch] - self._ends[self.epoch - 1]
 
     def epochs(self) -> Iterator[int]:
         """The epochs that are left, the interrupted one first; on a terminal, with a bar."""
@@ -80,24 +93,36 @@ class Progress:
                 if self.batch == self.total_batches:
                     return
 
-    def remaining(self, batches: Sequence[Tensor]) -> Iterator[Tensor]:
-        """Yield the epoch's remaining batches of indices and advance the position.
+    def left(self, batches: Sequence[Indices]) -> Sequence[Indices]:
+        """The batches of this epoch that training has not seen; all without a resume.
 
-        Raises `ValueError` for another number of batches than a resumed run would count on.
+        `batches` are the epoch's, the same whenever it is repeated: they follow from seed and
+        epoch alone. Raises `ValueError` if there are not as many as `Progress` was told.
         """
-        if not isinstance(batches, Sequence) or len(batches) != self.batches_per_epoch:
-            got = type(batches).__name__
-            if isinstance(batches, Sequence):
-                got = f"{len(batches)} batches"
-            needed = f"{self.batches_per_epoch} batches of indices, as --batch_size makes them"
-            raise ValueError(f"progress.remaining needs {needed}, in a list; got {got}")
-        done = self.batch - (self.epoch - 1) * self.batches_per_epoch
-        left_in_run = self.total_batches - self.batch
-        for indices in batches[done : done + left_in_run]:
+        if not isinstance(batches, Sequence):
+            advice = "a DataLoader is for load_batches"
+            raise ValueError(f"expected a list of batches of indices, not {batches!r}; {advice}")
+        if len(batches) != self.batches_in_epoch:
+            told = f"Progress was told of {self.batches_in_epoch}: give it `batches`"
+            raise ValueError(f"epoch {self.epoch} has {len(batches)} batches, but {told}")
+        _check_size(min(map(len, batches)))
+        done = self.batch - self._ends[self.epoch - 1]
+        return batches[done : done + self.total_batches - self.batch]
+
+    def remaining(self, batches: Sequence[Indices]) -> Iterator[Indices]:
+        """Yield the batches that are `left`, and advance the position."""
+        for indices in self.left(batches):
             self.batch += 1
             self.step += len(indices)
             yield indices
             self.bar.update()
+
+    @property
+    def watch_freq(self) -> int:
+        """The `log_freq` of `run.watch`, which counts forward passes."""
+        size = self._settings.batch_size
+        share = math.ceil(size / distributed.world_size())
+        return self.watch_every * math.ceil(share / (self._settings.micro_batch_size or size))
 
     @property
     def watch_is_due(self) -> bool:
@@ -108,8 +133,7 @@ class Progress:
     @property
     def epoch_ends(self) -> bool:
         """Whether this batch is the last of its epoch, or of the run."""
-        last_of_epoch = self.batch % self.batches_per_epoch == 0
-        return self.batch > 0 and (last_of_epoch or self.batch == self.total_batches)
+        return self.batch > 0 and self.batch in (self._ends[self.epoch], self.total_batches)
 
     @property
     def row_is_due(self) -> bool:
@@ -130,11 +154,12 @@ class Progress:
         self.bar.set_postfix({name: f"{value:.4f}" for name, value in figures.items()})
 
     def print_epoch(self, results: Mapping[str, float]) -> None:
-        """Print the epoch's losses, accuracies and monitored metric, and the seconds it took."""
+        """Print the epoch's training figures, the first two metrics and the monitored one."""
+        first = [f"valid/{name}" for name in list(self.session.directions)[:2]]
         shown = [
             f"{name} {value:.4f}"
             for name, value in results.items()
-            if name.endswith(("/loss", "/acc", "_epoch")) or name == self._settings.monitor
+            if name.endswith("_epoch") or name in (*first, self._settings.monitor)
         ]
         seconds = time.perf_counter() - self._epoch_started
         self.bar.write(f"epoch {self.epoch}: {', '.join(shown)}, {seconds:.1f} s")
@@ -153,16 +178,29 @@ class Progress:
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "epoch": math.ceil(self.batch / self.batches_per_epoch),  # 0 before the first batch
+            "epoch": self.epoch if self.batch else 0,
             "batch": self.batch,
             "step": self.step,
             "epoch_ends": self.epoch_ends,
+            "batches_in_epoch": self.batches_in_epoch,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.epoch = max(1, state["epoch"])
+        if state["batches_in_epoch"] != self.batches_in_epoch:
+            before = state["batches_in_epoch"]
+            raise ValueError(
+                f"epoch {self.epoch} had {before} batches, not {self.batches_in_epoch}"
+            )
         self.batch = state["batch"]
         self.step = state["step"]
+
+
+def _check_size(batch: int) -> None:
+    ranks = distributed.world_size()
+    if batch < ranks:
+        problem = f"{ranks} processes can't share a batch of {batch}"
+        raise UserError(f"{problem}: choose another --batch_size, or fewer processes")
 
 
 class Meter:
@@ -224,10 +262,16 @@ class Best:
     The last one if nothing is validated.
     """
 
-    def __init__(self, monitor: str, lower_is_better: bool):
-        """`monitor` is the name of the metric, such as "valid/loss"."""
+    def __init__(self, monitor: str, directions: Mapping[str, str]):
+        """`monitor` is a metric such as "valid/loss"; `directions["loss"]` is "min" or "max".
+
+        Raises `ValueError` if no direction is declared.
+        """
+        direction = directions.get(monitor.rpartition("/")[2])
+        if direction not in ("min", "max"):
+            raise ValueError(f"{monitor}: declare whether it is best at its 'min' or 'max'")
         self.monitor = monitor
-        self.lower_is_better = lower_is_better
+        self._improves = operator.lt if direction == "min" else operator.gt
         self.epoch = 0
         self.value: float | None = None
         self.weights: dict[str, Tensor] = {}  # a state dict
@@ -242,8 +286,7 @@ class Best:
             raise UserError(f"--monitor {self.monitor}: there are {', '.join(validated)}")
         # From rank 0, so that all ranks decide the same.
         value = distributed.broadcast(metrics.get(self.monitor))
-        improves = operator.lt if self.lower_is_better else operator.gt
-        better = self.value is None or math.isnan(self.value) or improves(value, self.value)
+        better = self.value is None or math.isnan(self.value) or self._improves(value, self.value)
         if better:
             self.epoch = epoch
             self.value = None if value is None else float(value)  # not a NumPy number

@@ -44,6 +44,7 @@ class Session:
     """A run, on each rank; the fields for scripts come first, then those for the harness."""
 
     settings: Any  # final: those requested or, on resuming, those of the run
+    directions: Mapping[str, str]  # of the script's metrics: "min" or "max", for the report too
     stop_requests: StopRequests
     # For W&B, config.json and the checkpoint: the settings, with placeholders such as "auto"
     # replaced by what was found. The script replaces its own, such as "dataset".
@@ -82,7 +83,8 @@ class Session:
         self.exits.enter_context(tracking.finishing(self.run, command))
         self.config["id"] = self.run.wandb.id  # W&B's agent may have chosen it
         self.config = json.loads(json.dumps(self.config))  # plain values, also of NumPy's
-        write_json(self.output_dir / CONFIG, self.config | {"versions": _versions()})
+        about = {"metrics": dict(self.directions), "versions": _versions()}
+        write_json(self.output_dir / CONFIG, self.config | about)
         _log_config(self.run, self.config)
         if state:
             self.run.take_over(rows, state["checksum"])
@@ -96,9 +98,12 @@ class Session:
 
 
 @contextlib.contextmanager
-def open_session(requested: SharedSettings, task: str) -> Iterator[Session]:
+def open_session(
+    requested: SharedSettings, task: str, directions: Mapping[str, str]
+) -> Iterator[Session]:
     """Start or resume a run for the `with` block; always close its files and its W&B run.
 
+    `directions`: whether each metric of the script is best at its "min" or "max".
     Raises `UserError` for what the user can fix, and `Stopped` if the run was asked to stop; in a
     thread of `wandb.agent`, which goes on with other runs, that is only printed.
     """
@@ -113,9 +118,9 @@ def open_session(requested: SharedSettings, task: str) -> Iterator[Session]:
             handling_signals(requested.stop_timeout) as requests,
         ):
             if distributed.rank() == 0:
-                opened = _open_on_rank_0(requested, task, requests)
+                opened = _open_on_rank_0(requested, task, directions, requests)
             else:
-                opened = _open_on_other_rank(requested, requests)
+                opened = _open_on_other_rank(requested, directions, requests)
             with opened as session:
                 if not session.finished:
                     output_dir = session.settings.output_dir
@@ -148,7 +153,10 @@ def resume_command(output_dir: str | None, resumed: bool) -> str:
 
 @contextlib.contextmanager
 def _open_on_rank_0(
-    requested: SharedSettings, task: str, requests: StopRequests
+    requested: SharedSettings,
+    task: str,
+    directions: Mapping[str, str],
+    requests: StopRequests,
 ) -> Iterator[Session]:
     started = time.perf_counter()
     _check_leader(requested)
@@ -164,14 +172,14 @@ def _open_on_rank_0(
         metrics = _finished_before(output_dir, settings, checkpoint)
         if metrics is not None:
             distributed.broadcast(None)
-            yield Session(settings, requests, metrics=metrics, finished=True)
+            yield Session(settings, directions, requests, metrics=metrics, finished=True)
             return
         device = find_device(settings.device)
         precision = find_precision(settings.precision, device)
         used = {"device": device.type, "precision": precision}
         config = dataclasses.asdict(settings) | used
         distributed.broadcast((settings, config, checkpoint))
-        session = Session(settings, requests, config, device, checkpoint, started)
+        session = Session(settings, directions, requests, config, device, checkpoint, started)
         with session.exits:
             yield session
             if session.run is None:
@@ -183,7 +191,9 @@ def _open_on_rank_0(
 
 
 @contextlib.contextmanager
-def _open_on_other_rank(requested: SharedSettings, requests: StopRequests) -> Iterator[Session]:
+def _open_on_other_rank(
+    requested: SharedSettings, directions: Mapping[str, str], requests: StopRequests
+) -> Iterator[Session]:
     """With the settings and the checkpoint of rank 0; nothing is printed, logged or written."""
     with (
         open(os.devnull, "w") as nowhere,
@@ -193,11 +203,11 @@ def _open_on_other_rank(requested: SharedSettings, requests: StopRequests) -> It
         _check_leader(requested)
         received = distributed.broadcast()
         if not received:
-            yield Session(requested, requests, finished=True)
+            yield Session(requested, directions, requests, finished=True)
             return
         settings, config, checkpoint = received
         device = find_device(config["device"])
-        yield Session(settings, requests, config, device, checkpoint)
+        yield Session(settings, directions, requests, config, device, checkpoint)
 
 
 def _check_leader(requested: SharedSettings) -> None:
