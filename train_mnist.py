@@ -122,7 +122,7 @@ class ConvNet(nn.Module):
     Takes float (batch, 1, 28, 28) in 0..1 and returns logits, float (batch, classes).
     """
 
-    def __init__(self, kernels: list[int], classes: int):
+    def __init__(self, kernels: list[int], classes: int = 10):
         super().__init__()
         self.conv1 = nn.Conv2d(1, kernels[0], kernel_size=5, padding=2)
         self.conv2 = nn.Conv2d(kernels[0], kernels[1], kernel_size=5, padding=2)
