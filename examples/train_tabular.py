@@ -256,14 +256,12 @@ def train(session: Session, progress: Progress, model: MLP, data: Table) -> Best
     """Train `model`, from the checkpoint if the run is resumed; returns the best model."""
     settings = session.settings
     run = session.run
-    device = session.device
     train_set = data.train
     optimizer, schedule = make_optimizer(model, settings, progress.total_batches)
     if settings.compile:
         model.forward = torch.compile(model.forward)  # model.compile() would include the hooks
     best = Best(settings.monitor, METRICS)
-    meter = Meter(device)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=session.precision == "bf16")
+    meter = Meter()
     checkpoints = Checkpoints(
         progress,
         [data.train, data.valid, data.test],
@@ -277,7 +275,7 @@ def train(session: Session, progress: Progress, model: MLP, data: Table) -> Best
 
     for epoch in progress.epochs():
         model.train()
-        order = shuffled(len(train_set.targets), settings.seed, epoch).to(device)
+        order = shuffled(len(train_set.targets), settings.seed, epoch).to(session.device)
         batches = order.split(settings.batch_size)
         for indices in progress.remaining(batches):  # after a resume, the rest of the epoch
             run.log({}, step=progress.step)  # begin the row of this batch
@@ -287,7 +285,7 @@ def train(session: Session, progress: Progress, model: MLP, data: Table) -> Best
             for part in share.split(settings.micro_batch_size or len(share)):
                 features = train_set.features[part]
                 targets = train_set.targets[part]
-                with autocast:
+                with session.autocast():
                     loss = F.mse_loss(model(features), targets, reduction="sum")
                 (loss / len(indices)).backward()  # parts and ranks add up to the batch's gradient
                 meter.add(len(part), loss=loss)
@@ -333,11 +331,6 @@ def train(session: Session, progress: Progress, model: MLP, data: Table) -> Best
 # ----------------------------------------------------------------- from start to finish
 
 
-@logs_to_wandb
-def log_curves(run: Run, output_dir: Path) -> None:
-    run.log({"curves": wandb.Image(str(output_dir / "curves.png"))})
-
-
 def conclude(session: Session, progress: Progress, best: Best, data: Table) -> dict[str, Any]:
     """Test and export the best model, write its predictions.
 
@@ -360,7 +353,8 @@ def conclude(session: Session, progress: Progress, best: Best, data: Table) -> d
     files.write_onnx(output_dir / "model.onnx", model, output="prediction", features=inputs)
 
     log_charts(run, "test", test)
-    log_curves(run, output_dir)
+    curves = run.call(wandb.Image, str(output_dir / "curves.png"))
+    run.log({"curves": curves})
     run.log(test.named("test"), commit=True)  # or it would overwrite the summary below
     run.summary["best/epoch"] = best.epoch
     run.summary.update(valid.named("best"))

@@ -61,10 +61,10 @@ class Session:
     def output_dir(self) -> Path:
         return Path(self.settings.output_dir)
 
-    @property
-    def precision(self) -> str:
-        """The precision to train in: "fp32" or "bf16"."""
-        return self.config["precision"]
+    def autocast(self) -> torch.autocast:
+        """A context for the forward pass, in bf16 if that is the precision of the run."""
+        enabled = self.config["precision"] == "bf16"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
 
     def start(self, init: Callable[..., wandb.Run]) -> tracking.Run:
         """Start the W&B run, which ends with the session, and write `config.json`.
@@ -93,7 +93,7 @@ class Session:
     def describe(self, name: str, model: nn.Module) -> None:
         """Print the size of the model, and its device, precision and seed."""
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        how = f"on {self.device.type} in {self.precision}, seed {self.settings.seed}"
+        how = f"on {self.device.type} in {self.config['precision']}, seed {self.settings.seed}"
         print(f"{name}: {parameters:,} parameters {how}")
 
 
