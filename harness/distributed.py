@@ -68,23 +68,18 @@ def joined(timeout: float, last_wait: float) -> Iterator[None]:
 
 def _check_environment() -> None:
     """Raise `UserError` for variables with which the processes would wait forever."""
-    for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"):
-        value = os.environ[name]
-        if not value.isdecimal() or len(value) > 9:
-            problem = f"{name} must be a whole number, got {value!r}"
-            raise UserError(f"{problem}: start with torchrun, or unset it")
-    number = os.environ["RANK"]
-    count = os.environ["WORLD_SIZE"]
-    if int(number) >= int(count):
-        raise UserError(f"RANK is {number}, but WORLD_SIZE {count}: ranks count from 0")
-    port = os.environ["MASTER_PORT"]
-    if int(port) > 65535:
-        raise UserError(f"MASTER_PORT must be at most 65535, got {port}")
-    address = os.environ["MASTER_ADDR"]
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    rank, count, address, port = (os.environ[name] for name in names)
     try:
-        socket.getaddrinfo(address, None)
-    except (OSError, UnicodeError) as error:
-        raise UserError(f"MASTER_ADDR {address} can't be resolved: {error}") from None
+        socket.getaddrinfo(address, int(port))
+        possible = 0 <= int(rank) < int(count) and int(port) < 2**16
+        problem = "impossible"
+    except (OSError, ValueError) as error:  # UnicodeError is a ValueError
+        possible = False
+        problem = str(error)
+    if not possible:
+        given = ", ".join(f"{name}={os.environ[name]}" for name in names)
+        raise UserError(f"{given}: {problem}; start with torchrun, or unset them")
 
 
 @contextlib.contextmanager

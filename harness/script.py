@@ -134,12 +134,6 @@ def _explained(error: Exception) -> tuple[str | None, int]:
     wandb = sys.modules.get("wandb")  # importing it here would take long
     if wandb and (isinstance(error, wandb.errors.Error) or re.search("WANDB_[A-Z]+=", str(error))):
         return f"W&B: {error}", 2
-    pydantic = sys.modules.get("pydantic_core")
-    if pydantic and isinstance(error, pydantic.ValidationError):  # of W&B's settings
-        problem = error.errors()[0]
-        setting = ".".join(map(str, problem["loc"]))
-        variable = f"WANDB_{setting.upper()}"
-        return f"W&B: {variable if variable in os.environ else setting}: {problem['msg']}", 2
     return None, 1
 
 

@@ -27,7 +27,6 @@ from harness.directory import (
     JOURNAL,
     METRICS,
     PREVIOUS_CHECKPOINT,
-    newest_unfinished,
     output_directory,
     read_checkpoint,
 )
@@ -227,9 +226,7 @@ def _check_leader(requested: SharedSettings) -> None:
 def _identify(requested: SharedSettings, task: str) -> dict[str, Any]:
     """Project, entity, run id, output directory and W&B mode. Raises `UserError`."""
     if requested.resume and not requested.output_dir:
-        newest = newest_unfinished(task)
-        known = f"; the newest unfinished run is {newest}" if newest else ""
-        raise UserError(f"--resume needs --output_dir{known}")
+        raise UserError("--resume needs --output_dir")
     before = {}
     if requested.resume:
         before = read_json(Path(requested.output_dir, CONFIG)) or {}

@@ -480,29 +480,35 @@ def test_temporary_files_of_wandb_that_vanish(reference, tmp_path):
 
 TORCHRUN = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
 ODD_ENVIRONMENT = {
-    "rank": (TORCHRUN | {"RANK": "x"}, "RANK must be a whole number, got 'x'"),
-    "rank out of range": (TORCHRUN | {"RANK": "5"}, "RANK is 5, but WORLD_SIZE 2"),
+    "rank": (TORCHRUN | {"RANK": "x"}, "RANK=x, WORLD_SIZE=2, "),
+    "rank out of range": (
+        TORCHRUN | {"RANK": "5"},
+        "RANK=5, WORLD_SIZE=2, MASTER_ADDR=localhost, MASTER_PORT=29500: impossible",
+    ),
     "world size": (
         TORCHRUN | {"WORLD_SIZE": "two"},
-        "WORLD_SIZE must be a whole number, got 'two'",
+        "WORLD_SIZE=two, ",
     ),
-    "port": (TORCHRUN | {"MASTER_PORT": "x"}, "MASTER_PORT must be a whole number, got 'x'"),
+    "port": (TORCHRUN | {"MASTER_PORT": "x"}, "MASTER_PORT=x: "),
     "port too high": (
         TORCHRUN | {"MASTER_PORT": "70000"},
-        "MASTER_PORT must be at most 65535, got 70000",
+        "MASTER_PORT=70000: ",
     ),
-    "address of long words": (TORCHRUN | {"MASTER_ADDR": "a" * 100}, "can't be resolved"),
+    "address of long words": (TORCHRUN | {"MASTER_ADDR": "a" * 100}, "label too long"),
     "no directory for W&B": ({"WANDB_DIR": "/proc"}, "W&B can't start: [Errno 2]"),
     "name of no text": ({"WANDB_NAME": "a\udcff"}, "W&B can't start: 'utf-8' codec can't encode"),
     "address": (
         TORCHRUN | {"MASTER_ADDR": "no.such.host.invalid"},
-        "MASTER_ADDR no.such.host.invalid can't be resolved",
+        "MASTER_ADDR=no.such.host.invalid, MASTER_PORT=29500: [Errno ",
     ),
     "service": (
         {"WANDB_SERVICE": "garbage"},
         "W&B can't start: Failed to parse WANDB_SERVICE='garbage'",
     ),
-    "mode": ({"WANDB_MODE": "bogus"}, "W&B: WANDB_MODE: Input should be"),
+    "mode": (
+        {"WANDB_MODE": "bogus"},
+        "W&B can't start: 1 validation error for Settings mode Input should be",
+    ),
 }
 
 
