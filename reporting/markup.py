@@ -7,8 +7,6 @@ from typing import Any
 
 from reporting.runs import format_value, is_number
 
-MARK = "<!-- written by report.py -->"  # near the beginning of every page
-
 
 def paragraph(content: str, css_class: str = "") -> str:
     """A paragraph of text."""
@@ -16,11 +14,8 @@ def paragraph(content: str, css_class: str = "") -> str:
 
 
 def cell(value: Any) -> str:
-    """A table cell. A number is sorted by its value; a pair is a value and the text to show."""
-    if isinstance(value, tuple):
-        value, shown = value
-    else:
-        shown = format_value(value)
+    """A table cell. A number is sorted by its value."""
+    shown = format_value(value)
     content = html.escape(shown)
     if is_number(value):
         exact = repr(value).replace("inf", "Infinity")
@@ -57,9 +52,3 @@ def details(summary: str, content: str, is_open: bool = False) -> str:
     """Content that a click on its summary shows or hides."""
     attribute = " open" if is_open else ""
     return f"<details{attribute}><summary>{html.escape(summary)}</summary>{content}</details>"
-
-
-def counted(number: int, noun: str) -> str:
-    """A number with its noun: 1 example, 2 examples."""
-    ending = "" if number == 1 else "s"
-    return f"{number:,} {noun}{ending}"
