@@ -51,27 +51,41 @@ def curves(runs: list[RunFiles], seed_groups: SeedGroups) -> dict[str, Any]:
             points = band(members, name)
             if points:
                 steps, means, deviations, counts = zip(*points)
-                columns = {"x": steps, "y": means, "sd": deviations, "n": counts}
-                bands.append({"group": i, **columns})
+                bands.append(
+                    {
+                        "group": i,
+                        "x": steps,
+                        "y": means,
+                        "sd": deviations,
+                        "n": counts,
+                    }
+                )
         metrics[name] = {"runs": lines, "groups": bands}
     group_names = []
     group_of = {}
     for i, (name, members) in enumerate(seed_groups.items()):
         group_names.append(chart_text(f"{name} (n = {len(members)})"))
         group_of.update((run.path, i) for run in members)
-    overview = dict.fromkeys(name for name in [*shown_first, *metrics] if name in metrics)
+    described = []
+    for run in runs:
+        described.append({"name": chart_text(run.label), "group": group_of.get(run.path)})
+    overview = []
+    for name in [*shown_first, *metrics]:
+        if name in metrics and name not in overview:
+            overview.append(name)
     return {
-        "runs": [{"name": chart_text(run.label), "group": group_of.get(run.path)} for run in runs],
+        "runs": described,
         "groups": group_names,
         "metrics": metrics,
-        "overview": list(overview)[:4],
+        "overview": overview[:4],
     }
 
 
 def thinned(points: list[Any]) -> list[Any]:
     """Up to `MAX_POINTS` of the points, at equal distances, with the last one."""
-    every = math.ceil(len(points) / MAX_POINTS)
-    return points[::-1][::every][::-1] if every > 1 else points
+    every = max(1, math.ceil(len(points) / MAX_POINTS))
+    first = (len(points) - 1) % every
+    return points[first::every]
 
 
 def band(runs: list[RunFiles], name: str) -> list[tuple]:
@@ -84,8 +98,9 @@ def band(runs: list[RunFiles], name: str) -> list[tuple]:
     points = []
     for step, values in thinned(sorted(by_step.items())):
         if len(values) > 1:
-            mean = fmean(values)
-            points.append((step, finite(mean), finite(stdev(values, mean)), len(values)))
+            mean = finite(fmean(values))
+            deviation = finite(stdev(values))
+            points.append((step, mean, deviation, len(values)))
     return points
 
 
@@ -115,18 +130,30 @@ def confusion(predictions: Predictions) -> Figure:
     }
     xaxis = titled("prediction", type="category", showgrid=False)
     yaxis = titled("label", type="category", showgrid=False, autorange="reversed")
-    return {"data": [heatmap], "layout": titled("Confusion matrix", xaxis=xaxis, yaxis=yaxis)}
+    layout = titled("Confusion matrix", xaxis=xaxis, yaxis=yaxis)
+    return {"data": [heatmap], "layout": layout}
 
 
 def against_diagonal(title: str, axes: dict[str, Tensor]) -> Figure:
     """A chart of one value against another, and a line on which both are equal."""
     (x_name, x), (y_name, y) = axes.items()
     ends = [finite(float(x.min())), finite(float(x.max()))]
-    line = {"x": ends, "y": ends, "mode": "lines", "line": {"dash": "dot", "color": "#888"}}
+    line = {
+        "x": ends,
+        "y": ends,
+        "mode": "lines",
+        "line": {"dash": "dot", "color": "#888"},
+        "hoverinfo": "skip",
+    }
     points = {
         "x": [finite(value) for value in x.tolist()],
         "y": [finite(value) for value in y.tolist()],
         "mode": "markers",
     }
-    layout = titled(title, showlegend=False, xaxis=titled(x_name), yaxis=titled(y_name))
+    layout = titled(
+        title,
+        showlegend=False,
+        xaxis=titled(x_name),
+        yaxis=titled(y_name),
+    )
     return {"data": [line, points], "layout": layout}

@@ -1,5 +1,6 @@
 """Is one run better than another? Compares runs on validation examples that both have predicted."""
 
+import html
 import math
 from collections import Counter, defaultdict
 from statistics import mean
@@ -17,7 +18,7 @@ from metrics import (
     paired_bootstrap_counts,
     permutation_test,
 )
-from reporting.markup import details, paragraph, table
+from reporting.markup import paragraph, table
 from reporting.predictions import (
     MOST_SHOWN,
     Predictions,
@@ -107,9 +108,8 @@ def difference(a: Predictions, b: Predictions) -> tuple[float, float, float]:
     return gap, *paired_bootstrap(rows_a, rows_b, figure, resamples=200)  # it is slow
 
 
-def verdict(metric: str, sign: int, interval: tuple[float, float]) -> str:
+def verdict(metric: str, sign: int, low: float, high: float) -> str:
     """What the interval of the difference, best run minus this one, says."""
-    low, high = interval
     if not math.isfinite(low + high):
         return f"{metric} can't be computed from predictions.csv"
     if low <= 0 <= high:
@@ -124,16 +124,15 @@ def compare_with_best(best: Predictions, others: list[Predictions]) -> str:
     has_classes = best.probabilities is not None
     metric = monitor if has_classes else "mean absolute error"
     sign = best.run.sign if has_classes else 1
-    header = ["run", f"{metric}, best minus this", "95% interval", "in words"]
+    header = ["run", f"{metric}, best minus this", "95% interval from", "to", "in words"]
     method = "Intervals are by paired bootstrap over the examples."
     if has_classes:
         header += ["only the best is right", "only this is right", "McNemar's p"]
         method += " p is by McNemar's exact test of which examples are right."
     rows = []
     for other in others:
-        gap, *interval = difference(best, other)
-        low, high = interval
-        row = [other.run.label, gap, f"{low:+.4g} to {high:+.4g}", verdict(metric, sign, interval)]
+        gap, low, high = difference(best, other)
+        row = [other.run.label, gap, low, high, verdict(metric, sign, low, high)]
         if has_classes:
             row += mcnemar_exact(best.correct, other.correct)
         rows.append(row)
@@ -187,5 +186,5 @@ def disagreements(a: Predictions, b: Predictions) -> str:
         heading += f"{len(chosen):,} examples"
         if len(chosen) > MOST_SHOWN:
             heading += f", the {MOST_SHOWN} on which they differ most"
-        content += details(heading, show_examples(worse, chosen, better), is_open=bool(chosen))
+        content += f"<h3>{html.escape(heading)}</h3>{show_examples(worse, chosen, better)}"
     return content

@@ -13,7 +13,7 @@ from harness.errors import UserError
 from metrics import calibration
 from reporting.charts import MAX_POINTS, against_diagonal, confusion, curves
 from reporting.comparison import compare_runs
-from reporting.markup import chart, details, embedded_json, paragraph, table
+from reporting.markup import chart, embedded_json, paragraph, table
 from reporting.predictions import (
     Predictions,
     largest_first,
@@ -74,13 +74,11 @@ def show_runs(runs: list[RunFiles], seed_groups: SeedGroups) -> str:
     """The tables of the runs, and of means over seeds."""
     header, rows = run_table(runs)
     remark = (
-        "Settings that are the same in all runs, or concern only logging, are left out. Figures "
-        "are those of the best epoch by the monitored metric; of a run that has not finished, the "
-        "best so far. A click on a head sorts."
+        "The best by the monitored metric is first. Settings that are the same in all runs, or "
+        "concern only logging, are left out. Figures are those of the best epoch; of a run that "
+        "has not finished, the best so far. A click on a head sorts."
     )
-    one_metric = len(runs) > 1 and len({run.monitor for run in runs}) == 1
-    has_best = one_metric and runs[0].score is not None
-    content = f"<h2>Runs</h2>{paragraph(remark, 'soft')}{table(header, rows, has_best)}"
+    content = f"<h2>Runs</h2>{paragraph(remark, 'soft')}{table(header, rows)}"
     if seed_groups:
         remark = (
             "Mean ± sample standard deviation over finished runs that differ in nothing but the "
@@ -117,14 +115,16 @@ def show_run(run: RunFiles) -> str:
         content = show_predictions(read_predictions(run))
     except UserError as reason:
         content = paragraph(f"No predictions to show: {reason}.", "soft")
-    pictures = ""
-    for path in sorted(run.path.glob("*.png")):
+    pictures = sorted(run.path.glob("*.png"))
+    if pictures:
+        content += "<h2>Pictures</h2>"
+    for path in pictures:
         data = base64.b64encode(path.read_bytes()).decode()
         name = html.escape(path.name)
-        pictures += f'<img alt="{name}" title="{name}" src="data:image/png;base64,{data}">'
+        content += f'<img alt="{name}" title="{name}" src="data:image/png;base64,{data}">'
     rows = [[name, format_value(value)] for name, value in run.config.items()]
     settings = table(["setting", "value"], rows)
-    return f"{content}{details('Pictures', pictures)}<h2>Settings</h2>{settings}"
+    return f"{content}<h2>Settings</h2>{settings}"
 
 
 def show_predictions(predictions: Predictions) -> str:
@@ -149,7 +149,5 @@ def show_predictions(predictions: Predictions) -> str:
 def every_figure(runs: list[RunFiles]) -> str:
     """All figures of all runs, for those who miss one above."""
     names = sorted(set().union(*(run.best for run in runs)) - {"epoch", "step"})
-    if not names:
-        return ""
     rows = [[run.label, *(run.best.get(name) for name in names)] for run in runs]
-    return details("Every figure", table(["run", *names], rows))
+    return f"<details><summary>Every figure</summary>{table(['run', *names], rows)}</details>"

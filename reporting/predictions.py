@@ -115,13 +115,14 @@ def show_examples(
         columns["target"] = labels
         columns["prediction"] = predictions.predictions.tolist()
         if other:
-            columns["the other run's prediction"] = other.predictions.tolist()
+            columns[f"prediction of {other.run.label}"] = other.predictions.tolist()
     else:
         names = predictions.class_names
         columns["label"] = [names[label] for label in labels]
         columns["prediction"] = [names[label] for label in predictions.predictions]
         columns["its probability"] = predictions.probabilities.max(1).values.tolist()
         if other:
-            columns["the other run's probability of the label"] = other.losses.neg().exp().tolist()
+            of_label = other.losses.neg().exp()
+            columns[f"probability of the label by {other.run.label}"] = of_label.tolist()
     rows = [[column[i] for column in columns.values()] for i in indices[:MOST_SHOWN]]
     return table(list(columns), rows)

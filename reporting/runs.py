@@ -63,9 +63,9 @@ class RunFiles:
             figures = {name: value for name, value in self.metrics.items() if is_number(value)}
             figures["epoch"] = figures.pop("best/epoch", math.nan)
             return figures
-        rows = [row for row in self.rows if math.isfinite(row.get(self.monitor, math.nan))]
         if self.sign is None:
             return {}
+        rows = [row for row in self.rows if math.isfinite(row.get(self.monitor, math.nan))]
         return min(rows, key=lambda row: self.sign * row[self.monitor], default={})
 
     @property
@@ -92,7 +92,9 @@ Table = tuple[list[str], list[list[Any]]]  # header and rows
 
 def is_number(value: Any) -> bool:
     """Whether `value` is a float, or an int that a float can hold."""
-    return isinstance(value, float) or (type(value) is int and value.bit_length() < 1024)
+    if type(value) is int:  # not True or False
+        return value.bit_length() < 1024
+    return isinstance(value, float)
 
 
 def base_name(metric: str) -> str:
@@ -129,7 +131,11 @@ def sort_runs(runs: list[RunFiles]) -> list[RunFiles]:
     for run in runs:
         if labels.count(run.label) > 1:
             run.label = format_value(str(run.path))
-    return sorted(runs, key=lambda run: (run.score is None, run.monitor, run.score or 0.0))
+
+    def rank(run: RunFiles) -> tuple[bool, str, float]:
+        return run.score is None, run.monitor, run.score or 0.0
+
+    return sorted(runs, key=rank)
 
 
 def holds_run(directory: Path) -> bool:
@@ -205,20 +211,22 @@ def groups(runs: list[RunFiles]) -> SeedGroups:
     """Groups of two or more finished runs that differ only in the seed, one per seed."""
     by_settings = defaultdict(dict)
     for run in sorted(runs, key=lambda run: run.path):  # of a repeated run, the last one counts
-        settings = {
-            name: value for name, value in run.settings.items() if name not in SEED_AND_REMARKS
-        }
-        if run.metrics is not None:
-            seed = str(run.config.get("seed"))
-            by_settings[json.dumps(settings, sort_keys=True)][seed] = run
+        if run.metrics is None:
+            continue
+        settings = run.settings
+        seed = str(run.config.get("seed"))
+        for name in SEED_AND_REMARKS:
+            settings.pop(name, None)
+        by_settings[json.dumps(settings, sort_keys=True)][seed] = run
     seeded = [list(members.values()) for members in by_settings.values() if len(members) > 1]
     names = differing([members[0] for members in seeded], SEED_AND_REMARKS)
     named = {}
     for members in seeded:
         first = members[0]
-        label = ", ".join(f"{name} {format_value(first.settings.get(name))}" for name in names)
-        if not label or label in named:
-            label += f"{first.label} and other seeds"
+        parts = [f"{name} {format_value(first.settings.get(name))}" for name in names]
+        label = ", ".join(parts) or "all but the seed alike"
+        if label in named:
+            label += f", {first.label}"
         named[format_value(label)] = members
     return named
 
@@ -226,7 +234,9 @@ def groups(runs: list[RunFiles]) -> SeedGroups:
 def format_value(value: Any) -> str:
     """A value from a file as it is shown: floats to four digits, control characters escaped."""
     if isinstance(value, float):
-        return f"{value:,.0f}" if 1e4 <= abs(value) < 1e9 else f"{value:.4g}"
+        if 1e4 <= abs(value) < 1e9:
+            return f"{value:.0f}"
+        return f"{value:.4g}"
     if value is None or value == []:
         return "–"
     string = value if isinstance(value, str) else json.dumps(value)
@@ -235,7 +245,7 @@ def format_value(value: Any) -> str:
 
 def format_mean(values: list[float]) -> str:
     """Mean ± sample standard deviation of two or more values."""
-    return f"{mean(values):.4g} ± {stdev(values):.2g}"
+    return f"{format_value(mean(values))} ± {format_value(stdev(values))}"
 
 
 def run_table(runs: list[RunFiles]) -> Table:
@@ -245,8 +255,8 @@ def run_table(runs: list[RunFiles]) -> Table:
     rows = []
     for run in runs:
         row = [run.label, run.state + run.detail]
-        row += [run.settings.get(name) for name in settings]
-        row += [run.best.get(name) for name in ("epoch", *figures, "seconds")]
+        row += map(run.settings.get, settings)
+        row += map(run.best.get, ["epoch", *figures, "seconds"])
         rows.append(row)
     return ["run", "state", *settings, "best epoch", *figures, "seconds"], rows
 
@@ -256,7 +266,8 @@ def shown_figures(runs: list[RunFiles]) -> list[str]:
     names = dict.fromkeys(run.monitor for run in runs)
     for part in ("valid", "test"):
         for run in runs:
-            names.update(dict.fromkeys(f"{part}/{name}" for name in run.key_metrics))
+            for name in run.key_metrics:
+                names[f"{part}/{name}"] = None
     return [name for name in names if any(name in run.best for run in runs)]
 
 
