@@ -41,7 +41,9 @@ def make_page(
     title = runs[0].label if len(runs) == 1 else f"{len(runs)} runs"
     if studies:
         title = ", ".join(f"Sweep {format_value(study.study_name)}" for study in studies.values())
-    content = overview(runs)
+    states = Counter(run.state for run in runs)
+    counts = [f"{number} {state}" for state, number in states.items()]
+    content = paragraph(f"{', '.join(counts)}.")
     for problem in problems:
         content += paragraph(problem, "soft")
     for directory, study in studies.items():
@@ -62,12 +64,6 @@ def make_page(
 <script nonce="{nonce}">{get_plotlyjs()}</script>
 <script nonce="{nonce}">{code}</script></body></html>
 """
-
-
-def overview(runs: list[RunFiles]) -> str:
-    """How many runs are in which state."""
-    states = Counter(run.state for run in runs)
-    return paragraph(", ".join(f"{number} {state}" for state, number in states.items()) + ".")
 
 
 def show_runs(runs: list[RunFiles], seed_groups: SeedGroups) -> str:

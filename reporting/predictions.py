@@ -76,19 +76,19 @@ def read_predictions(run: RunFiles) -> Predictions:
 
 def arrange(run: RunFiles, numbers: dict[str, Tensor], texts: dict[str, Any]) -> Predictions:
     """The predictions in columns. Raises `UserError` if some are missing, `ValueError` if wrong."""
-    predictions = numbers.get("prediction")
     classes = [name for name in numbers if name.startswith("probability_")]
-    if predictions is not None and "label" in numbers and classes:
+    if classes and {"label", "prediction"} <= numbers.keys():
         labels = numbers["label"].long()
-        predictions = predictions.long()
+        predictions = numbers["prediction"].long()
         probabilities = torch.stack([numbers[name] for name in classes], 1)
         ConfusionMatrix(len(classes)).update(predictions, labels)  # checks the range
         calibration(probabilities, labels)  # checks the probabilities
         log_probabilities = probabilities.clamp(min=1e-300).log()
         losses = F.nll_loss(log_probabilities, labels, reduction="none")
         return Predictions(run, labels, predictions, probabilities, losses, texts)
-    if predictions is not None and "target" in numbers:
+    if {"target", "prediction"} <= numbers.keys():
         targets = numbers["target"]
+        predictions = numbers["prediction"]
         errors = (predictions - targets).abs()
         return Predictions(run, targets, predictions, None, errors, texts)
     raise UserError(UNKNOWN)
