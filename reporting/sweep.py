@@ -13,7 +13,7 @@ from urllib.parse import quote
 from harness.errors import UserError
 from reporting.charts import Figure, chart_text, finite, titled
 from reporting.markup import chart, paragraph
-from reporting.runs import RunFiles, format_value
+from reporting.runs import RunFiles, base_name, format_value
 
 ENOUGH_TRIALS = 20  # complete ones; importances of fewer are chance
 STATES = {
@@ -51,8 +51,10 @@ def open_study(directory: Path, runs: list[RunFiles]) -> Any:
         run = by_directory.get(directory / str(trial.user_attrs.get("run")))
         if run:
             run.label = f"trial {trial.number}"
-            monitor = {"monitor": study.user_attrs["sweep"]["metric"]}
-            run.config = monitor | trial.params | run.config
+            metric = study.user_attrs["sweep"]["metric"]
+            direction = "max" if study.direction.name == "MAXIMIZE" else "min"
+            defaults = {"monitor": metric, "metrics": {base_name(metric): direction}}
+            run.config = defaults | trial.params | run.config
             if trial.state.name == "PRUNED":
                 run.state = "pruned"
             elif trial.state.name == "FAIL":
