@@ -86,11 +86,13 @@ def main(argv: list[str] | None = None) -> None:
     for problem in problems:
         print(problem)
     try:
-        from reporting.page import make_page
+        from reporting.page import BEGINNING, make_page
     except ImportError as error:
         raise UserError(
             f"no page without plotly ({error}): pip install -r requirements-report.txt"
         ) from None
+    if output.is_file() and not output.read_bytes().startswith(BEGINNING.encode()):
+        raise UserError(f"--output {output} is not a report; choose another name")
     page = make_page(runs, seed_groups, studies, problems)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)

@@ -30,6 +30,8 @@ POLICY = (
     "script-src 'nonce-{}' 'unsafe-eval'"
 )
 
+BEGINNING = '<!doctype html>\n<html lang="en"><head><meta name="generator" content="report.py">'
+
 
 def make_page(
     runs: list[RunFiles], seed_groups: SeedGroups, studies: dict[Path, Any], problems: list[str]
@@ -55,8 +57,8 @@ def make_page(
     style = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
     code = Path(__file__).with_name("page.js").read_text(encoding="utf-8")
     nonce = secrets.token_urlsafe(16)
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>
+    return f"""{BEGINNING}
+<meta charset="utf-8"><title>{html.escape(title)}</title>
 <meta http-equiv="Content-Security-Policy" content="{POLICY.format(nonce)}">
 <meta name="viewport" content="width=device-width"><style>{style}</style></head>
 <body><h1>{html.escape(title)}</h1>

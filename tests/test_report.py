@@ -270,6 +270,7 @@ def test_without_plotly_the_table_is_printed(tmp_path):
         (["absent"], "absent: No such file or directory"),
         (["a/config.json"], "a/config.json: Not a directory"),
         (["a", "--output", "empty"], "can't write"),
+        (["a", "--output", "a/config.json"], "is not a report"),
         (["a", "--output", "a/config.json/b.html"], "can't write"),
     ],
 )
