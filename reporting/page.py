@@ -48,8 +48,8 @@ def make_page(
     content = paragraph(f"{', '.join(counts)}.")
     for problem in problems:
         content += paragraph(problem, "soft")
-    for directory, study in studies.items():
-        content += show_sweep(study, directory)
+    for study in studies.values():
+        content += show_sweep(study)
     content += show_runs(runs, seed_groups)
     content += show_curves(runs, seed_groups)
     content += compare_runs(runs, seed_groups) if len(runs) > 1 else show_run(runs[0])
