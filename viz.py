@@ -34,17 +34,18 @@ DEEP = "#18569c"
 WARM = "#ce601e"
 MIDDLE = "#6e829b"
 
-Point = tuple[float, float]
-History = Sequence[Mapping[str, float]]  # the rows of a run's history, each with `step`
-
-# ------------------------------------------------------------ learning curves, any task
-
 # Size of a chart and the edges of its plot in pixels, at twice the size of the picture.
 CHART = (840, 660)
 LEFT = 124
 TOP = 108
 RIGHT = 800
 BOTTOM = 564
+
+Point = tuple[float, float]
+History = Sequence[Mapping[str, float]]  # the rows of a run's history, each with `step`
+
+# ------------------------------------------------------------ learning curves, any task
+
 MAX_MARKERS = 20  # of a curve; more would hide it
 
 
