@@ -223,14 +223,6 @@ EVALUATION_METRICS = {
 }
 
 
-def lower_is_better(name: str) -> bool:
-    """Whether lower is better for a metric ("ece") or a key ("valid/ece").
-
-    A name that is not in `EVALUATION_METRICS` counts as a loss if it ends in "loss".
-    """
-    return name.endswith(("loss", "ece"))
-
-
 def evaluation(
     logits: Tensor,
     labels: Tensor,
