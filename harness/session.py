@@ -82,8 +82,7 @@ class Session:
         self.exits.enter_context(tracking.finishing(self.run, command))
         self.config["id"] = self.run.wandb.id  # W&B's agent may have chosen it
         self.config = json.loads(json.dumps(self.config))  # plain values, also of NumPy's
-        about = {"metrics": dict(self.directions), "versions": _versions()}
-        write_json(self.output_dir / CONFIG, self.config | about)
+        write_json(self.output_dir / CONFIG, self.config | {"versions": _versions()})
         _log_config(self.run, self.config)
         if state:
             self.run.take_over(rows, state["checksum"])
@@ -175,8 +174,8 @@ def _open_on_rank_0(
             return
         device = find_device(settings.device)
         precision = find_precision(settings.precision, device)
-        used = {"device": device.type, "precision": precision}
-        config = dataclasses.asdict(settings) | used
+        found = {"device": device.type, "precision": precision, "metrics": dict(directions)}
+        config = dataclasses.asdict(settings) | found
         distributed.broadcast((settings, config, checkpoint))
         session = Session(settings, directions, requests, config, device, checkpoint, started)
         with session.exits:
