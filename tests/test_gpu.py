@@ -71,9 +71,9 @@ def ended(process: subprocess.Popen) -> SimpleNamespace:
 
 
 def kill_in_second_epoch(process: subprocess.Popen, cwd: Path) -> None:
-    """SIGKILL the run and W&B's service after six rows of up to four batches."""
+    """SIGKILL the run and W&B's service in the second of three epochs, after seven rows."""
     journal = cwd / "out/history.jsonl"
-    while not journal.exists() or journal.read_bytes().count(b"\n") < 6:
+    while not journal.exists() or journal.read_bytes().count(b"\n") < 7:
         assert process.poll() is None, process.communicate()[0].decode()
         time.sleep(0.002)
     process.send_signal(signal.SIGSTOP)  # finding the service takes as long as several batches
