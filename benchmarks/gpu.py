@@ -112,7 +112,7 @@ def training_rate(data: Data, _: str) -> None:
     device = find_device("auto")
     for batch_size in (128, 1024):
         epochs = 1 if data.smoke else {128: 2, 1024: 8}[batch_size]
-        few = ["--slice", "40"] if data.smoke else []
+        few = ["--slice", "5"] if data.smoke else []
         options = f"--batch_size {batch_size} --epochs {epochs} --valid_size 0".split()
         options = [*options, *data.mnist, *few]
         settings = train_mnist.options.parse(train_mnist.Settings, options)

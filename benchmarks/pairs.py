@@ -14,7 +14,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 REPO = Path(__file__).parent.parent
-OFFLINE = os.environ | {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "PYTHONPATH": str(REPO)}
+PATHS = filter(None, [str(REPO), os.environ.get("PYTHONPATH")])
+OFFLINE = os.environ | {
+    "WANDB_MODE": "offline",
+    "WANDB_SILENT": "true",
+    "PYTHONPATH": os.pathsep.join(PATHS),
+}
 Measure = Callable[[], dict[str, float]]  # makes one run and returns its measurements by name
 
 
