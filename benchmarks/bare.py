@@ -1,8 +1,15 @@
-"""What `train_mnist.py` computes in a batch, without anything around it: the bare loop of the other benchmarks."""
+"""What `train_mnist.py` computes in a batch, without anything around it, and the script's own loop in this process."""
 
+import contextlib
+import io
+import json
+import os
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -104,3 +111,28 @@ def rate(step: Step, batches: Iterator[Tensor], batch_size: int, every: int = 10
             seconds.append(now - started)
             started = now
     return batch_size * every / statistics.median(seconds[len(seconds) // 4 :])
+
+
+@contextlib.contextmanager
+def in_new_directory() -> Iterator[None]:
+    before = os.getcwd()
+    with tempfile.TemporaryDirectory() as cwd:
+        os.chdir(cwd)
+        try:
+            yield
+        finally:
+            os.chdir(before)
+
+
+def our_rate(options: list[str]) -> float:
+    """Examples per second of train_mnist.py: the median of its rows after the first quarter."""
+    with (
+        in_new_directory(),
+        contextlib.redirect_stdout(io.StringIO()),
+        mock.patch("train_mnist.conclude", lambda *_: {}),  # what follows training
+    ):
+        train_mnist.main([*options, "--output_dir", "out"])
+        lines = Path("out/history.jsonl").read_text().splitlines()
+    rows = map(json.loads, lines)
+    rates = [row["train/examples_per_second"] for row in rows if "train/examples_per_second" in row]
+    return statistics.median(rates[len(rates) // 4 :])

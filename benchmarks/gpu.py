@@ -2,13 +2,12 @@
 
 DIR contains MNIST/raw and cola_public_1.1.zip, as the scripts store them; without them all train on the built-in data.
 `--model` is a directory or the name of a Hugging Face model; "scratch" is BERT-tiny's architecture with random weights.
-`--smoke` goes through all parts with next to no work, also without a GPU. The ratio is ours over the other's speed.
+`--smoke` goes through all parts with little work, also without a GPU. The ratio is ours over the other's speed.
 """
 
 import argparse
 import contextlib
 import datetime
-import io
 import json
 import os
 import statistics
@@ -84,31 +83,9 @@ def train(script: str, *options: str) -> dict[str, float]:
     }
 
 
-@contextlib.contextmanager
-def in_new_directory() -> Iterator[None]:
-    before = os.getcwd()
-    with tempfile.TemporaryDirectory() as cwd:
-        os.chdir(cwd)
-        try:
-            yield
-        finally:
-            os.chdir(before)
-
-
-def our_rate(options: list[str]) -> float:
-    """Examples per second of train_mnist.py in this process, with W&B: the median of its rows after the first quarter."""
-    with in_new_directory(), contextlib.redirect_stdout(io.StringIO()):
-        train_mnist.main([*options, "--wandb", "offline", "--output_dir", "out"])
-        lines = Path("out/history.jsonl").read_text().splitlines()
-    rates = [json.loads(line).get("train/examples_per_second") for line in lines]
-    rates = [rate for rate in rates if rate]
-    return statistics.median(rates[len(rates) // 4 :])
-
-
 def training_rate(data: Data, _: str) -> None:
     """A batch in the same process, in turn: ours, the bare loop with and without determinism, and as one CUDA graph."""
     os.environ["WANDB_SILENT"] = "true"
-    train_mnist.conclude = lambda *_: {}  # only training is measured
     device = find_device("auto")
     for batch_size in (128, 1024):
         epochs = 1 if data.smoke else {128: 2, 1024: 8}[batch_size]
@@ -131,7 +108,7 @@ def training_rate(data: Data, _: str) -> None:
         ours: list[float] = []
         others: dict[str, list[float]] = {name: [] for name in makers}
         for _ in range(1 if data.smoke else ROUNDS):
-            ours.append(our_rate(options))
+            ours.append(bare.our_rate([*options, "--wandb", "offline"]))
             for name, (make, its) in makers.items():
                 step = make(its, digits, device, total)
                 batches = bare.batches_of(its, count, device)
@@ -241,9 +218,7 @@ def main() -> None:
     parser.add_argument("--data_dir", type=Path, required=True)
     parser.add_argument("--model", default="scratch", help="for CoLA [scratch]")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument(
-        "--smoke", action="store_true", help="next to no work, to try the benchmark"
-    )
+    parser.add_argument("--smoke", action="store_true", help="little work, to try the benchmark")
     args = parser.parse_args()
     model = str(Path(args.model).resolve()) if Path(args.model).is_dir() else args.model
     data = Data(args.data_dir, args.smoke)
