@@ -249,7 +249,7 @@ distributed.world_size = lambda: 2
 device = find_device("cuda")
 one, two = torch.arange(3.0, device=device), torch.full((2, 2), 0.5, device=device)
 distributed.sum_over_ranks(one, two)
-print(device, dist.get_backend(), one.tolist(), two.tolist(), distributed.broadcast("text"))
+print(device, dist.get_backend_config(), one.tolist(), two.tolist(), distributed.broadcast("text"))
 dist.destroy_process_group()
 """
 
