@@ -275,7 +275,10 @@ def _settings_of(
             print(f"--{name} is new in the script: the run goes on with {value!r}.")
             continue
         placeholder = None if name in identity else fields[name]["placeholder"]
-        if name in identity or not fields[name]["may_change"]:
+        if name == "device" and value not in (used[name], placeholder):
+            change = "rounding and dropout differ"
+            print(f"The run was on {used[name]} and continues on {value}: {change}.")
+        elif name in identity or not fields[name]["may_change"]:
             taken[name] = used[name]
             if value not in (used[name], placeholder):
                 differ.append(f"--{name} was {used[name]!r}, is {value!r}")

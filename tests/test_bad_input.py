@@ -47,6 +47,7 @@ OPTIONS = {
     "--dataset minst": "--dataset: must be one of auto, mnist, fashion_mnist, kmnist, synthetic; got 'minst'",
     "--monitor valid/accuracy": "--monitor: must be one of valid/loss",
     "--name=": "--name: must not be empty",
+    "--device cuda:1": "--device: must be one of auto, cpu, cuda, mps; got 'cuda:1'; did you mean cuda?",
 }
 
 AFTER_PARSING = {
@@ -62,11 +63,8 @@ AFTER_PARSING = {
     f"DIGITS --output_dir {'x' * 300}": "File name too long",
     f"--dataset mnist --data_dir {'x' * 300}": "File name too long",
     f"DIGITS --tags {'x' * 65}": "W&B: ",
+    "DIGITS --device cuda": "--device cuda: not available on this machine, or in this torch: use --device cpu",
 }
-if not torch.cuda.is_available():
-    AFTER_PARSING["--dataset synthetic --device cuda"] = (
-        "--device cuda: not available on this machine"
-    )
 
 
 def assert_one_line(done, message: str) -> None:
