@@ -141,7 +141,7 @@ def rank_0_first() -> Iterator[None]:
 
 def share_of(items: Items) -> Items:
     """This rank's share of a batch, or of a list of batches: every `world_size`-th item."""
-    return items[rank() :: world_size()]
+    return items if world_size() == 1 else items[rank() :: world_size()]
 
 
 def sum_over_ranks(*tensors: Tensor) -> None:
@@ -161,6 +161,8 @@ def sum_over_ranks(*tensors: Tensor) -> None:
 
 def sum_gradients(model: nn.Module) -> None:
     """Replace the model's gradients by their sums over all ranks."""
+    if world_size() == 1:
+        return
     weights = [weight for weight in model.parameters() if weight.grad is not None]
     sum_over_ranks(*(weight.grad for weight in weights))
 
