@@ -297,8 +297,6 @@ def train(session: Session, progress: Progress, task: Task) -> Best:
     optimizer, schedule = make_optimizer(
         model, settings, session.config["learning_rate"], progress.total_batches
     )
-    if settings.compile:  # model.compile() would include the hooks of run.watch
-        model.forward = torch.compile(model.forward, dynamic=True)
     best = Best(settings.monitor, METRICS)
     meter = Meter()
     checkpoints = Checkpoints(

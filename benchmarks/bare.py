@@ -29,7 +29,8 @@ def make_step(
 ) -> Step:
     """The same model, precision and optimizer, `batches` in all."""
     seed_everything(settings.seed, settings.deterministic)
-    model = train_mnist.make_model(settings, device)
+    model = train_mnist.ConvNet(settings.kernels)
+    model = model.to(device, memory_format=torch.channels_last)
     optimizer, schedule = train_mnist.make_optimizer(model, settings, batches)
     bf16 = find_precision(settings.precision, device) == "bf16"
 
@@ -51,7 +52,8 @@ def make_graph(
 ) -> Step:
     """The same as one CUDA graph, for batches of one size and a constant learning rate."""
     seed_everything(settings.seed, settings.deterministic)
-    model = train_mnist.make_model(settings, device)
+    model = train_mnist.ConvNet(settings.kernels)
+    model = model.to(device, memory_format=torch.channels_last)
     optimizer, _ = train_mnist.make_optimizer(model, settings, batches)
     for group in optimizer.param_groups:
         group["capturable"] = True

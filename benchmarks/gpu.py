@@ -121,21 +121,6 @@ def training_rate(data: Data, _: str) -> None:
             row(f"MNIST, batches of {batch_size}: training rate", shown, other, mean / rate)
 
 
-def compiling(data: Data, _: str) -> None:
-    few = ["--slice", "40"] if data.smoke else []
-    options = [*data.mnist, "--epochs", "3", "--watch", "off", *few]
-    plain = train("train_mnist.py", *options)
-    compiled = train("train_mnist.py", *options, "--compile", "true")
-    for name, unit in (("last rate", "images/s"), ("first epoch", "s"), ("process", "s")):
-        a, b = compiled[name], plain[name]
-        shown = [
-            f"{value:,.0f} {unit}" if name == "last rate" else f"{value:.1f} {unit}"
-            for value in (a, b)
-        ]
-        ratio = a / b if name == "last rate" else b / a
-        row(f"`--compile true`, 3 epochs of MNIST: {name}", shown[0], f"{shown[1]}: without", ratio)
-
-
 def target(data: Data, _: str) -> None:
     few = "--slice 40 --max_steps 10".split() if data.smoke else []
     done = train("train_mnist.py", *data.mnist, *FAST, *few)
@@ -197,7 +182,6 @@ PARTS: dict[str, Callable[[Data, str], None]] = {
     "target": target,
     "cola": cola,
     "tutorial": tutorial,
-    "compile": compiling,
 }
 
 

@@ -258,8 +258,6 @@ def train(session: Session, progress: Progress, model: MLP, data: Table) -> Best
     run = session.run
     train_set = data.train
     optimizer, schedule = make_optimizer(model, settings, progress.total_batches)
-    if settings.compile:
-        model.forward = torch.compile(model.forward)  # model.compile() would include the hooks
     best = Best(settings.monitor, METRICS)
     meter = Meter()
     checkpoints = Checkpoints(

@@ -91,7 +91,11 @@ def make_runs(script: str, precision: str, directory: Path) -> SimpleNamespace:
     printed = killing.finish(started["first"])
     killing.finish(started["second"])
     return SimpleNamespace(
-        directory=directory, printed=printed, resumed=killing.finish(resumed), options=options
+        directory=directory,
+        printed=printed,
+        resumed=killing.finish(resumed),
+        options=options,
+        sentences=str(killing.SHORT),  # of this process
     )
 
 
@@ -123,7 +127,9 @@ def test_watched_batches(script, runs):
     made = runs(script, "bf16")
     records = wandb_records(made.directory / "first")
     rows = [record["history"]["item"] for record in records if record["type"] == "history"]
-    state = torch.load(made.directory / "first/out/checkpoint.pt", weights_only=True)["model"]
+    state = torch.load(made.directory / "first/out/checkpoint.pt", "cpu", weights_only=True)[
+        "model"
+    ]
     watched = [row for row in rows if any(key.startswith("gradients/") for key in row)]
     assert len(watched) >= 3
     for row in watched:
@@ -199,7 +205,9 @@ def test_run_of_a_gpu_where_there_is_none(script, runs, tmp_path):
     made = runs(script, "bf16")
     for name in ("refused", "moved"):
         shutil.copytree(made.directory / "copy", tmp_path / name, symlinks=True)
-    more = (*made.options[2:], "--resume")
+    more = [*made.options[2:], "--resume"]
+    if script == "train_cola.py":
+        more += ["--train_file", made.sentences, "--valid_file", made.sentences]
     refused = start(script, tmp_path / "refused", *more, gpu="")
     moved = start(script, tmp_path / "moved", *more, "--device", "cpu", gpu="")
     done = ended(refused)
@@ -220,13 +228,13 @@ def test_out_of_memory_is_one_line(tmp_path):
     done = ended(process)
     assert done.status == 1 and "Traceback" not in done.out
     assert done.last.endswith(
-        "error: out of memory: a smaller --batch_size, or a smaller model, needs less"
+        "error: out of memory: a smaller --micro_batch_size, or a smaller model, needs less"
     )
 
 
 def torchrun(processes: int, cwd: Path, *command: str | Path) -> subprocess.Popen:
     cwd.mkdir(exist_ok=True)
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    launcher = [*"-m torch.distributed.run --standalone --nproc-per-node".split(), str(processes)]
     return forking.Popen(
         [sys.executable, *launcher, *map(str, command)],
         cwd=cwd,
