@@ -40,6 +40,7 @@ if __name__ == "__main__":
 
 import os
 import random
+import re
 import textwrap
 from functools import partial
 from typing import Any, NamedTuple
@@ -136,7 +137,8 @@ def load(settings: Settings) -> Folder:
         raise UserError(f"{root}: needs two classes, and six images of one of them")
     train = Subset(augmented, rows["train"])
     valid, test = Subset(images, rows["valid"]), Subset(images, rows["test"])
-    return Folder(root.name, train, valid, test, images.classes, content)
+    name = re.sub(r"[^\w.-]", "_", root.resolve().name)  # W&B takes no others
+    return Folder(name, train, valid, test, images.classes, content)
 
 
 @logs_to_wandb
