@@ -32,7 +32,8 @@ def load_batches(
     shares = [
         torch.as_tensor(distributed.share_of(batch)).tolist() for batch in progress.left(batches)
     ]
-    seeds = (progress.session.settings.seed, progress.epoch)
+    sequence = np.random.default_rng((progress.session.settings.seed, progress.epoch, 1))
+    seeds = sequence.integers(2**32, size=len(dataset))
     loader = DataLoader(_Seeded(dataset, seeds), batch_sampler=shares, **options)
     return zip(progress.remaining(batches), iterate(loader))
 
@@ -60,15 +61,14 @@ def iterate(loader: DataLoader) -> Iterator[Any]:
 class _Seeded(Dataset):
     """Draws the same random numbers for an example in every process."""
 
-    def __init__(self, dataset: Dataset, seeds: tuple[int, int]):
+    def __init__(self, dataset: Dataset, seeds: np.ndarray):
         self._dataset = dataset
         self._seeds = seeds
 
     def __getitems__(self, indices: list[int]) -> list[Any]:  # what DataLoader calls for a batch
         examples = []
         for index in indices:
-            sequence = np.random.SeedSequence((*self._seeds, index))
-            seed = int(sequence.generate_state(1)[0])
+            seed = int(self._seeds[index])
             random.seed(seed)
             np.random.seed(seed)
             torch.default_generator.manual_seed(seed)
