@@ -230,8 +230,9 @@ def evaluate(model: ResNet, part: Subset, workers: int) -> Evaluation:
 
 
 @logs_to_wandb
-def log_charts(run: Run, data: Folder, part: Subset, name: str, result: Evaluation) -> None:
+def log_charts(run: Run, data: Folder, name: str, result: Evaluation) -> None:
     """Log charts and tables of `name`, "valid" or "test"."""
+    part = getattr(data, name)
     classes = data.class_names
     if warning := viz.one_class_warning(result, classes):
         run.alert("One class only", warning)
@@ -325,7 +326,7 @@ def train(session: Session, progress: Progress, model: ResNet, data: Folder) -> 
         run.log(results)  # into the row of the last batch, like what follows
         valid = evaluate(model, data.valid, settings.workers)
         progress.check_finite("validation", valid.metrics["loss"])
-        log_charts(run, data, data.valid, "valid", valid)
+        log_charts(run, data, "valid", valid)
         run.log(valid.named("valid"))
         results |= valid.named("valid")
         improved = best.offer(epoch, results, model)
@@ -370,7 +371,7 @@ def conclude(session: Session, progress: Progress, best: Best, data: Folder) -> 
     inputs = torch.zeros(2, 3, settings.image_size, settings.image_size)
     files.write_onnx(output_dir / "model.onnx", model, output="logits", images=inputs)
 
-    log_charts(run, data, data.test, "test", test)
+    log_charts(run, data, "test", test)
     log_curves(run, output_dir)
     run.log(test.named("test"), commit=True)  # or it would overwrite the summary below
     run.summary["best/epoch"] = best.epoch
