@@ -1,6 +1,7 @@
 """Kill both scripts with SIGKILL at random moments, resume, and compare with runs that were never interrupted.
 
-python -m benchmarks.kill --runs 50, and with --hostile under other hostile conditions too, where W&B may lose media
+python -m benchmarks.kill --runs 50, with --examples of the scripts in examples/, and with --hostile under other hostile
+conditions too, where W&B may lose media
 """
 
 import argparse
@@ -24,10 +25,12 @@ def main() -> None:
         action="store_true",
         help="also SIGTERM, slow disks, damaged checkpoints, unwritable caches ...",
     )
+    parser.add_argument("--examples", action="store_true", help="kill the scripts in examples/")
     args = parser.parse_args()
+    scripts = killing.EXAMPLES if args.examples else killing.ARGUMENTS
     rng, same_files, same_curve, total = random.Random(args.seed), 0, 0, 0
     with tempfile.TemporaryDirectory() as directory:
-        for script in killing.ARGUMENTS:
+        for script in scripts:
             reference = Path(directory, script, "reference")
             reference.mkdir(parents=True)
             environment = clean_environment(reference)

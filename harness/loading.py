@@ -1,16 +1,20 @@
 """Batches from a DataLoader that a resumed run continues exactly, random augmentation included."""
 
+import atexit
 import contextlib
+import multiprocessing
 import random
 import signal
 from collections.abc import Iterator, Sequence
+from multiprocessing import resource_tracker
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from harness import distributed
+from harness.errors import UserError
 from harness.progress import Indices, Progress
 
 
@@ -23,36 +27,48 @@ def load_batches(
     map-style one, draws from the generators of Python, NumPy and torch for an example follows from
     seed, epoch and index, whatever the number of workers and of ranks.
     """
+    if isinstance(dataset, IterableDataset):
+        raise ValueError("load_batches needs a map-style dataset, which has __getitem__")
     shares = [
         torch.as_tensor(distributed.share_of(batch)).tolist() for batch in progress.left(batches)
     ]
-    seeds = (progress.session.settings.seed, progress.epoch)
-    loader = DataLoader(
-        _Seeded(dataset, seeds),
-        batch_sampler=shares,
-        generator=torch.Generator(),  # or it would draw from the global one
-        **options,
-    )
-    with _no_signals():
+    sequence = np.random.default_rng((progress.session.settings.seed, progress.epoch, 1))
+    seeds = sequence.integers(2**32, size=len(dataset))
+    loader = DataLoader(_Seeded(dataset, seeds), batch_sampler=shares, **options)
+    return zip(progress.remaining(batches), iterate(loader))
+
+
+def iterate(loader: DataLoader) -> Iterator[Any]:
+    """What a DataLoader yields. Its workers leave Ctrl-C and SIGTERM to the training process.
+
+    Loading changes no random state and uses one thread, with workers or without. Raises the
+    `UserError` of a dataset.
+    """
+    with _no_signals(loader), _like_a_worker():
         loaded = iter(loader)
-    for indices in progress.remaining(batches):
-        with _random_state_kept():  # without workers, it is this process that draws
-            content = next(loaded)
-        yield indices, content
+    while True:
+        try:
+            with _like_a_worker():
+                content = next(loaded)
+        except StopIteration:
+            return
+        except UserError as error:
+            message = str(error).strip().rpartition("UserError: ")[2]  # no traceback of a worker
+            raise UserError(message) from None
+        yield content
 
 
 class _Seeded(Dataset):
     """Draws the same random numbers for an example in every process."""
 
-    def __init__(self, dataset: Dataset, seeds: tuple[int, int]):
+    def __init__(self, dataset: Dataset, seeds: np.ndarray):
         self._dataset = dataset
         self._seeds = seeds
 
     def __getitems__(self, indices: list[int]) -> list[Any]:  # what DataLoader calls for a batch
         examples = []
         for index in indices:
-            sequence = np.random.SeedSequence((*self._seeds, index))
-            seed = int(sequence.generate_state(1)[0])
+            seed = int(self._seeds[index])
             random.seed(seed)
             np.random.seed(seed)
             torch.default_generator.manual_seed(seed)
@@ -61,10 +77,12 @@ class _Seeded(Dataset):
 
 
 @contextlib.contextmanager
-def _no_signals() -> Iterator[None]:
-    """Workers started in the block leave Ctrl-C and SIGTERM to the training process."""
-    numbers = {signal.SIGINT, signal.SIGTERM}
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+def _no_signals(loader: DataLoader) -> Iterator[None]:
+    """Workers started in the block inherit that they get no Ctrl-C or SIGTERM."""
+    context = loader.multiprocessing_context or multiprocessing
+    if loader.num_workers and context.get_start_method() != "fork":
+        resource_tracker.ensure_running()  # started in the block, it would let them through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         yield
     finally:
@@ -72,13 +90,26 @@ def _no_signals() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _random_state_kept() -> Iterator[None]:
+def _like_a_worker() -> Iterator[None]:
+    """Sums of several threads are rounded differently."""
+    threads = torch.get_num_threads()
     python = random.getstate()
     numpy = np.random.get_state()
     torch_state = torch.get_rng_state()
+    torch.set_num_threads(1)
     try:
         yield
     finally:
+        torch.set_num_threads(threads)
         random.setstate(python)
         np.random.set_state(numpy)
         torch.set_rng_state(torch_state)
+
+
+@atexit.register
+def _kill_workers() -> None:
+    """A traceback may keep a loader; multiprocessing would then wait for its workers forever."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch takes the end of a worker for an error
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()

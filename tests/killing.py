@@ -37,6 +37,10 @@ ARGUMENTS = {
     "train_cola.py": f"--train_file {SHORT} --valid_file {SHORT} --model scratch --epochs 3 --batch_size 7 "
     "--log_every 4 --checkpoint_every 5",
 }
+EXAMPLES = {
+    "examples/train_tabular.py": f"--data_dir {FILES.name} --epochs 4 --batch_size 48 --checkpoint_every 7",
+    "examples/train_images.py": f"--data_dir {FILES.name} --epochs 3 --batch_size 24 --log_every 4 --checkpoint_every 4",
+}
 TIMINGS = ("seconds", "train/examples_per_second")
 
 
@@ -44,7 +48,7 @@ def start(script: str, cwd: Path, environment: dict[str, str], *more: str) -> su
     command = [
         sys.executable,
         REPO / script,
-        *ARGUMENTS[script].split(),
+        *(EXAMPLES | ARGUMENTS)[script].split(),
         "--output_dir",
         "out",
         "--id",
@@ -65,14 +69,15 @@ def start_changed(
     script: str, cwd: Path, environment: dict[str, str], change: str, *more: str
 ) -> subprocess.Popen:
     """The same run after executing `change`, Python code that may replace parts of `files` or `distributed`."""
-    name = script.removesuffix(".py")
-    program = f"import {name}, time\nfrom harness import distributed, files, script\n{change}\n"
+    name = Path(script).stem
+    program = f"import sys\nsys.path.insert(0, {str((REPO / script).parent)!r})\n"
+    program += f"import {name}, time\nfrom harness import distributed, files, script\n{change}\n"
     program += f"script.run_script({name}.main)"
     command = [
         sys.executable,
         "-c",
         program,
-        *ARGUMENTS[script].split(),
+        *(EXAMPLES | ARGUMENTS)[script].split(),
         "--output_dir",
         "out",
         "--id",
