@@ -268,11 +268,8 @@ def train(session: Session, progress: Progress, model: ResNet, data: Folder) -> 
     run = session.run
     device = session.device
     optimizer, schedule = make_optimizer(model, settings, progress.total_batches)
-    if settings.compile:
-        model.forward = torch.compile(model.forward)  # model.compile() would include the hooks
     best = Best(settings.monitor, METRICS)
-    meter = Meter(device)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=session.precision == "bf16")
+    meter = Meter()
     checkpoints = Checkpoints(
         progress,
         data.content,
@@ -294,7 +291,7 @@ def train(session: Session, progress: Progress, model: ResNet, data: Folder) -> 
                 run.watch(model, log=settings.watch, log_freq=progress.watch_freq)
             size = settings.micro_batch_size or len(labels)
             for inputs, targets in zip(images.split(size), labels.to(device).split(size)):
-                with autocast:
+                with session.autocast():
                     logits = model(inputs.to(device))
                     loss = F.cross_entropy(logits, targets, reduction="sum")
                 (loss / len(indices)).backward()  # parts and ranks add up to the batch's gradient
@@ -342,11 +339,6 @@ def train(session: Session, progress: Progress, model: ResNet, data: Folder) -> 
 # ----------------------------------------------------------------- from start to finish
 
 
-@logs_to_wandb
-def log_curves(run: Run, output_dir: Path) -> None:
-    run.log({"curves": wandb.Image(str(output_dir / "curves.png"))})
-
-
 def conclude(session: Session, progress: Progress, best: Best, data: Folder) -> dict[str, Any]:
     """Test and export the best model, write its predictions.
 
@@ -372,7 +364,8 @@ def conclude(session: Session, progress: Progress, best: Best, data: Folder) -> 
     files.write_onnx(output_dir / "model.onnx", model, output="logits", images=inputs)
 
     log_charts(run, data, "test", test)
-    log_curves(run, output_dir)
+    curves = run.call(wandb.Image, str(output_dir / "curves.png"))
+    run.log({"curves": curves})
     run.log(test.named("test"), commit=True)  # or it would overwrite the summary below
     run.summary["best/epoch"] = best.epoch
     run.summary.update(valid.named("best"))
