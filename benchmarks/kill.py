@@ -1,6 +1,6 @@
-"""Kill both scripts with SIGKILL at random moments, resume, and compare with runs that were never interrupted.
+"""Kill both scripts, or the examples, with SIGKILL at random moments, resume, and compare with runs that were never interrupted.
 
-python -m benchmarks.kill --runs 50, and with --hostile under other hostile conditions too, where W&B may lose media
+python -m benchmarks.kill --runs 50, with --examples for those, and with --hostile under other hostile conditions too, where W&B may lose media
 """
 
 import argparse
@@ -16,7 +16,7 @@ from tests.wandb_server import serving
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--runs", type=int, default=50, help="runs to kill, half for each script [50]"
+        "--runs", type=int, default=50, help="runs to kill, as many for each script [50]"
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the random moments [0]")
     parser.add_argument(
@@ -24,17 +24,23 @@ def main() -> None:
         action="store_true",
         help="also SIGTERM, slow disks, damaged checkpoints, unwritable caches ...",
     )
+    parser.add_argument(
+        "--examples", action="store_true", help="kill the scripts in examples/ instead"
+    )
     args = parser.parse_args()
+    if args.examples and args.hostile:
+        parser.error("--hostile is for the two scripts")
+    scripts = killing.EXAMPLES if args.examples else killing.ARGUMENTS
     rng, same_files, same_curve, total = random.Random(args.seed), 0, 0, 0
     with tempfile.TemporaryDirectory() as directory:
-        for script in killing.ARGUMENTS:
+        for script in scripts:
             reference = Path(directory, script, "reference")
             reference.mkdir(parents=True)
             environment = clean_environment(reference)
             duration = killing.timed(script, reference, environment)
             with serving() as server:
                 expected = killing.sync(reference, environment, server)
-            for number in range(args.runs // 2):
+            for number in range(args.runs // len(scripts)):
                 cwd = Path(directory, script, str(number))
                 cwd.mkdir()
                 interrupt = killing.hostile if args.hostile else killing.killed_and_resumed

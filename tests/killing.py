@@ -37,6 +37,10 @@ ARGUMENTS = {
     "train_cola.py": f"--train_file {SHORT} --valid_file {SHORT} --model scratch --epochs 3 --batch_size 7 "
     "--log_every 4 --checkpoint_every 5",
 }
+EXAMPLES = {
+    "examples/train_lm.py": "--epochs 3 --context 16 --layers 1 --heads 1 --batch_size 192 --log_every 4 --checkpoint_every 5",
+    "examples/train_tabular.py": "--epochs 4 --batch_size 48 --checkpoint_every 7",
+}
 TIMINGS = ("seconds", "train/examples_per_second")
 
 
@@ -44,7 +48,7 @@ def start(script: str, cwd: Path, environment: dict[str, str], *more: str) -> su
     command = [
         sys.executable,
         REPO / script,
-        *ARGUMENTS[script].split(),
+        *(ARGUMENTS | EXAMPLES)[script].split(),
         "--output_dir",
         "out",
         "--id",
@@ -120,7 +124,9 @@ def outcome(out: Path) -> dict[str, Any]:
     rows = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
     return {
         "checkpoint.pt": {
-            key: state[key] for key in ("model", "optimizer", "schedule", "position", "best")
+            key: state[key]
+            for key in ("model", "average", "optimizer", "schedule", "position", "best")
+            if key in state
         },
         "history.jsonl": [
             {key: value for key, value in row.items() if key not in TIMINGS} for row in rows
@@ -135,7 +141,8 @@ def outcome(out: Path) -> dict[str, Any]:
         "model": {
             path.relative_to(out): path.read_bytes()
             for path in sorted(out.rglob("*"))
-            if path.suffix in (".safetensors", ".onnx", ".png") or path.parent.name == "model"
+            if path.suffix in (".safetensors", ".onnx", ".png", ".txt")
+            or path.parent.name == "model"
         },
     }
 
