@@ -105,7 +105,7 @@ def load(settings: Settings, device: torch.device) -> Table:
             values = words.astype(float)
         except ValueError:
             raise UserError(
-                f"{path}: {settings.target!r} is text: --task classification?"
+                f"{path}: {settings.target!r} is text: use --task classification"
             ) from None
         mean, scale = float(values[first:].mean()), float(values[first:].std())
         targets = torch.from_numpy((values - mean) / scale).float()

@@ -38,8 +38,8 @@ ARGUMENTS = {
     "--log_every 4 --checkpoint_every 5",
 }
 EXAMPLES = {
-    "examples/train_lm.py": "--epochs 3 --context 16 --layers 1 --heads 1 --batch_size 192 --log_every 4 --checkpoint_every 5",
-    "examples/train_tabular.py": "--epochs 4 --batch_size 48 --checkpoint_every 7",
+    "examples/train_lm.py": "--precision fp32 --epochs 3 --context 16 --layers 1 --heads 1 --batch_size 64 --log_every 4 --checkpoint_every 5",
+    "examples/train_tabular.py": "--precision fp32 --epochs 4 --batch_size 48 --checkpoint_every 7",
 }
 TIMINGS = ("seconds", "train/examples_per_second")
 
