@@ -89,7 +89,7 @@ def load(settings: Settings, device: torch.device) -> Table:
     columns = dict(zip(header, np.random.default_rng(0).permutation(table[1:]).T))
     first = len(table) // 3  # row for training
     for name, words in columns.items():
-        if np.isin(words, ["", "nan", "NaN", "inf"]).any() or len(set(words[first:])) == 1:
+        if np.isin(words, ["", "nan", "NaN", "NA", "inf"]).any() or len(set(words[first:])) == 1:
             raise UserError(f"{path}: column {name!r} lacks values, or training has only one value")
     words = columns.pop(settings.target)
     features = {name: encode(columns[name], first) for name in columns}
@@ -105,7 +105,7 @@ def load(settings: Settings, device: torch.device) -> Table:
             values = words.astype(float)
         except ValueError:
             raise UserError(
-                f"{path}: {settings.target!r} is text: use --task classification"
+                f"--target {settings.target}: text needs --task classification"
             ) from None
         mean, scale = float(values[first:].mean()), float(values[first:].std())
         targets = torch.from_numpy((values - mean) / scale).float()
