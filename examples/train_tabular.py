@@ -104,9 +104,7 @@ def load(settings: Settings, device: torch.device) -> Table:
         try:
             values = words.astype(float)
         except ValueError:
-            raise UserError(
-                f"--target {settings.target}: text needs --task classification"
-            ) from None
+            raise UserError(f"{settings.target!r} is text: use --task classification") from None
         mean, scale = float(values[first:].mean()), float(values[first:].std())
         targets = torch.from_numpy((values - mean) / scale).float()
     whole = (torch.cat(list(features.values()), 1).to(device), targets.to(device))
