@@ -6,7 +6,7 @@ If a definition divides by zero or a class never occurs, a metric is scikit-lear
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,15 +19,16 @@ MAX_SPLITS = 20_000  # of a permutation test
 class ConfusionMatrix:
     """Counts of (label, prediction) pairs, kept on `device` in O(num_classes²) memory.
 
-    `a + b` is a new matrix with the counts of both, for example of two parts of a data set. The
-    metrics are computed on the CPU, and raise `ValueError` if no examples have been counted.
+    `counts` is int64 (num_classes, num_classes) with a row per label. `a + b` is a new matrix with
+    the counts of both, for example of two parts of a data set. The metrics are computed on the CPU,
+    and raise `ValueError` if no examples have been counted.
     """
 
     def __init__(self, num_classes: int, device: torch.device | str | None = None):
         if num_classes < 2:
             raise ValueError(f"num_classes must be at least 2, got {num_classes}")
         self.num_classes = num_classes
-        self._counts = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
+        self.counts = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
 
     def update(self, predictions: Tensor, labels: Tensor) -> None:
         """Count a batch: two int64 tensors of the same shape, on this matrix's device.
@@ -49,32 +50,24 @@ class ConfusionMatrix:
             raise ValueError(f"labels contain a value outside 0..{last}")
         if not _all_within(predictions, 0, last):
             raise ValueError(f"predictions contain a value outside 0..{last}")
-        one = self._counts.new_ones(())
-        self._counts.index_put_((labels, predictions), one, accumulate=True)
-
-    @property
-    def counts(self) -> Tensor:
-        """A copy of the counts, int64 (num_classes, num_classes); rows are labels."""
-        return self._counts.clone()
+        one = self.counts.new_ones(())
+        self.counts.index_put_((labels, predictions), one, accumulate=True)
 
     def __add__(self, other: "ConfusionMatrix") -> "ConfusionMatrix":
-        if self.num_classes != other.num_classes:
-            raise ValueError(
-                f"can't add matrices with {self.num_classes} and {other.num_classes} classes"
-            )
         merged = ConfusionMatrix(self.num_classes)
-        merged._counts = self._counts + other._counts.to(self._counts.device)
+        merged.counts = self.counts + other.counts.to(self.counts.device)
         return merged
 
-    def _totals(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Correct predictions, labels and predictions of each class, float64 (num_classes,), CPU.
+    def _totals(self) -> Tensor:
+        """Correct predictions, labels and predictions of each class, float64 (3, num_classes), CPU.
 
         Raises `ValueError` if no examples have been counted.
         """
-        counts = self._counts.cpu().double()
-        if not counts.any():
+        counts = self.counts.cpu()
+        totals = torch.stack([counts.diagonal(), counts.sum(1), counts.sum(0)])
+        if not totals.any():
             raise ValueError("no examples have been counted")
-        return counts.diagonal(), counts.sum(1), counts.sum(0)
+        return totals.double()
 
     def accuracy(self) -> float:
         """The share of correct predictions."""
@@ -143,7 +136,12 @@ class ConfusionMatrix:
         correlation coefficient", 2004, eq. 8.
         """
         hits, labelled, predicted = self._totals()
-        return float(_matthews_corrcoef(hits.sum(), labelled, predicted))
+        total = labelled.sum()
+        covariance = hits.sum() * total - labelled @ predicted
+        label_variance = total**2 - labelled @ labelled
+        prediction_variance = total**2 - predicted @ predicted
+        correlation = covariance / (label_variance * prediction_variance).sqrt()
+        return float(correlation.nan_to_num())
 
     def cohen_kappa(self) -> float:
         """Agreement of labels and predictions beyond chance.
@@ -155,20 +153,6 @@ class ConfusionMatrix:
         total = labelled.sum()
         expected_hits = labelled @ predicted / total
         return float((hits.sum() - expected_hits) / (total - expected_hits))
-
-
-def _matthews_corrcoef(hits: Tensor, labelled: Tensor, predicted: Tensor) -> Tensor:
-    """The Matthews correlation, float64 (...); 0 / 0 counts as 0.
-
-    `hits` is the number of correct predictions (...); `labelled` and `predicted` are the examples
-    per label and per prediction (classes, ...).
-    """
-    total = labelled.sum(0)
-    covariance = hits * total - (labelled * predicted).sum(0)
-    label_variance = total**2 - (labelled**2).sum(0)
-    prediction_variance = total**2 - (predicted**2).sum(0)
-    correlation = covariance / (label_variance * prediction_variance).sqrt()
-    return correlation.nan_to_num()
 
 
 def _all_within(values: Tensor, low: float, high: float) -> bool:
@@ -185,13 +169,13 @@ class Evaluation(NamedTuple):
     probabilities: Tensor  # float64 (examples, classes)
     losses: Tensor  # float64 (examples,): cross-entropy in nats
     confusion: ConfusionMatrix
-    metrics: dict[str, float]  # those of EVALUATION_METRICS that are defined for these labels
+    metrics: dict[str, float]  # by name, as in EVALUATION_METRICS
 
     def named(self, prefix: str) -> dict[str, float]:
         """The metrics with prefixed names: "valid/loss", "valid/acc", ... for "valid"."""
         return {f"{prefix}/{name}": value for name, value in self.metrics.items()}
 
-    def columns(self) -> dict[str, list[Any]]:
+    def columns(self) -> dict[str, list]:
         """Columns of a table with a row per example: class indices, probabilities and loss."""
         columns = {
             "label": self.labels.tolist(),
@@ -204,19 +188,15 @@ class Evaluation(NamedTuple):
 
 
 class Metric(NamedTuple):
-    """A metric that is computed whenever a model is evaluated."""
+    """A metric that `evaluation` can compute."""
 
-    compute: Callable[[Any], float]
+    compute: Callable[..., float]
     of_counts: bool = True  # `compute` takes a `ConfusionMatrix`, otherwise an `Evaluation`
     two_classes: bool = False  # defined only if there are two classes, and both occur in the labels
 
 
-# The only list of the metrics that are logged, saved, compared and available to monitor.
 EVALUATION_METRICS = {
-    "loss": Metric(
-        lambda result: float(result.losses.mean()),
-        of_counts=False,
-    ),
+    "loss": Metric(lambda result: float(result.losses.mean()), of_counts=False),
     "acc": Metric(ConfusionMatrix.accuracy),
     "balanced_acc": Metric(ConfusionMatrix.balanced_accuracy),
     "precision_macro": Metric(lambda confusion: confusion.precision("macro")),
@@ -244,13 +224,16 @@ EVALUATION_METRICS = {
 
 
 def evaluation(
-    logits: Tensor, labels: Tensor, names: Iterable[str] = tuple(EVALUATION_METRICS)
+    logits: Tensor,
+    labels: Tensor,
+    names: Iterable[str] = tuple(EVALUATION_METRICS),
 ) -> Evaluation:
     """Evaluate logits, float (examples, classes), against labels, int64 (examples,).
 
-    Computed in float64, so that metrics recomputed from the probabilities agree. If the model has
-    diverged, only the loss is defined. Raises `ValueError` if shapes, dtypes or the range of the
-    labels are wrong.
+    The result has the metrics in `names` that are defined for these labels; if the model has
+    diverged, that is only the loss. Computed in float64, so that metrics recomputed from the
+    probabilities agree. Raises `ValueError` if a name is unknown, or if shapes, dtypes or the range
+    of the labels are wrong.
     """
     if logits.ndim != 2:
         raise ValueError(f"logits must be (examples, classes), got {tuple(logits.shape)}")
@@ -274,6 +257,8 @@ def evaluation(
     has_diverged = not losses.isfinite().all()
     both_occur = confusion.num_classes == 2 and len(labels.unique()) == 2
     for name in names:
+        if name not in EVALUATION_METRICS:
+            raise ValueError(f"unknown metric {name!r}, known are {', '.join(EVALUATION_METRICS)}")
         metric = EVALUATION_METRICS[name]
         if has_diverged and name != "loss":
             continue
@@ -396,8 +381,6 @@ def calibration(
     other arguments.
     """
     _check_shapes("probabilities (n, classes)", 2, probabilities, labels)
-    if bins < 1:
-        raise ValueError(f"bins must be at least 1, got {bins}")
     probabilities = probabilities.cpu().double()
     labels = labels.cpu()
     last = probabilities.shape[1] - 1
@@ -420,50 +403,44 @@ def calibration(
     return counts, total_confidence / divisor, total_correct / divisor
 
 
-def matthews_corrcoef_interval(
-    confusion: ConfusionMatrix,
-    confidence: float = 0.95,
-    resamples: int = 1000,
-    seed: int = 0,
-) -> Interval:
-    """Bootstrap percentile interval (low, high) of the Matthews correlation.
+def matthews_corrcoef_interval(confusion: ConfusionMatrix, resamples: int = 1000) -> Interval:
+    """95% bootstrap percentile interval (low, high) of the Matthews correlation.
 
     Each resample draws as many examples as were counted, with replacement: its counts are
-    multinomial. The same seed gives the same interval. Efron and Tibshirani, "An introduction to
+    multinomial. The same counts give the same interval. Efron and Tibshirani, "An introduction to
     the bootstrap", 1993, chapter 13.
     """
     counts = confusion.counts.cpu()
     labels, predictions = counts.nonzero(as_tuple=True)
-    drawn = _resample(counts[labels, predictions], resamples, seed)
-    hits = drawn[labels == predictions].sum(0)
-    empty = torch.zeros(confusion.num_classes, resamples, dtype=torch.float64)
-    labelled = empty.index_add(0, labels, drawn)
-    predicted = empty.index_add(0, predictions, drawn)
-    return _percentiles(_matthews_corrcoef(hits, labelled, predicted), confidence)
+    correlations = torch.empty(resamples, dtype=torch.float64)
+    resampled = ConfusionMatrix(confusion.num_classes)
+    for i, drawn in enumerate(_resample(counts[labels, predictions], resamples)):
+        resampled.counts[labels, predictions] = drawn
+        correlations[i] = resampled.matthews_corrcoef()
+    return _percentiles(correlations)
 
 
-def _resample(counts: Tensor, resamples: int, seed: int) -> Tensor:
-    """Multinomial draws of as many examples as `counts` (cells,) has: float64 (cells, resamples).
+def _resample(counts: Tensor, resamples: int) -> Tensor:
+    """Multinomial draws of as many examples as `counts` (cells,) has: int64 (resamples, cells).
 
     The number in a cell, given those before it, is binomial.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     counts = counts.double()
-    drawn = torch.empty(len(counts), resamples, dtype=torch.float64)
+    drawn = torch.empty(resamples, len(counts), dtype=torch.float64)
     examples_left = counts.sum()
     draws_left = examples_left.repeat(resamples)
     for i, count in enumerate(counts):
         share = count / examples_left
-        drawn[i] = torch.binomial(draws_left, share, generator=generator)
-        draws_left -= drawn[i]
+        drawn[:, i] = torch.binomial(draws_left, share, generator=generator)
+        draws_left -= drawn[:, i]
         examples_left -= count
-    return drawn
+    return drawn.long()
 
 
-def _percentiles(values: Tensor, confidence: float = 0.95) -> Interval:
-    """Low and high end of the central `confidence` of float64 (resamples,)."""
-    tail = (1 - confidence) / 2
-    return float(values.quantile(tail)), float(values.quantile(1 - tail))
+def _percentiles(values: Tensor) -> Interval:
+    """The ends of the central 95% of float64 (resamples,)."""
+    return float(values.quantile(0.025)), float(values.quantile(0.975))
 
 
 def paired_bootstrap(
@@ -501,34 +478,27 @@ def paired_bootstrap_counts(
     labels: Tensor,
     statistic: Callable[[ConfusionMatrix], float],
     resamples: int = 1000,
-    seed: int = 0,
 ) -> Interval:
     """`paired_bootstrap` of a metric of counts, such as `ConfusionMatrix.matthews_corrcoef`.
 
-    `predictions` of the two models and `labels` are int64 (examples,). Resampling examples is the
-    same as drawing the counts of the distinct (label, prediction, prediction) triples from a
-    multinomial distribution, whose cost does not grow with the number of examples. Raises
-    `ValueError` if the shapes differ, a class is negative or there is no example.
+    `predictions` of the two models and `labels` are int64 (examples,), with at least one example.
+    Resampling examples is the same as drawing the counts of the distinct (label, prediction,
+    prediction) triples from a multinomial distribution, whose cost does not grow with the number of
+    examples. Raises `ValueError` if the shapes differ or a class is negative.
     """
     columns = [labels, *predictions]
-    for column in columns:
-        wrong_shape = column.ndim != 1 or column.shape != labels.shape or not len(column)
-        if wrong_shape or column.min() < 0:
-            raise ValueError(
-                "expected labels (n,) and two predictions (n,) with classes from 0 and n > 0"
-            )
+    if not all(column.shape == labels.shape and column.min() >= 0 for column in columns):
+        raise ValueError("expected labels (n,) and two predictions (n,) with classes from 0")
     examples = torch.stack(columns).cpu()
     triples, counts = examples.unique(dim=1, return_counts=True)
     label, prediction_a, prediction_b = triples
     classes = max(2, int(triples.max()) + 1)
-    drawn = _resample(counts, resamples, seed).long()
-
     differences = torch.empty(resamples, dtype=torch.float64)
-    for i, resampled in enumerate(drawn.T):
+    for i, drawn in enumerate(_resample(counts, resamples)):
         a = ConfusionMatrix(classes)
         b = ConfusionMatrix(classes)
-        a._counts.index_put_((label, prediction_a), resampled, accumulate=True)
-        b._counts.index_put_((label, prediction_b), resampled, accumulate=True)
+        a.counts.index_put_((label, prediction_a), drawn, accumulate=True)
+        b.counts.index_put_((label, prediction_b), drawn, accumulate=True)
         differences[i] = statistic(a) - statistic(b)
     return _percentiles(differences)
 

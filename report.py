@@ -7,10 +7,11 @@ opens from disk.
 import argparse
 import signal
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from harness.directory import CONFIG
 from harness.errors import UserError
-from harness.files import write_text
+from harness.files import list_names, write_text
 from harness.script import run_script
 
 if __name__ == "__main__":
@@ -19,7 +20,6 @@ if __name__ == "__main__":
 
 import torch
 
-from reporting.markup import MARK
 from reporting.runs import (
     find_runs,
     format_value,
@@ -32,13 +32,8 @@ from reporting.sweep import open_study
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    """The command-line arguments. Raises `UserError` if one is invalid."""
-
-    def refuse(message: str) -> NoReturn:
-        raise UserError(f"{message} (--help lists the options)")
-
+    """The command-line arguments."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.error = refuse
     parser.add_argument(
         "directories",
         type=Path,
@@ -62,19 +57,10 @@ def print_table(header: list[str], rows: list[list[Any]]) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
 
 
-def check_output(path: Path) -> None:
-    """Raise `UserError` if the page would replace something that is not a report."""
-    if path.is_file() and not path.is_symlink():
-        if MARK.encode() not in path.open("rb").read(200):
-            raise UserError(f"--output {path} is not a report; choose another name")
-    elif path.exists() or path.is_symlink():
-        raise UserError(f"--output {path} is not a file; choose another name")
-
-
-def report(arguments: argparse.Namespace) -> None:
-    """Print the table and write the page."""
+def main(argv: list[str] | None = None) -> None:
+    """Print the table and write the page. Raises `UserError` if a directory holds no run."""
+    arguments = parse_arguments(argv)
     output = arguments.output
-    check_output(output)
     runs = find_runs(arguments.directories)
     studies = {}
     problems = []
@@ -83,26 +69,30 @@ def report(arguments: argparse.Namespace) -> None:
             try:
                 studies[directory] = open_study(directory, runs)
             except UserError as error:
-                problems.append(format_value(f"{directory}: {error}"))
+                problems.append(f"{directory}: {error}")
     runs = sort_runs(runs)
     seed_groups = groups(runs)
-    header, rows = run_table(runs)
-    for row in rows:
-        _, row[-1] = row[-1]  # the time as text
-    print_table(header, rows)
+    print_table(*run_table(runs))
     if seed_groups:
         print()
         print_table(*seed_table(runs, seed_groups))
     for run in runs:
         problems += [f"{run.label}: {note}" for note in run.notes]
+    if undeclared := [run.label for run in runs if run.sign is None]:
+        problems.append(
+            f"Not ranked: {list_names(undeclared)}: {CONFIG} does not say whether lower or higher "
+            "is better in the monitored metric"
+        )
     for problem in problems:
         print(problem)
     try:
-        from reporting.page import make_page
+        from reporting.page import BEGINNING, make_page
     except ImportError as error:
         raise UserError(
             f"no page without plotly ({error}): pip install -r requirements-report.txt"
         ) from None
+    if output.is_file() and not output.read_bytes().startswith(BEGINNING.encode()):
+        raise UserError(f"--output {output} is not a report; choose another name")
     page = make_page(runs, seed_groups, studies, problems)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -110,14 +100,6 @@ def report(arguments: argparse.Namespace) -> None:
     except OSError as error:
         raise UserError(f"--output {output}: can't write there ({error.strerror})") from None
     print(f"\nThe page: {output} ({len(page) / 1e6:.1f} MB)")
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Report on the directories on the command line. Raises `UserError` if one holds no run."""
-    try:
-        report(parse_arguments(argv))
-    except UserError as error:  # may quote a path with line breaks
-        raise UserError(format_value(str(error))) from None
 
 
 if __name__ == "__main__":

@@ -15,15 +15,11 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 from harness.errors import UserError
 from harness.options import option, parse
 from harness.script import run_script
 
-if __name__ == "__main__":
-    # Ctrl-C during the imports ends the process without a traceback.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 try:
     import optuna
 except ImportError:
@@ -104,18 +100,16 @@ def outcome(metric: str, trial: FrozenTrial) -> str:
     if trial.state == TrialState.PRUNED:
         state += f" after {len(trial.intermediate_values)} epochs"
     result = trial.user_attrs.get("error") or f"{metric} {trial.value:.4f}"
-    values = trial.user_attrs["parameters"].items()
-    parameters = " ".join(f"{name}={rounded(value)}" for name, value in values)
-    return f"trial {trial.number}: {state}, {result} | {parameters}"
-
-
-def rounded(value: Any) -> str:
-    """A parameter's value as text, with four significant digits if it is a float."""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    parameters = []
+    for name, value in trial.user_attrs["parameters"].items():
+        text = f"{value:.4g}" if isinstance(value, float) else value
+        parameters.append(f"{name}={text}")
+    return f"trial {trial.number}: {state}, {result} | {' '.join(parameters)}"
 
 
 def report(search: Search) -> None:
-    """Print the best trials and the parameter importances, and write both as CSV."""
+    """Print the best trials, and write all of them to trials.csv."""
+    sweep = search.sweep
     started = [trial for trial in search.trials() if "parameters" in trial.user_attrs]
     ranked = ranked_trials(search.study)
     others = [trial for trial in started if trial.state != TrialState.COMPLETE]
@@ -124,21 +118,15 @@ def report(search: Search) -> None:
     counts = [
         f"{states.count(state)} {state.name.lower()}" for state in TrialState if state in states
     ]
-    print(f"{', '.join(counts)}; all trials: {search.sweep.directory}/trials.csv")
-    for trial in started:
-        if trial.state == TrialState.RUNNING and trial.user_attrs["place"] != search.directory_id:
-            print(
-                f"trial {trial.number} is unfinished; "
-                f"its files are on {trial.user_attrs['host']}, which resumes it"
-            )
+    print(f"{', '.join(counts)}; all trials: {sweep.directory}/trials.csv")
     if not ranked:
         return
-    print_best(search, ranked[:10])
-    # Fewer trials can't tell, nor can trials of one value.
-    if len(ranked) >= 20 and ranked[0].value != ranked[-1].value:
-        report_importances(search)
+    print("the best:")
+    for trial in ranked[:10]:
+        print(outcome(sweep.metric, trial))
     best = ranked[0]
-    command = trials.trial_command(search.sweep, best.user_attrs["parameters"], "python")
+    arguments = trials.trial_arguments(sweep, best.user_attrs["parameters"])
+    command = trials.trial_command(sweep, arguments, "python")
     print(f"to repeat the best run: {shlex.join(command).removeprefix('/usr/bin/env ')}")
     files = f"its files: {search.find_files(best)}"
     if os.path.isdir("wandb"):
@@ -170,29 +158,6 @@ def write_trials(search: Search, rows: list[FrozenTrial]) -> None:
             )
 
 
-def print_best(search: Search, best: list[FrozenTrial]) -> None:
-    """Print a table of trials with their parameters."""
-    names = search.sweep.searched
-    table = [["trial", search.sweep.metric, *names]]
-    for trial in best:
-        values = [rounded(trial.user_attrs["parameters"][name]) for name in names]
-        table.append([str(trial.number), f"{trial.value:.4f}", *values])
-    widths = [max(map(len, column)) for column in zip(*table)]
-    for row in table:
-        print("  ".join(cell.rjust(width) for cell, width in zip(row, widths)))
-
-
-def report_importances(search: Search) -> None:
-    """Print each parameter's share in reaching the better half, and write them as CSV."""
-    # Optuna's default is the best tenth: two trials of twenty.
-    evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=0.5)
-    importances = optuna.importance.get_param_importances(search.study, evaluator=evaluator)
-    shares = [f"{name} {share:.0%}" for name, share in importances.items()]
-    print(f"importance: {', '.join(shares)}")
-    with (search.sweep.directory / "importances.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([("parameter", "importance"), *importances.items()])
-
-
 def main(argv: list[str] | None = None) -> None:
     """Run or resume a search.
 
@@ -201,27 +166,13 @@ def main(argv: list[str] | None = None) -> None:
     file, *rest = argv or sys.argv[1:] or ["--help"]
     if file in ("-h", "--help"):
         parse(Options, [file])  # prints the help and exits
-    if file.startswith("-"):
-        raise UserError("the sweep file comes first: python sweep_offline.py sweep.yaml --count 20")
+    sweep = read_sweep(Path(file))
     options = parse(Options, rest)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    sweep = read_sweep(Path(file))
     trial_count = count_trials(sweep, options.count)
-    trials.check_command(sweep)
-
     directory = sweep.directory
-    if os.path.lexists(directory):
-        is_empty = directory.is_dir() and not os.listdir(directory)
-        is_search = (directory / "place").exists() or (directory / "study.db").exists()
-        if not (is_empty or is_search):
-            raise UserError(f"{directory} holds something else: choose another name for the sweep")
-    url = options.storage
-    if not url:
-        directory.mkdir(parents=True, exist_ok=True)
-        url = f"sqlite:///{directory}/study.db"
-    study, storage = open_study(sweep, url)
-    # Not earlier: an unusable storage leaves no directory.
     directory.mkdir(parents=True, exist_ok=True)
+    study, storage = open_study(sweep, options.storage or f"sqlite:///{directory}/study.db")
     search = Search(
         sweep=sweep,
         study=study,

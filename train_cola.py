@@ -81,7 +81,6 @@ if __name__ == "__main__":
 import math
 import tempfile
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -293,17 +292,13 @@ def train(session: Session, progress: Progress, task: Task) -> Best:
     """Train the model, from the checkpoint if the run is resumed; returns the best model."""
     settings = session.settings
     run = session.run
-    device = session.device
     model = task.model
     train_set = task.train
     optimizer, schedule = make_optimizer(
         model, settings, session.config["learning_rate"], progress.total_batches
     )
-    if settings.compile:  # model.compile() would include the hooks of run.watch
-        model.forward = torch.compile(model.forward, dynamic=True)
     best = Best(settings.monitor, METRICS)
-    meter = Meter(device)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=session.precision == "bf16")
+    meter = Meter()
     checkpoints = Checkpoints(
         progress,
         [train_set, task.valid],
@@ -325,8 +320,8 @@ def train(session: Session, progress: Progress, task: Task) -> Best:
                 run.watch(model, log=settings.watch, log_freq=progress.watch_freq)
             share = distributed.share_of(indices)  # all, unless torchrun started several processes
             for part in share.split(settings.micro_batch_size or len(share)):
-                labels = train_set.labels[part.to(device, non_blocking=True)]
-                with autocast:
+                labels = train_set.labels[part.to(session.device, non_blocking=True)]
+                with session.autocast():
                     logits = model(**inputs_of(train_set, part)).logits
                     loss = F.cross_entropy(
                         logits, labels, reduction="sum", label_smoothing=settings.label_smoothing
@@ -391,11 +386,6 @@ def log_model(run: Run, task: Task, results: dict[str, float], is_best: bool) ->
     run.log_artifact(artifact, aliases=["latest", "best"] if is_best else ["latest"])
 
 
-@logs_to_wandb
-def log_curves(run: Run, output_dir: Path) -> None:
-    run.log({"curves": wandb.Image(str(output_dir / "curves.png"))})
-
-
 def conclude(session: Session, task: Task, best: Best) -> dict[str, Any]:
     """Evaluate the best model, write its predictions and save it.
 
@@ -426,7 +416,8 @@ def conclude(session: Session, task: Task, best: Best) -> dict[str, Any]:
         task.tokenizer.save_pretrained(directory)
 
     share = valid.confusion.majority_share()
-    log_curves(run, output_dir)
+    curves = run.call(wandb.Image, str(output_dir / "curves.png"))
+    run.log({"curves": curves})
     run.log(domains, commit=True)  # or it would overwrite the summary below
     run.summary.update(valid.named("best"))
     run.summary.update({"best/epoch": best.epoch, "best/majority_share": share})

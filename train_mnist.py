@@ -227,14 +227,10 @@ def train(session: Session, progress: Progress, model: ConvNet, data: Digits) ->
     """Train `model`, from the checkpoint if the run is resumed; returns the best model."""
     settings = session.settings
     run = session.run
-    device = session.device
     train_set = data.train
     optimizer, schedule = make_optimizer(model, settings, progress.total_batches)
-    if settings.compile:
-        model.forward = torch.compile(model.forward)  # model.compile() would include the hooks
     best = Best(settings.monitor, METRICS)
-    meter = Meter(device)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=session.precision == "bf16")
+    meter = Meter()
     # Also saved: position, meter, random state. At an epoch's end that is before validation.
     checkpoints = Checkpoints(
         progress,
@@ -249,7 +245,7 @@ def train(session: Session, progress: Progress, model: ConvNet, data: Digits) ->
 
     for epoch in progress.epochs():
         model.train()
-        order = shuffled(len(train_set.labels), settings.seed, epoch).to(device)
+        order = shuffled(len(train_set.labels), settings.seed, epoch).to(session.device)
         batches = order.split(settings.batch_size)
         for indices in progress.remaining(batches):  # after a resume, the rest of the epoch
             run.log({}, step=progress.step)  # begin the row of this batch
@@ -259,7 +255,7 @@ def train(session: Session, progress: Progress, model: ConvNet, data: Digits) ->
             for part in share.split(settings.micro_batch_size or len(share)):
                 images = train_set.images[part]
                 labels = train_set.labels[part]
-                with autocast:
+                with session.autocast():
                     logits = model(pixels(images))
                     loss = F.cross_entropy(
                         logits, labels, reduction="sum", label_smoothing=settings.label_smoothing
@@ -311,11 +307,6 @@ def train(session: Session, progress: Progress, model: ConvNet, data: Digits) ->
 # ----------------------------------------------------------------- from start to finish
 
 
-@logs_to_wandb
-def log_curves(run: Run, output_dir: Path) -> None:
-    run.log({"curves": wandb.Image(str(output_dir / "curves.png"))})
-
-
 def conclude(session: Session, progress: Progress, best: Best, data: Digits) -> dict[str, Any]:
     """Test and export the best model, write its predictions.
 
@@ -340,7 +331,8 @@ def conclude(session: Session, progress: Progress, best: Best, data: Digits) -> 
     )
 
     log_charts(run, data, "test", test)
-    log_curves(run, output_dir)
+    curves = run.call(wandb.Image, str(output_dir / "curves.png"))
+    run.log({"curves": curves})
     run.log(test.named("test"), commit=True)  # or it would overwrite the summary below
     run.summary["best/epoch"] = best.epoch
     if name == "valid":

@@ -1,53 +1,229 @@
-"""Pictures, tables and charts of a model's predictions, for W&B and PNG files."""
+"""Pictures, tables and charts for W&B and PNG files.
+
+The first two sections, learning curves and drawing, serve any task. The others, and the import from
+metrics.py, are for classifiers: of anything, of digits and of sentences.
+"""
 
 import functools
 import html
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import fmean
 
 import torch
 import wandb
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 from wandb.plot import CustomChart
 
-from metrics import ConfusionMatrix, Evaluation, calibration, precision_recall_curve, roc_curve
+from metrics import (
+    ConfusionMatrix,
+    Evaluation,
+    calibration,
+    expected_calibration_error,
+    precision_recall_curve,
+    roc_curve,
+)
 
-Color = tuple[int, ...]
-INK = (20, 24, 32)
-FAINT = (150, 156, 166)
-GRID = (226, 229, 234)
-PAPER = (255, 255, 255)
-DEEP = (24, 86, 156)
-WARM = (206, 96, 30)
-MIDDLE = (110, 130, 155)
+INK = "#141820"
+FAINT = "#969ca6"
+GRID = "#e2e5ea"
+PAPER = "#ffffff"
+DEEP = "#18569c"
+WARM = "#ce601e"
+MIDDLE = "#6e829b"
 
-# Size and margins of a chart in pixels, at twice the size of the picture.
+# Size of a chart and the edges of its plot in pixels, at twice the size of the picture.
 CHART = (840, 660)
-LEFT = 108
+LEFT = 124
 TOP = 108
-RIGHT = 28
-BOTTOM = 96
-CHART_RIGHT = CHART[0] - RIGHT
-CHART_BOTTOM = CHART[1] - BOTTOM
-
-MAX_CLASSES = 30  # more don't fit on a picture or a chart
-MAX_CURVES = 20  # a thousand take W&B a minute, and nobody can tell them apart
-MAX_SOURCES = 200  # rows of a table
-MAX_MISTAKES = 1000  # rows of a table
+RIGHT = 800
+BOTTOM = 564
 
 Point = tuple[float, float]
 History = Sequence[Mapping[str, float]]  # the rows of a run's history, each with `step`
 
+# ------------------------------------------------------------ learning curves, any task
 
-def most_confident_mistakes(result: Evaluation) -> Tensor:
-    """Indices of the wrong predictions, int64 (mistakes,): most confident first, ties by index."""
-    confidence = result.probabilities.max(1).values
-    wrong = (result.predictions != result.labels).nonzero().flatten()
-    order = confidence[wrong].argsort(descending=True, stable=True)
-    return wrong[order]
+MAX_MARKERS = 20  # of a curve; more would hide it
+
+
+def curves_picture(
+    rows: History,
+    panels: Mapping[str, tuple[str, str]],
+    best_epoch: int,
+) -> Image.Image:
+    """Draw learning curves over the number of training examples seen, side by side.
+
+    `panels` maps a title to the keys of a metric in training and in validation. A key that no row
+    has, like "", gives no curve. Values that are not finite are left out. The best epoch is marked
+    in the panels that have its validation.
+    """
+    width, height = CHART
+    canvas = Image.new("RGB", (len(panels) * width, height), PAPER)
+    for i, (title, keys) in enumerate(panels.items()):
+        canvas.paste(_curves_panel(rows, title, *keys, best_epoch), (i * width, 0))
+    return canvas.reduce(2)
+
+
+def _curves_panel(
+    rows: History,
+    title: str,
+    train_key: str,
+    valid_key: str,
+    best_epoch: int,
+) -> Image.Image:
+    """One panel of `curves_picture`, at twice its final size."""
+    train = _averaged(_points(rows, train_key))
+    valid = _points(rows, valid_key)
+    steep_start = len(train) // 10  # of training: it may be out of range
+    values = [y for _, y in train[steep_start:] + valid] or [0.0, 1.0]
+    low, high = min(values), max(values)
+    train = [(x, y) for x, y in train if low <= y <= high]
+    if math.isclose(low, high, rel_tol=1e-5, abs_tol=1e-300):  # labels can't tell them apart
+        margin = max(0.5, abs(low) / 2)
+        low -= margin
+        high += margin
+    best = []
+    for row in rows:
+        if row.get("epoch") == best_epoch and valid_key in row:
+            step = row["step"] / 1000
+            best = [(step, low), (step, high)]
+
+    last_step = max([1, *(row["step"] for row in rows)]) / 1000
+    chart, to_pixels = _chart(title, "thousands of training examples", last_step, low, high)
+    draw = ImageDraw.Draw(chart)
+    curves = [
+        (f"best epoch: {best_epoch}", best, DEEP),
+        ("training", train, MIDDLE),
+        ("validation", valid, WARM),
+    ]
+    legend_x = LEFT
+    for name, points, color in curves:
+        if not points:
+            continue
+        pixels = [to_pixels(x, y) for x, y in points]
+        draw.line(pixels, fill=color, width=5, joint="curve")
+        if points is not best and len(points) <= MAX_MARKERS:
+            for pixel in pixels:
+                draw.circle(pixel, 7, fill=color)
+        _draw_text(chart, legend_x, TOP - 14, name, 28, "ls", color)
+        legend_x += _font(28).getlength(name) + 36
+    return chart
+
+
+def _points(rows: History, key: str) -> list[Point]:
+    """Step in thousands and value of the rows with a finite `key`, small enough to subtract."""
+    return [(row["step"] / 1000, row[key]) for row in rows if abs(row.get(key, math.nan)) < 1e300]
+
+
+def _averaged(points: list[Point]) -> list[Point]:
+    """Averages of neighboring points, at most 150."""
+    size = max(1, math.ceil(len(points) / 150))
+    averages = []
+    for start in range(0, len(points), size):
+        xs, ys = zip(*points[start : start + size])
+        averages.append((fmean(xs), fmean(ys)))
+    return averages
+
+
+# --------------------------------------------------------------------- drawing, any task
+
+
+def _chart(
+    title: str,
+    x_name: str,
+    last_x: float,
+    low: float,
+    high: float,
+) -> tuple[Image.Image, Callable[[float, float], Point]]:
+    """An empty chart, and the function that turns (x, y) into pixels.
+
+    x ranges from 0 to `last_x`, y from `low` to `high`. The chart has twice its final size, so that
+    lines are smooth once it is reduced.
+    """
+    width = RIGHT - LEFT
+    height = BOTTOM - TOP
+
+    def to_pixels(x: float, y: float) -> Point:
+        up = (y - low) / (high - low)
+        return LEFT + x / last_x * width, TOP + (0.97 - 0.94 * up) * height
+
+    chart = Image.new("RGB", CHART, PAPER)
+    draw = ImageDraw.Draw(chart)
+    for tick in _ticks(low, high):
+        _, y = to_pixels(0, tick)
+        draw.line((LEFT, y, RIGHT, y), fill=GRID, width=2)
+        _draw_text(chart, LEFT - 14, y, f"{tick:.7g}", 26, "rm")
+    for tick in _ticks(0, last_x):
+        x, _ = to_pixels(tick, low)
+        draw.line((x, BOTTOM, x, BOTTOM + 8), fill=FAINT, width=2)
+        _draw_text(chart, x, BOTTOM + 14, f"{tick:g}", 26, "mt")
+    draw.rectangle((LEFT, TOP, RIGHT, BOTTOM), outline=FAINT, width=2)
+    _draw_text(chart, LEFT, 18, title, 36, "la")
+    _draw_text(chart, LEFT + width / 2, CHART[1] - 16, x_name, 26, "ms")
+    return chart, to_pixels
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Two to seven round numbers between `low` and `high`."""
+    magnitude = 10.0 ** math.floor(math.log10(high - low))
+    for step in (0.2 * magnitude, 0.5 * magnitude, magnitude, 2 * magnitude):
+        if (high - low) / step <= 6:
+            break
+    multiples = range(math.ceil(low / step), math.floor(high / step) + 1)
+    return [multiple * step for multiple in multiples]
+
+
+def _line_chart(
+    curves: Mapping[str, tuple[Tensor, Tensor]],
+    title: str,
+    x_name: str,
+) -> CustomChart:
+    """W&B's chart of named curves, each x and y, thinned to at most 1,000 points."""
+    xs = []
+    ys = []
+    for x, y in curves.values():
+        kept = torch.linspace(0, len(x) - 1, min(len(x), 1000)).round().long()
+        xs.append(x[kept].tolist())
+        ys.append(y[kept].tolist())
+    # W&B requires a line even if there is no curve.
+    return wandb.plot.line_series(
+        xs=xs or [[]],
+        ys=ys or [[]],
+        keys=list(curves) or [""],
+        title=title,
+        xname=x_name,
+    )
+
+
+_font = functools.cache(ImageFont.load_default)  # by size; loading decodes the whole font
+
+
+def _draw_text(
+    canvas: Image.Image,
+    x: float,
+    y: float,
+    text: str,
+    size: float,
+    anchor: str = "mm",
+    color: str = INK,
+) -> None:
+    """Draw text of `size` pixels with its `anchor`, by default its middle, at (x, y)."""
+    ImageDraw.Draw(canvas).text((x, y), text, fill=color, font=_font(size), anchor=anchor)
+
+
+def _shade(share: float) -> tuple[int, ...]:
+    """A color between white at 0 and `DEEP` at 1."""
+    deep = ImageColor.getrgb(DEEP)
+    return tuple(round(255 - (255 - channel) * share) for channel in deep)
+
+
+# -------------------------------------------------------------------------- classifiers
+
+MAX_CLASSES = 30  # more don't fit on a picture or a chart
+MAX_CURVES = 20  # a thousand take W&B a minute, and nobody can tell them apart
 
 
 def one_class_warning(result: Evaluation, class_names: list[str]) -> str | None:
@@ -57,7 +233,7 @@ def one_class_warning(result: Evaluation, class_names: list[str]) -> str | None:
         return None
     return (
         f"the model predicts {class_names[predicted[0]]!r} for every example; "
-        f"its accuracy, {result.metrics['acc']:.1%}, is the share of that class"
+        f"its accuracy, {result.confusion.accuracy():.1%}, is the share of that class"
     )
 
 
@@ -74,19 +250,17 @@ def most_confused_classes(counts: Tensor) -> list[int]:
 def confusion_matrix_chart(result: Evaluation, class_names: list[str]) -> CustomChart:
     """W&B's confusion matrix, of the most confused classes if there are many."""
     shown = most_confused_classes(result.confusion.counts)
-    position = {label: i for i, label in enumerate(shown)}
-    labels = []
-    predictions = []
-    for label, prediction in zip(result.labels.tolist(), result.predictions.tolist()):
-        if label in position and prediction in position:
-            labels.append(position[label])
-            predictions.append(position[prediction])
     title = "Confusion matrix"
     if len(shown) < len(class_names):
         title += f" of the {MAX_CLASSES} most confused classes"
+    classes = torch.tensor(shown)
+    kept = torch.isin(result.labels, classes) & torch.isin(result.predictions, classes)
+    # Positions in `shown`, which is sorted.
+    labels = torch.searchsorted(classes, result.labels[kept])
+    predictions = torch.searchsorted(classes, result.predictions[kept])
     return wandb.plot.confusion_matrix(
-        y_true=labels,
-        preds=predictions,
+        y_true=labels.tolist(),
+        preds=predictions.tolist(),
         class_names=[class_names[label] for label in shown],
         title=title,
     )
@@ -104,98 +278,111 @@ def confusion_matrix_picture(
     """
     shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
     shown = most_confused_classes(counts)
-    names = [_shortened(class_names[label], 40) for label in shown]
+    names = [class_names[label][:40] for label in shown]
     title = f"{part}, {int(counts.sum()):,} examples"
     if len(shown) < len(class_names):
         title += f", the {len(shown)} most confused of {len(class_names):,} classes"
 
     cell = 58 if len(shown) > 4 else 120
     side = cell * len(shown)
-    name_widths = [_font(15).getlength(name) for name in names]
-    longest = max(name_widths)
-    vertical = longest > cell - 6  # a class name is wider than its column
-    left = int(longest) + 58
+    names_width = math.ceil(max(_font(15).getlength(name) for name in names))
+    names_fit = names_width <= cell - 6  # each one below its column
+    left = names_width + 58
     top = 46
     bottom = top + side
-    names_height = math.ceil(longest) if vertical else 20
+    names_height = 20 if names_fit else names_width
     canvas = Image.new("RGB", (left + side + 24, bottom + names_height + 52), PAPER)
 
     center = left + side / 2
     _draw_text(canvas, center, 22, title, 19)
     _draw_text(canvas, center, canvas.height - 20, "prediction", 19)
-    _draw_vertical_text(canvas, 22, top + side / 2, "label", 19)
+    _draw_text(canvas, left - 10, top, "label", 19, "rs")
+    row_names = Image.new("RGB", (names_width, side), PAPER)
     for i, name in enumerate(names):
         middle = cell * (i + 0.5)
-        _draw_text(canvas, left - 10, top + middle, name, 15, "rm")
-        if vertical:
-            y = bottom + 8 + name_widths[i] / 2
-            _draw_vertical_text(canvas, left + middle, y, name, 15)
-        else:
+        _draw_text(row_names, names_width, middle, name, 15, "rm")
+        if names_fit:
             _draw_text(canvas, left + middle, bottom + 8, name, 15, "mt")
+    canvas.paste(row_names, (48, top))
+    if not names_fit:
+        canvas.paste(row_names.rotate(90, expand=True), (left, bottom + 8))
     for row, label in enumerate(shown):
         for column, prediction in enumerate(shown):
-            _draw_cell(
-                canvas,
-                left + cell * column,
-                top + cell * row,
-                cell,
-                int(counts[label, prediction]),
-                float(shares[label, prediction]),
-            )
+            count = int(counts[label, prediction])
+            picture = _cell_picture(cell, count, float(shares[label, prediction]))
+            canvas.paste(picture, (left + cell * column, top + cell * row))
     return canvas
 
 
-def _draw_cell(
-    canvas: Image.Image,
-    x: int,
-    y: int,
-    size: int,
-    count: int,
-    share: float,
-) -> None:
-    """Draw a square of `size` pixels with a count and its share, which is also the shade."""
-    draw = ImageDraw.Draw(canvas)
-    draw.rectangle((x, y, x + size, y + size), fill=_shade(share**0.5), outline=GRID)
-    center = x + size / 2
+def _cell_picture(size: int, count: int, share: float) -> Image.Image:
+    """A square with a border on all sides: a count and its share, which is also the shade."""
+    cell = Image.new("RGB", (size + 1, size + 1), GRID)
+    cell.paste(_shade(share**0.5), (1, 1, size, size))
     color = PAPER if share > 0.3 else INK
     if count == 0:
         color = FAINT
-    _draw_text(canvas, center, y + size * 0.4, f"{count:,}", size * 0.27, color=color)
+    _draw_text(cell, size / 2, size * 0.4, f"{count:,}", size * 0.27, "mm", color)
     if count:
-        percent = f"{100 * share:.1f} %"
-        _draw_text(canvas, center, y + size * 0.72, percent, size * 0.21, color=color)
+        _draw_text(cell, size / 2, size * 0.72, f"{100 * share:.1f} %", size * 0.21, "mm", color)
+    return cell
 
 
-_font = functools.cache(ImageFont.load_default)  # by size; loading decodes the whole font
+def calibration_picture(result: Evaluation, part: str) -> Image.Image:
+    """Draw a reliability diagram: the accuracy of predictions over their confidence.
+
+    `part` is the name of the data split. A calibrated model's bars end at the diagonal. A bar's
+    shade shows how many examples it stands for.
+    """
+    counts, _, accuracies = calibration(result.probabilities, result.labels)
+    error = expected_calibration_error(result.probabilities, result.labels)
+    x_name = f"confidence (expected calibration error {error:.3f})"
+    chart, to_pixels = _chart(f"{part}: accuracy by confidence", x_name, 1, 0, 1)
+    draw = ImageDraw.Draw(chart)
+    bins = len(counts)
+    for i in counts.nonzero().flatten().tolist():
+        left, bottom = to_pixels(i / bins, 0)
+        right, top = to_pixels((i + 1) / bins, float(accuracies[i]))
+        shade = _shade(0.15 + 0.85 * float(counts[i] / counts.max()))
+        draw.rectangle((left + 2, top, right - 2, bottom), fill=shade)
+    draw.line((to_pixels(0, 0), to_pixels(1, 1)), fill=WARM, width=4)
+    return chart.reduce(2)
 
 
-def _draw_text(
-    canvas: Image.Image,
-    x: float,
-    y: float,
-    text: str,
-    size: float,
-    anchor: str = "mm",
-    color: Color = INK,
-) -> None:
-    """Draw text of `size` pixels with its `anchor`, by default its middle, at (x, y)."""
-    ImageDraw.Draw(canvas).text((x, y), text, fill=color, font=_font(size), anchor=anchor)
+def roc_chart(result: Evaluation, class_names: list[str]) -> CustomChart:
+    """ROC curves: one for the second class if there are two classes, otherwise one per class."""
+    curves = {}
+    for label in _classes_with_curves(result):
+        fpr, tpr, _ = roc_curve(result.probabilities[:, label], result.labels == label)
+        curves[class_names[label]] = (fpr, tpr)
+    return _line_chart(curves, "ROC: true over false positive rate", "false positive rate")
 
 
-def _draw_vertical_text(
-    canvas: Image.Image,
-    x: float,
-    y: float,
-    text: str,
-    size: int,
-) -> None:
-    """Draw text with its middle at (x, y), reading bottom to top."""
-    width = int(_font(size).getlength(text)) + 4
-    height = int(size * 1.5)
-    tile = Image.new("RGB", (width, height), PAPER)
-    _draw_text(tile, width / 2, height / 2, text, size)
-    corner = (round(x - height / 2), round(y - width / 2))
-    canvas.paste(tile.rotate(90, expand=True), corner)
+def precision_recall_chart(result: Evaluation, class_names: list[str]) -> CustomChart:
+    """Precision-recall curves, for the same classes as `roc_chart`."""
+    curves = {}
+    for label in _classes_with_curves(result):
+        scores = result.probabilities[:, label]
+        precision, recall, _ = precision_recall_curve(scores, result.labels == label)
+        curves[class_names[label]] = (recall, precision)
+    return _line_chart(curves, "Precision over recall", "recall")
+
+
+def _classes_with_curves(result: Evaluation) -> list[int]:
+    """The `MAX_CURVES` most frequent of the classes that have positive and negative examples."""
+    frequency = result.confusion.counts.sum(1)
+    if len(frequency) == 2:
+        frequency[0] = 0  # the curve of the second class is enough
+    order = frequency.argsort(descending=True, stable=True).tolist()
+    classes = [label for label in order if 0 < frequency[label] < len(result.labels)]
+    return classes[:MAX_CURVES]
+
+
+def most_confident_mistakes(result: Evaluation) -> Tensor:
+    """Indices of the wrong predictions, int64 (mistakes,): most confident first, ties by index."""
+    is_wrong = result.predictions != result.labels
+    confidence = result.probabilities.max(1).values
+    order = (confidence * is_wrong).argsort(descending=True, stable=True)
+    return order[: is_wrong.sum()]
 
 
 def _named_mistakes(
@@ -210,30 +397,7 @@ def _named_mistakes(
         yield i, label, prediction, float(result.probabilities[i].max())
 
 
-def sentence_mistakes_table(
-    result: Evaluation,
-    sentences: list[str],
-    sources: list[str],
-    class_names: list[str],
-    step: int,
-) -> wandb.Table:
-    """The `MAX_MISTAKES` most confident wrong predictions; "mistakes" is the number of all."""
-    columns = [
-        "sentence",
-        "source",
-        "label",
-        "prediction",
-        "probability",
-        "loss",
-        "step",
-        "mistakes",
-    ]
-    wrong = most_confident_mistakes(result)
-    table = wandb.Table(columns=columns)
-    for i, *mistake in _named_mistakes(result, wrong[:MAX_MISTAKES], class_names):
-        loss = float(result.losses[i])
-        table.add_data(sentences[i], sources[i], *mistake, loss, step, len(wrong))
-    return table
+# ------------------------------------------------------------------------------- digits
 
 
 def digit_mistakes_table(
@@ -246,12 +410,10 @@ def digit_mistakes_table(
 
     `images` is uint8 (examples, 1, height, width).
     """
-    columns = ["image", "label", "prediction", "probability", "step", "mistakes"]
     wrong = most_confident_mistakes(result)
-    table = wandb.Table(columns=columns)
+    table = wandb.Table(columns=["image", "label", "prediction", "probability", "step", "mistakes"])
     for i, *mistake in _named_mistakes(result, wrong[:100], class_names):
-        image = wandb.Image(images[i, 0].numpy())
-        table.add_data(image, *mistake, step, len(wrong))
+        table.add_data(wandb.Image(images[i, 0].numpy()), *mistake, step, len(wrong))
     return table
 
 
@@ -263,43 +425,36 @@ def digit_mistakes_picture(
 ) -> Image.Image:
     """Draw the 40 most confident mistakes. `part` is the name of the data split, for the heading.
 
-    `images` is uint8 (examples, 1, height, width), of 8×8 to 224×224 pixels. A 7 that was predicted
-    to be a 1 with probability 98 % has the caption "7 as 1, 98 %".
+    `images` is uint8 (examples, 1, height, width). A 7 that was predicted to be a 1 with
+    probability 98 % has the caption "7 as 1, 98 %".
     """
     wrong = most_confident_mistakes(result)
     shown = wrong[:40]
     captions = []
     for _, label, prediction, probability in _named_mistakes(result, shown, class_names):
-        captions.append(
-            f"{_shortened(label, 14)} as {_shortened(prediction, 14)}, {100 * probability:.0f} %"
-        )
-    selection = "no mistakes"
-    if captions:
-        selection = f"the {len(captions)} most confident of {len(wrong):,} mistakes"
-    title = f"{part}: {selection} in {len(images):,} examples, label as prediction"
+        captions.append(f"{label[:14]} as {prediction[:14]}, {100 * probability:.0f} %")
+    title = (
+        f"{part}: {len(shown)} of {len(wrong):,} mistakes in {len(images):,} examples, "
+        "most confident first, label as prediction"
+    )
 
     gap = 12
-    height, width = images.shape[2:]
-    scale = max(1, round(84 / max(height, width)))
-    height *= scale
-    width *= scale
+    side = 84  # of an image
     caption_widths = [_font(13).getlength(caption) for caption in captions]
-    column_width = math.ceil(max([width, *caption_widths])) + gap
-    row_height = height + 30
-    columns = max(4, min(10, 1000 // column_width))
-    rows = max(1, math.ceil(len(captions) / columns))
-    title_width = math.ceil(_font(19).getlength(title)) + gap
-    canvas_width = max(columns * column_width, title_width) + gap
-    canvas = Image.new("RGB", (canvas_width, 48 + rows * row_height), PAPER)
+    column_width = math.ceil(max([side, *caption_widths])) + gap
+    row_height = side + 30
+    columns = min(10, 1000 // column_width)
+    rows = math.ceil(len(captions) / columns)
+    canvas = Image.new("RGB", (columns * column_width + gap, 48 + rows * row_height), PAPER)
     _draw_text(canvas, gap, 14, title, 19, "la")
     for i, caption in enumerate(captions):
         row, column = divmod(i, columns)
         center = column_width * (column + 0.5) + gap / 2
         y = 48 + row * row_height
         image = Image.fromarray(images[shown[i], 0].numpy())
-        image = image.resize((width, height), Image.Resampling.NEAREST)
-        canvas.paste(image, (round(center - width / 2), y))
-        _draw_text(canvas, center, y + height + 4, caption, 13, "mt")
+        image = ImageOps.contain(image, (side, side), Image.Resampling.BOX)
+        canvas.paste(image, (round(center - image.width / 2), y))
+        _draw_text(canvas, center, y + side + 4, caption, 13, "mt")
     return canvas
 
 
@@ -311,10 +466,43 @@ def captioned_digits(
 ) -> list[wandb.Image]:
     """W&B images of uint8 (n, 1, 28, 28) digits, with captions like "Pred: 3 Truth: 8"."""
     captioned = []
-    for image, prediction, label in zip(images, predictions.tolist(), labels.tolist()):
+    for image, prediction, label in zip(images, predictions, labels):
         caption = f"Pred: {class_names[prediction]} Truth: {class_names[label]}"
         captioned.append(wandb.Image(image[0].numpy(), caption=caption))
     return captioned
+
+
+# ---------------------------------------------------------------------------- sentences
+
+MAX_MISTAKES = 1000  # rows of a table
+MAX_SOURCES = 200  # rows of a table
+
+
+def sentence_mistakes_table(
+    result: Evaluation,
+    sentences: list[str],
+    sources: list[str],
+    class_names: list[str],
+    step: int,
+) -> wandb.Table:
+    """The `MAX_MISTAKES` most confident wrong predictions; "mistakes" is the number of all."""
+    wrong = most_confident_mistakes(result)
+    table = wandb.Table(
+        columns=[
+            "sentence",
+            "source",
+            "label",
+            "prediction",
+            "probability",
+            "loss",
+            "step",
+            "mistakes",
+        ]
+    )
+    for i, *mistake in _named_mistakes(result, wrong[:MAX_MISTAKES], class_names):
+        loss = float(result.losses[i])
+        table.add_data(sentences[i], sources[i], *mistake, loss, step, len(wrong))
+    return table
 
 
 def per_source_table(result: Evaluation, sources: list[str]) -> wandb.Table:
@@ -324,15 +512,10 @@ def per_source_table(result: Evaluation, sources: list[str]) -> wandb.Table:
     """
     sentences = Counter(sources)
     largest = dict(sentences.most_common(MAX_SOURCES))
-    indices: dict[str, list[int]] = {}
-    others = []
+    others = f"{len(sentences) - MAX_SOURCES:,} other sources"
+    indices = defaultdict(list)
     for i, source in enumerate(sources):
-        if source in largest:
-            indices.setdefault(source, []).append(i)
-        else:
-            others.append(i)
-    if others:
-        indices[f"{len(sentences) - MAX_SOURCES:,} other sources"] = others
+        indices[source if source in largest else others].append(i)
 
     rows = []
     for source, chosen in indices.items():
@@ -341,59 +524,6 @@ def per_source_table(result: Evaluation, sources: list[str]) -> wandb.Table:
         rows.append([source, len(chosen), confusion.accuracy(), confusion.matthews_corrcoef()])
     rows.sort(key=lambda row: row[2])
     return wandb.Table(columns=["source", "sentences", "acc", "mcc"], data=rows)
-
-
-def roc_chart(result: Evaluation, class_names: list[str]) -> CustomChart:
-    """ROC curves: one for the second class if there are two classes, otherwise one per class."""
-    curves = []
-    for label in _classes_with_curves(result):
-        fpr, tpr, _ = roc_curve(result.probabilities[:, label], result.labels == label)
-        curves.append((class_names[label], fpr, tpr))
-    return _line_chart(curves, "ROC: true over false positive rate", "false positive rate")
-
-
-def precision_recall_chart(result: Evaluation, class_names: list[str]) -> CustomChart:
-    """Precision-recall curves, for the same classes as `roc_chart`."""
-    curves = []
-    for label in _classes_with_curves(result):
-        scores = result.probabilities[:, label]
-        precision, recall, _ = precision_recall_curve(scores, result.labels == label)
-        curves.append((class_names[label], recall, precision))
-    return _line_chart(curves, "Precision over recall", "recall")
-
-
-def _classes_with_curves(result: Evaluation) -> list[int]:
-    """The `MAX_CURVES` most frequent of the classes that have positive and negative examples."""
-    frequency = result.confusion.counts.sum(1)
-    if len(frequency) == 2:
-        frequency[0] = 0  # the curve of the second class is enough
-    order = frequency.argsort(descending=True, stable=True).tolist()
-    classes = [label for label in order if 0 < frequency[label] < len(result.labels)]
-    return classes[:MAX_CURVES]
-
-
-def _line_chart(
-    curves: list[tuple[str, Tensor, Tensor]],
-    title: str,
-    x_name: str,
-) -> CustomChart:
-    """A chart of curves, each a name, x and y, thinned to at most 1,000 points."""
-    names = []
-    xs = []
-    ys = []
-    for name, x, y in curves:
-        kept = torch.linspace(0, len(x) - 1, min(len(x), 1000)).round().long()
-        names.append(name)
-        xs.append(x[kept].tolist())
-        ys.append(y[kept].tolist())
-    # W&B requires a line even if no class has a curve.
-    return wandb.plot.line_series(
-        xs=xs or [[]],
-        ys=ys or [[]],
-        keys=names or [""],
-        title=title,
-        xname=x_name,
-    )
 
 
 def shaded_words(words: list[tuple[str, float]], heading: str) -> str:
@@ -412,167 +542,3 @@ def shaded_words(words: list[tuple[str, float]], heading: str) -> str:
         f'<p style="font: 15px sans-serif"><small>{html.escape(heading)}</small><br>'
         f"{' '.join(spans)}</p>"
     )
-
-
-def curves_picture(
-    rows: History,
-    panels: Mapping[str, tuple[str, str]],
-    best_epoch: int,
-) -> Image.Image:
-    """Draw learning curves over the training examples seen, side by side.
-
-    `panels` maps a title to the keys of a metric in training and in validation. The best epoch is
-    marked.
-    """
-    width, height = CHART
-    canvas = Image.new("RGB", (len(panels) * width, height), PAPER)
-    for i, (title, keys) in enumerate(panels.items()):
-        panel = _curves_panel(rows, title, keys, best_epoch)
-        canvas.paste(panel, (i * width, 0))
-    return canvas.reduce(2)
-
-
-def _curves_panel(
-    rows: History,
-    title: str,
-    keys: tuple[str, str],
-    best_epoch: int,
-) -> Image.Image:
-    """One panel of `curves_picture`, at twice its final size."""
-    train_key, valid_key = keys
-    train = _averaged(_points(rows, train_key))
-    valid = _points(rows, valid_key)
-    steep_start = len(train) // 10  # of training: it may be out of range
-    values = [y for _, y in train[steep_start:] + valid] or [0.0, 1.0]
-    low, high = min(values), max(values)
-    train = [(x, y) for x, y in train if low <= y <= high]
-    best_steps = []
-    for row in rows:
-        if row.get("epoch") == best_epoch and valid_key in row:
-            best_steps.append(row["step"])
-
-    last_step = max((row["step"] for row in rows), default=1)
-    chart, to_pixels = _chart(title, "training examples seen", last_step, low, high)
-    draw = ImageDraw.Draw(chart)
-    for step in best_steps:
-        x, _ = to_pixels(step, low)
-        draw.line((x, TOP, x, CHART_BOTTOM), fill=DEEP, width=4)
-    curves = [("training", train, MIDDLE), ("validation", valid, WARM)]
-    for _, points, color in curves:
-        pixels = [to_pixels(x, y) for x, y in points]
-        if pixels:
-            draw.line(pixels, fill=color, width=5, joint="curve")
-        if points is valid or len(points) == 1:
-            for pixel in pixels:
-                draw.circle(pixel, 7, fill=color)
-
-    legend = [*curves, (f"best epoch: {best_epoch}", best_steps, DEEP)]
-    x = LEFT
-    for name, drawn, color in legend:
-        if drawn:
-            _draw_text(chart, x, TOP - 14, name, 28, "ls", color=color)
-            x += _font(28).getlength(name) + 36
-    return chart
-
-
-def _points(rows: History, key: str) -> list[Point]:
-    """Step and value of the rows that have a finite value of `key`."""
-    return [(row["step"], row[key]) for row in rows if math.isfinite(row.get(key, math.nan))]
-
-
-def _averaged(points: list[Point]) -> list[Point]:
-    """Averages of neighboring points, at most 150."""
-    size = max(1, math.ceil(len(points) / 150))
-    averages = []
-    for start in range(0, len(points), size):
-        xs, ys = zip(*points[start : start + size])
-        averages.append((fmean(xs), fmean(ys)))
-    return averages
-
-
-def calibration_picture(result: Evaluation, part: str) -> Image.Image:
-    """Draw a reliability diagram: the accuracy of predictions over their confidence.
-
-    `part` is the name of the data split. A calibrated model's bars end at the diagonal. A bar's
-    shade shows how many examples it stands for.
-    """
-    counts, _, accuracies = calibration(result.probabilities, result.labels)
-    title = f"{part}: accuracy by confidence"
-    x_name = f"confidence (expected calibration error {result.metrics['ece']:.3f})"
-    chart, to_pixels = _chart(title, x_name, 1, 0, 1)
-    draw = ImageDraw.Draw(chart)
-    bins = len(counts)
-    for i in counts.nonzero().flatten().tolist():
-        left, bottom = to_pixels(i / bins, 0)
-        right, top = to_pixels((i + 1) / bins, float(accuracies[i]))
-        share = float(counts[i] / counts.max())
-        shade = _shade(0.15 + 0.85 * share)
-        draw.rectangle((left + 2, top, right - 2, bottom), fill=shade)
-    draw.line((to_pixels(0, 0), to_pixels(1, 1)), fill=WARM, width=4)
-    return chart.reduce(2)
-
-
-def _chart(
-    title: str,
-    x_name: str,
-    last_x: float,
-    low: float,
-    high: float,
-) -> tuple[Image.Image, Callable[[float, float], Point]]:
-    """An empty chart, and the function that turns (x, y) into pixels.
-
-    x ranges from 0 to `last_x`, y from `low` to `high`. The chart has twice its final size, so that
-    lines are smooth once it is reduced.
-    """
-    if low == high:
-        low -= 0.5
-        high += 0.5
-    width = CHART_RIGHT - LEFT
-    height = CHART_BOTTOM - TOP
-
-    def to_pixels(x: float, y: float) -> Point:
-        up = (y - low) / (high - low)
-        return LEFT + x / last_x * width, TOP + (0.97 - 0.94 * up) * height
-
-    chart = Image.new("RGB", CHART, PAPER)
-    draw = ImageDraw.Draw(chart)
-    for tick in _ticks(low, high):
-        _, y = to_pixels(0, tick)
-        draw.line((LEFT, y, CHART_RIGHT, y), fill=GRID, width=2)
-        _draw_text(chart, LEFT - 14, y, f"{tick:g}", 26, "rm")
-    for tick in _ticks(0, last_x):
-        x, _ = to_pixels(tick, low)
-        draw.line((x, CHART_BOTTOM, x, CHART_BOTTOM + 8), fill=FAINT, width=2)
-        _draw_text(chart, x, CHART_BOTTOM + 14, _with_unit(tick), 26, "mt")
-    draw.rectangle((LEFT, TOP, CHART_RIGHT, CHART_BOTTOM), outline=FAINT, width=2)
-    _draw_text(chart, LEFT, 18, title, 36, "la")
-    _draw_text(chart, LEFT + width / 2, CHART[1] - 16, x_name, 26, "ms")
-    return chart, to_pixels
-
-
-def _ticks(low: float, high: float) -> list[float]:
-    """Two to seven round numbers between `low` and `high`."""
-    magnitude = 10.0 ** math.floor(math.log10(high - low))
-    for step in (0.2 * magnitude, 0.5 * magnitude, magnitude, 2 * magnitude):
-        if (high - low) / step <= 6:
-            break
-    multiples = range(math.ceil(low / step), math.floor(high / step) + 1)
-    return [multiple * step for multiple in multiples]
-
-
-def _with_unit(number: float) -> str:
-    """A number of examples: 500, 20k, 1.5M."""
-    if number >= 1e6:
-        return f"{number / 1e6:g}M"
-    if number >= 1e3:
-        return f"{number / 1e3:g}k"
-    return f"{number:g}"
-
-
-def _shade(share: float) -> Color:
-    """A color between `PAPER` at 0 and `DEEP` at 1."""
-    return tuple(round(paper + (deep - paper) * share) for paper, deep in zip(PAPER, DEEP))
-
-
-def _shortened(name: str, length: int) -> str:
-    return name if len(name) <= length else name[: length - 1] + "…"

@@ -14,7 +14,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 REPO = Path(__file__).parent.parent
-OFFLINE = os.environ | {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "PYTHONPATH": str(REPO)}
+PATHS = filter(None, [str(REPO), os.environ.get("PYTHONPATH")])
+OFFLINE = os.environ | {
+    "WANDB_MODE": "offline",
+    "WANDB_SILENT": "true",
+    "PYTHONPATH": os.pathsep.join(PATHS),
+}
 Measure = Callable[[], dict[str, float]]  # makes one run and returns its measurements by name
 
 
@@ -51,15 +56,20 @@ def process(*command: str | Path, **environment: str) -> dict[str, float]:
 
 def reported(output: str) -> dict[str, float]:
     """Training time (s) and accuracy from the epoch lines of our scripts, or from the last line of a peer."""
-    if epochs := re.findall(r"^epoch \d+: .* ([\d.]+) s$", output, re.MULTILINE):
+    if epochs := epoch_seconds(output):
         accuracy = re.findall(r"test accuracy ([\d.]+)%", output)
-        return {"training": sum(map(float, epochs))} | (
+        return {"training": sum(epochs)} | (
             {"accuracy": float(accuracy[0]) / 100} if accuracy else {}
         )
     return {
         name: float(number)
         for name, number in re.findall(r"(training|accuracy|epochs) ([\d.]+)", output)
     }
+
+
+def epoch_seconds(output: str) -> list[float]:
+    """The seconds of each epoch, as our scripts print them."""
+    return [float(text) for text in re.findall(r"^epoch \d+: .* ([\d.]+) s$", output, re.MULTILINE)]
 
 
 def row(work: str, ours: float, peer: float, unit: str = "s") -> str:

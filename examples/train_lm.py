@@ -193,15 +193,12 @@ def train(session: Session, progress: Progress, model: GPT, data: Text) -> Best:
     """Train `model`, from the checkpoint if the run is resumed; returns the best model."""
     settings = session.settings
     run = session.run
-    device = session.device
     train_set = data.train
     optimizer, schedule = make_optimizer(model, settings, progress.total_batches)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(settings.ema_decay))
-    if settings.compile:
-        model.forward = torch.compile(model.forward)  # model.compile() would include the hooks
     best = Best(settings.monitor, METRICS)
-    meter = Meter(device)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=session.precision == "bf16")
+    meter = Meter()
+    # Also saved: position, meter, random state. At an epoch's end that is before validation.
     checkpoints = Checkpoints(
         progress,
         [data.train, data.valid, data.test],
@@ -216,7 +213,7 @@ def train(session: Session, progress: Progress, model: GPT, data: Text) -> Best:
 
     for epoch in progress.epochs():
         model.train()
-        order = shuffled(len(train_set), settings.seed, epoch).to(device)
+        order = shuffled(len(train_set), settings.seed, epoch).to(session.device)
         batches = order.split(settings.batch_size)
         for indices in progress.remaining(batches):  # after a resume, the rest of the epoch
             run.log({}, step=progress.step)  # begin the row of this batch
@@ -224,7 +221,7 @@ def train(session: Session, progress: Progress, model: GPT, data: Text) -> Best:
                 run.watch(model, log=settings.watch, log_freq=progress.watch_freq)
             share = distributed.share_of(indices)  # all, unless torchrun started several processes
             for part in share.split(settings.micro_batch_size or len(share)):
-                with autocast:
+                with session.autocast():
                     loss = model.losses(train_set[part]).sum()
                 (loss / len(indices)).backward()  # parts and ranks add up to the batch's gradient
                 meter.add(len(part), loss=loss)
@@ -276,11 +273,6 @@ def train(session: Session, progress: Progress, model: GPT, data: Text) -> Best:
 # ----------------------------------------------------------------- from start to finish
 
 
-@logs_to_wandb
-def log_curves(run: Run, output_dir: Path) -> None:
-    run.log({"curves": wandb.Image(str(output_dir / "curves.png"))})
-
-
 def conclude(session: Session, progress: Progress, best: Best, data: Text) -> dict[str, Any]:
     """Test and export the best model, write its predictions.
 
@@ -301,7 +293,8 @@ def conclude(session: Session, progress: Progress, best: Best, data: Text) -> di
     files.write_tensors(output_dir / "model.pt", best.weights)
     files.write_onnx(output_dir / "model.onnx", model, "logits", codes=data.test[:2, :-1].cpu())
 
-    log_curves(run, output_dir)
+    curves = run.call(wandb.Image, str(output_dir / "curves.png"))
+    run.log({"curves": curves})
     run.log(test.named("test"), commit=True)  # or it would overwrite the summary below
     run.summary["best/epoch"] = best.epoch
     run.summary.update(valid.named("best"))
@@ -312,8 +305,12 @@ def conclude(session: Session, progress: Progress, best: Best, data: Text) -> di
         run.log_weights(best.weights, results, is_best=True)
 
     print(f"test perplexity {results['test/perplexity']:.4g}, best epoch {best.epoch}")
-    about = {"dataset": data.name, "characters": data.characters, "best/epoch": best.epoch}
-    return about | results
+    return {
+        "dataset": data.name,
+        "characters": data.characters,
+        "best/epoch": best.epoch,
+        **results,
+    }
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -327,7 +324,6 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         settings = session.settings
         with distributed.rank_0_first():  # which reads the text
             data = load(settings, session.device)
-        session.config["dataset"] = data.name
         progress = Progress(session, len(data.train), held_out=len(data.valid))
         run = session.start(partial(wandb.init, project=settings.project, config=session.config))
         log_dataset(run, data)

@@ -94,7 +94,8 @@ def load(settings: Settings, device: torch.device) -> Table:
     words = columns.pop(settings.target)
     features = {name: encode(columns[name], first) for name in columns}
     print("Features:", ", ".join(f"{name} {len(features[name].T)}" for name in features))
-    classes, mean, scale = [], 0.0, 1.0
+    classes: list[str] = []
+    mean, scale = 0.0, 1.0
     if settings.task == "classification":
         classes = sorted(set(words[first:].tolist()))
         if unknown := set(words.tolist()).difference(classes):
@@ -182,13 +183,15 @@ def evaluate(model: nn.Module, part: TensorDataset, table: Table) -> Result:
 
 @logs_to_wandb
 def log_charts(run: Run, name: str, result: Result) -> None:
+    """Log the first 100 predictions."""
     rows = [list(row) for row in zip(*result.columns.values())]
     run.log({f"{name}/predictions": wandb.Table(columns=list(result.columns), data=rows[:100])})
 
 
 def write_curves(session: Session, best_epoch: int) -> None:
     """Draw the learning curves of the run so far."""
-    panels = {"loss": ("train/loss_step", "valid/loss")}
+    name = METRICS_OF[session.settings.task][1]
+    panels = {"loss": ("train/loss_step", "valid/loss"), name: ("", f"valid/{name}")}
     if distributed.rank() == 0:
         picture = viz.curves_picture(session.run.rows, panels, best_epoch)
         files.write_png(session.output_dir / "curves.png", picture)
@@ -201,14 +204,11 @@ def train(session: Session, progress: Progress, model: nn.Module, data: Table) -
     """Train `model`, from the checkpoint if the run is resumed; returns the best model."""
     settings = session.settings
     run = session.run
-    device = session.device
     train_set = data.train
     optimizer, schedule = make_optimizer(model, settings, progress.total_batches)
-    if settings.compile:
-        model.forward = torch.compile(model.forward)  # model.compile() would include the hooks
     best = Best(settings.monitor, METRICS)
-    meter = Meter(device)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=session.precision == "bf16")
+    meter = Meter()
+    # Also saved: position, meter, random state. At an epoch's end that is before validation.
     checkpoints = Checkpoints(
         progress,
         [data.train.tensors, data.valid.tensors, data.test.tensors],
@@ -222,7 +222,7 @@ def train(session: Session, progress: Progress, model: nn.Module, data: Table) -
 
     for epoch in progress.epochs():
         model.train()
-        order = shuffled(len(train_set), settings.seed, epoch).to(device)
+        order = shuffled(len(train_set), settings.seed, epoch).to(session.device)
         batches = order.split(settings.batch_size)
         for indices in progress.remaining(batches):  # after a resume, the rest of the epoch
             run.log({}, step=progress.step)  # begin the row of this batch
@@ -231,7 +231,7 @@ def train(session: Session, progress: Progress, model: nn.Module, data: Table) -
             share = distributed.share_of(indices)  # all, unless torchrun started several processes
             for part in share.split(settings.micro_batch_size or len(share)):
                 features, targets = train_set[part]
-                with autocast:
+                with session.autocast():
                     loss = total_loss(model(features), targets)
                 (loss / len(indices)).backward()  # parts and ranks add up to the batch's gradient
                 meter.add(len(part), loss=loss)
@@ -277,11 +277,6 @@ def train(session: Session, progress: Progress, model: nn.Module, data: Table) -
 # ----------------------------------------------------------------- from start to finish
 
 
-@logs_to_wandb
-def log_curves(run: Run, output_dir: Path) -> None:
-    run.log({"curves": wandb.Image(str(output_dir / "curves.png"))})
-
-
 def conclude(session: Session, progress: Progress, best: Best, data: Table) -> dict[str, Any]:
     """Test and export the best model, write its predictions.
 
@@ -302,7 +297,8 @@ def conclude(session: Session, progress: Progress, best: Best, data: Table) -> d
     files.write_onnx(output_dir / "model.onnx", model, "output", features=data.test[:2][0].cpu())
 
     log_charts(run, "test", test)
-    log_curves(run, output_dir)
+    curves = run.call(wandb.Image, str(output_dir / "curves.png"))
+    run.log({"curves": curves})
     run.log(test.named("test"), commit=True)  # or it would overwrite the summary below
     run.summary["best/epoch"] = best.epoch
     run.summary.update(valid.named("best"))
@@ -313,7 +309,12 @@ def conclude(session: Session, progress: Progress, best: Best, data: Table) -> d
         run.log_weights(best.weights, results, is_best=True)
 
     print(f"test: {test.metrics}, best epoch {best.epoch}")
-    return {"dataset": data.name, "class_names": data.classes, "best/epoch": best.epoch, **results}
+    return {
+        "dataset": data.name,
+        "class_names": data.classes,
+        "best/epoch": best.epoch,
+        **results,
+    }
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -327,7 +328,6 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         settings = session.settings
         with distributed.rank_0_first():  # which reads the table
             data = load(settings, session.device)
-        session.config["dataset"] = data.name
         progress = Progress(session, len(data.train), held_out=len(data.valid))
         run = session.start(partial(wandb.init, project=settings.project, config=session.config))
         log_dataset(run, data)

@@ -113,7 +113,7 @@ class Checkpoints:
             self._meter.load_state_dict(meters[rank])
             for weight, gradient in zip(self._parameters, processes[rank]["gradients"]):
                 weight.grad = None if gradient is None else gradient.to(weight.device)
-            _set_random_state(processes[rank]["random"])
+            _set_random_state(processes[rank]["random"], self._session.device)
             return
         if any(gradient is not None for gradient in processes[0]["gradients"]):
             advice = "call optimizer.zero_grad() after each step"
@@ -158,7 +158,7 @@ class Checkpoints:
         """Write `checkpoint.pt` and keep the one before; rank 0 writes, all contribute."""
         own = {
             "meter": self._meter.state_dict(),
-            "random": _random_state(),
+            "random": _random_state(self._session.device),
             "gradients": [weight.grad for weight in self._parameters],  # if they accumulate
         }
         processes = distributed.gather(own)
@@ -194,7 +194,7 @@ def fingerprint(data: Any, checksum: int = 0) -> int:
     raise TypeError(f"the data of Checkpoints must be tensors or values in lists, not {kind}")
 
 
-def _random_state() -> dict[str, Any]:
+def _random_state(device: torch.device) -> dict[str, Any]:
     """The state of every global random generator, in types that `weights_only` loads."""
     name, keys, *rest = np.random.get_state()
     state = {
@@ -203,18 +203,14 @@ def _random_state() -> dict[str, Any]:
         "torch": torch.get_rng_state(),
         "accelerator": {},  # of this rank's device, by kind: "cuda" or "mps"
     }
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    if accelerator:
-        device = torch.get_device_module(accelerator)
-        state["accelerator"][accelerator.type] = device.get_rng_state()
+    if device.type != "cpu":
+        state["accelerator"][device.type] = torch.get_device_module(device).get_rng_state()
     return state
 
 
-def _set_random_state(state: Mapping[str, Any]) -> None:
+def _set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    if accelerator and accelerator.type in state["accelerator"]:
-        device = torch.get_device_module(accelerator)
-        device.set_rng_state(state["accelerator"][accelerator.type])
+    if device.type in state["accelerator"]:
+        torch.get_device_module(device).set_rng_state(state["accelerator"][device.type])

@@ -74,7 +74,8 @@ def find_device(name: str) -> torch.device:
     if name == "auto":
         name = next(kind for kind in available if available[kind])
     if not available[name]:
-        raise UserError(f"--device {name}: not available on this machine, or in this torch")
+        problem = "not available on this machine, or in this torch"
+        raise UserError(f"--device {name}: {problem}: use --device cpu")
     if name != "cuda" or alone:
         return torch.device(name)
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))

@@ -27,13 +27,6 @@ LOCKED: set[int] = set()  # descriptors of the locked directories
 PROBE_BYTES = 8 << 20  # a disk that can't take this much at the start counts as full
 
 
-def newest_unfinished(task: str) -> Path | None:
-    """The most recent unfinished run of a script below runs/."""
-    runs = [config.parent for config in Path("runs").glob(f"{task}-*/{CONFIG}")]
-    unfinished = [run for run in runs if not (run / METRICS).exists()]
-    return max(unfinished, key=lambda run: run.stat().st_mtime, default=None)
-
-
 @contextlib.contextmanager
 def output_directory(path: Path, resume: bool, config: Mapping[str, Any]) -> Iterator[None]:
     """Create or check the directory of a run, and lock it during the block.

@@ -68,23 +68,18 @@ def joined(timeout: float, last_wait: float) -> Iterator[None]:
 
 def _check_environment() -> None:
     """Raise `UserError` for variables with which the processes would wait forever."""
-    for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"):
-        value = os.environ[name]
-        if not value.isdecimal() or len(value) > 9:
-            problem = f"{name} must be a whole number, got {value!r}"
-            raise UserError(f"{problem}: start with torchrun, or unset it")
-    number = os.environ["RANK"]
-    count = os.environ["WORLD_SIZE"]
-    if int(number) >= int(count):
-        raise UserError(f"RANK is {number}, but WORLD_SIZE {count}: ranks count from 0")
-    port = os.environ["MASTER_PORT"]
-    if int(port) > 65535:
-        raise UserError(f"MASTER_PORT must be at most 65535, got {port}")
-    address = os.environ["MASTER_ADDR"]
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    rank, count, address, port = (os.environ[name] for name in names)
     try:
-        socket.getaddrinfo(address, None)
-    except (OSError, UnicodeError) as error:
-        raise UserError(f"MASTER_ADDR {address} can't be resolved: {error}") from None
+        socket.getaddrinfo(address, int(port))
+        possible = 0 <= int(rank) < int(count) and int(port) < 2**16
+        problem = "impossible"
+    except (OSError, ValueError) as error:  # UnicodeError is a ValueError
+        possible = False
+        problem = str(error)
+    if not possible:
+        given = ", ".join(f"{name}={os.environ[name]}" for name in names)
+        raise UserError(f"{given}: {problem}; start with torchrun, or unset them")
 
 
 @contextlib.contextmanager
@@ -146,7 +141,7 @@ def rank_0_first() -> Iterator[None]:
 
 def share_of(items: Items) -> Items:
     """This rank's share of a batch, or of a list of batches: every `world_size`-th item."""
-    return items[rank() :: world_size()]
+    return items if world_size() == 1 else items[rank() :: world_size()]
 
 
 def sum_over_ranks(*tensors: Tensor) -> None:
@@ -166,6 +161,8 @@ def sum_over_ranks(*tensors: Tensor) -> None:
 
 def sum_gradients(model: nn.Module) -> None:
     """Replace the model's gradients by their sums over all ranks."""
+    if world_size() == 1:
+        return
     weights = [weight for weight in model.parameters() if weight.grad is not None]
     sum_over_ranks(*(weight.grad for weight in weights))
 

@@ -87,7 +87,6 @@ class SharedSettings:
         choices=("auto", "fp32", "bf16"),
     )
     deterministic: bool = option(True, "use only algorithms that repeat to the last bit")
-    compile: bool = option(False, "compile the model with torch.compile")
 
     patience: int = option(
         0, "stop after this many epochs without improvement; 0: never", at_least=0
@@ -166,7 +165,7 @@ def _read_command_line(settings_class: type, argv: Sequence[str] | None) -> dict
         text = field.metadata["help"].replace("%", "%%")
         nargs = None
         if kind is bool:
-            nargs = "?"  # --compile, or as sweeps write it: --compile=True
+            nargs = "?"  # --resume, or as sweeps write it: --resume=True
         elif kind in LISTS:
             nargs = "*"
         parser.add_argument(

@@ -209,9 +209,8 @@ class Meter:
     `add` does not wait for an accelerator; `take_row` and `state_dict` do.
     """
 
-    def __init__(self, device: torch.device | str | None = None):
-        self._device = device
-        self._sums: dict[str, Tensor] = {}  # of this rank, since the last row: float32 scalars
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor | float] = {}  # of this rank, since the last row: scalars
         self._epoch: dict[str, float] = {}  # of all ranks, over the rows of the epoch
 
     def add(self, examples: int, **sums: Tensor | float) -> None:
@@ -220,15 +219,18 @@ class Meter:
 
     def _add(self, sums: Mapping[str, Tensor | float]) -> None:
         for name, value in sums.items():
-            if name not in self._sums:
-                self._sums[name] = torch.zeros((), device=self._device)
-            self._sums[name] += value.detach() if isinstance(value, Tensor) else value
+            if isinstance(value, Tensor):
+                value = value.detach()
+            self._sums[name] = self._sums.get(name, 0.0) + value
 
     def take_row(self) -> dict[str, float]:
         """Means over the examples of all ranks since the last call."""
-        distributed.sum_over_ranks(*self._sums.values())
-        values = torch.stack(list(self._sums.values())).tolist()
-        row = dict(zip(self._sums, values))
+        tensors = [value for value in self._sums.values() if isinstance(value, Tensor)]
+        device = tensors[0].device if tensors else None
+        sums = [torch.as_tensor(value, device=device) for value in self._sums.values()]
+        totals = torch.stack(sums).float()
+        distributed.sum_over_ranks(totals)
+        row = dict(zip(self._sums, totals.tolist()))
         self._sums = {}
         for name, value in row.items():
             self._epoch[name] = self._epoch.get(name, 0.0) + value
@@ -241,7 +243,7 @@ class Meter:
         return means
 
     def state_dict(self) -> dict[str, Any]:
-        sums = {name: value.item() for name, value in self._sums.items()}
+        sums = {name: float(value) for name, value in self._sums.items()}
         return {"sums": sums, "epoch": dict(self._epoch)}
 
     def load_state_dict(self, *states: Mapping[str, Any]) -> None:

@@ -130,16 +130,10 @@ def _explained(error: Exception) -> tuple[str | None, int]:
         path = failure.filename2 or failure.filename or "writing"
         return f"{path}: {failure.strerror}", 1 if failure.errno in DISK_ERRORS else 2
     if isinstance(error, MemoryError) or ALLOCATION_ERRORS.search(str(error)):
-        return "out of memory: a --micro_batch_size below --batch_size needs less", 1
+        return "out of memory: a smaller --micro_batch_size, or a smaller model, needs less", 1
     wandb = sys.modules.get("wandb")  # importing it here would take long
     if wandb and (isinstance(error, wandb.errors.Error) or re.search("WANDB_[A-Z]+=", str(error))):
         return f"W&B: {error}", 2
-    pydantic = sys.modules.get("pydantic_core")
-    if pydantic and isinstance(error, pydantic.ValidationError):  # of W&B's settings
-        problem = error.errors()[0]
-        setting = ".".join(map(str, problem["loc"]))
-        variable = f"WANDB_{setting.upper()}"
-        return f"W&B: {variable if variable in os.environ else setting}: {problem['msg']}", 2
     return None, 1
 
 

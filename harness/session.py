@@ -27,7 +27,6 @@ from harness.directory import (
     JOURNAL,
     METRICS,
     PREVIOUS_CHECKPOINT,
-    newest_unfinished,
     output_directory,
     read_checkpoint,
 )
@@ -61,10 +60,10 @@ class Session:
     def output_dir(self) -> Path:
         return Path(self.settings.output_dir)
 
-    @property
-    def precision(self) -> str:
-        """The precision to train in: "fp32" or "bf16"."""
-        return self.config["precision"]
+    def autocast(self) -> torch.autocast:
+        """A context for the forward pass, in bf16 if that is the precision of the run."""
+        enabled = self.config["precision"] == "bf16"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
 
     def start(self, init: Callable[..., wandb.Run]) -> tracking.Run:
         """Start the W&B run, which ends with the session, and write `config.json`.
@@ -83,8 +82,7 @@ class Session:
         self.exits.enter_context(tracking.finishing(self.run, command))
         self.config["id"] = self.run.wandb.id  # W&B's agent may have chosen it
         self.config = json.loads(json.dumps(self.config))  # plain values, also of NumPy's
-        about = {"metrics": dict(self.directions), "versions": _versions()}
-        write_json(self.output_dir / CONFIG, self.config | about)
+        write_json(self.output_dir / CONFIG, self.config | {"versions": _versions()})
         _log_config(self.run, self.config)
         if state:
             self.run.take_over(rows, state["checksum"])
@@ -93,7 +91,7 @@ class Session:
     def describe(self, name: str, model: nn.Module) -> None:
         """Print the size of the model, and its device, precision and seed."""
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        how = f"on {self.device.type} in {self.precision}, seed {self.settings.seed}"
+        how = f"on {self.device.type} in {self.config['precision']}, seed {self.settings.seed}"
         print(f"{name}: {parameters:,} parameters {how}")
 
 
@@ -176,8 +174,8 @@ def _open_on_rank_0(
             return
         device = find_device(settings.device)
         precision = find_precision(settings.precision, device)
-        used = {"device": device.type, "precision": precision}
-        config = dataclasses.asdict(settings) | used
+        found = {"device": device.type, "precision": precision, "metrics": dict(directions)}
+        config = dataclasses.asdict(settings) | found
         distributed.broadcast((settings, config, checkpoint))
         session = Session(settings, directions, requests, config, device, checkpoint, started)
         with session.exits:
@@ -227,9 +225,7 @@ def _check_leader(requested: SharedSettings) -> None:
 def _identify(requested: SharedSettings, task: str) -> dict[str, Any]:
     """Project, entity, run id, output directory and W&B mode. Raises `UserError`."""
     if requested.resume and not requested.output_dir:
-        newest = newest_unfinished(task)
-        known = f"; the newest unfinished run is {newest}" if newest else ""
-        raise UserError(f"--resume needs --output_dir{known}")
+        raise UserError("--resume needs --output_dir")
     before = {}
     if requested.resume:
         before = read_json(Path(requested.output_dir, CONFIG)) or {}
@@ -279,7 +275,10 @@ def _settings_of(
             print(f"--{name} is new in the script: the run goes on with {value!r}.")
             continue
         placeholder = None if name in identity else fields[name]["placeholder"]
-        if name in identity or not fields[name]["may_change"]:
+        if name == "device" and value not in (used[name], placeholder):
+            change = "rounding and dropout differ"
+            print(f"The run was on {used[name]} and continues on {value}: {change}.")
+        elif name in identity or not fields[name]["may_change"]:
             taken[name] = used[name]
             if value not in (used[name], placeholder):
                 differ.append(f"--{name} was {used[name]!r}, is {value!r}")

@@ -188,7 +188,8 @@ class Run:
             return False
         self._handing_over = threading.get_ident()
         try:
-            self.wandb.log({}, step=step)  # W&B names media files after the row that is open
+            if len(_numbers(row)) < len(row):
+                self.wandb.log({}, step=step)  # W&B names media files after the row that is open
             self.wandb.log(row, step=step, commit=True)
         finally:
             self._handing_over = None

@@ -67,7 +67,7 @@ def starting() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        clear = ("harness", "wandb.errors", "pydantic")
+        clear = ("harness", "wandb.errors")
         if not raised_by_wandb(error) or type(error).__module__.startswith(clear):
             raise
         close()

@@ -1,12 +1,12 @@
 """Reads and checks a W&B sweep file. Its parameters become Optuna distributions."""
 
 import dataclasses
+import json
 import math
 import os
-import re
-import zlib
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import yaml
 from optuna.distributions import (
@@ -15,6 +15,7 @@ from optuna.distributions import (
     FloatDistribution,
     IntDistribution,
 )
+from optuna.pruners import BasePruner, NopPruner, SuccessiveHalvingPruner
 
 from harness.errors import UserError
 
@@ -45,11 +46,7 @@ DISTRIBUTIONS = {
     "inv_log_uniform_values": BOUNDS,
 }
 AGENT_COMMAND = ["${env}", "${interpreter}", "${program}", "${args}"]  # W&B's default
-MAX_COUNT = 10**9  # trials or epochs
 STORABLE = (int, float, str, type(None))  # types of categorical values that Optuna can store
-# Line separators and lone surrogates included.
-CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
-OPTION_NAME = re.compile(r"[A-Za-z_][\w.-]*")
 
 
 @dataclasses.dataclass
@@ -73,35 +70,25 @@ class Sweep:
     @property
     def directory(self) -> Path:
         """The directory for the files of the sweep's runs."""
-        name = re.sub(r"[^A-Za-z0-9_.-]+", "-", self.name)
-        if name != self.name:  # tell "a b" from "a-b"
-            name += f"-{zlib.crc32(self.name.encode()):x}"
+        # Names that differ have directories that differ. % would be decoded in the storage's URL.
+        name = quote(self.name, safe="").replace("%", "~")
         return Path("runs", f"sweep-{name}")
 
 
 def read_sweep(path: Path) -> Sweep:
     """Read and check a sweep file. Raises `UserError`, naming the key and what is wrong with it."""
     try:
-        return _build_sweep(yaml.safe_load(path.read_text()), path.stem)
-    except (OSError, RecursionError, yaml.YAMLError, ValueError) as error:
+        content = yaml.safe_load(path.read_bytes())
+        # A trial's arguments and the storage hold what JSON can: a date becomes text.
+        return _build_sweep(json.loads(json.dumps(content, default=str)), path.stem)
+    except (OSError, yaml.YAMLError, ValueError) as error:
         raise UserError(f"{path}: {' '.join(str(error).split())}") from None
 
 
 def _build_sweep(content: Any, default_name: str) -> Sweep:
     _check_keys("the file", content, KEYS)
-    content.setdefault("name", default_name)
-    for key, value in content.items():
-        if key not in ("command", "description"):  # these may have several lines
-            _check_values(key, value)
-
-    texts = {key: content.get(key) for key in ("name", "program", "project", "entity")}
-    for key, value in texts.items():
-        _check(value is None or isinstance(value, str), key, "text", value)
-    program = texts["program"]
-    _check(program and os.path.isfile(program), "program", "an existing script", program)
-    name = texts["name"]
-    _check(name and len(name) < 100, "name", "1 to 99 characters long", name)
-
+    program = content.get("program")
+    _check(os.path.isfile(str(program)), "program", "an existing script", program)
     method = content.get("method")
     _check(method in ("grid", "random", "bayes"), "method", "grid, random or bayes", method)
     metric = content.get("metric")
@@ -110,25 +97,24 @@ def _build_sweep(content: Any, default_name: str) -> Sweep:
     _check(isinstance(metric_name, str), "metric.name", "the name of a logged metric", metric_name)
     goal = metric.get("goal", "minimize")
     _check(goal in ("minimize", "maximize"), "metric.goal", "minimize or maximize", goal)
-
     run_cap = content.get("run_cap")
-    if run_cap is not None:
-        _check_count("run_cap", run_cap)
+    valid = run_cap is None or (type(run_cap) is int and run_cap > 0)
+    _check(valid, "run_cap", "a whole number above 0", run_cap)
     early_terminate = content.get("early_terminate")
-    if early_terminate is not None:
-        _check_early_terminate(early_terminate)
+    pruner(early_terminate)  # raises `ValueError` if it is invalid
     command = content.get("command") or AGENT_COMMAND
     _check(isinstance(command, list), "command", "a list", command)
-    command = [str(part) for part in command]
-    _check_values("command", " ".join(command).split())  # line breaks are allowed
 
     sweep = Sweep(
-        **texts,
+        name=str(content.get("name") or default_name),
+        program=program,
+        project=content.get("project"),
+        entity=content.get("entity"),
         method=method,
         metric=metric_name,
         direction=goal,
         early_terminate=early_terminate,
-        command=command,
+        command=[str(part) for part in command],
         run_cap=run_cap,
         constants={},
         searched={},
@@ -149,46 +135,33 @@ def _check_keys(key: str, value: Any, allowed: tuple[str, ...]) -> None:
     names = ", ".join(allowed)
     _check(isinstance(value, dict), key, f"a mapping with {names}", value)
     for name in value:
-        if name not in allowed:
-            location = name if key == "the file" else f"{key}.{name}"
-            raise ValueError(f"{location}: unknown key; expected one of {names}")
+        _check(name in allowed, f"a key of {key}", f"one of {names}", name)
 
 
-def _check_count(key: str, value: Any, low: int = 1, high: int = MAX_COUNT) -> None:
-    valid = type(value) is int and low <= value <= high
-    _check(valid, key, f"a whole number from {low} to {high}", value)
+def pruner(early_terminate: Any) -> BasePruner:
+    """The pruner for a sweep file's `early_terminate`. Raises `ValueError` if it is invalid.
 
-
-def _check_values(key: str, value: Any) -> None:
-    """Raise `ValueError` if a command, JSON or a line of output can't express `value`."""
-    if isinstance(value, dict):
-        for name, inner in value.items():
-            _check_values(f"{key}.{name}", [name, inner])
-    elif isinstance(value, list):
-        for inner in value:
-            _check_values(key, inner)
-    elif isinstance(value, str):
-        if CONTROL_CHARACTERS.search(value):
-            raise ValueError(f"{key}: {value!r} has a control character")
-    else:
-        is_nan = isinstance(value, float) and math.isnan(value)
-        too_large = isinstance(value, int) and abs(value) >= 2**53
-        if is_nan or too_large or not isinstance(value, STORABLE):  # such as a date
-            text = str(value)[:99]
-            raise ValueError(f"{key}: {text} is neither text nor a number that a float holds")
-
-
-def _check_early_terminate(value: Any) -> None:
+    W&B calls it Hyperband, but gives every run the same rungs: asynchronous successive halving. A
+    run goes on after min_iter, min_iter * eta, min_iter * eta^2, ... values of the metric if it is
+    in the best 1 / eta of the runs that got there.
+    """
+    if early_terminate is None:
+        return NopPruner()
     key = "early_terminate"
-    _check_keys(key, value, ("type", "min_iter", "max_iter", "s", "eta"))
-    _check(value.get("type") == "hyperband", f"{key}.type", "hyperband", value.get("type"))
-    max_iter = value.get("max_iter", MAX_COUNT)
-    _check_count(f"{key}.max_iter", max_iter)
-    _check_count(f"{key}.min_iter", value.get("min_iter", 1), high=max_iter)
-    _check_count(f"{key}.s", value.get("s", 1), high=100)
-    _check_count(f"{key}.eta", value.get("eta", 2), low=2)
-    sufficient = "min_iter" in value or ("max_iter" in value and "s" in value)
-    _check(sufficient, key, "given min_iter, or max_iter and s", value)
+    _check_keys(key, early_terminate, ("type", "min_iter", "max_iter", "s", "eta", "strict"))
+    kind = early_terminate.get("type")
+    _check(kind == "hyperband", f"{key}.type", "hyperband", kind)
+    try:
+        eta = int(early_terminate.get("eta", 3))
+        if "min_iter" in early_terminate:
+            min_iter = int(early_terminate["min_iter"])
+        else:  # the last rung is at max_iter / eta
+            min_iter = int(early_terminate["max_iter"] / float(eta) ** early_terminate["s"])
+            min_iter = max(min_iter, 1)
+        return SuccessiveHalvingPruner(min_iter, eta)
+    except (ArithmeticError, KeyError, TypeError, ValueError):
+        expected = "given min_iter, or max_iter and s, and perhaps eta, at least 2"
+        raise ValueError(f"{key}: must be {expected}, not {early_terminate}") from None
 
 
 def _add_parameters(sweep: Sweep, key: str, parameters: Any, prefix: str = "") -> None:
@@ -197,7 +170,7 @@ def _add_parameters(sweep: Sweep, key: str, parameters: Any, prefix: str = "") -
     _check(valid, key, "a mapping of names to parameters", parameters)
     for name, parameter in parameters.items():
         inner_key = f"{key}.{name}"
-        _check(OPTION_NAME.fullmatch(str(name)), inner_key, "a valid option name", name)
+        _check("/" not in name, inner_key, "a name without /", name)
         valid = isinstance(parameter, dict)
         _check(valid, inner_key, "a mapping with value, values, or min and max", parameter)
         full_name = f"{prefix}{name}"
@@ -234,13 +207,12 @@ def _distribution(key: str, parameter: dict[str, Any], method: str) -> BaseDistr
 
     for name in ("min", "max", "q"):
         number = parameter.get(name, 1)
-        expected = "a number (YAML reads 1e-4 as text: write 0.0001)"
-        _check(type(number) in (int, float), f"{key}.{name}", expected, number)
+        expected = "a number below 1e15 (YAML reads 1e-4 as text: write 0.0001)"
+        valid = type(number) in (int, float) and abs(number) < 1e15
+        _check(valid, f"{key}.{name}", expected, number)
     try:
         distribution = _range(kind, parameter["min"], parameter["max"], parameter.get("q", 1))
-    except ArithmeticError:
-        raise ValueError(f"{key}: min, max or q is too large or too small") from None
-    except ValueError as error:  # also from Optuna, which checks that low <= high
+    except (ArithmeticError, ValueError) as error:  # Optuna checks that low <= high
         raise ValueError(f"{key}: {error}") from None
     if method == "grid" and distribution.step is None:
         raise ValueError(
@@ -256,23 +228,14 @@ def _default_kind(parameter: dict[str, Any]) -> str:
         return "constant"
     if "values" in parameter:
         return "categorical"
-    if type(parameter.get("min")) is int or type(parameter.get("max")) is int:
-        return "int_uniform"
-    return "uniform"
+    is_int = type(parameter.get("min")) is int and type(parameter.get("max")) is int
+    return "int_uniform" if is_int else "uniform"
 
 
 def _range(kind: str, low: float, high: float, q: float) -> FloatDistribution | IntDistribution:
-    if not (high - low) / q < 1e15:
-        raise OverflowError
-    if kind == "int_uniform":
-        if not (type(low) is int and type(high) is int):
-            raise ValueError("write min and max both as whole numbers or both with a decimal point")
-        return IntDistribution(low, high)
-    if kind == "q_uniform":  # its bounds become multiples of q
+    if kind in ("int_uniform", "q_uniform"):  # the bounds become multiples of q
         first = math.ceil(low / q - 1e-9)
         last = math.floor(high / q + 1e-9)
-        if first > last:
-            raise ValueError(f"no multiple of {q} lies between {low} and {high}")
         distribution = IntDistribution if type(q) is int else FloatDistribution
         return distribution(round(first * q, 12), round(last * q, 12), step=q)
     if kind == "log_uniform":  # W&B's bounds are exponents here

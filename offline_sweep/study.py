@@ -1,8 +1,7 @@
-"""A sweep as an Optuna study: its storage, sampler and pruner."""
+"""A sweep as an Optuna study: its storage and sampler."""
 
 import dataclasses
 import functools
-import json
 import math
 import re
 import time
@@ -17,7 +16,6 @@ from optuna.distributions import (
     distribution_to_json,
 )
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
-from optuna.pruners import BasePruner, HyperbandPruner, NopPruner
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.storages import BaseStorage, RDBStorage, get_storage
 from optuna.study import Study
@@ -25,7 +23,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
 
 from harness.errors import UserError
-from offline_sweep.file import Sweep
+from offline_sweep.file import Sweep, pruner
 
 PATIENCE = 300.0  # seconds that a search waits for a database that does not answer
 FAILURES = (DBAPIError, StorageInternalError)
@@ -114,18 +112,6 @@ def sampler(sweep: Sweep, seed: int | None) -> BaseSampler:
     return TPESampler(seed=seed, n_startup_trials=5, multivariate=True, constant_liar=True)
 
 
-def pruner(early_terminate: dict[str, Any] | None) -> BasePruner:
-    """The pruner for a sweep file's `early_terminate`."""
-    if early_terminate is None:
-        return NopPruner()
-    eta = early_terminate.get("eta", 3)
-    max_iter = early_terminate.get("max_iter", "auto")
-    min_iter = early_terminate.get("min_iter")
-    if min_iter is None:  # as in W&B, the first rung is then at max_iter / eta^s epochs
-        min_iter = max(1, max_iter // eta ** early_terminate["s"])
-    return HyperbandPruner(min_iter, max_iter, eta)
-
-
 def open_study(sweep: Sweep, url: str) -> tuple[Study, RetryingStorage]:
     """The sweep's study and its storage. Raises `UserError` if the storage can't be used."""
     patience = 0.0 if url.startswith("sqlite") else PATIENCE  # a damaged file does not recover
@@ -140,13 +126,8 @@ def open_study(sweep: Sweep, url: str) -> tuple[Study, RetryingStorage]:
         definition["searched"][name] = distribution_to_json(distribution)
     if not study.trials:
         study.set_user_attr("sweep", definition)
-    stored = study.user_attrs.get("sweep")
-    if stored is None:
-        raise UserError(
-            f"the storage has a study {sweep.name!r} that sweep_offline.py did not create"
-        )
-    current = json.loads(json.dumps(definition))
-    changed = [name for name, value in current.items() if stored.get(name) != value]
+    stored = study.user_attrs.get("sweep", {})
+    changed = [name for name, value in definition.items() if stored.get(name) != value]
     if changed:
         raise UserError(
             f"the sweep {sweep.name!r} was started with different {' and '.join(changed)}; to "

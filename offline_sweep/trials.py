@@ -7,17 +7,16 @@ import json
 import os
 import re
 import secrets
-import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 from typing import Any, TextIO
 
 import optuna
+import yaml
 from optuna.trial import FrozenTrial, TrialState
 
 from harness.errors import UserError
@@ -25,16 +24,10 @@ from offline_sweep.file import Sweep
 from offline_sweep.study import RetryingStorage, sampler, suggest
 
 STOP_TIMEOUT = 30  # seconds; a run takes at most its --stop_timeout, and a little to close W&B
-MAX_ATTEMPTS = 3  # per epoch, for a run that something else keeps stopping
-# Exit statuses after which a run can be resumed.
-STOP_STATUSES = (130, 143, -signal.SIGINT, -signal.SIGTERM)
 
 
-def trial_command(sweep: Sweep, searched: dict[str, Any], interpreter: str) -> list[str]:
-    """The command that W&B's agent would run with these values of the searched parameters.
-
-    Raises `UserError` if the sweep's command has an unknown macro.
-    """
+def trial_arguments(sweep: Sweep, searched: dict[str, Any]) -> dict[str, Any]:
+    """All parameters of a trial, nested ones as mappings, given its values of those searched."""
     arguments: dict[str, Any] = {}
     for name, value in (sweep.constants | searched).items():
         if name in searched:
@@ -44,7 +37,11 @@ def trial_command(sweep: Sweep, searched: dict[str, Any], interpreter: str) -> l
         for outer_name in outer_names:
             mapping = mapping.setdefault(outer_name, {})
         mapping[inner_name] = value
+    return arguments
 
+
+def trial_command(sweep: Sweep, arguments: dict[str, Any], interpreter: str) -> list[str]:
+    """The command that W&B's agent would run. Raises `UserError` if it has an unknown macro."""
     pairs = [f"{name}={value}" for name, value in arguments.items()]
     flags = []
     for name, value in arguments.items():
@@ -70,19 +67,6 @@ def trial_command(sweep: Sweep, searched: dict[str, Any], interpreter: str) -> l
     return command
 
 
-def check_command(sweep: Sweep) -> None:
-    """Raise `UserError` if the command has an unknown macro, or its program can't be executed."""
-    program, *rest = trial_command(sweep, {}, sys.executable) or [""]
-    # What follows /usr/bin/env is the program, unless it is an option or sets a variable.
-    if program == "/usr/bin/env" and rest and not re.match("-|.*=", rest[0]):
-        program = rest[0]
-    if not shutil.which(program):
-        raise UserError(
-            f"command: {program} not found on PATH, or not executable; "
-            "a path needs a /, as in ./run.sh"
-        )
-
-
 def visible_gpus() -> list[str]:
     """The GPUs in CUDA_VISIBLE_DEVICES, or those of the machine if it is not set."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -90,8 +74,8 @@ def visible_gpus() -> list[str]:
         return re.findall(r"[^,\s]+", visible)
     command = ["nvidia-smi", "-L"]
     try:
-        listing = subprocess.run(command, capture_output=True, text=True, timeout=30).stdout
-    except (OSError, subprocess.TimeoutExpired):
+        listing = subprocess.run(command, capture_output=True, text=True).stdout
+    except OSError:
         return []
     return re.findall(r"^GPU (\d+):", listing, re.MULTILINE)
 
@@ -101,17 +85,13 @@ def read_directory_id(directory: Path) -> str:
 
     The first call creates it.
     """
-    with (directory / "place").open("a+", errors="replace") as file:
+    with (directory / "place").open("a+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)
-        directory_id = file.read().strip()
+        directory_id = file.read()
         if not directory_id:
             directory_id = secrets.token_hex(8)
             file.write(directory_id)
-    if not re.fullmatch("[0-9a-f]{16}", directory_id):
-        raise UserError(
-            f"{file.name} is damaged: restore it, or choose another name for the sweep", 1
-        )
     return directory_id
 
 
@@ -191,7 +171,6 @@ class Search:
     directory_id: str
     gpus: list[str]  # shared by the processes
     running: list[TrialProcess] = dataclasses.field(default_factory=list)
-    attempts: Counter = dataclasses.field(default_factory=Counter)  # by trial number and epoch
 
     def trials(self) -> list[FrozenTrial]:
         """All trials in the storage, by number."""
@@ -247,8 +226,14 @@ class Search:
         trial.set_user_attr("parameters", searched)
 
         output_dir = sweep.directory / run_id
-        command = trial_command(sweep, searched, sys.executable)
+        arguments = trial_arguments(sweep, searched)
+        command = trial_command(sweep, arguments, sys.executable)
         command += ["--output_dir", str(output_dir), "--resume"]
+        # As W&B's agent does, for programs that read their parameters from wandb.config.
+        content = {"wandb_version": 1}
+        for name, value in arguments.items():
+            content[name] = {"value": value}
+        output_dir.with_suffix(".yaml").write_text(yaml.safe_dump(content))
         gpus_in_use = [process.gpu for process in self.running]
         gpu = min(self.gpus, key=gpus_in_use.count, default=None)
         with output_dir.with_suffix(".log").open("ab") as log:
@@ -258,36 +243,33 @@ class Search:
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,
-                    env=self._environment(number, run_id, gpu),
+                    env=self._environment(number, output_dir, gpu),
                     start_new_session=True,  # Ctrl-C reaches only the search, which stops its runs
                     pass_fds=(lock.fileno(),),  # a run that outlives the search keeps the lock
                 )
-            except OSError as error:  # for example, a script without #!
-                raise UserError(f"command: {command[0]}: {error.strerror}") from None
+            except (OSError, ValueError) as error:  # a script without #!, a NUL in an argument
+                raise UserError(f"command: {error}") from None
         reported = max(known.intermediate_values, default=0)
         self.running.append(TrialProcess(trial, popen, output_dir, lock, gpu, reported))
         return True
 
-    def _environment(self, number: int, run_id: str, gpu: str | None) -> dict[str, str]:
+    def _environment(self, number: int, output_dir: Path, gpu: str | None) -> dict[str, str]:
         """The environment of a run: W&B offline, a GPU, and a share of the processor's threads."""
         sweep = self.sweep
-        environment = {
-            name: value for name, value in os.environ.items() if not name.startswith("WANDB_SWEEP")
-        }
+        environment = dict(os.environ)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        threads = str(max(1, cores // self.jobs))
-        environment.setdefault("OMP_NUM_THREADS", threads)
-        environment.setdefault("RAYON_NUM_THREADS", threads)  # for tokenizers
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // self.jobs)))
         environment.update(
             WANDB_MODE="offline",
             WANDB_NAME=f"{sweep.name}-{number}",
-            WANDB_RUN_ID=run_id,
+            WANDB_RUN_ID=output_dir.name,
             WANDB_RUN_GROUP=sweep.name,
+            WANDB_SWEEP_PARAM_PATH=str(output_dir.with_suffix(".yaml").resolve()),
         )
         if sweep.project:
-            environment["WANDB_PROJECT"] = sweep.project
+            environment["WANDB_PROJECT"] = str(sweep.project)
         if sweep.entity:
-            environment["WANDB_ENTITY"] = sweep.entity
+            environment["WANDB_ENTITY"] = str(sweep.entity)
         if gpu:
             environment["CUDA_VISIBLE_DEVICES"] = gpu
         return environment
@@ -301,20 +283,13 @@ class Search:
             if exited:
                 self.running.remove(process)
                 with process.lock:
-                    trial = self._record_outcome(process)
-                if trial:
-                    ended.append(trial)
+                    ended.append(self._record_outcome(process))
         return ended
 
-    def _record_outcome(self, process: TrialProcess) -> FrozenTrial | None:
-        """Record the outcome of a process that has exited; None if its trial is to be resumed."""
+    def _record_outcome(self, process: TrialProcess) -> FrozenTrial:
         trial = process.trial
-        if process.popen.returncode in STOP_STATUSES:
-            if process.pruned:
-                return self.study.tell(trial, state=TrialState.PRUNED)
-            self.attempts[trial.number, process.reported] += 1
-            if self.attempts[trial.number, process.reported] < MAX_ATTEMPTS:
-                return None
+        if process.pruned and process.popen.returncode != 0:
+            return self.study.tell(trial, state=TrialState.PRUNED)
         result = process.read_result(self.sweep.metric)
         if isinstance(result, str):
             trial.set_user_attr("error", result)
@@ -328,7 +303,7 @@ class Search:
         """
         path = f"{self.sweep.directory / trial.user_attrs['run']}{suffix}"
         if trial.user_attrs["place"] != self.directory_id:
-            return f"{trial.user_attrs.get('host', 'elsewhere')}/{path}"
+            return f"{trial.user_attrs['host']}/{path}"
         return path if os.path.exists(path) else None
 
     def stop(self) -> None:

@@ -6,13 +6,13 @@ from collections import defaultdict
 from statistics import fmean, stdev
 from typing import Any
 
-from metrics import calibration
+from torch import Tensor
+
+from metrics import ConfusionMatrix
 from reporting.predictions import Predictions
 from reporting.runs import RunFiles, SeedGroups
 
-MAX_POINTS = 300_000  # in all curves together
-SHORT = 500  # points in a curve that is never thinned
-OVERVIEW = ("valid/loss", "train/loss_step", "valid/acc", "train/acc_step")  # after the monitored
+MAX_POINTS = 1000  # in a curve or chart
 Figure = dict[str, Any]  # data and layout of a chart, as plotly.js takes them
 
 
@@ -30,24 +30,25 @@ def finite(value: float) -> float | None:
 
 def curves(runs: list[RunFiles], seed_groups: SeedGroups) -> dict[str, Any]:
     """For each metric, the curve of every run, and mean ± standard deviation of every group."""
-    total = 4 * sum(len(run.rows) for run in runs)  # most rows have about four metrics
-    every = math.ceil(total / MAX_POINTS)
     names = set()
+    shown_first = [run.monitor for run in runs]
     for run in runs:
         names.update(*run.rows)
+        for name in run.key_metrics:
+            shown_first += [f"valid/{name}", f"train/{name}_step"]
     names -= {"step", "epoch"}
     metrics = {}
     for name in sorted(names, key=lambda name: (not name.startswith("valid/"), name)):
         lines = []
         for i, run in enumerate(runs):
-            rows = thinned([row for row in run.rows if name in row], every)
+            rows = thinned([row for row in run.rows if name in row])
             if rows:
                 steps = [int(row["step"]) for row in rows]
                 values = [finite(row[name]) for row in rows]
                 lines.append({"run": i, "x": steps, "y": values})
         bands = []
         for i, members in enumerate(seed_groups.values()):
-            points = band(members, name, every)
+            points = band(members, name)
             if points:
                 steps, means, deviations, counts = zip(*points)
                 bands.append(
@@ -65,24 +66,29 @@ def curves(runs: list[RunFiles], seed_groups: SeedGroups) -> dict[str, Any]:
     for i, (name, members) in enumerate(seed_groups.items()):
         group_names.append(chart_text(f"{name} (n = {len(members)})"))
         group_of.update((run.path, i) for run in members)
-    shown_first = dict.fromkeys([*(run.monitor for run in runs), *OVERVIEW])
+    described = []
+    for run in runs:
+        described.append({"name": chart_text(run.label), "group": group_of.get(run.path)})
+    overview = []
+    for name in [*shown_first, *metrics]:
+        if name in metrics and name not in overview:
+            overview.append(name)
     return {
-        "runs": [{"name": chart_text(run.label), "group": group_of.get(run.path)} for run in runs],
+        "runs": described,
         "groups": group_names,
         "metrics": metrics,
-        "overview": [name for name in shown_first if name in metrics][:4],
-        "thinned": every > 1,
+        "overview": overview[:4],
     }
 
 
-def thinned(points: list[Any], every: int) -> list[Any]:
-    """Every so many of the points, with the last one; all points of a short curve."""
-    if len(points) <= SHORT:
-        return points
-    return points[(len(points) - 1) % every :: every]
+def thinned(points: list[Any]) -> list[Any]:
+    """Up to `MAX_POINTS` of the points, at equal distances, with the last one."""
+    every = max(1, math.ceil(len(points) / MAX_POINTS))
+    first = (len(points) - 1) % every
+    return points[first::every]
 
 
-def band(runs: list[RunFiles], name: str, every: int) -> list[tuple]:
+def band(runs: list[RunFiles], name: str) -> list[tuple]:
     """Step, mean, standard deviation and count of a metric, where at least two runs have it."""
     by_step = defaultdict(list)
     for run in runs:
@@ -90,11 +96,11 @@ def band(runs: list[RunFiles], name: str, every: int) -> list[tuple]:
             if math.isfinite(row.get(name, math.nan)):
                 by_step[int(row["step"])].append(row[name])
     points = []
-    for step, values in thinned(sorted(by_step.items()), every):
+    for step, values in thinned(sorted(by_step.items())):
         if len(values) > 1:
-            mean = fmean(values)
-            deviation = stdev(values, mean)
-            points.append((step, finite(mean), finite(deviation), len(values)))
+            mean = finite(fmean(values))
+            deviation = finite(stdev(values))
+            points.append((step, mean, deviation, len(values)))
     return points
 
 
@@ -106,7 +112,9 @@ def titled(title: str, **options: Any) -> dict[str, Any]:
 def confusion(predictions: Predictions) -> Figure:
     """A confusion matrix with a row per label: shade and hover text give the share of the row."""
     names = [chart_text(name, 20) for name in predictions.class_names]
-    counts = predictions.confusion.counts
+    matrix = ConfusionMatrix(len(names))
+    matrix.update(predictions.predictions, predictions.labels)
+    counts = matrix.counts
     shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
     heatmap = {
         "type": "heatmap",
@@ -122,36 +130,30 @@ def confusion(predictions: Predictions) -> Figure:
     }
     xaxis = titled("prediction", type="category", showgrid=False)
     yaxis = titled("label", type="category", showgrid=False, autorange="reversed")
-    return {"data": [heatmap], "layout": titled("Confusion matrix", xaxis=xaxis, yaxis=yaxis)}
+    layout = titled("Confusion matrix", xaxis=xaxis, yaxis=yaxis)
+    return {"data": [heatmap], "layout": layout}
 
 
-def reliability(predictions: Predictions) -> Figure:
-    """A reliability diagram: accuracy by the probability that the model gave its predictions."""
-    counts, confidences, accuracies = calibration(predictions.probabilities, predictions.labels)
-    used = counts > 0
-    diagonal = {
-        "x": [0, 1],
-        "y": [0, 1],
+def against_diagonal(title: str, axes: dict[str, Tensor]) -> Figure:
+    """A chart of one value against another, and a line on which both are equal."""
+    (x_name, x), (y_name, y) = axes.items()
+    ends = [finite(float(x.min())), finite(float(x.max()))]
+    line = {
+        "x": ends,
+        "y": ends,
         "mode": "lines",
         "line": {"dash": "dot", "color": "#888"},
-        "name": "perfect calibration",
         "hoverinfo": "skip",
     }
     points = {
-        "x": confidences[used].tolist(),
-        "y": accuracies[used].tolist(),
-        "customdata": counts[used].tolist(),
+        "x": [finite(value) for value in x.tolist()],
+        "y": [finite(value) for value in y.tolist()],
         "mode": "markers",
-        "name": "this model",
-        "marker": {"size": (4 + 20 * (counts[used] / counts.max()).sqrt()).tolist()},
-        "hovertemplate": "mean probability %{x:.1%}<br>accuracy %{y:.1%}<br>"
-        "%{customdata:,} examples<extra></extra>",
     }
-    axis = {"range": [0, 1.03], "tickformat": ".0%"}
     layout = titled(
-        "Calibration",
-        legend={"x": 0, "y": 1},
-        xaxis=titled("probability of the predicted class", **axis),
-        yaxis=titled("accuracy", **axis),
+        title,
+        showlegend=False,
+        xaxis=titled(x_name),
+        yaxis=titled(y_name),
     )
-    return {"data": [diagonal, points], "layout": layout}
+    return {"data": [line, points], "layout": layout}

@@ -7,8 +7,6 @@ from typing import Any
 
 from reporting.runs import format_value, is_number
 
-MARK = "<!-- written by report.py -->"  # near the beginning of every page
-
 
 def paragraph(content: str, css_class: str = "") -> str:
     """A paragraph of text."""
@@ -16,11 +14,8 @@ def paragraph(content: str, css_class: str = "") -> str:
 
 
 def cell(value: Any) -> str:
-    """A table cell. A number is sorted by its value; a pair is a value and the text to show."""
-    if isinstance(value, tuple):
-        value, shown = value
-    else:
-        shown = format_value(value)
+    """A table cell. A number is sorted by its value."""
+    shown = format_value(value)
     content = html.escape(shown)
     if is_number(value):
         exact = repr(value).replace("inf", "Infinity")
@@ -29,13 +24,12 @@ def cell(value: Any) -> str:
     return f"<td{attribute}>{content}</td>"
 
 
-def table(header: list[str], rows: list[list[Any]], bold_first: bool = False) -> str:
-    """A table that a click on a column head sorts; the first row may be bold."""
+def table(header: list[str], rows: list[list[Any]]) -> str:
+    """A table that a click on a column head sorts."""
     head = "".join(f"<th>{html.escape(format_value(name))}</th>" for name in header)
     body = ""
-    for i, row in enumerate(rows):
-        attribute = " class=best" if bold_first and i == 0 else ""
-        body += f"<tr{attribute}>{''.join(map(cell, row))}</tr>"
+    for row in rows:
+        body += f"<tr>{''.join(map(cell, row))}</tr>"
     content = f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
     return f'<div class="scroll"><table>{content}</table></div>'
 
@@ -51,15 +45,3 @@ def embedded_json(name: str, content: Any) -> str:
     # Escaped, nothing in it can end the script element.
     data = json.dumps(content, separators=(",", ":")).replace("<", "\\u003c")
     return f'<script type="application/json" id="{name}">{data}</script>'
-
-
-def details(summary: str, content: str, is_open: bool = False) -> str:
-    """Content that a click on its summary shows or hides."""
-    attribute = " open" if is_open else ""
-    return f"<details{attribute}><summary>{html.escape(summary)}</summary>{content}</details>"
-
-
-def counted(number: int, noun: str) -> str:
-    """A number with its noun: 1 example, 2 examples."""
-    ending = "" if number == 1 else "s"
-    return f"{number:,} {noun}{ending}"

@@ -1,39 +1,37 @@
-"""Reads the validation examples that a run predicted, and shows them as sentences or images."""
+"""Reads the validation examples that a run predicted, and shows them as a table."""
 
-import base64
 import csv
-import functools
-import html
-import io
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+import torch.nn.functional as F
 from torch import Tensor
 
 from harness.errors import UserError
 from metrics import ConfusionMatrix, calibration
 from reporting.markup import paragraph, table
 from reporting.runs import RunFiles, format_value
-from tasks.digits import MNIST_SHA256, TORCHVISION_CLASS, load_digits, split_digits
 
 csv.field_size_limit(2**31 - 1)  # the default is 131,072 characters
-_load_digits = functools.lru_cache(maxsize=1)(load_digits)  # both runs of a comparison use it
+MOST_SHOWN = 24  # examples
+UNKNOWN = (
+    "predictions.csv has neither label, prediction and probability_0, ... nor target and "
+    "prediction as columns of numbers"
+)
 
 
 @dataclass
 class Predictions:
-    """The content of a run's predictions.csv."""
+    """The content of a run's predictions.csv: of classes, or of numbers."""
 
     run: RunFiles
-    labels: Tensor  # int64 (examples,)
-    predictions: Tensor  # int64 (examples,)
-    probabilities: Tensor  # float64 (examples, classes)
-    losses: Tensor  # float64 (examples,), in nats
-    confusion: ConfusionMatrix
-    texts: dict[str, tuple[str, ...]]  # the columns "sentence" and "source"; empty for images
+    labels: Tensor  # int64 (examples,), or the targets: float64 (examples,)
+    predictions: Tensor  # of the same type
+    probabilities: Tensor | None  # float64 (examples, classes); None if numbers are predicted
+    losses: Tensor  # float64 (examples,): cross-entropy in nats, or the absolute error
+    texts: dict[str, tuple[str, ...]]  # the columns that are not numbers, such as "sentence"
 
     @property
     def correct(self) -> Tensor:
@@ -42,8 +40,9 @@ class Predictions:
 
     @property
     def examples(self) -> str:
-        """The classes, labels and sentences; runs with the same ones can be compared."""
-        return repr((self.probabilities.shape[1], self.labels.tolist(), self.texts))
+        """The classes, labels and texts; runs with the same ones can be compared."""
+        classes = None if self.probabilities is None else self.probabilities.shape[1]
+        return repr((classes, self.labels.tolist(), self.texts))
 
     @property
     def class_names(self) -> list[str]:
@@ -56,80 +55,74 @@ class Predictions:
 
 
 def read_predictions(run: RunFiles) -> Predictions:
-    """The predictions of a run. Raises `UserError` if they are missing or unreadable."""
+    """The predictions of a run. Raises `UserError` if they are missing or of another kind."""
     path = run.path / "predictions.csv"
     if not path.is_file():
         raise UserError("no predictions.csv")
+    numbers = {}
+    texts = {}
     try:
         with path.open(newline="", encoding="utf-8", errors="replace") as file:
             header, *rows = csv.reader(file)
-        columns = dict(zip(header, zip(*rows, strict=True)))
-        classes = [name for name in columns if name.startswith("probability_")]
-        integers = np.array([columns["label"], columns["prediction"]], int)
-        labels, predictions = torch.from_numpy(integers)
-        floats = torch.from_numpy(np.array([columns[name] for name in ("loss", *classes)], float))
-        losses = floats[0]
-        probabilities = floats[1:].T
-        confusion = ConfusionMatrix(len(classes))
-        confusion.update(predictions, labels)  # checks the range
-        calibration(probabilities, labels)  # checks the probabilities
-    except (OSError, ValueError, KeyError, csv.Error):
+        for name, column in zip(header, zip(*rows, strict=True)):
+            try:
+                numbers[name] = torch.from_numpy(np.array(column, float))
+            except ValueError:
+                texts[name] = column
+        return arrange(run, numbers, texts)
+    except (OSError, ValueError, csv.Error):
         raise UserError("predictions.csv can't be read") from None
-    texts = {name: columns[name] for name in ("sentence", "source") if name in columns}
-    return Predictions(run, labels, predictions, probabilities, losses, confusion, texts)
 
 
-def find_images(predictions: Predictions) -> Tensor | None:
-    """The images that train_mnist.py predicted, uint8 (examples, 1, 28, 28), if on disk."""
-    config = predictions.run.config
-    try:
-        name = config["dataset"]
-        raw = Path(config["data_dir"], TORCHVISION_CLASS.get(name, ""), "raw")
-        if name != "synthetic" and not all((raw / file).is_file() for file in MNIST_SHA256):
-            return None  # load_digits would download them
-        digits = _load_digits(name, config["data_dir"])
-        digits = split_digits(digits, config["valid_size"], config["slice"])
-    except (UserError, KeyError, TypeError, ValueError):
-        return None
-    part = digits.valid if len(digits.valid.labels) else digits.test
-    return part.images if torch.equal(part.labels, predictions.labels) else None
+def arrange(run: RunFiles, numbers: dict[str, Tensor], texts: dict[str, Any]) -> Predictions:
+    """The predictions in columns. Raises `UserError` if some are missing, `ValueError` if wrong."""
+    classes = [name for name in numbers if name.startswith("probability_")]
+    if classes and {"label", "prediction"} <= numbers.keys():
+        labels = numbers["label"].long()
+        predictions = numbers["prediction"].long()
+        probabilities = torch.stack([numbers[name] for name in classes], 1)
+        ConfusionMatrix(len(classes)).update(predictions, labels)  # checks the range
+        calibration(probabilities, labels)  # checks the probabilities
+        log_probabilities = probabilities.clamp(min=1e-300).log()
+        losses = F.nll_loss(log_probabilities, labels, reduction="none")
+        return Predictions(run, labels, predictions, probabilities, losses, texts)
+    if {"target", "prediction"} <= numbers.keys():
+        targets = numbers["target"]
+        predictions = numbers["prediction"]
+        errors = (predictions - targets).abs()
+        return Predictions(run, targets, predictions, None, errors, texts)
+    raise UserError(UNKNOWN)
+
+
+def largest_first(values: Tensor, chosen: Tensor) -> list[int]:
+    """The indices of the chosen examples, by falling value."""
+    indices = chosen.nonzero().flatten()
+    return indices[values[indices].argsort(descending=True, stable=True)].tolist()
 
 
 def show_examples(
     predictions: Predictions, indices: list[int], other: Predictions | None = None
 ) -> str:
-    """Examples as images, sentences or numbers, with the label, the prediction and its probability.
+    """A table of the first few of some examples: texts or numbers, labels and predictions.
 
-    `other` adds a column to a table: the probability that another run gave the label.
+    `other` adds a column: what another run predicts, of classes the probability of the label.
     """
     if not indices:
         return paragraph("None.", "soft")
-    images = None if predictions.texts else find_images(predictions)
-    names = predictions.class_names
-    figures = ""
-    rows = []
-    for i in indices:
-        label = names[predictions.labels[i]]
-        prediction = names[predictions.predictions[i]]
-        confidence = float(predictions.probabilities[i].max())
-        if images is not None:
-            figures += _figure(images[i, 0], f"{label} as {prediction}, {confidence:.0%}")
-        example = [column[i] for column in predictions.texts.values()] or [i]
-        rows.append([*example, label, prediction, confidence])
+    labels = predictions.labels.tolist()
+    columns = dict(predictions.texts) or {"example": range(len(labels))}
+    if predictions.probabilities is None:
+        columns["target"] = labels
+        columns["prediction"] = predictions.predictions.tolist()
         if other:
-            rows[-1].append(float(other.probabilities[i, predictions.labels[i]]))
-    if figures:
-        heading = paragraph("Label as prediction, and its probability:", "soft")
-        return f'{heading}<div class="images">{figures}</div>'
-    header = [*(predictions.texts or ["example"]), "label", "prediction", "its probability"]
-    if other:
-        header.append("the other run's probability of the label")
-    return table(header, rows)
-
-
-def _figure(image: Tensor, caption: str) -> str:
-    buffer = io.BytesIO()
-    Image.fromarray(image.numpy()).save(buffer, format="png")
-    png = base64.b64encode(buffer.getvalue()).decode()
-    picture = f'<img class="small" alt="" src="data:image/png;base64,{png}">'
-    return f"<figure>{picture}<figcaption>{html.escape(caption)}</figcaption></figure>"
+            columns[f"prediction of {other.run.label}"] = other.predictions.tolist()
+    else:
+        names = predictions.class_names
+        columns["label"] = [names[label] for label in labels]
+        columns["prediction"] = [names[label] for label in predictions.predictions]
+        columns["its probability"] = predictions.probabilities.max(1).values.tolist()
+        if other:
+            of_label = other.losses.neg().exp()
+            columns[f"probability of the label by {other.run.label}"] = of_label.tolist()
+    rows = [[column[i] for column in columns.values()] for i in indices[:MOST_SHOWN]]
+    return table(list(columns), rows)

@@ -16,10 +16,8 @@ from harness.directory import CONFIG, JOURNAL, METRICS
 from harness.errors import UserError
 from harness.files import read_json
 from harness.options import SharedSettings
-from metrics import lower_is_better
 
-# Figures shown beside the monitored one.
-KEY_FIGURES = ("valid/loss", "valid/acc", "valid/mcc", "test/loss", "test/acc")
+KEY_METRICS = 2  # of those that a script declares, shown beside the monitored one
 SEED_AND_REMARKS = ("seed", "name", "notes", "tags")  # may differ within a group of seeds
 
 
@@ -39,12 +37,24 @@ class RunFiles:
     @property
     def monitor(self) -> str:
         """The metric that selects the best epoch, such as "valid/loss"."""
-        return format_value(self.config.get("monitor") or "valid/loss")
+        return format_value(self.config.get("monitor"))
 
     @property
-    def dataset(self) -> str:
-        """The name of the data set."""
-        return format_value(self.config.get("dataset"))
+    def declared(self) -> dict[str, Any]:
+        """The script's metrics, such as "loss", and which value is better: "min" or "max"."""
+        declared = self.config.get("metrics")
+        return declared if isinstance(declared, dict) else {}
+
+    @property
+    def key_metrics(self) -> list[str]:
+        """The monitored metric and the first declared ones, without "valid/"."""
+        return [base_name(self.monitor), *list(self.declared)[:KEY_METRICS]]
+
+    @property
+    def sign(self) -> int | None:
+        """1 if lower is better in the monitored metric, -1 if higher is; None if not declared."""
+        direction = self.declared.get(base_name(self.monitor))
+        return {"min": 1, "max": -1}.get(str(direction))
 
     @property
     def best(self) -> dict[str, float]:
@@ -53,27 +63,27 @@ class RunFiles:
             figures = {name: value for name, value in self.metrics.items() if is_number(value)}
             figures["epoch"] = figures.pop("best/epoch", math.nan)
             return figures
+        if self.sign is None:
+            return {}
         rows = [row for row in self.rows if math.isfinite(row.get(self.monitor, math.nan))]
-        return min(rows, key=lambda row: sort_key(row[self.monitor], self.monitor), default={})
+        return min(rows, key=lambda row: self.sign * row[self.monitor], default={})
+
+    @property
+    def score(self) -> float | None:
+        """The monitored figure, negated if higher is better; None if the run can't be ranked."""
+        figure = self.best.get(self.monitor, math.nan)
+        if self.sign is None or not math.isfinite(figure):
+            return None
+        return self.sign * figure
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The settings that may tell runs apart, and library versions as "version of torch"."""
-        hidden = {"versions"}
+        """The settings that may tell runs apart."""
+        hidden = {"metrics"}
         for option in dataclasses.fields(SharedSettings):
             if not option.metadata["tells_apart"]:
                 hidden.add(option.name)
-        settings = {name: value for name, value in self.config.items() if name not in hidden}
-        versions = self.config.get("versions")
-        versions = versions if isinstance(versions, dict) else {}
-        return settings | {
-            f"version of {library}": version for library, version in versions.items()
-        }
-
-    @property
-    def seed(self) -> str:
-        """The seed; "None" if the config has none."""
-        return str(self.config.get("seed"))
+        return {name: value for name, value in self.config.items() if name not in hidden}
 
 
 SeedGroups = dict[str, list[RunFiles]]  # by a printable name
@@ -82,12 +92,14 @@ Table = tuple[list[str], list[list[Any]]]  # header and rows
 
 def is_number(value: Any) -> bool:
     """Whether `value` is a float, or an int that a float can hold."""
-    return isinstance(value, float) or (type(value) is int and value.bit_length() < 1024)
+    if type(value) is int:  # not True or False
+        return value.bit_length() < 1024
+    return isinstance(value, float)
 
 
-def sort_key(value: float, metric: str) -> float:
-    """`value`, negated if higher is better, so that the best sorts first."""
-    return value if lower_is_better(metric) else -value
+def base_name(metric: str) -> str:
+    """A metric's name without its prefix: "loss" for "valid/loss"."""
+    return metric.split("/", 1)[-1]
 
 
 def find_runs(directories: Iterable[Path]) -> list[RunFiles]:
@@ -97,14 +109,12 @@ def find_runs(directories: Iterable[Path]) -> list[RunFiles]:
     """
     paths = {}
     for directory in directories:
-        if not directory.exists():
-            raise UserError(f"{directory} does not exist")
-        if not directory.is_dir():
-            raise UserError(f"{directory} is not a directory")
-        if holds_run(directory):
-            children = [directory]
-        else:
-            children = sorted(filter(holds_run, directory.iterdir()))
+        children = [directory]
+        if not holds_run(directory):
+            try:
+                children = sorted(filter(holds_run, directory.iterdir()))
+            except OSError as error:
+                raise UserError(f"{directory}: {error.strerror}") from None
         if not children:
             raise UserError(f"{directory} holds no run: no directory with {CONFIG} or {JOURNAL}")
         for child in children:
@@ -113,20 +123,19 @@ def find_runs(directories: Iterable[Path]) -> list[RunFiles]:
 
 
 def sort_runs(runs: list[RunFiles]) -> list[RunFiles]:
-    """The runs from best to worst; those that share a label get their path as label."""
+    """The runs, by monitored metric, from best to worst; those that can't be ranked come last.
+
+    Runs that share a label get their path as label.
+    """
     labels = [run.label for run in runs]
     for run in runs:
         if labels.count(run.label) > 1:
             run.label = format_value(str(run.path))
+
+    def rank(run: RunFiles) -> tuple[bool, str, float]:
+        return run.score is None, run.monitor, run.score or 0.0
+
     return sorted(runs, key=rank)
-
-
-def rank(run: RunFiles) -> tuple[bool, str, float]:
-    """The sort key of a run: by monitored metric, the best first; runs without a figure last."""
-    figure = run.best.get(run.monitor, math.nan)
-    if not math.isfinite(figure):
-        return True, run.monitor, 0.0
-    return False, run.monitor, sort_key(figure, run.monitor)
 
 
 def holds_run(directory: Path) -> bool:
@@ -142,6 +151,10 @@ def read_run(path: Path) -> RunFiles:
     if config is None:
         notes.append(f"no readable {CONFIG}")
         config = {}
+    versions = config.pop("versions", None)
+    if isinstance(versions, dict):
+        for library, version in versions.items():
+            config[f"version of {library}"] = version
     if metrics is None and (path / METRICS).exists():
         notes.append(f"no readable {METRICS}")
     rows = read_journal(path / JOURNAL, notes)
@@ -195,39 +208,34 @@ def differing(runs: list[RunFiles], ignored: Iterable[str] = ()) -> list[str]:
 
 
 def groups(runs: list[RunFiles]) -> SeedGroups:
-    """Groups of two or more runs that differ only in the seed."""
-    by_settings = defaultdict(list)
-    for run in runs:
-        settings = {
-            name: value for name, value in run.settings.items() if name not in SEED_AND_REMARKS
-        }
-        by_settings[json.dumps(settings, sort_keys=True)].append(run)
-    seeded = [members for members in by_settings.values() if len({run.seed for run in members}) > 1]
+    """Groups of two or more finished runs that differ only in the seed, one per seed."""
+    by_settings = defaultdict(dict)
+    for run in sorted(runs, key=lambda run: run.path):  # of a repeated run, the last one counts
+        if run.metrics is None:
+            continue
+        settings = run.settings
+        seed = str(run.config.get("seed"))
+        for name in SEED_AND_REMARKS:
+            settings.pop(name, None)
+        by_settings[json.dumps(settings, sort_keys=True)][seed] = run
+    seeded = [list(members.values()) for members in by_settings.values() if len(members) > 1]
     names = differing([members[0] for members in seeded], SEED_AND_REMARKS)
     named = {}
     for members in seeded:
         first = members[0]
-        label = ", ".join(f"{name} {format_value(first.settings.get(name))}" for name in names)
-        if not label:
-            label = "all seeds" if len(members) == len(runs) else f"{first.label} and other seeds"
+        parts = [f"{name} {format_value(first.settings.get(name))}" for name in names]
+        label = ", ".join(parts) or "all but the seed alike"
         if label in named:
             label += f", {first.label}"
         named[format_value(label)] = members
     return named
 
 
-def one_per_seed(members: list[RunFiles]) -> list[RunFiles]:
-    """The finished runs of a group, one per seed: of a repeated run, the last by path."""
-    by_seed = {}
-    for run in sorted(members, key=lambda run: run.path):
-        if run.metrics is not None:
-            by_seed[run.seed] = run
-    return list(by_seed.values())
-
-
 def format_value(value: Any) -> str:
     """A value from a file as it is shown: floats to four digits, control characters escaped."""
     if isinstance(value, float):
+        if 1e4 <= abs(value) < 1e9:
+            return f"{value:.0f}"
         return f"{value:.4g}"
     if value is None or value == []:
         return "–"
@@ -235,58 +243,42 @@ def format_value(value: Any) -> str:
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in string)
 
 
-def format_seconds(value: float | None) -> str:
-    """A duration in seconds, minutes or hours."""
-    if value is None:
-        return "–"
-    if value < 100:
-        return f"{value:.1f} s"
-    if value < 6000:
-        return f"{value / 60:.1f} min"
-    return f"{value / 3600:.1f} h"
-
-
 def format_mean(values: list[float]) -> str:
     """Mean ± sample standard deviation of two or more values."""
-    return f"{mean(values):.4g} ± {stdev(values):.2g}"
+    return f"{format_value(mean(values))} ± {format_value(stdev(values))}"
 
 
 def run_table(runs: list[RunFiles]) -> Table:
-    """Header and rows: the settings that differ, and the figures.
-
-    The last column holds pairs: the time in seconds, and as text.
-    """
+    """Header and rows: the settings that differ, and the figures."""
     settings = differing(runs, ["name"])
     figures = shown_figures(runs)
     rows = []
     for run in runs:
         row = [run.label, run.state + run.detail]
-        row += [run.settings.get(name) for name in settings]
-        row += [run.best.get(name) for name in ("epoch", *figures)]
-        seconds = run.best.get("seconds")
-        rows.append([*row, (seconds, format_seconds(seconds))])
-    return ["run", "state", *settings, "best epoch", *figures, "time"], rows
+        row += map(run.settings.get, settings)
+        row += map(run.best.get, ["epoch", *figures, "seconds"])
+        rows.append(row)
+    return ["run", "state", *settings, "best epoch", *figures, "seconds"], rows
 
 
 def shown_figures(runs: list[RunFiles]) -> list[str]:
-    """The figures for a table, the monitored ones first."""
-    names = dict.fromkeys([*(run.monitor for run in runs), *KEY_FIGURES])
+    """The figures for a table: the monitored ones, then the key metrics of validation and test."""
+    names = dict.fromkeys(run.monitor for run in runs)
+    for part in ("valid", "test"):
+        for run in runs:
+            for name in run.key_metrics:
+                names[f"{part}/{name}"] = None
     return [name for name in names if any(name in run.best for run in runs)]
 
 
 def seed_table(runs: list[RunFiles], seed_groups: SeedGroups) -> Table:
-    """Header and rows: each group's mean ± standard deviation over one finished run per seed."""
+    """Header and rows: each group's mean ± standard deviation."""
     figures = shown_figures(runs)
     rows = []
-    for name, group in seed_groups.items():
-        members = one_per_seed(group)
+    for name, members in seed_groups.items():
         row = [name, str(len(members))]
         for figure in figures:
             values = [run.best.get(figure, math.nan) for run in members]
-            values = list(filter(math.isfinite, values))
-            shown = format_mean(values) if len(values) > 1 else "–"
-            if 1 < len(values) < len(members):
-                shown += f" (n = {len(values)})"
-            row.append(shown)
+            row.append(format_mean(values) if all(map(math.isfinite, values)) else "–")
         rows.append(row)
     return ["runs that differ in the seed only", "n", *figures], rows

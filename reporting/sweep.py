@@ -1,19 +1,14 @@
 """Shows a sweep of sweep_offline.py, from its Optuna study."""
 
-import contextlib
-import csv
 import json
-import math
 from collections import Counter
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from harness.errors import UserError
-from reporting.charts import Figure, chart_text, finite, titled
 from reporting.markup import chart, paragraph
-from reporting.runs import RunFiles, format_value
+from reporting.runs import RunFiles, base_name
 
 ENOUGH_TRIALS = 20  # complete ones; importances of fewer are chance
 STATES = {
@@ -51,8 +46,10 @@ def open_study(directory: Path, runs: list[RunFiles]) -> Any:
         run = by_directory.get(directory / str(trial.user_attrs.get("run")))
         if run:
             run.label = f"trial {trial.number}"
-            monitor = {"monitor": study.user_attrs["sweep"]["metric"]}
-            run.config = monitor | trial.params | run.config
+            metric = study.user_attrs["sweep"]["metric"]
+            direction = "max" if study.direction.name == "MAXIMIZE" else "min"
+            defaults = {"monitor": metric, "metrics": {base_name(metric): direction}}
+            run.config = defaults | trial.params | run.config
             if trial.state.name == "PRUNED":
                 run.state = "pruned"
             elif trial.state.name == "FAIL":
@@ -61,111 +58,38 @@ def open_study(directory: Path, runs: list[RunFiles]) -> Any:
     return study
 
 
-def show_sweep(study: Any, directory: Path) -> str:
+def show_sweep(study: Any) -> str:
     """A sweep: its trials over time, its parameters and their importances."""
-    trials = study.trials
+    from optuna import importance, visualization
+
     metric = study.user_attrs["sweep"]["metric"]
-    states = Counter(trial.state.name for trial in trials)
+    states = Counter(trial.state.name for trial in study.trials)
     counts = [f"{states[state]} {name}" for state, name in STATES.items() if state in states]
-    content = paragraph(f"{len(trials)} trials: {', '.join(counts)}.")
-    content += chart(history(study, trials, metric))
-    if "COMPLETE" in states:
-        content += chart(parallel_coordinates(study, metric))
-    content += chart(parameters(trials, metric))
-    importances = read_importances(directory)
-    if importances and states["COMPLETE"] >= ENOUGH_TRIALS:
-        return content + paragraph(f"Importances: {', '.join(importances)}.")
-    return content + paragraph(
-        "Importances are computed at the end of a search with "
-        f"{ENOUGH_TRIALS} complete trials or more.",
-        "soft",
-    )
-
-
-def read_importances(directory: Path) -> list[str]:
-    """The importances that sweep_offline.py computes at the end of the search; empty before."""
-    with contextlib.suppress(OSError, ValueError):
-        _, *rows = csv.reader((directory / "importances.csv").read_text().splitlines())
-        return [f"{format_value(name)} {float(share):.0%}" for name, share in rows]
-    return []
-
-
-def points(trials: list[Any], metric: str, parameter: str | None = None) -> list[Figure]:
-    """The values of the complete trials and the last ones of the pruned trials, as two traces.
-
-    The x axis is the parameter if there is one, otherwise the trial's number.
-    """
-    traces = []
-    for state, symbol, color in (("COMPLETE", "circle", "#3b82c4"), ("PRUNED", "x", "#d9662b")):
-        name = STATES[state]
-        trace = {
-            "x": [],
-            "y": [],
-            "text": [],
-            "mode": "markers",
-            "name": name,
-            "legendgroup": state,
-            "marker": {"symbol": symbol, "color": color, "size": 8},
-            "hovertemplate": f"{chart_text(metric)} %{{y:.4g}}<br>%{{text}}<extra>{name}</extra>",
-        }
-        for trial in trials:
-            if trial.state.name == state and trial.value is not None:
-                lines = [f"trial {trial.number}"]
-                for key, value in trial.params.items():
-                    lines.append(chart_text(f"{key} = {format_value(value)}"))
-                trace["x"].append(trial.params.get(parameter) if parameter else trial.number)
-                trace["y"].append(finite(trial.value))
-                trace["text"].append("<br>".join(lines))
-        traces.append(trace)
-    return traces
-
-
-def history(study: Any, trials: list[Any], metric: str) -> Figure:
-    """A chart of the trials' values and of the best so far."""
-    complete = [trial for trial in trials if trial.state.name == "COMPLETE"]
-    better = max if study.direction.name == "MAXIMIZE" else min
-    best = accumulate((trial.value for trial in complete), better)
-    line = {
-        "x": [trial.number for trial in complete],
-        "y": [finite(value) for value in best],
-        "mode": "lines",
-        "name": "best so far",
-        "line": {"shape": "hv", "color": "#2e9d6a"},
-    }
-    layout = titled("Values over time", xaxis=titled("trial"), yaxis=titled(metric))
-    return {"data": [*points(trials, metric), line], "layout": layout}
-
-
-def parameters(trials: list[Any], metric: str) -> Figure:
-    """A chart of each parameter against the metric."""
-    spaces = {}
-    for trial in trials:
-        spaces |= trial.distributions
-    rows = math.ceil(len(spaces) / 4)
-    layout = titled(
-        f"Each parameter against {metric}",
-        height=90 + 230 * rows,
-        grid={"rows": rows, "columns": min(4, len(spaces)), "pattern": "independent"},
-    )
-    data = []
-    for i, (name, space) in enumerate(spaces.items(), start=1):
-        for trace in points(trials, metric, name):
-            trace |= {"xaxis": f"x{i}", "yaxis": f"y{i}", "showlegend": i == 1}
-            data.append(trace)
-        axis = titled(name, type="linear")
-        if choices := getattr(space, "choices", None):
-            axis |= {"type": "category", "categoryarray": choices}
-        elif getattr(space, "log", False):
-            axis |= {"type": "log", "dtick": 1, "exponentformat": "e"}
-        suffix = "" if i == 1 else i
-        layout |= {f"xaxis{suffix}": axis, f"yaxis{suffix}": {}}
-    return {"data": data, "layout": layout}
-
-
-def parallel_coordinates(study: Any, metric: str) -> Figure:
-    """Optuna's parallel coordinates of the complete trials."""
-    from optuna import visualization
-
-    figure = visualization.plot_parallel_coordinate(study, target_name=metric)
-    figure.layout.title = "Complete trials: a line from each parameter's value to the next"
-    return json.loads(figure.to_json())
+    content = paragraph(f"{len(study.trials)} trials: {', '.join(counts)}.")
+    if not states["COMPLETE"]:
+        return content
+    titles_and_figures = [
+        (
+            "Values of the complete trials",
+            visualization.plot_optimization_history(study, target_name=metric),
+        ),
+        (
+            "Each parameter against the metric, complete trials",
+            visualization.plot_slice(study, target_name=metric),
+        ),
+        (
+            "Complete trials: a line from each parameter's value to the next",
+            visualization.plot_parallel_coordinate(study, target_name=metric),
+        ),
+    ]
+    if states["COMPLETE"] >= ENOUGH_TRIALS:
+        # Optuna's default is the best tenth: two trials of twenty.
+        evaluator = importance.PedAnovaImportanceEvaluator(target_quantile=0.5)
+        figure = visualization.plot_param_importances(study, evaluator=evaluator)
+        title = "Importance: each parameter's share in reaching the better half"
+        titles_and_figures.append((title, figure))
+    for title, figure in titles_and_figures:
+        figure.layout.title = title
+        figure.layout.width = None  # that of the page
+        content += chart(json.loads(figure.to_json()))
+    return content

@@ -16,6 +16,12 @@ from typing import Any
 from unittest import mock
 
 import pytest
+
+# Tests see no GPU: their figures are a CPU's, and a forked process can't use CUDA. Set before torch is imported, and
+# inherited by the workers and by all processes that tests start. Those of the marker `gpu` get the GPUs back.
+GPUS = os.environ.setdefault("GPUS_OF_TESTS", os.environ.get("CUDA_VISIBLE_DEVICES", "0"))
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 import torch
 
 from tasks.digits import Digits

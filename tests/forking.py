@@ -62,6 +62,7 @@ class Server:
             "HOME": HOME,
             "PATH": os.environ["PATH"],
             "PYTHONDONTWRITEBYTECODE": "1",
+            "CUDA_VISIBLE_DEVICES": "",  # a child of a process that has asked CUDA can't use it
         }
         self.address, self.lock = "", threading.Lock()
 
@@ -135,7 +136,8 @@ def python_command(given: dict[str, Any]) -> list[str]:
 def server_for(given: dict[str, Any]) -> Server | None:
     """The server whose child is the same as a new process, from the arguments of `Popen`; None if there is none.
 
-    A child has the interpreter, the imports and the variables of the server, and is at home where it starts.
+    A child has the interpreter, the imports and the variables of the server, and is at home where it starts. So a
+    process that may use a GPU is a new one.
     """
     command, environment, cwd = (
         python_command(given),

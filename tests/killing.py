@@ -120,7 +120,7 @@ def kill(process: subprocess.Popen, seconds: float, everything: bool) -> bool:
 
 def outcome(out: Path) -> dict[str, Any]:
     """Everything a run left that must be reproducible, by file, without timings."""
-    state = torch.load(out / "checkpoint.pt", weights_only=True)
+    state = torch.load(out / "checkpoint.pt", "cpu", weights_only=True)
     rows = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
     return {
         "checkpoint.pt": {

@@ -95,7 +95,7 @@ def log_randomly(log: Script, step: int, rng: random.Random) -> None:
 
 
 def main() -> None:
-    with open_session(options.parse(Settings), "rows") as session:
+    with open_session(options.parse(Settings), "rows", {}) as session:
         if session.finished:
             return
         progress = Progress(session, EXAMPLES, held_out=0)

@@ -154,7 +154,7 @@ def test_copy_needs_only_what_it_imports(script, tmp_path):
         for r in run.records
         if r["type"] == "artifact" and r["artifact"]["type"] == "dataset"
     )
-    assert dataset["name"] == run.config["dataset"]
+    assert dataset["name"] == run.metrics["dataset"]
 
 
 @pytest.mark.parametrize("script", EXAMPLES)

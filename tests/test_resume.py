@@ -247,6 +247,23 @@ def test_online_run_resumed_offline_has_no_gaps(references, tmp_path):
     assert history == references["train_mnist.py"].history
 
 
+def test_run_of_a_gpu_says_what_to_do_where_there_is_none(copied, references):
+    state = torch.load(copied / "out/checkpoint.pt", weights_only=True)
+    state["settings"]["device"] = "cuda"
+    torch.save(state, copied / "out/checkpoint.pt")
+    (copied / "out/metrics.json").unlink()
+    refused = resume(copied)
+    assert refused.status == 2
+    assert refused.out.splitlines()[-1] == (
+        "train_mnist.py: error: --device cuda: not available on this machine, or in this torch: use --device cpu"
+    )
+    moved = resume(copied, "--device", "cpu")
+    assert moved.status == 0
+    assert "The run was on cuda and continues on cpu: rounding and dropout differ." in moved.out
+    assert killing.differences(references["train_mnist.py"].out, copied / "out") == []
+    assert json.loads((copied / "out/config.json").read_text())["device"] == "cpu"
+
+
 @pytest.mark.parametrize("damage", ["", "cut", "garbled", "deleted"])
 def test_damaged_journal_is_refused(damage, copied):
     (copied / "out/metrics.json").unlink()

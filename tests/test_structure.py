@@ -6,7 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.conftest import REPO
+from tests import forking
+from tests.conftest import REPO, clean_environment
 
 
 def imported(file: Path) -> set[str]:
@@ -28,6 +29,17 @@ def test_tasks_and_metrics_do_without_wandb():
     )
     program = f"import sys, {modules}; sys.exit('wandb' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], cwd=REPO).returncode == 0
+
+
+def test_tests_see_no_gpu(tmp_path):
+    """Neither in runs that are forked nor in new processes, unless they are of the marker `gpu`."""
+    program = "import torch; print(torch.cuda.is_available(), torch.cuda.device_count())"
+    for popen in (subprocess.Popen, forking.Popen):
+        environment = clean_environment(tmp_path)
+        done = forking.run(
+            [sys.executable, "-c", program], popen, cwd=tmp_path, env=environment, text=True
+        )
+        assert done.stdout == "False 0\n", done.stderr
 
 
 def test_imports_point_downwards():

@@ -120,7 +120,13 @@ def test_every_file_is_there(small_cola):
         f.name for f in (small_cola.files / "model").iterdir()
     }
     checkpoint = torch.load(small_cola.files / "checkpoint.pt", weights_only=True)
-    assert checkpoint["position"] == {"epoch": 2, "batch": 144, "step": 18_000, "epoch_ends": True}
+    assert checkpoint["position"] == {
+        "epoch": 2,
+        "batch": 144,
+        "step": 18_000,
+        "epoch_ends": True,
+        "batches_in_epoch": 96,
+    }
     assert checkpoint["model"].keys() == weights(small_cola.files / "model").keys()
     config = {k: v for k, v in small_cola.config.items() if k != "versions"}
     assert (config["dataset"], config["model"], config["learning_rate"]) == (

@@ -306,7 +306,13 @@ def test_onnx_matches_pytorch(small_mnist):
 def test_checkpoint_loads_safely(small_mnist):
     checkpoint = torch.load(small_mnist.files / "checkpoint.pt", weights_only=True)
     train_mnist.ConvNet([16, 32]).load_state_dict(checkpoint["model"])
-    assert checkpoint["position"] == {"epoch": 3, "batch": 75, "step": 9600, "epoch_ends": True}
+    assert checkpoint["position"] == {
+        "epoch": 3,
+        "batch": 75,
+        "step": 9600,
+        "epoch_ends": True,
+        "batches_in_epoch": 25,
+    }
     losses = [row["valid/loss"] for row in small_mnist.journal if "valid/loss" in row][
         :2
     ]  # saved before validation

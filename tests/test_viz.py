@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from PIL import ImageColor
 
 import metrics
 import viz
@@ -35,7 +36,7 @@ def test_rows_of_the_confusion_matrix_are_labels():
             right - cell * (3 - column) + 12,
             bottom - cell * (3 - row) + 12,
         )  # near a corner, clear of the text
-        return picture.getpixel((x, y)) == viz.PAPER
+        return picture.getpixel((x, y)) == ImageColor.getrgb(viz.PAPER)
 
     assert [[is_paper(row, column) for column in range(3)] for row in range(3)] == [
         [False, False, True],
@@ -44,7 +45,7 @@ def test_rows_of_the_confusion_matrix_are_labels():
     ]
 
 
-@pytest.mark.parametrize("mistakes, rows", [(0, 1), (7, 1), (11, 2), (60, 4)])
+@pytest.mark.parametrize("mistakes, rows", [(0, 0), (7, 1), (11, 2), (60, 4)])
 def test_mistakes_picture_shows_at_most_forty(mistakes, rows):
     images = (torch.arange(60, dtype=torch.uint8) * 4).view(60, 1, 1, 1).expand(60, 1, 28, 28)
     result = evaluation(
@@ -69,7 +70,8 @@ def test_captions_name_label_and_prediction(monkeypatch):
         torch.zeros(1, 1, 28, 28, dtype=torch.uint8), result, ["zero", "one", "two"], "valid"
     )
     assert "zero as one, 100 %" in written
-    assert "valid: the 1 most confident of 1 mistakes in 1 examples, label as prediction" in written
+    heading = "valid: 1 of 1 mistakes in 1 examples, most confident first, label as prediction"
+    assert heading in written
 
 
 @pytest.mark.parametrize("size", [8, 28, 64, 224])
@@ -136,7 +138,46 @@ def test_small_sources_share_a_row():
     )
 
 
+# ------------------------------------------------------------------------------------- learning curves
+
 PANELS = {"loss": ("train/loss_step", "valid/loss")}
+PLOT = slice(
+    viz.TOP // 2 + 3, viz.BOTTOM // 2 - 2
+)  # the rows of pixels inside the frame of a chart
+
+
+def history(epochs: int, rows_per_epoch: int = 10, **validation: float) -> list[dict[str, float]]:
+    """Rows with a falling training loss; an epoch's last one has a validation loss and `validation`."""
+    rows = []
+    for step in range(1, epochs * rows_per_epoch + 1):
+        share = step / (epochs * rows_per_epoch)
+        epoch = 1 + (step - 1) // rows_per_epoch
+        rows.append({"step": 64 * step, "epoch": epoch, "train/loss_step": 2.5 - 2 * share})
+        if step % rows_per_epoch == 0:
+            rows[-1] |= {"valid/loss": 2.6 - 2 * share, **validation}
+    return rows
+
+
+def drawn(picture, color: str, panel: int = 0) -> list[tuple[int, int]]:
+    """x and y of the pixels inside a panel's plot that are close to a color."""
+    pixels = torch.tensor(np.asarray(picture)[PLOT, 420 * panel : 420 * (panel + 1)].astype(int))
+    close = (pixels - torch.tensor(ImageColor.getrgb(color))).abs().sum(2) <= 20
+    ys, xs = close.nonzero(as_tuple=True)
+    return list(zip(xs.tolist(), (ys + PLOT.start).tolist()))
+
+
+def written(monkeypatch) -> list[str]:
+    """What `viz` writes from now on."""
+    texts, draw = [], viz.ImageDraw.ImageDraw.text
+
+    def text(self, place, words, **more):
+        texts.append(words)
+        box = self.textbbox(place, words, font=more["font"], anchor=more["anchor"])
+        assert box[0] >= 0 and box[2] <= self.im.size[0], f"{words} is cut off"
+        draw(self, place, words, **more)
+
+    monkeypatch.setattr(viz.ImageDraw.ImageDraw, "text", text)
+    return texts
 
 
 def test_curves_show_validation_and_the_best_epoch():
@@ -148,28 +189,111 @@ def test_curves_show_validation_and_the_best_epoch():
         rows[end]["valid/loss"] = loss
     picture = viz.curves_picture(rows, PANELS, best_epoch=2)
 
-    def points(colour: tuple[int, int, int]) -> list[int]:
-        """The columns with pixels close to a colour."""
-        pixels = torch.tensor(np.asarray(picture)[60:280].astype(int))
-        return (
-            (pixels - torch.tensor(colour)).abs().sum(2).le(60).any(0).nonzero().flatten().tolist()
-        )
+    left, right = viz.LEFT / 2, viz.RIGHT / 2
+    best = [x for x, _ in drawn(picture, viz.DEEP)]
+    assert best and all(abs(x - (left + (right - left) * 2 / 3)) <= 1.5 for x in best)
+    valid = [x for x, _ in drawn(picture, viz.WARM)]
+    assert min(valid) == pytest.approx(left + (right - left) / 3, abs=5)
+    assert max(valid) == pytest.approx(right, abs=5)
 
-    left, right = viz.LEFT / 2, (viz.CHART[0] - viz.RIGHT) / 2
-    assert points(viz.DEEP) and all(
-        abs(x - (left + (right - left) * 2 / 3)) <= 1 for x in points(viz.DEEP)
-    )
-    assert min(points(viz.WARM)) == pytest.approx(left + (right - left) / 3, abs=5)
-    assert max(points(viz.WARM)) == pytest.approx(right, abs=5)
+
+def test_curves_of_a_regression(monkeypatch):
+    """A panel with validation only, one with training only, one that no row has, one with either."""
+    texts = written(monkeypatch)
+    panels = {
+        "mean absolute error": ("", "valid/mae"),
+        "gradient norm": ("train/loss_step", "valid/missing"),
+        "nothing": ("train/none", "valid/none"),
+        **PANELS,
+    }
+    picture = viz.curves_picture(history(5, **{"valid/mae": 12.5}), panels, best_epoch=4)
+    assert picture.size == (4 * 420, 330)
+    colors = (viz.DEEP, viz.MIDDLE, viz.WARM)
+    assert [[bool(drawn(picture, c, panel)) for c in colors] for panel in range(4)] == [
+        [True, False, True],
+        [False, True, False],
+        [False, False, False],
+        [True, True, True],
+    ]
+    assert texts.count("best epoch: 4") == texts.count("training") == texts.count("validation") == 2
+    assert "accuracy" not in texts
+    ys = {
+        y for _, y in drawn(picture, viz.WARM)
+    }  # a constant is in the middle, between 6.25 and 18.75
+    assert min(ys) + max(ys) == pytest.approx(viz.TOP / 2 + viz.BOTTOM / 2, abs=2)
+    assert {"10", "15"} <= set(texts)
+
+
+def test_curves_of_hundreds_of_epochs_have_no_markers():
+    """With a marker for each of 400 epochs, the curve would be a band."""
+    few = drawn(viz.curves_picture(history(20), {"": ("", "valid/loss")}, 0), viz.WARM)
+    many = drawn(viz.curves_picture(history(400), {"": ("", "valid/loss")}, 0), viz.WARM)
+
+    def thickness(points: list[tuple[int, int]]) -> int:
+        """The largest number of pixels above each other."""
+        xs = [x for x, _ in points]
+        return max(xs.count(x) for x in set(xs))
+
+    assert thickness(few) > 5 > thickness(many)
+    xs = {x for x, _ in many}
+    assert len(xs) >= (viz.RIGHT - viz.LEFT) / 2 - 5, "the curve has gaps"
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e308, -1e308])
+def test_curves_leave_out_values_that_are_not_finite(bad):
+    rows = history(6)
+    expected = viz.curves_picture(rows[:40], PANELS, 2)
+    for row in rows[40:]:
+        row.update(dict.fromkeys(PANELS["loss"], bad) if "valid/loss" in row else {})
+        row["train/loss_step"] = bad
+    picture = viz.curves_picture(rows, PANELS, 2)
+    # The same range of values, so the same rows of pixels, and nothing in the last third.
+    for color in (viz.MIDDLE, viz.WARM):
+        ys = [y for _, y in drawn(picture, color)]
+        expected_ys = [y for _, y in drawn(expected, color)]
+        assert min(ys) == pytest.approx(min(expected_ys), abs=1)
+        assert max(ys) == pytest.approx(max(expected_ys), abs=1)
+        end = viz.LEFT / 2 + (viz.RIGHT - viz.LEFT) / 2 * 4 / 6
+        assert max(x for x, _ in drawn(picture, color)) <= end + 5
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [2.3025851, 2.3025852],  # a model that does not learn
+        [1e20, 1e20],
+        [0.0, 5e-324],
+        [123456.7, 234567.8],
+        [1.5e30, 2e29],
+        [-0.0002, -0.0001],
+        [0],
+    ],
+)
+def test_labels_of_any_values_differ_and_fit(values, monkeypatch):
+    texts = written(monkeypatch)
+    rows = [
+        {"step": 10**6 * (i + 1), "epoch": i + 1, "valid/x": value}
+        for i, value in enumerate(values)
+    ]
+    picture = viz.curves_picture(rows, {"": ("", "valid/x")}, 1)
+    assert drawn(picture, viz.WARM)
+    x_name = texts.index("thousands of training examples")
+    texts = texts[: x_name - 1]  # the labels of both axes
+    x_start = max(i for i, text in enumerate(texts) if text == "0")
+    assert len(set(texts[:x_start])) == len(texts[:x_start]) >= 2
+    assert len(set(texts[x_start:])) == len(texts[x_start:]) >= 2
 
 
 @pytest.mark.parametrize(
     "rows",
     [
         [],
+        [{"step": 0, "epoch": 1, "train/loss_step": 0.5}],
         [{"step": 5, "epoch": 1}],
         [{"step": 5, "something else": 1.0}],
         [{"step": 5, "epoch": 1, "train/loss_step": 0.5}],
+        [{"step": 5, "epoch": 1, "train/loss_step": float("nan"), "valid/loss": float("nan")}],
+        [{"step": 5, "epoch": 1, "valid/loss": 10**400}],
         [
             {"step": 5, "epoch": 1, "valid/loss": 1e-30},
             {"step": 10, "epoch": 2, "valid/loss": 1e30},
@@ -184,13 +308,27 @@ def test_curves_of_odd_histories(rows):
     assert viz.curves_picture(rows, PANELS, best_epoch=1).size == (420, 330)
 
 
+# ------------------------------------------------------------------------------------------ calibration
+
+
 def test_calibration_bars_are_as_high_as_the_accuracy():
     logits = torch.tensor([[0.0, 3.0]] * 4)  # confidence 0.953, in the last of 15 bins
     picture = viz.calibration_picture(
         metrics.evaluation(logits, torch.tensor([1, 1, 1, 0])), "valid"
     )
-    left, right = viz.LEFT / 2, (viz.CHART[0] - viz.RIGHT) / 2
-    top, bottom = viz.TOP / 2, (viz.CHART[1] - viz.BOTTOM) / 2
+    left, right = viz.LEFT / 2, viz.RIGHT / 2
+    top, bottom = viz.TOP / 2, viz.BOTTOM / 2
     x = round(left + (right - left) * 14.3 / 15)
-    bar = [y for y in range(round(top), round(bottom)) if picture.getpixel((x, y)) == viz.DEEP]
+    deep = ImageColor.getrgb(viz.DEEP)
+    bar = [y for y in range(round(top), round(bottom)) if picture.getpixel((x, y)) == deep]
     assert len(bar) == pytest.approx(0.75 * 0.94 * (bottom - top), abs=4)
+
+
+def test_pictures_need_no_metrics(monkeypatch):
+    """A script may have chosen only some metrics."""
+    texts = written(monkeypatch)
+    logits, labels = torch.tensor([[0.0, 3.0]] * 4), torch.tensor([1, 1, 1, 0])
+    result = metrics.evaluation(logits, labels, ["loss"])
+    viz.calibration_picture(result, "valid")
+    assert "confidence (expected calibration error 0.203)" in texts
+    assert "its accuracy, 75.0%, " in viz.one_class_warning(result, ["a", "b"])

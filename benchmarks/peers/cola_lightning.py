@@ -85,7 +85,7 @@ def loader(
 def main(data_dir: str, name: str, epochs: str) -> None:
     lightning.seed_everything(42)
     corpus, tokenizer = (
-        load_corpus("cola", data_dir),
+        load_corpus("auto", data_dir),
         transformers.AutoTokenizer.from_pretrained(name),
     )
     train, valid = loader(corpus.train, tokenizer, True), loader(corpus.valid, tokenizer, False)

@@ -28,7 +28,7 @@ class Encoded(Dataset):
 
 def main(data_dir: str, name: str, epochs: str, sampling: str) -> None:
     corpus, tokenizer = (
-        load_corpus("cola", data_dir),
+        load_corpus("auto", data_dir),
         transformers.AutoTokenizer.from_pretrained(name),
     )
     train, valid = Encoded(corpus.train, tokenizer), Encoded(corpus.valid, tokenizer)

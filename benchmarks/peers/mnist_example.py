@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from torchvision import transforms
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TARGET = 0.99
 
 
@@ -29,7 +30,7 @@ def main(data_dir: str) -> None:
         nn.ReLU(),
         nn.Dropout(0.5),
         nn.Linear(128, 10),
-    )
+    ).to(DEVICE)
     transform = transforms.Compose(
         [transforms.ToTensor(), transforms.Normalize((0.1307,), (0.3081,))]
     )
@@ -44,6 +45,7 @@ def main(data_dir: str) -> None:
         started = time.perf_counter()
         model.train()
         for images, labels in DataLoader(train, batch_size=64, shuffle=True):
+            images, labels = images.to(DEVICE), labels.to(DEVICE)
             optimizer.zero_grad()
             nn.functional.cross_entropy(model(images), labels).backward()
             optimizer.step()
@@ -52,7 +54,7 @@ def main(data_dir: str) -> None:
         model.eval()
         with torch.no_grad():
             correct = [
-                model(images).argmax(1) == labels
+                model(images.to(DEVICE)).argmax(1) == labels.to(DEVICE)
                 for images, labels in DataLoader(test, batch_size=1000)
             ]
         accuracy = torch.cat(correct).float().mean().item()

@@ -12,6 +12,7 @@ import wandb
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CONFIG = {"epochs": 5, "batch_size": 128, "learning_rate": 0.005, "kernels": [16, 32], "slice": 5}
 
 
@@ -42,13 +43,14 @@ def main(data_dir: str) -> None:
     torch.manual_seed(1)
     with wandb.init(project="peer", config=CONFIG, mode="offline") as run:
         train, test = (loader(data_dir, part, run.config) for part in (True, False))
-        model, loss_function = ConvNet(run.config.kernels), nn.CrossEntropyLoss()
+        model, loss_function = ConvNet(run.config.kernels).to(DEVICE), nn.CrossEntropyLoss()
         optimizer = torch.optim.Adam(model.parameters(), lr=run.config.learning_rate)
         run.watch(model, loss_function, log="all", log_freq=10)
         seen = batch = 0
         started = time.perf_counter()
         for epoch in range(run.config.epochs):
             for images, labels in train:
+                images, labels = images.to(DEVICE), labels.to(DEVICE)
                 loss = loss_function(model(images), labels)
                 optimizer.zero_grad()
                 loss.backward()
@@ -60,11 +62,12 @@ def main(data_dir: str) -> None:
         model.eval()
         with torch.no_grad():
             correct = sum(
-                (model(images).argmax(1) == labels).sum().item() for images, labels in test
+                (model(images.to(DEVICE)).argmax(1) == labels.to(DEVICE)).sum().item()
+                for images, labels in test
             )
         accuracy = correct / len(test.dataset)
         run.log({"test_accuracy": accuracy})
-        torch.onnx.export(model, images, "model.onnx")
+        torch.onnx.export(model.cpu(), images.cpu(), "model.onnx")
         run.save("model.onnx")
     print(f"training {seconds:.3f} s, accuracy {accuracy:.4f}")
 

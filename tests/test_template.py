@@ -1,0 +1,209 @@
+"""Copies of train_mnist.py, changed as their owners change them: exact after a kill, or one clear line."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+import train_mnist
+from harness.progress import Best, Progress
+from tests import killing
+from tests.conftest import REPO, clean_environment
+
+ARGUMENTS = "--dataset synthetic --slice 20 --epochs 3 --batch_size 32 --checkpoint_every 3 --watch off".split()
+KILL = """            checkpoints.end_batch()
+            if os.environ.get("KILL_AT") == str(progress.batch):
+                os.kill(os.getpid(), 9)
+"""
+BATCHES = "        batches = order.split(settings.batch_size)\n"
+PROGRESS = "held_out=len(data.valid.labels))"
+STEP = """            distributed.sum_gradients(model)
+            optimizer.step()
+            optimizer.zero_grad()
+"""
+# What is replaced in the copy, and by what.
+VARIANTS = {
+    "drop_last": {
+        BATCHES: BATCHES
+        + "        batches = batches[: len(train_set.labels) // settings.batch_size]\n",
+        PROGRESS: "held_out=len(data.valid.labels), "
+        "batches=len(data.train.labels) // settings.batch_size)",
+    },
+    "a number of batches of its own in each epoch": {
+        BATCHES: "        batches = order.tensor_split([9, 7, 11][epoch - 1])\n",
+        PROGRESS: "held_out=len(data.valid.labels), batches=[9, 7, 11])",
+    },
+    "gradients accumulated over batches": {
+        STEP: "            if progress.batch % 2 == 0:\n"
+        + "".join(f"    {line}\n" for line in STEP.splitlines())
+    },
+    "its own dataset option is gone": {
+        """    dataset: str = option(
+        "auto",
+        "auto: MNIST, or built-in digits if it is not available",
+        placeholder="auto",
+        choices=("auto", "mnist", "fashion_mnist", "kmnist", "synthetic"),
+    )
+""": "",
+        "load_digits(settings.dataset,": 'load_digits("synthetic",',
+    },
+    "the wrong name of a metric": {'"loss": "min",\n': ""},
+}
+
+
+def copy(directory: Path, changes: dict[str, str]) -> Path:
+    """A changed copy of train_mnist.py that also kills itself after the batch KILL_AT."""
+    text = (REPO / "train_mnist.py").read_text()
+    end = "            checkpoints.end_batch()\n"
+    for before, after in {
+        end: KILL,
+        "import dataclasses\n": "import dataclasses\nimport os\n",
+    }.items():
+        assert text.count(before) == 1
+        text = text.replace(before, after)
+    for before, after in changes.items():
+        assert text.count(before) == 1, before
+        text = text.replace(before, after)
+    script = directory / "train_copy.py"
+    script.write_text(text)
+    return script
+
+
+def run(script: Path, cwd: Path, *arguments: str, **environment: str) -> SimpleNamespace:
+    cwd.mkdir(exist_ok=True)
+    done = subprocess.run(
+        [sys.executable, script, *arguments, "--output_dir", "out"],
+        cwd=cwd,
+        env=clean_environment(cwd, PYTHONPATH=str(REPO), **environment),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert "Traceback" not in done.stderr or environment.get("RAISES"), done.stderr
+    return SimpleNamespace(status=done.returncode, out=done.stdout, err=done.stderr)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "drop_last",
+        "a number of batches of its own in each epoch",
+        "gradients accumulated over batches",
+    ],
+)
+def test_a_changed_copy_is_exact_after_kills(name, tmp_path):
+    script = copy(tmp_path, VARIANTS[name])
+    whole = run(script, tmp_path / "whole", *ARGUMENTS)
+    assert whole.status == 0, whole.err
+    for batch in ("5", "17"):  # in the middle of epochs; after the first, an odd number of batches
+        killed = run(script, tmp_path / "killed", *ARGUMENTS, "--resume", KILL_AT=batch)
+        assert killed.status == -9, killed.err
+    resumed = run(script, tmp_path / "killed", *ARGUMENTS, "--resume")
+    assert resumed.status == 0 and "Resuming out at epoch" in resumed.out
+    assert killing.differences(tmp_path / "whole/out", tmp_path / "killed/out") == []
+    position = killing.outcome(tmp_path / "whole/out")["checkpoint.pt"]["position"]
+    images = 15_000 // 20  # of the built-in digits for training, what --slice leaves
+    expected = {
+        "drop_last": (3 * (images // 32), 3 * (images // 32) * 32),
+        "a number of batches of its own in each epoch": (27, 3 * images),
+        "gradients accumulated over batches": (3 * -(-images // 32), 3 * images),
+    }
+    assert (position["batch"], position["step"]) == expected[name]
+
+
+def test_a_copy_without_a_dataset_option(tmp_path):
+    script = copy(tmp_path, VARIANTS["its own dataset option is gone"])
+    arguments = [*"--slice 100 --epochs 2 --batch_size 32 --watch off".split()]
+    assert run(script, tmp_path / "run", *arguments, KILL_AT="3").status == -9
+    done = run(script, tmp_path / "run", *arguments, "--resume")
+    assert done.status == 0 and "Resuming" in done.out
+    assert json.loads((tmp_path / "run/out/config.json").read_text())["dataset"] == "synthetic"
+
+
+def test_a_metric_without_a_direction_is_an_error_before_training(tmp_path):
+    script = copy(tmp_path, VARIANTS["the wrong name of a metric"])
+    done = run(script, tmp_path / "run", *ARGUMENTS, RAISES="yes")  # the default is valid/loss
+    assert done.status == 1
+    assert "valid/loss: declare whether it is best at its 'min' or 'max'" in done.err
+    assert "epoch 1" not in done.out
+    done = run(script, tmp_path / "run", *ARGUMENTS, "--monitor", "valid/rmse")
+    assert done.status == 2 and "--monitor: must be one of valid/acc, " in done.err
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(("direction", "best_epoch"), [("min", 3), ("max", 1)])
+def test_the_declared_direction_decides(direction, best_epoch):
+    best = Best("valid/mae", {"mae": direction})
+    model = nn.Linear(1, 1)
+    for epoch, value in enumerate((0.69, 0.34, 0.29), start=1):
+        best.offer(epoch, {"valid/mae": value}, model)
+    assert best.epoch == best_epoch
+
+
+def made_up(
+    tmp_path: Path, batch_size: int = 4, epochs: int = 2, **options: int
+) -> SimpleNamespace:
+    settings = train_mnist.Settings(
+        batch_size=batch_size, epochs=epochs, output_dir=str(tmp_path), **options
+    )
+    return SimpleNamespace(settings=settings, config={}, directions={"loss": "min"}, run=None)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        (torch.arange(10).split(5), "has 2 batches, but Progress was told of 3"),
+        (list(torch.arange(8).split(2)), "has 4 batches, but Progress was told of 3"),
+        (DataLoader(torch.arange(10), batch_size=4), "a DataLoader is for load_batches"),
+        (iter(torch.arange(10).split(4)), "expected a list of batches"),
+    ],
+)
+def test_batches_that_could_not_be_resumed_are_refused(batches, message, tmp_path):
+    progress = Progress(made_up(tmp_path), examples=10, held_out=1)
+    with pytest.raises(ValueError, match=message):
+        next(progress.remaining(batches))
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("batches", [[3], [3, 3, 3], 0, [3, 0]])
+def test_a_number_of_batches_for_each_epoch(batches, tmp_path):
+    with pytest.raises(ValueError, match="a number of batches for each epoch"):
+        Progress(made_up(tmp_path), examples=10, held_out=1, batches=batches)
+
+
+@pytest.mark.quick
+def test_another_number_of_batches_on_resuming_is_an_error(tmp_path):
+    state = Progress(made_up(tmp_path), 10, 1, batches=[4, 5]).state_dict()
+    with pytest.raises(ValueError, match="epoch 1 had 4 batches, not 3"):
+        Progress(made_up(tmp_path), 10, 1, batches=[3, 5]).load_state_dict(state)
+
+
+@pytest.mark.quick
+def test_histograms_come_once_in_watch_every_batches_with_parts(tmp_path):
+    """`log_freq` of wandb.watch counts forward passes."""
+    whole = Progress(made_up(tmp_path, watch_every=5), 10, 1)
+    parts = Progress(made_up(tmp_path, watch_every=5, micro_batch_size=3), 10, 1)
+    assert (whole.watch_freq, parts.watch_freq) == (5, 10)
+
+
+@pytest.mark.parametrize("size", ["1", "7", "32", "1000"])
+def test_parts_of_a_batch_give_its_gradient(size, tmp_path):
+    """With SGD-like steps the weights agree up to rounding, whatever the size of the parts."""
+    arguments = "--dataset synthetic --slice 50 --epochs 1 --batch_size 32 --watch off --precision fp32".split()
+    arguments += ["--schedule", "constant", "--learning_rate", "1e-4"]
+    outs = []
+    for more in ([], ["--micro_batch_size", size]):
+        cwd = tmp_path / f"run{len(outs)}"
+        assert run(REPO / "train_mnist.py", cwd, *arguments, *more).status == 0
+        outs.append(killing.outcome(cwd / "out"))
+    whole, parts = outs
+    for row, same_row in zip(whole["history.jsonl"], parts["history.jsonl"], strict=True):
+        assert row == pytest.approx(same_row, rel=1e-3, abs=1e-3)
+    assert (whole["checkpoint.pt"]["position"]) == parts["checkpoint.pt"]["position"]
