@@ -1,4 +1,4 @@
-"""Kill both scripts with SIGKILL at random moments, resume, and compare with runs that were never interrupted.
+"""Kill both scripts, or the examples, with SIGKILL at random moments, resume, and compare with runs that were never interrupted.
 
 python -m benchmarks.kill --runs 50, with --examples of the scripts in examples/, and with --hostile under other hostile
 conditions too, where W&B may lose media
@@ -17,7 +17,7 @@ from tests.wandb_server import serving
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--runs", type=int, default=50, help="runs to kill, half for each script [50]"
+        "--runs", type=int, default=50, help="runs to kill, as many for each script [50]"
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the random moments [0]")
     parser.add_argument(
@@ -37,7 +37,7 @@ def main() -> None:
             duration = killing.timed(script, reference, environment)
             with serving() as server:
                 expected = killing.sync(reference, environment, server)
-            for number in range(args.runs // 2):
+            for number in range(args.runs // len(scripts)):
                 cwd = Path(directory, script, str(number))
                 cwd.mkdir()
                 interrupt = killing.hostile if args.hostile else killing.killed_and_resumed

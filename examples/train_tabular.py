@@ -1,204 +1,163 @@
-"""Train an MLP on a table, logged with Weights & Biases: a copy of train_mnist.py for regression.
+"""Train an MLP on a table, logged with Weights & Biases: a copy of train_mnist.py.
 
-What does a flat cost? Reads a CSV file with a header, by default one that it writes itself. Columns
-of numbers are normalised, columns of text become one column per word, fitted on the training part.
+Reads a CSV file with a header, by default of made-up flats. A column of numbers only is
+normalised; any other becomes a feature per word, and a word that training lacks has none of them.
+A missing value is an error, and so is a column that is constant in training.
 """
 
 import dataclasses
 import sys
 from pathlib import Path
 
-# A copy beside train_mnist.py does not need this.
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # not for a copy beside it
 
 from harness import options, script
+from harness.errors import UserError
 from harness.options import option
 
 # ----------------------------------------------------------------------------- settings
 
-METRICS = {"loss": "min", "mae": "min", "r2": "max"}  # of an evaluation: which way is better
+METRICS = {"loss": "min", "mae": "min", "r2": "max", "acc": "max"}  # which way each is better
+METRICS_OF = {"regression": ["loss", "mae", "r2"], "classification": ["loss", "acc"]}
 
 
 @dataclasses.dataclass(kw_only=True, frozen=True)
 class Settings(options.SharedSettings):
-    file: str | None = option(None, "your CSV file [flats.csv, which is made up]", path=True)
+    file: str | None = option(None, "your CSV file [flats.csv]", path=True)
     target: str = option("price", "the column to predict")
-    hidden: list[int] = option(
-        [64, 64],
-        "units of the two hidden layers",
-        length=2,
-        at_least=1,
-    )
+    task: str = option("regression", "predict a number or a class", choices=list(METRICS_OF))
+    hidden: list[int] = option([64, 64], "units of the two hidden layers", length=2, at_least=1)
     epochs: int = option(20, "passes over the training data", at_least=1)
-    schedule: str = option(
-        "onecycle",
-        "learning rate schedule",
-        choices=("onecycle", "constant"),
-    )
-    monitor: str = option(
-        "valid/mae",
-        "metric that selects the best model",
-        choices=[f"valid/{name}" for name in METRICS],
-    )
+    monitor: str = option("valid/loss", "metric that selects the best model")
+
+    def __post_init__(self) -> None:
+        names = [f"valid/{name}" for name in METRICS_OF[self.task]]
+        if self.monitor not in names:
+            raise UserError(f"--monitor: must be one of {', '.join(names)}; got {self.monitor!r}")
 
 
 if __name__ == "__main__":
     script.check_options(Settings)  # before the imports that take seconds
 
-import csv
-import math
-import random
 from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import wandb
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import ConstantLR, LRScheduler, OneCycleLR
+from torch.optim import Adam
+from torch.optim.lr_scheduler import OneCycleLR
+from torch.utils.data import TensorDataset
 
 import viz
 from harness import distributed, files
 from harness.checkpoints import Checkpoints
 from harness.device import seed_everything, seed_rank, shuffled
-from harness.errors import UserError
 from harness.progress import Best, Meter, Progress
 from harness.session import Session, open_session
 from harness.tracking import Run, logs_to_wandb
+from metrics import evaluation
 
 # --------------------------------------------------------------------------------- data
 
 
-class Part(NamedTuple):
-    """The rows for training, validation or test."""
-
-    features: Tensor  # float32 (rows, features)
-    targets: Tensor  # float32 (rows,), normalised
-
-
 class Table(NamedTuple):
-    """A CSV file in three parts."""
+    """A table in three parts, each of features, float32 (rows, features), and targets (rows,)."""
 
     name: str
-    train: Part
-    valid: Part
-    test: Part
-    mean: float  # of the target, in its own unit
+    classes: list[str]  # the targets are int64 indices of them; none for regression
+    mean: float  # of the target in training, in its own unit
     scale: float  # its standard deviation
-
-
-def write_flats(path: Path) -> None:
-    """Write a table of 3,000 flats with made-up prices."""
-    rng = random.Random(0)
-    columns: dict[str, list[Any]] = {name: [] for name in ("area", "age", "district", "price")}
-    for _ in range(3000):
-        area = round(rng.uniform(20, 180), 1)
-        age = rng.randrange(120)
-        district = rng.choice(["Hafen", "Mitte", "Nord"])
-        rate = {"Hafen": 6.5, "Mitte": 5.0, "Nord": 3.0}[district]
-        price = area * rate * (1 - age / 400) + rng.gauss(0, 10)
-        for column, value in zip(columns.values(), (area, age, district, round(price, 1))):
-            column.append(value)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    files.write_csv(path, columns)
+    valid: TensorDataset
+    test: TensorDataset
+    train: TensorDataset
 
 
 def load(settings: Settings, device: torch.device) -> Table:
     """The table on the device, in three parts. Raises `UserError`."""
-    path = Path(settings.file or Path(settings.data_dir, "flats.csv"))
-    if not settings.file and not path.exists():
-        write_flats(path)
+    path = Path(settings.file or Path(__file__).with_name("flats.csv"))
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, ValueError, csv.Error) as error:
-        raise UserError(f"{path} can't be read: {error}") from None
-    if len(rows) < 20 or settings.target not in rows[0]:
-        names = ", ".join(rows[0]) if rows else "no rows"
-        raise UserError(f"{path}: needs 20 rows and a column {settings.target!r}; it has {names}")
-    held_out = len(rows) // 6
-    random.Random(0).shuffle(rows)
-    fitted = rows[2 * held_out :]
-    columns = []
-    for name in rows[0]:
-        if name != settings.target:
-            columns += encode(name, rows, fitted)
-    features = torch.tensor(columns).T
-    try:
-        values = torch.tensor([float(row[settings.target]) for row in rows])
-    except ValueError as error:
-        raise UserError(f"{path}: column {settings.target!r}: {error}") from None
-    mean = values[2 * held_out :].mean()
-    scale = values[2 * held_out :].std()
-    targets = (values - mean) / scale
-    sizes = [held_out, held_out, len(fitted)]
-    parts = zip(features.to(device).split(sizes), targets.to(device).split(sizes))
-    valid, test, train = (Part(*part) for part in parts)
-    return Table(path.stem, train, valid, test, float(mean), float(scale))
+        table = np.loadtxt(path, str, None, ",", ndmin=2, encoding="utf-8-sig", quotechar='"')
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} can't be read as CSV: {error}") from None
+    header = table[:1].flatten().tolist()
+    if len(table) < 21 or settings.target not in header or len(set(header)) < max(len(header), 2):
+        needed = f"20 rows, {settings.target!r} and others, no name twice"
+        raise UserError(f"{path} needs {needed}; it has {len(table)} lines of {', '.join(header)}")
+    columns = dict(zip(header, np.random.default_rng(0).permutation(table[1:]).T))
+    first = len(table) // 3  # row for training
+    for name, words in columns.items():
+        if np.isin(words, ["", "nan", "NaN", "NA", "inf"]).any() or len(set(words[first:])) == 1:
+            raise UserError(f"{path}: column {name!r} lacks values, or training has only one value")
+    words = columns.pop(settings.target)
+    features = {name: encode(columns[name], first) for name in columns}
+    print("Features:", ", ".join(f"{name} {len(features[name].T)}" for name in features))
+    classes: list[str] = []
+    mean, scale = 0.0, 1.0
+    if settings.task == "classification":
+        classes = sorted(set(words[first:].tolist()))
+        if unknown := set(words.tolist()).difference(classes):
+            raise UserError(f"{path}: no training row has the {settings.target} {unknown.pop()!r}")
+        targets = torch.tensor([classes.index(word) for word in words])
+    else:
+        try:
+            values = words.astype(float)
+        except ValueError:
+            raise UserError(f"{settings.target!r} is text: use --task classification") from None
+        mean, scale = float(values[first:].mean()), float(values[first:].std())
+        targets = torch.from_numpy((values - mean) / scale).float()
+    whole = (torch.cat(list(features.values()), 1).to(device), targets.to(device))
+    parts = zip(*(column.tensor_split([first // 2, first]) for column in whole))
+    return Table(path.stem[:64], classes, mean, scale, *(TensorDataset(*part) for part in parts))
 
 
-def encode(name: str, rows: list[dict], fitted: list[dict]) -> list[list[float]]:
-    """Columns of floats for one of the file: normalised, or one per word if it is not numeric."""
+def encode(words: np.ndarray, first: int) -> Tensor:
+    """A column as float32 (rows, features), fitted to the rows from `first` on."""
     try:
-        values = [float(row[name]) for row in fitted]
-        mean = sum(values) / len(values)
-        deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / len(values)) or 1.0
-        return [[(float(row[name]) - mean) / deviation for row in rows]]
+        values = words.astype(float)[:, None]
+        values = (values - values[first:].mean()) / values[first:].std()
     except ValueError:
-        words = sorted({row[name] for row in fitted})
-        return [[float(row[name] == word) for row in rows] for word in words]
+        values = words[:, None] == np.unique(words[first:])
+    return torch.from_numpy(values).float()
 
 
 @logs_to_wandb
 def log_dataset(run: Run, table: Table) -> None:
     run.add_tag(table.name)
-    artifact = wandb.Artifact(table.name, type="dataset")
-    artifact.metadata = {name: len(getattr(table, name).targets) for name in ("train", "test")}
-    run.log_artifact(artifact)
+    run.log_artifact(wandb.Artifact(table.name, "dataset", metadata={"rows": len(table.train)}))
 
 
 # -------------------------------------------------------------------------------- model
 
 
-class MLP(nn.Module):
-    """Two hidden layers. Takes float (batch, features) and returns float (batch,)."""
-
-    def __init__(self, features: int, hidden: list[int]):
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Linear(features, hidden[0]),
-            nn.ReLU(),
-            nn.Linear(hidden[0], hidden[1]),
-            nn.ReLU(),
-            nn.Linear(hidden[1], 1),
-        )
-
-    def forward(self, features: Tensor) -> Tensor:
-        return self.layers(features).squeeze(1)
+def make_model(settings: Settings, data: Table, device: torch.device) -> nn.Sequential:
+    """Two hidden layers: float (batch, features) to float (batch, classes), or (batch, 1)."""
+    first, second = settings.hidden
+    layers = [nn.Linear(len(data.train[0][0]), first), nn.ReLU(), nn.Linear(first, second)]
+    return nn.Sequential(*layers, nn.ReLU(), nn.Linear(second, len(data.classes) or 1)).to(device)
 
 
-def make_model(settings: Settings, table: Table, device: torch.device) -> MLP:
-    return MLP(table.train.features.shape[1], settings.hidden).to(device)
-
-
-def make_optimizer(model: MLP, settings: Settings, batches: int) -> tuple[Optimizer, LRScheduler]:
+def make_optimizer(model: nn.Module, settings: Settings, batches: int) -> tuple[Adam, OneCycleLR]:
     """Adam and its learning rate schedule over all `batches`."""
-    rate = settings.learning_rate
-    optimizer = torch.optim.Adam(model.parameters(), rate)
-    if settings.schedule == "constant":
-        return optimizer, ConstantLR(optimizer, factor=1)
-    return optimizer, OneCycleLR(optimizer, rate, batches, cycle_momentum=False)
+    optimizer = Adam(model.parameters(), settings.learning_rate)
+    return optimizer, OneCycleLR(optimizer, settings.learning_rate, batches, cycle_momentum=False)
+
+
+def total_loss(outputs: Tensor, targets: Tensor) -> Tensor:
+    if targets.is_floating_point():
+        return F.mse_loss(outputs.squeeze(1), targets, reduction="sum")
+    return F.cross_entropy(outputs, targets, reduction="sum")
 
 
 # --------------------------------------------------------------------------- evaluation
 
 
 class Result(NamedTuple):
-    """Predictions on the CPU, in the unit of the target, and their metrics."""
+    """Predictions on the CPU and their metrics."""
 
-    predictions: Tensor  # float32 (rows,)
-    targets: Tensor  # float32 (rows,)
+    columns: dict[str, list[Any]]  # of predictions.csv
     metrics: dict[str, float]
 
     def named(self, prefix: str) -> dict[str, float]:
@@ -206,44 +165,33 @@ class Result(NamedTuple):
 
 
 @torch.inference_mode()
-def evaluate(model: MLP, part: Part, table: Table) -> Result:
+def evaluate(model: nn.Module, part: TensorDataset, table: Table) -> Result:
     """Predict every row; few enough for each rank to predict all of them."""
-    model.eval()
-    predictions = type(model).forward(model, part.features).cpu()  # without the hooks of run.watch
-    targets = part.targets.cpu()
-    loss = F.mse_loss(predictions, targets)
-    metrics = {
-        "loss": float(loss),
-        "mae": table.scale * float((predictions - targets).abs().mean()),
-        "r2": 1 - float(loss / targets.var(correction=0)),
-    }
-    predictions = table.mean + table.scale * predictions
-    targets = table.mean + table.scale * targets
-    return Result(predictions, targets, metrics)
+    features, targets = part.tensors
+    outputs = type(model.eval()).forward(model, features).cpu()  # without the hooks of run.watch
+    if table.classes:
+        result = evaluation(outputs, targets, METRICS_OF["classification"])
+        return Result(result.columns(), result.metrics)
+    targets = table.mean + table.scale * targets.cpu().double()
+    predictions = table.mean + table.scale * outputs.squeeze(1).double()
+    mse = (predictions - targets).square().mean()
+    mae = float((predictions - targets).abs().mean())
+    r2 = 1 - float(mse / targets.var(correction=0))
+    metrics = {"loss": float(mse) / table.scale**2, "mae": mae, "r2": r2}
+    return Result({"target": targets.tolist(), "prediction": predictions.tolist()}, metrics)
 
 
 @logs_to_wandb
 def log_charts(run: Run, name: str, result: Result) -> None:
-    """Log the largest errors and the distribution of all."""
-    errors = result.predictions - result.targets
-    largest = wandb.Table(columns=["target", "prediction", "error", "step"])
-    for i in errors.abs().argsort(descending=True)[:100].tolist():
-        row = [float(column[i]) for column in (result.targets, result.predictions, errors)]
-        largest.add_data(*row, run.step)
-    run.log(
-        {
-            f"{name}/errors": wandb.Histogram(errors.numpy()),
-            f"{name}/largest_errors": largest,
-        }
-    )
+    """Log the first 100 predictions."""
+    rows = [list(row) for row in zip(*result.columns.values())]
+    run.log({f"{name}/predictions": wandb.Table(columns=list(result.columns), data=rows[:100])})
 
 
 def write_curves(session: Session, best_epoch: int) -> None:
     """Draw the learning curves of the run so far."""
-    panels = {
-        "loss": ("train/loss_step", "valid/loss"),
-        "mean absolute error": ("", "valid/mae"),
-    }
+    name = METRICS_OF[session.settings.task][1]
+    panels = {"loss": ("train/loss_step", "valid/loss"), name: ("", f"valid/{name}")}
     if distributed.rank() == 0:
         picture = viz.curves_picture(session.run.rows, panels, best_epoch)
         files.write_png(session.output_dir / "curves.png", picture)
@@ -252,7 +200,7 @@ def write_curves(session: Session, best_epoch: int) -> None:
 # ----------------------------------------------------------------------------- training
 
 
-def train(session: Session, progress: Progress, model: MLP, data: Table) -> Best:
+def train(session: Session, progress: Progress, model: nn.Module, data: Table) -> Best:
     """Train `model`, from the checkpoint if the run is resumed; returns the best model."""
     settings = session.settings
     run = session.run
@@ -260,9 +208,10 @@ def train(session: Session, progress: Progress, model: MLP, data: Table) -> Best
     optimizer, schedule = make_optimizer(model, settings, progress.total_batches)
     best = Best(settings.monitor, METRICS)
     meter = Meter()
+    # Also saved: position, meter, random state. At an epoch's end that is before validation.
     checkpoints = Checkpoints(
         progress,
-        [data.train, data.valid, data.test],
+        [data.train.tensors, data.valid.tensors, data.test.tensors],
         meter,
         model=model,
         optimizer=optimizer,
@@ -273,7 +222,7 @@ def train(session: Session, progress: Progress, model: MLP, data: Table) -> Best
 
     for epoch in progress.epochs():
         model.train()
-        order = shuffled(len(train_set.targets), settings.seed, epoch).to(session.device)
+        order = shuffled(len(train_set), settings.seed, epoch).to(session.device)
         batches = order.split(settings.batch_size)
         for indices in progress.remaining(batches):  # after a resume, the rest of the epoch
             run.log({}, step=progress.step)  # begin the row of this batch
@@ -281,10 +230,9 @@ def train(session: Session, progress: Progress, model: MLP, data: Table) -> Best
                 run.watch(model, log=settings.watch, log_freq=progress.watch_freq)
             share = distributed.share_of(indices)  # all, unless torchrun started several processes
             for part in share.split(settings.micro_batch_size or len(share)):
-                features = train_set.features[part]
-                targets = train_set.targets[part]
+                features, targets = train_set[part]
                 with session.autocast():
-                    loss = F.mse_loss(model(features), targets, reduction="sum")
+                    loss = total_loss(model(features), targets)
                 (loss / len(indices)).backward()  # parts and ranks add up to the batch's gradient
                 meter.add(len(part), loss=loss)
             distributed.sum_gradients(model)
@@ -344,11 +292,9 @@ def conclude(session: Session, progress: Progress, best: Best, data: Table) -> d
     if distributed.rank() > 0:
         return {}
 
-    columns = {"target": valid.targets.tolist(), "prediction": valid.predictions.tolist()}
-    files.write_csv(output_dir / "predictions.csv", columns)
+    files.write_csv(output_dir / "predictions.csv", valid.columns)
     files.write_tensors(output_dir / "model.pt", best.weights)
-    inputs = data.test.features[:2].cpu()
-    files.write_onnx(output_dir / "model.onnx", model, output="prediction", features=inputs)
+    files.write_onnx(output_dir / "model.onnx", model, "output", features=data.test[:2][0].cpu())
 
     log_charts(run, "test", test)
     curves = run.call(wandb.Image, str(output_dir / "curves.png"))
@@ -362,11 +308,10 @@ def conclude(session: Session, progress: Progress, best: Best, data: Table) -> d
     if session.settings.log_model == "best":
         run.log_weights(best.weights, results, is_best=True)
 
-    error = f"{results['test/mae']:.4g} in {len(data.test.targets):,} rows"
-    print(f"test: mean absolute error {error}, best epoch {best.epoch}")
+    print(f"test: {test.metrics}, best epoch {best.epoch}")
     return {
         "dataset": data.name,
-        "model": f"MLP {session.settings.hidden}",
+        "class_names": data.classes,
         "best/epoch": best.epoch,
         **results,
     }
@@ -381,17 +326,17 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         if session.finished:
             return session.metrics
         settings = session.settings
-        with distributed.rank_0_first():  # which writes the table
+        with distributed.rank_0_first():  # which reads the table
             data = load(settings, session.device)
-        progress = Progress(session, len(data.train.targets), held_out=len(data.valid.targets))
+        progress = Progress(session, len(data.train), held_out=len(data.valid))
         run = session.start(partial(wandb.init, project=settings.project, config=session.config))
         log_dataset(run, data)
         seed_everything(settings.seed, settings.deterministic)
         model = make_model(settings, data, session.device)
         seed_rank(settings.seed)
         print(
-            f"{data.name}: {len(data.train.targets):,} + {len(data.valid.targets):,} + "
-            f"{len(data.test.targets):,} rows for training, validation and test"
+            f"{data.name}: {len(data.train):,} + {len(data.valid):,} + "
+            f"{len(data.test):,} rows for training, validation and test"
         )
         print(model)
         session.describe("MLP", model)

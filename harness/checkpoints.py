@@ -116,10 +116,8 @@ class Checkpoints:
             _set_random_state(processes[rank]["random"], self._session.device)
             return
         if any(gradient is not None for gradient in processes[0]["gradients"]):
-            advice = "call optimizer.zero_grad() after each step"
-            raise ValueError(
-                f"gradients of {len(processes)} processes can't be shared out: {advice}"
-            )
+            problem = "accumulated gradients can't be shared out among other processes"
+            raise UserError(f"--resume: {problem}: start {len(processes)} again")
         numbers = f"{len(processes)} process(es) and goes on with {distributed.world_size()}"
         differ = "the batches are the same; rounding and dropout differ"
         print(f"The run was begun with {numbers}: {differ}.")

@@ -160,11 +160,19 @@ def sum_over_ranks(*tensors: Tensor) -> None:
 
 
 def sum_gradients(model: nn.Module) -> None:
-    """Replace the model's gradients by their sums over all ranks."""
+    """Replace the model's gradients by their sums over all ranks, once before each optimizer step.
+
+    Raises `ValueError` if they hold gradients that were summed before.
+    """
     if world_size() == 1:
         return
-    weights = [weight for weight in model.parameters() if weight.grad is not None]
-    sum_over_ranks(*(weight.grad for weight in weights))
+    gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
+    if any(hasattr(gradient, "is_summed") for gradient in gradients):
+        advice = "call it only before optimizer.step(), and optimizer.zero_grad() after that"
+        raise ValueError(f"sum_gradients would sum some gradients twice: {advice}")
+    sum_over_ranks(*gradients)
+    for gradient in gradients:
+        gradient.is_summed = True
 
 
 def broadcast(value: Any = None) -> Any:

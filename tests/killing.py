@@ -38,8 +38,9 @@ ARGUMENTS = {
     "--log_every 4 --checkpoint_every 5",
 }
 EXAMPLES = {
-    "examples/train_tabular.py": f"--data_dir {FILES.name} --epochs 4 --batch_size 48 --checkpoint_every 7",
     "examples/train_images.py": f"--data_dir {FILES.name} --epochs 3 --batch_size 24 --log_every 4 --checkpoint_every 4",
+    "examples/train_lm.py": "--precision fp32 --epochs 3 --context 16 --layers 1 --heads 1 --batch_size 64 --log_every 4 --checkpoint_every 5",
+    "examples/train_tabular.py": "--precision fp32 --epochs 4 --batch_size 48 --checkpoint_every 7",
 }
 TIMINGS = ("seconds", "train/examples_per_second")
 
@@ -125,7 +126,9 @@ def outcome(out: Path) -> dict[str, Any]:
     rows = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
     return {
         "checkpoint.pt": {
-            key: state[key] for key in ("model", "optimizer", "schedule", "position", "best")
+            key: state[key]
+            for key in ("model", "average", "optimizer", "schedule", "position", "best")
+            if key in state
         },
         "history.jsonl": [
             {key: value for key, value in row.items() if key not in TIMINGS} for row in rows
@@ -140,7 +143,8 @@ def outcome(out: Path) -> dict[str, Any]:
         "model": {
             path.relative_to(out): path.read_bytes()
             for path in sorted(out.rglob("*"))
-            if path.suffix in (".safetensors", ".onnx", ".png") or path.parent.name == "model"
+            if path.suffix in (".safetensors", ".onnx", ".png", ".txt")
+            or path.parent.name == "model"
         },
     }
 

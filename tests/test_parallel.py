@@ -115,6 +115,23 @@ def test_merged_validation_matches_one_process(script, references, tmp_path):
     assert killing.differences(references[script].out, tmp_path / "out") == []
 
 
+@pytest.mark.quick
+def test_gradients_are_not_summed_twice(monkeypatch):
+    """As they would be by a call for each batch, if the optimizer steps every second batch."""
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "sum_over_ranks", lambda *tensors: None)
+    model = torch.nn.Linear(1, 1)
+    for _ in range(2):
+        model(torch.ones(1, 1)).sum().backward()
+        distributed.sum_gradients(model)
+        model.zero_grad()
+    model(torch.ones(1, 1)).sum().backward()
+    distributed.sum_gradients(model)
+    model(torch.ones(1, 1)).sum().backward()
+    with pytest.raises(ValueError, match="would sum some gradients twice"):
+        distributed.sum_gradients(model)
+
+
 def bert_without_dropout(directory: Path) -> Path:
     words = sorted(
         {
