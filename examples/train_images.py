@@ -1,7 +1,7 @@
 """Train a ResNet on a folder of images, logged with Weights & Biases: a copy of train_mnist.py.
 
 Reads root/class/*.png or .jpg, of any sizes, in the workers of a DataLoader; by default a folder of
-made-up shapes that it writes itself. Of each class, a sixth is for validation, a sixth for testing.
+made-up shapes that it writes itself. Every sixth image is for validation, another sixth for testing.
 """
 
 import dataclasses
@@ -105,7 +105,7 @@ def read_image(path: str) -> Image.Image:
 
 def load(settings: Settings) -> Folder:
     """The folder in three parts. Raises `UserError`."""
-    root = path = Path(settings.folder or Path(settings.data_dir, "shapes"))
+    root = Path(settings.folder or Path(settings.data_dir, "shapes"))
     if not settings.folder and not root.exists():
         root.parent.mkdir(parents=True, exist_ok=True)
         with files.replacing_directory(root) as temporary:
@@ -115,30 +115,21 @@ def load(settings: Settings) -> Folder:
     plain = v2.Compose([v2.Resize(size), v2.CenterCrop(size), *to_tensor])
     moved = [v2.RandomCrop(size, padding=size // 8), v2.RandomHorizontalFlip()]
     augment = v2.Compose([v2.Resize(size), *moved, v2.ColorJitter(0.2, 0.2, 0.2), *to_tensor])
-    content = []
     try:
         images = ImageFolder(root, plain, loader=read_image)
         augmented = ImageFolder(root, augment, loader=read_image)
-        for path, _ in images.samples:
-            with Image.open(path) as image:
-                image.verify()  # of a JPEG, only the header
-            content.append((os.path.relpath(path, root), os.path.getsize(path)))
-    except (OSError, SyntaxError) as error:
-        raise UserError(f"{path} can't be read: {error}") from None
-    rows = {"train": [], "valid": [], "test": []}
-    seen = [0] * len(images.classes)
-    order = list(range(len(images)))  # by name
-    random.Random(0).shuffle(order)
-    for i in order:  # of six images of a class, one is for validation and one for testing
-        label = images.targets[i]
-        rows[{4: "test", 5: "valid"}.get(seen[label] % 6, "train")].append(i)
-        seen[label] += 1
-    if len(seen) < 2 or not rows["valid"]:
-        raise UserError(f"{root}: needs two classes, and six images of one of them")
-    train = Subset(augmented, rows["train"])
-    valid, test = Subset(images, rows["valid"]), Subset(images, rows["test"])
+    except OSError as error:
+        raise UserError(f"{root} can't be read: {error}") from None
+    if len(images.classes) < 2 or len(images) < 12:
+        raise UserError(f"{root}: needs two classes and twelve images")
+    content = [(os.path.relpath(path, root), os.path.getsize(path)) for path, _ in images.samples]
+    part = torch.arange(len(images)) % 6  # the images are in order of their classes
+    train, valid, test = (
+        rows.nonzero().flatten().tolist() for rows in (part < 4, part == 4, part == 5)
+    )
     name = re.sub(r"[^\w.-]", "_", root.resolve().name)  # W&B takes no others
-    return Folder(name, train, valid, test, images.classes, content)
+    parts = (Subset(augmented, train), Subset(images, valid), Subset(images, test))
+    return Folder(name, *parts, images.classes, content)
 
 
 @logs_to_wandb
