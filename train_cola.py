@@ -82,7 +82,7 @@ from metrics import Evaluation, evaluation, lower_is_better, matthews_corrcoef_i
 from tasks import encoders
 from tasks.batching import TokenSet, by_length, inputs_of, tokenise
 from tasks.encoders import Pretrained
-from tasks.sentences import Corpus, load_corpus
+from tasks.sentences import Corpus, load_corpus, reorder_classes
 
 # --------------------------------------------------------------------------------- data
 
@@ -113,6 +113,7 @@ def load(settings: Settings) -> Corpus:
 def prepare(session: Session, corpus: Corpus, pretrained: Pretrained) -> Task:
     """Tokenise the sentences, and take the model to the device."""
     model, tokenizer = pretrained
+    corpus = reorder_classes(corpus, list(model.config.id2label.values()))
     limit = session.settings.max_length
     device = session.device
     train = corpus.train
@@ -127,8 +128,9 @@ def prepare(session: Session, corpus: Corpus, pretrained: Pretrained) -> Task:
         f"training and validation, {share:.1%} of the latter in the most frequent class"
     )
     session.describe(session.config["model"], model)
+    model.to(device)
     encoders.train_used_rows(model, [train_set.tokens, valid_set.tokens])
-    return Task(corpus, model.to(device), tokenizer, train_set, valid_set)
+    return Task(corpus, model, tokenizer, train_set, valid_set)
 
 
 @logs_to_wandb

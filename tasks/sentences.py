@@ -84,11 +84,7 @@ def _read_cola(path: Path) -> Corpus:
             content = archive.read(f"cola_public/raw/{part}.tsv")
             parts.append(parse_cola(content, f"{path}: {part}.tsv"))
     train, in_domain, out_of_domain = parts
-    valid = Sentences(
-        in_domain.sentences + out_of_domain.sentences,
-        in_domain.labels + out_of_domain.labels,
-        in_domain.sources + out_of_domain.sources,
-    )
+    valid = Sentences(*(first + second for first, second in zip(in_domain, out_of_domain)))
     boundary = len(in_domain.labels)
     domains = {"in_domain": slice(boundary), "out_of_domain": slice(boundary, None)}
     return Corpus("cola", train, valid, domains, ACCEPTABILITY, [path])
@@ -100,7 +96,7 @@ def parse_cola(content: bytes, name: str) -> Sentences:
     Raises `UserError` that contains `name` and the number of the row.
     """
     table = _split_columns(content, name, TAB_SEPARATED)
-    rows = _rows(table, ["source", "label", "annotation", "sentence"], "CoLA")
+    rows = _rows(table, ["source", "label", "annotation", "sentence"], name)
     return _numbered(rows, ["0", "1"], "CoLA")
 
 
@@ -125,13 +121,10 @@ def _read_user_files(train_file: Path, valid_file: Path) -> Corpus:
     )
 
 
-def _label_order(label: str) -> tuple[bool, int, str, str]:
-    """A sort key: numbers first, by value, then other labels; 01 comes before 1.
-
-    The digits are compared as text because Python refuses to convert very long numbers.
-    """
-    digits = label.lstrip("0") if label.isdecimal() else ""
-    return not label.isdecimal(), len(digits), digits, label
+def _label_order(label: str) -> tuple[bool, float, str]:
+    """A sort key: numbers first, by value, then other labels; 01 comes before 1."""
+    is_number = label.isdecimal()
+    return not is_number, float(label) if is_number else 0.0, label
 
 
 def _read_file(path: Path) -> list[Row]:
@@ -144,26 +137,24 @@ def _read_file(path: Path) -> list[Row]:
     table = _split_columns(content, str(path), dialect)
     if len(table) < 2:
         raise UserError(f"{path} contains no sentences")
-    _, header = table[0]
+    header = table[0]
     for column in ("sentence", "label"):
         if header.count(column) != 1:
             names = ", ".join(map(repr, header))[:300]
-            problem = f"the header must name one column {column!r}, not {names}"
-            if len(header) == 1 and "," in header[0]:
-                problem += "; the file is comma-separated: name it .csv"
-            raise UserError(f"{path}, row 1: {problem}")
-    return _rows(table[1:], header, path.name)
+            raise UserError(
+                f"{path}, row 1: the header must name one column {column!r}, not {names}; "
+                "columns are separated by commas in a .csv file, by tabs in any other"
+            )
+    return _rows(table, header, str(path))[1:]
 
 
-def _split_columns(
-    content: bytes, name: str, dialect: dict[str, Any]
-) -> list[tuple[str, list[str]]]:
-    """Position and columns of each row in a UTF-8 file whose lines end in CR, LF or CRLF."""
+def _split_columns(content: bytes, name: str, dialect: dict[str, Any]) -> list[list[str]]:
+    """The columns of each row in a UTF-8 file whose lines end in CR, LF or CRLF."""
     lines = (line.decode() + "\n" for line in content.splitlines())
     table = []
     try:
         for columns in csv.reader(lines, strict=True, **dialect):
-            table.append((f"{name}, row {len(table) + 1}", columns))
+            table.append(columns)
         return table
     except UnicodeDecodeError:
         problem = "invalid UTF-8"
@@ -172,16 +163,17 @@ def _split_columns(
     raise UserError(f"{name}, row {len(table) + 1}: {problem}")
 
 
-def _rows(table: list[tuple[str, list[str]]], header: list[str], default_source: str) -> list[Row]:
+def _rows(table: list[list[str]], header: list[str], name: str) -> list[Row]:
     rows = []
-    for position, columns in table:
+    for number, columns in enumerate(table, start=1):
+        position = f"{name}, row {number}"
         if len(columns) != len(header):
             raise UserError(f"{position}: expected {len(header)} columns, got {len(columns)}")
         fields = dict(zip(header, columns))
         for column in ("sentence", "label"):
             if not fields[column].strip():
                 raise UserError(f"{position}: the {column} is empty")
-        source = fields.get("source", default_source)
+        source = fields.get("source", Path(name).name)
         rows.append(Row(position, fields["sentence"], fields["label"].strip(), source))
     return rows
 
@@ -202,12 +194,19 @@ def _numbered(rows: list[Row], class_names: list[str], origin: str) -> Sentences
 def synthetic_sentences(train: int = 12_000, valid: int = 1_000) -> Corpus:
     """Minimal pairs of the built-in grammar; the parts have no sentence in common."""
     sentences = []
-    labels = []
     rules = []
-    for good, bad, rule in minimal_pairs((train + valid) // 2):
-        sentences += [good, bad]
-        labels += [1, 0]
+    for acceptable, unacceptable, rule in minimal_pairs((train + valid) // 2):
+        sentences += [acceptable, unacceptable]
         rules += [rule, rule]
+    labels = [1, 0] * (len(rules) // 2)
     train_part = Sentences(sentences[:train], labels[:train], rules[:train])
     valid_part = Sentences(sentences[train:], labels[train:], rules[train:])
     return Corpus("synthetic", train_part, valid_part, {}, ACCEPTABILITY, [])
+
+
+def reorder_classes(corpus: Corpus, class_names: list[str]) -> Corpus:
+    """The same corpus with its classes numbered in the order of `class_names`."""
+    new_label = [class_names.index(class_name) for class_name in corpus.class_names]
+    for part in (corpus.train, corpus.valid):
+        part.labels[:] = [new_label[label] for label in part.labels]
+    return corpus._replace(class_names=class_names)
