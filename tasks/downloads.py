@@ -82,8 +82,6 @@ def one_line(text: object) -> str:
 
 def why_unreachable(url: str) -> str | None:
     """Why the server of `url` does not answer, or None if it does. An HTTP error is an answer."""
-    if not url.startswith(("http://", "https://")):
-        return f"{url!r} is not the URL of a server"
     outcome = queue.SimpleQueue()
 
     def probe() -> None:

@@ -195,10 +195,9 @@ def _from_scratch(sentences: list[str], class_names: list[str]) -> Pretrained:
 
 
 def learn_wordpieces(sentences: list[str]) -> list[str]:
-    """A WordPiece vocabulary that depends on `sentences` only.
+    """A WordPiece vocabulary of all characters and the words that occur at least twice.
 
-    It contains all characters, words that occur at least twice, and suffixes of at least ten
-    words. The trainers of the tokenizers library would break ties at random.
+    It depends on `sentences` only; the trainers of the tokenizers library break ties at random.
     """
     normalizer = BertNormalizer()  # lower case, without accents
     splitter = BertPreTokenizer()
@@ -206,15 +205,10 @@ def learn_wordpieces(sentences: list[str]) -> list[str]:
     for sentence in sentences:
         for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(sentence)):
             words[word] += 1
-    suffixes = Counter()
-    for word in words:
-        for length in range(2, min(7, len(word))):
-            suffixes[word[-length:]] += 1
     characters = sorted(set("".join(words)))
     pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *characters]
     pieces += [f"##{character}" for character in characters]
     pieces += sorted(word for word, count in words.items() if count >= 2 and len(word) > 1)
-    pieces += sorted(f"##{suffix}" for suffix, count in suffixes.items() if count >= 10)
     return pieces
 
 
@@ -295,15 +289,15 @@ def words_of(
     """The words of a sentence as written, each with the indices of its tokens.
 
     Only the first `length` tokens exist: a word that was truncated has none. Special tokens belong
-    to no word.
+    to no word. A tokenizer written in Python gives its tokens instead.
     """
-    words = []
+    encoded = tokenizer(
+        sentence, truncation=True, max_length=length, return_offsets_mapping=tokenizer.is_fast
+    )
     if not tokenizer.is_fast:  # it doesn't report which characters a token comes from
-        ids = tokenizer(sentence, truncation=True, max_length=length)["input_ids"]
-        for index, token in enumerate(tokenizer.convert_ids_to_tokens(ids)):
-            words.append((token, [index]))
-        return words
-    encoded = tokenizer(sentence, truncation=True, max_length=length, return_offsets_mapping=True)
+        tokens = tokenizer.convert_ids_to_tokens(encoded["input_ids"])
+        return [(token, [index]) for index, token in enumerate(tokens)]
+    words = []
     spans = encoded["offset_mapping"]
     for word in re.finditer(r"\S+", sentence):
         word_start, word_end = word.span()

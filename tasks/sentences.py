@@ -207,6 +207,6 @@ def synthetic_sentences(train: int = 12_000, valid: int = 1_000) -> Corpus:
 def reorder_classes(corpus: Corpus, class_names: list[str]) -> Corpus:
     """The same corpus with its classes numbered in the order of `class_names`."""
     new_label = [class_names.index(class_name) for class_name in corpus.class_names]
-    for part in (corpus.train, corpus.valid):
-        part.labels[:] = [new_label[label] for label in part.labels]
-    return corpus._replace(class_names=class_names)
+    train = corpus.train._replace(labels=[new_label[label] for label in corpus.train.labels])
+    valid = corpus.valid._replace(labels=[new_label[label] for label in corpus.valid.labels])
+    return corpus._replace(train=train, valid=valid, class_names=class_names)
