@@ -82,7 +82,7 @@ from metrics import Evaluation, evaluation, lower_is_better, matthews_corrcoef_i
 from tasks import encoders
 from tasks.batching import TokenSet, by_length, inputs_of, tokenise
 from tasks.encoders import Pretrained
-from tasks.sentences import Corpus, load_corpus, reorder_classes
+from tasks.sentences import Corpus, load_corpus
 
 # --------------------------------------------------------------------------------- data
 
@@ -102,7 +102,7 @@ def load(settings: Settings) -> Corpus:
     corpus = load_corpus(
         settings.dataset, settings.data_dir, settings.train_file, settings.valid_file
     )
-    labels = torch.tensor(corpus.valid.labels)
+    labels = torch.tensor([corpus.class_names.index(label) for label in corpus.valid.labels])
     any_logits = torch.zeros(len(labels), len(corpus.class_names))
     if settings.monitor not in evaluation(any_logits, labels).named("valid"):
         problem = "needs two classes, both in the validation data"
@@ -113,13 +113,16 @@ def load(settings: Settings) -> Corpus:
 def prepare(session: Session, corpus: Corpus, pretrained: Pretrained) -> Task:
     """Tokenise the sentences, and take the model to the device."""
     model, tokenizer = pretrained
-    corpus = reorder_classes(corpus, list(model.config.id2label.values()))
+    label2id = model.config.label2id  # in the order of the classes that a trained head has
+    corpus = corpus._replace(class_names=list(label2id))
     limit = session.settings.max_length
     device = session.device
     train = corpus.train
     valid = corpus.valid
-    train_set = tokenise(train.sentences, train.labels, tokenizer, limit, device)
-    valid_set = tokenise(valid.sentences, valid.labels, tokenizer, limit, device)
+    train_labels = [label2id[label] for label in train.labels]
+    valid_labels = [label2id[label] for label in valid.labels]
+    train_set = tokenise(train.sentences, train_labels, tokenizer, limit, device)
+    valid_set = tokenise(valid.sentences, valid_labels, tokenizer, limit, device)
     if cut := train_set.cut + valid_set.cut:
         print(f"{cut} sentences are longer than --max_length {limit} tokens and are truncated.")
     share = valid_set.labels.bincount().max() / len(valid_set.labels)

@@ -21,11 +21,8 @@ class ImageSet(NamedTuple):
     images: Tensor  # uint8 (examples, 1, 28, 28)
     labels: Tensor  # int64 (examples,), 0 to 9
 
-    def subset(self, rows: slice) -> "ImageSet":
-        return ImageSet(self.images[rows], self.labels[rows])
-
-    def to(self, device: torch.device) -> "ImageSet":
-        return ImageSet(self.images.to(device), self.labels.to(device))
+    def subset(self, rows: slice, device: torch.device | None = None) -> "ImageSet":
+        return ImageSet(self.images[rows].to(device), self.labels[rows].to(device))
 
 
 class Digits(NamedTuple):
@@ -37,11 +34,6 @@ class Digits(NamedTuple):
     test: ImageSet
     class_names: list[str]
     files: list[Path]  # what was read, or the code that draws the synthetic digits
-
-    def to(self, device: torch.device) -> "Digits":
-        """The same data set with all tensors on `device`."""
-        parts = [part.to(device) for part in (self.train, self.valid, self.test)]
-        return Digits(self.name, *parts, self.class_names, self.files)
 
 
 DIGIT_NAMES = [str(digit) for digit in range(10)]
@@ -74,16 +66,24 @@ def load_digits(name: str, data_dir: str) -> Digits:
     return synthetic_digits()
 
 
-def split_digits(digits: Digits, valid_size: int, every: int) -> Digits:
-    """Hold out the last `valid_size` training images, then keep every `every`-th of each part."""
+def split_digits(
+    digits: Digits,
+    valid_size: int,
+    every: int,
+    device: torch.device | None = None,
+) -> Digits:
+    """Hold out the last `valid_size` training images, then keep every `every`-th of each part.
+
+    The images kept are moved to `device`.
+    """
     total = len(digits.train.labels)
     kept = total - valid_size
     if kept < 1:
         raise UserError(f"--valid_size {valid_size} leaves no training image of {total}")
     return digits._replace(
-        train=digits.train.subset(slice(0, kept, every)),
-        valid=digits.train.subset(slice(kept, total, every)),
-        test=digits.test.subset(slice(None, None, every)),
+        train=digits.train.subset(slice(0, kept, every), device),
+        valid=digits.train.subset(slice(kept, total, every), device),
+        test=digits.test.subset(slice(None, None, every), device),
     )
 
 
@@ -112,32 +112,33 @@ def _read_digits(name: str, files: list[Path]) -> Digits:
 
 
 def _read_part(name: str, image_file: Path, label_file: Path) -> ImageSet:
-    images = _read_idx(name, image_file, (28, 28))[:, None]
-    labels = _read_idx(name, label_file, ()).long()
+    images = _read_idx(name, image_file, (28, 28), largest=255)[:, None]
+    labels = _read_idx(name, label_file, (), largest=9).long()
     if len(images) != len(labels):
         raise UserError(
             f"{image_file} contains {len(images):,} images, but {label_file} {len(labels):,} labels"
         )
-    if labels.max() > 9:
-        raise UserError(f"{label_file} contains the label {labels.max()}, above 9")
     return ImageSet(images, labels)
 
 
-def _read_idx(name: str, file: Path, shape: tuple[int, ...]) -> Tensor:
-    """uint8 (n, *shape) from a file in IDX format: a magic number, the sizes, the data."""
+def _read_idx(
+    name: str,
+    file: Path,
+    shape: tuple[int, ...],
+    largest: int,
+) -> Tensor:
+    """uint8 (n, *shape), 0 to `largest`, from an IDX file: a magic number, the sizes, the data."""
     header = np.fromfile(file, ">i4", 2 + len(shape)).tolist()
     data = np.fromfile(file, np.uint8, offset=4 * len(header))
     count, rest = divmod(len(data), math.prod(shape))
     magic_number = 0x801 + len(shape)  # 0x800 for uint8, plus the number of dimensions
-    damaged = header != [magic_number, count, *shape] or rest > 0 or count < 1
-    if name == "mnist" and count in (60_000, 10_000):  # as published
-        checksum = hashlib.sha256(file.read_bytes()).hexdigest()
-        damaged = damaged or checksum != MNIST_SHA256[file.name]
-    if damaged:
-        kind = "28×28 images" if shape else "labels"
+    intact = header == [magic_number, count, *shape] and rest == 0 and count > 0
+    if intact and name == "mnist" and count in (60_000, 10_000):  # as published
+        intact = hashlib.sha256(file.read_bytes()).hexdigest() == MNIST_SHA256[file.name]
+    if not intact or data.max() > largest:
         raise UserError(
-            f"{file} is damaged: it is not an IDX file of {kind}, or differs from the published "
-            "file (SHA-256); delete it to download it again"
+            f"{file} is damaged: it is not an IDX file of 28×28 images or of labels from 0 to 9, "
+            "or differs from the published file (SHA-256); delete it to download it again"
         )
     return torch.from_numpy(data.reshape(count, *shape))
 
@@ -169,7 +170,14 @@ def _draw_glyphs() -> Tensor:
     for name in DIGIT_NAMES:
         canvas = Image.new("L", (56, 56))
         draw = ImageDraw.Draw(canvas)
-        draw.text((28, 28), name, fill=255, font=font, anchor="mm", stroke_width=1)
+        draw.text(
+            (28, 28),
+            name,
+            fill=255,
+            font=font,
+            anchor="mm",
+            stroke_width=1,
+        )
         glyphs.append(np.array(canvas))
     return torch.from_numpy(np.stack(glyphs))[:, None] / 255
 

@@ -25,7 +25,7 @@ from transformers import (
 from harness import distributed
 from harness.errors import UserError, warn_loudly
 from harness.files import list_names, replacing_directory
-from tasks.batching import TokenSet, inputs_of, tokenise, tokens_of
+from tasks.batching import TokenSet, inputs_of, tokenise
 from tasks.downloads import one_line, why_unreachable
 
 BERT_TINY = "google/bert_uncased_L-2_H-128_A-2"
@@ -221,8 +221,8 @@ def _load_pretrained(name: str, class_names: list[str]) -> Pretrained:
     spelling = {class_name.casefold(): class_name for class_name in class_names}
     old_names = [str(config.id2label[i]) for i in range(config.num_labels)]
     in_model_order = [spelling.get(old_name.casefold(), "") for old_name in old_names]
+    keeps_head = sorted(in_model_order) == sorted(class_names)
     has_head = "ForSequenceClassification" in str(config.architectures)
-    keeps_head = has_head and sorted(in_model_order) == sorted(class_names)
     _name_classes(config, in_model_order if keeps_head else class_names)
     config.problem_type = "single_label_classification"
     model, info = AutoModelForSequenceClassification.from_pretrained(
@@ -269,7 +269,8 @@ def attribute(
     difference of the two logits by a token's embedding, times that embedding, summed over its
     dimensions. None if the model doesn't accept embeddings.
     """
-    tokens = tokens_of(token_set, index).long()[None]  # GPT-2 would take padding for the last token
+    start, end = token_set.offsets[index : index + 2].tolist()
+    tokens = token_set.tokens[start:end].long()[None]  # GPT-2 would take padding for the last token
     embedded = model.get_input_embeddings()(tokens).detach().requires_grad_()
     mask = torch.ones_like(tokens)
     try:
