@@ -13,7 +13,6 @@ INTRANSITIVE = {  # base: past
 }
 TRANSITIVE = ["took", "chose", "found", "brought"]
 ADJECTIVES = ["old", "young", "tall", "famous", "quiet", "clever"]
-PLACES = ["near the river", "behind the house", "beside the road", "at the station"]
 ADVERBS = ["today", "every day", "again", "quickly", "without a word"]
 
 
@@ -22,12 +21,12 @@ def _with_s(word: str, needed: bool) -> str:
 
 
 def _person(rng: Random, plural: bool) -> str:
-    """A noun phrase for people, sometimes with an adjective, sometimes with a place."""
+    """A noun phrase for people, sometimes with an adjective, sometimes near other people."""
     phrase = _with_s(rng.choice(NOUNS), plural)
     if rng.random() < 0.4:
         phrase = f"{rng.choice(ADJECTIVES)} {phrase}"
-    if rng.random() < 0.3:
-        phrase = f"{phrase} {rng.choice(PLACES)}"
+    if rng.random() < 0.4:
+        phrase += f" near the {_with_s(rng.choice(NOUNS), rng.random() < 0.5)}"
     return f"the {phrase}"
 
 

@@ -291,7 +291,8 @@ def test_pairs_break_the_rule_they_are_labelled_with():
 
     def number_agrees(words: list[str]) -> bool:
         verb = next(word for word in words if word.removesuffix("s") in grammar.INTRANSITIVE)
-        return any(word in plural for word in words) != verb.endswith("s")
+        subject = next(word for word in words if word.removesuffix("s") in grammar.NOUNS)
+        return (subject in plural) != verb.endswith("s")
 
     def is_in_order(words: list[str]) -> bool:
         start, noun, verb = words[:2], words[2], words[3]

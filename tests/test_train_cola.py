@@ -438,7 +438,7 @@ def test_mistakes_table_has_every_mistake_most_confident_first(small_cola):
 def test_per_source_table(small_cola):
     for key in ("valid/per_source", "valid/per_source_chart_table"):
         table = json.loads(media(small_cola, small_cola.best, key))
-        assert table["columns"] == ["source", "sentences", "acc", "mcc"] and len(table["data"]) == 8
+        assert table["columns"] == ["source", "sentences", "acc", "mcc"] and len(table["data"]) == 3
         for source, count, acc, mcc in table["data"]:
             labels, predicted, _ = as_arrays(
                 [row for row in small_cola.rows if row["source"] == source], 2
@@ -696,7 +696,10 @@ def test_clipping_and_weight_decay(small_cola, tmp_path):
     """Clipping the gradient to almost zero leaves only weight decay: 1% per step, on linear layers only."""
     lines = [
         "sentence\tlabel\tsource",
-        *(f'The "boy {i} sleeps.\t{("Unacceptable", "Acceptable")[i % 2]}\tx' for i in range(8)),
+        *(
+            f'The "boy {i} sleeps.\t{("Unacceptable", "Acceptable")[i % 2]}\tfrom {i % 2}'
+            for i in range(8)
+        ),
     ]
     for part in ("t.tsv", "v.tsv"):
         (tmp_path / part).write_text("\n".join(lines))
