@@ -322,7 +322,7 @@ def test_a_bag_of_words_does_not_solve_it():
     model = sklearn.linear_model.LogisticRegression(max_iter=1000)
     model.fit(words.fit_transform(train.sentences), train.labels)
     predictions = model.predict(words.transform(valid.sentences))
-    assert 0.0 < sklearn.metrics.matthews_corrcoef(valid.labels, predictions) < 0.6
+    assert abs(sklearn.metrics.matthews_corrcoef(valid.labels, predictions)) < 0.2
 
 
 # ------------------------------------------------------------------------------------- the vocabulary
