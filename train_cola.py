@@ -123,7 +123,7 @@ def load(settings: Settings) -> Corpus:
     corpus = load_corpus(
         settings.dataset, settings.data_dir, settings.train_file, settings.valid_file
     )
-    labels = torch.tensor(corpus.valid.labels)
+    labels = torch.tensor([corpus.class_names.index(label) for label in corpus.valid.labels])
     any_logits = torch.zeros(len(labels), len(corpus.class_names))
     if settings.monitor not in evaluation(any_logits, labels).named("valid"):
         problem = "needs two classes, both in the validation data"
@@ -134,12 +134,16 @@ def load(settings: Settings) -> Corpus:
 def prepare(session: Session, corpus: Corpus, pretrained: Pretrained) -> Task:
     """Tokenise the sentences, and take the model to the device."""
     model, tokenizer = pretrained
+    label2id = model.config.label2id  # in the order of the classes that a trained head has
+    corpus = corpus._replace(class_names=list(label2id))
     limit = session.settings.max_length
     device = session.device
     train = corpus.train
     valid = corpus.valid
-    train_set = tokenise(train.sentences, train.labels, tokenizer, limit, device)
-    valid_set = tokenise(valid.sentences, valid.labels, tokenizer, limit, device)
+    train_labels = [label2id[label] for label in train.labels]
+    valid_labels = [label2id[label] for label in valid.labels]
+    train_set = tokenise(train.sentences, train_labels, tokenizer, limit, device)
+    valid_set = tokenise(valid.sentences, valid_labels, tokenizer, limit, device)
     if cut := train_set.cut + valid_set.cut:
         print(f"{cut} sentences are longer than --max_length {limit} tokens and are truncated.")
     share = valid_set.labels.bincount().max() / len(valid_set.labels)
@@ -148,8 +152,9 @@ def prepare(session: Session, corpus: Corpus, pretrained: Pretrained) -> Task:
         f"training and validation, {share:.1%} of the latter in the most frequent class"
     )
     session.describe(session.config["model"], model)
+    model.to(device)
     encoders.train_used_rows(model, [train_set.tokens, valid_set.tokens])
-    return Task(corpus, model.to(device), tokenizer, train_set, valid_set)
+    return Task(corpus, model, tokenizer, train_set, valid_set)
 
 
 @logs_to_wandb

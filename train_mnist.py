@@ -96,7 +96,7 @@ from tasks.digits import Digits, ImageSet, load_digits, split_digits
 def load(settings: Settings, device: torch.device) -> Digits:
     """The data on the device, in three parts. Raises `UserError`."""
     digits = load_digits(settings.dataset, settings.data_dir)
-    return split_digits(digits, settings.valid_size, settings.slice).to(device)
+    return split_digits(digits, settings.valid_size, settings.slice, device)
 
 
 def pixels(images: Tensor) -> Tensor:

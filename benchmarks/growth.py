@@ -77,10 +77,11 @@ def sentences(count: int) -> list[str]:
     before, timer = megabytes("VmRSS"), Timer()
     corpus = load_corpus("files", ".", "train.tsv", "valid.tsv")
     columns = [timer()]
-    parts = [
-        batching.tokenise(part.sentences, part.labels, tokenizer, 128, torch.device("cpu"))
-        for part in (corpus.train, corpus.valid)
-    ]
+    parts = []
+    for part in (corpus.train, corpus.valid):
+        labels = [int(label) for label in part.labels]  # 0 or 1
+        device = torch.device("cpu")
+        parts.append(batching.tokenise(part.sentences, labels, tokenizer, 128, device))
     assert parts[0].lengths.float().mean() == 12
     columns.append(timer())
     for indices in batching.by_length(parts[0].lengths, 64, seed=(0, 1)):

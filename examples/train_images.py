@@ -1,7 +1,7 @@
 """Train a ResNet on a folder of images, logged with Weights & Biases: a copy of train_mnist.py.
 
 Reads root/class/*.png or .jpg, of any sizes, in the workers of a DataLoader; by default a folder of
-made-up shapes that it writes itself. Every sixth image is for validation, another sixth for testing.
+made-up shapes that it writes itself. A sixth of the images is for validation, a sixth for testing.
 """
 
 import dataclasses

@@ -75,12 +75,6 @@ def by_length(lengths: Tensor, batch_size: int, seed: tuple[int, int]) -> list[T
     return batches
 
 
-def tokens_of(token_set: TokenSet, index: int) -> Tensor:
-    """The tokens of one sentence: int32 (tokens,), on the device."""
-    start, end = token_set.offsets[index : index + 2].tolist()
-    return token_set.tokens[start:end]
-
-
 def inputs_of(token_set: TokenSet, indices: Tensor) -> dict[str, Tensor]:
     """The model's inputs for a batch: "input_ids" and "attention_mask", int64 (batch, width).
 

@@ -21,11 +21,8 @@ class ImageSet(NamedTuple):
     images: Tensor  # uint8 (examples, 1, 28, 28)
     labels: Tensor  # int64 (examples,), 0 to 9
 
-    def subset(self, rows: slice) -> "ImageSet":
-        return ImageSet(self.images[rows], self.labels[rows])
-
-    def to(self, device: torch.device) -> "ImageSet":
-        return ImageSet(self.images.to(device), self.labels.to(device))
+    def subset(self, rows: slice, device: torch.device | None = None) -> "ImageSet":
+        return ImageSet(self.images[rows].to(device), self.labels[rows].to(device))
 
 
 class Digits(NamedTuple):
@@ -37,11 +34,6 @@ class Digits(NamedTuple):
     test: ImageSet
     class_names: list[str]
     files: list[Path]  # what was read, or the code that draws the synthetic digits
-
-    def to(self, device: torch.device) -> "Digits":
-        """The same data set with all tensors on `device`."""
-        parts = [part.to(device) for part in (self.train, self.valid, self.test)]
-        return Digits(self.name, *parts, self.class_names, self.files)
 
 
 DIGIT_NAMES = [str(digit) for digit in range(10)]
@@ -74,16 +66,24 @@ def load_digits(name: str, data_dir: str) -> Digits:
     return synthetic_digits()
 
 
-def split_digits(digits: Digits, valid_size: int, every: int) -> Digits:
-    """Hold out the last `valid_size` training images, then keep every `every`-th of each part."""
+def split_digits(
+    digits: Digits,
+    valid_size: int,
+    every: int,
+    device: torch.device | None = None,
+) -> Digits:
+    """Hold out the last `valid_size` training images, then keep every `every`-th of each part.
+
+    The images kept are moved to `device`.
+    """
     total = len(digits.train.labels)
     kept = total - valid_size
     if kept < 1:
         raise UserError(f"--valid_size {valid_size} leaves no training image of {total}")
     return digits._replace(
-        train=digits.train.subset(slice(0, kept, every)),
-        valid=digits.train.subset(slice(kept, total, every)),
-        test=digits.test.subset(slice(None, None, every)),
+        train=digits.train.subset(slice(0, kept, every), device),
+        valid=digits.train.subset(slice(kept, total, every), device),
+        test=digits.test.subset(slice(None, None, every), device),
     )
 
 
@@ -96,11 +96,11 @@ def _torchvision_class(name: str) -> Any:
 def _sources(name: str, directory: Path) -> Sources:
     """Path, URL and MD5 checksum of each file; they are published compressed."""
     published = _torchvision_class(name)
-    sources = []
-    for file, md5 in published.resources:
-        path = directory / file.removesuffix(".gz")
-        sources.append((path, published.mirrors[0] + file, md5))
-    return sources
+    mirror = published.mirrors[0]
+    return [
+        (directory / file.removesuffix(".gz"), mirror + file, md5)
+        for file, md5 in published.resources
+    ]
 
 
 def _read_digits(name: str, files: list[Path]) -> Digits:
@@ -112,38 +112,35 @@ def _read_digits(name: str, files: list[Path]) -> Digits:
 
 
 def _read_part(name: str, image_file: Path, label_file: Path) -> ImageSet:
-    images = _read_idx(name, image_file, (28, 28))[:, None]
-    labels = _read_idx(name, label_file, ()).long()
+    images = _read_idx(name, image_file, (28, 28), largest=255)[:, None]
+    labels = _read_idx(name, label_file, (), largest=9).long()
     if len(images) != len(labels):
         raise UserError(
             f"{image_file} contains {len(images):,} images, but {label_file} {len(labels):,} labels"
         )
-    if labels.max() > 9:
-        raise UserError(f"{label_file} contains the label {labels.max()}, above 9")
     return ImageSet(images, labels)
 
 
-def _read_idx(name: str, file: Path, shape: tuple[int, ...]) -> Tensor:
-    """uint8 (n, *shape) from a file in IDX format: a magic number, the sizes, the data."""
+def _read_idx(
+    name: str,
+    file: Path,
+    shape: tuple[int, ...],
+    largest: int,
+) -> Tensor:
+    """uint8 (n, *shape), 0 to `largest`, from an IDX file: a magic number, the sizes, the data."""
     header = np.fromfile(file, ">i4", 2 + len(shape)).tolist()
-    header_bytes = 4 * len(header)
-    data_bytes = file.stat().st_size - header_bytes
-    count, rest = divmod(data_bytes, math.prod(shape))
+    data = np.fromfile(file, np.uint8, offset=4 * len(header))
+    count, rest = divmod(len(data), math.prod(shape))
     magic_number = 0x801 + len(shape)  # 0x800 for uint8, plus the number of dimensions
-    if header != [magic_number, count, *shape] or rest > 0 or count < 1:
-        kind = "28×28 images" if shape else "labels"
+    intact = header == [magic_number, count, *shape] and rest == 0 and count > 0
+    if intact and name == "mnist" and count in (60_000, 10_000):  # as published
+        intact = hashlib.sha256(file.read_bytes()).hexdigest() == MNIST_SHA256[file.name]
+    if not intact or data.max() > largest:
         raise UserError(
-            f"{file} is damaged: its size or its header is not that of an IDX file of {kind}; "
-            "delete it to download it again"
+            f"{file} is damaged: it is not an IDX file of 28×28 images or of labels from 0 to 9, "
+            "or differs from the published file (SHA-256); delete it to download it again"
         )
-    content = np.fromfile(file, np.uint8)
-    published = name == "mnist" and count in (60_000, 10_000)
-    if published and hashlib.sha256(content).hexdigest() != MNIST_SHA256[file.name]:
-        raise UserError(
-            f"{file} is damaged: it differs from the published file (SHA-256); "
-            "delete it to download it again"
-        )
-    return torch.from_numpy(content[header_bytes:].reshape(count, *shape))
+    return torch.from_numpy(data.reshape(count, *shape))
 
 
 def synthetic_digits(train: int = 20_000, test: int = 4_000, seed: int = 0) -> Digits:
@@ -151,7 +148,7 @@ def synthetic_digits(train: int = 20_000, test: int = 4_000, seed: int = 0) -> D
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(10, (train + test,), generator=generator)
     glyphs = _draw_glyphs()
-    images = [_deformed(glyphs, chunk, generator) for chunk in labels.split(2_000)]
+    images = [_deformed(glyphs[chunk], generator) for chunk in labels.split(2_000)]
     digits = ImageSet(torch.cat(images), labels)
     return Digits(
         "synthetic",
@@ -164,58 +161,40 @@ def synthetic_digits(train: int = 20_000, test: int = 4_000, seed: int = 0) -> D
 
 
 def _draw_glyphs() -> Tensor:
-    """The digits upright and centered, in three stroke widths: float32 (3, 10, 56, 56) in 0..1.
+    """The digits upright and centered: float32 (10, 1, 56, 56) in 0..1.
 
     The side is twice that of the final images, so that thin strokes survive resampling.
     """
     font = ImageFont.load_default(size=44)
-    glyphs = torch.zeros(3, 10, 56, 56)
-    for stroke_width in range(3):
-        for digit in range(10):
-            canvas = Image.new("L", (56, 56))
-            ImageDraw.Draw(canvas).text(
-                (28, 28),
-                str(digit),
-                fill=255,
-                font=font,
-                anchor="mm",
-                stroke_width=stroke_width,
-            )
-            ink = torch.from_numpy(np.array(canvas))
-            glyphs[stroke_width, digit] = ink / 255
-    return glyphs
+    glyphs = []
+    for name in DIGIT_NAMES:
+        canvas = Image.new("L", (56, 56))
+        draw = ImageDraw.Draw(canvas)
+        draw.text(
+            (28, 28),
+            name,
+            fill=255,
+            font=font,
+            anchor="mm",
+            stroke_width=1,
+        )
+        glyphs.append(np.array(canvas))
+    return torch.from_numpy(np.stack(glyphs))[:, None] / 255
 
 
-def _deformed(glyphs: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
-    """uint8 (n, 1, 28, 28): the glyph of each label, deformed at random."""
-    n = len(labels)
+def _deformed(glyphs: Tensor, generator: torch.Generator) -> Tensor:
+    """uint8 (n, 1, 28, 28): each glyph rotated, sheared, scaled, moved and warped at random."""
+    n = len(glyphs)
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
         fraction = torch.rand(n, *shape, generator=generator)
         return low + (high - low) * fraction
 
-    angle = uniform(-0.35, 0.35)
-    shear = uniform(-0.25, 0.25)
-    shrink_x = uniform(0.8, 1.3)
-    shrink_y = uniform(0.8, 1.2)
-    shift_x, shift_y = uniform(-0.15, 0.15, 2).unbind(1)
-    cosine = angle.cos()
-    sine = angle.sin()
-    affine = [  # from image to glyph coordinates, row by row
-        cosine * shrink_x,
-        (shear - sine) * shrink_x,
-        shift_x,
-        sine * shrink_y,
-        cosine * shrink_y,
-        shift_y,
-    ]
-    matrices = torch.stack(affine, dim=1).view(n, 2, 3)
-    grid = F.affine_grid(matrices, [n, 1, 28, 28], align_corners=False)
+    affine = torch.eye(2, 3) + uniform(-0.3, 0.3, 2, 3)  # from image to glyph coordinates
+    grid = F.affine_grid(affine, [n, 1, 28, 28], align_corners=False)
     warp = F.interpolate(uniform(-0.12, 0.12, 2, 4, 4), size=28, mode="bicubic")
     grid += warp.permute(0, 2, 3, 1)
-    stroke_width = torch.randint(len(glyphs), (n,), generator=generator)
-    upright = glyphs[stroke_width, labels][:, None]
-    ink = F.grid_sample(upright, grid, align_corners=False)
+    ink = F.grid_sample(glyphs, grid, align_corners=False)
     noise = 0.1 * torch.randn(ink.shape, generator=generator)
     brightness = uniform(0.6, 1.0, 1, 1, 1)
     pixels = (ink * brightness + noise).clamp(0, 1) * 255

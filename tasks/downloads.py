@@ -3,7 +3,6 @@
 import gzip
 import hashlib
 import http.client
-import queue
 import threading
 import urllib.error
 import urllib.request
@@ -39,8 +38,8 @@ def has_files(
         _download(sources())
         return True
     except (OSError, http.client.HTTPException, ValueError) as error:
-        reason = f"{missing} missing, and can't be downloaded: {one_line(error)}"
-    problem = f"{name} is not in {data_dir}: {reason}"
+        reason = f"can't be downloaded: {one_line(error)}"
+    problem = f"{name} is not in {data_dir}: {missing} missing, and {reason}"
     advice = f"put the uncompressed files into {files[0].parent}, or pass another --data_dir"
     if not optional:
         raise UserError(f"{problem}; {advice}, or use --dataset synthetic")
@@ -82,9 +81,7 @@ def one_line(text: object) -> str:
 
 def why_unreachable(url: str) -> str | None:
     """Why the server of `url` does not answer, or None if it does. An HTTP error is an answer."""
-    if not url.startswith(("http://", "https://")):
-        return f"{url!r} is not the URL of a server"
-    outcome = queue.SimpleQueue()
+    outcomes = [f"{url}: no answer within {TIMEOUT:g} s"]
 
     def probe() -> None:
         problem = None
@@ -95,11 +92,10 @@ def why_unreachable(url: str) -> str | None:
             pass
         except Exception as error:  # any: URL and proxy may come from the environment
             problem = f"{one_line(url)}: {one_line(error)}"
-        outcome.put(problem)
+        outcomes.append(problem)
 
     # In a thread, because the timeout of urlopen does not cover the DNS lookup.
-    threading.Thread(target=probe, daemon=True).start()
-    try:
-        return outcome.get(timeout=TIMEOUT)
-    except queue.Empty:
-        return f"{url}: no answer within {TIMEOUT:g} s"
+    thread = threading.Thread(target=probe, daemon=True)
+    thread.start()
+    thread.join(TIMEOUT)
+    return outcomes[-1]

@@ -14,16 +14,18 @@ from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from harness import distributed
-from harness.errors import Stopped, UserError, warn_loudly
-from harness.files import replacing_directory
-from tasks.batching import TokenSet, inputs_of, tokenise, tokens_of
+from harness.errors import UserError, warn_loudly
+from harness.files import list_names, replacing_directory
+from tasks.batching import TokenSet, inputs_of, tokenise
 from tasks.downloads import one_line, why_unreachable
 
 BERT_TINY = "google/bert_uncased_L-2_H-128_A-2"
@@ -85,24 +87,22 @@ def _why_not_loaded(name: str, local_files_only: bool) -> str | None:
 def load_model(
     name: str, sentences: list[str], class_names: list[str], max_length: int
 ) -> Pretrained:
-    """Load a classifier with a head for `class_names`, and its tokenizer.
+    """Load a classifier for `class_names`, and its tokenizer.
 
-    The tokenizer truncates at `max_length` tokens. That of "scratch" is learned from `sentences`.
-    Raises `UserError` if the model can't be used.
+    A trained head for the same names, apart from case, is kept: then the classes have its order,
+    that of `model.config.id2label`. The tokenizer truncates at `max_length` tokens; that of
+    "scratch" is learned from `sentences`. Raises `UserError` if the model can't be used.
     """
-    label2id = {class_name: label for label, class_name in enumerate(class_names)}
-    labels = {"id2label": dict(enumerate(class_names)), "label2id": label2id}
     try:
         if name == "scratch":
-            model, tokenizer = _from_scratch(sentences, labels)
+            model, tokenizer = _from_scratch(sentences, class_names)
         else:
-            model, tokenizer = _load_pretrained(name, labels)
+            model, tokenizer = _load_pretrained(name, class_names)
         _prepare(model, tokenizer, max_length)
-    except (KeyboardInterrupt, SystemExit, Stopped):
-        raise
-    except BaseException as error:  # a panic in Rust code is not even an Exception
-        reason = _why_unusable(name, error)[:200]
-        raise UserError(f"--model {one_line(name)} can't be used: {reason}") from None
+    except Exception as error:
+        raise UserError(
+            f"--model {one_line(name)} can't be used: {_why_unusable(error)[:200]}"
+        ) from None
     return model, tokenizer
 
 
@@ -130,16 +130,12 @@ def fetch_model(
                 raise UserError(f"--model {name} can't be used: {reason}") from None
 
 
-def _why_unusable(name: str, error: BaseException) -> str:
+def _why_unusable(error: Exception) -> str:
     """Why loading a model raised `error`, in one line."""
-    for file in sorted(Path(name).glob("*")):
-        small = file.is_file() and file.stat().st_size < 1000
-        if small and file.read_bytes().startswith(b"version https://git-lfs"):
-            return f"{file.name} is a git LFS pointer, not the file itself: run `git lfs pull`"
     reason = one_line(error)
     # PyTorch's own message contains unsafe advice.
     if isinstance(error, SafetensorError) or "Weights only load failed" in reason:
-        return "the file of its weights is damaged"
+        return "the file of its weights is damaged, or only a git LFS pointer: try `git lfs pull`"
     if " " not in reason:  # KeyError: 'vocab'
         return f"{type(error).__name__}: {reason}"
     return reason
@@ -155,7 +151,11 @@ def _prepare(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_len
     # As in training: some models give different answers when padded on the left.
     tokenizer.padding_side = "right"
     tokenizer.model_max_length = max_length
-    limit = _position_limit(model)
+    limit = getattr(model.config, "max_position_embeddings", None) or 0
+    for module_name, module in model.named_modules():
+        padding = getattr(module, "padding_idx", None)
+        if module_name.endswith("position_embeddings") and padding is not None:
+            limit -= padding + 1  # models like RoBERTa reserve the first positions
     if 0 < limit < max_length:
         raise ValueError(f"--max_length {max_length} is more than the model's limit, {limit}")
     largest = max(tokenizer.get_vocab().values())
@@ -173,17 +173,7 @@ def _prepare(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_len
         print("The model does not accept embeddings: there will be no attributions.")
 
 
-def _position_limit(model: PreTrainedModel) -> int:
-    """The most tokens for which a model has positions; zero or less if there is no limit."""
-    limit = getattr(model.config, "max_position_embeddings", None) or 0
-    for name, module in model.named_modules():
-        padding_index = getattr(module, "padding_idx", None)
-        if name.endswith("position_embeddings") and padding_index is not None:
-            limit -= padding_index + 1  # models like RoBERTa reserve the first positions
-    return limit
-
-
-def _from_scratch(sentences: list[str], labels: dict) -> Pretrained:
+def _from_scratch(sentences: list[str], class_names: list[str]) -> Pretrained:
     """BERT-tiny's architecture (Turc et al., 2019) with random weights, and a new tokenizer."""
     pieces = learn_wordpieces(sentences)
     vocabulary = {piece: index for index, piece in enumerate(pieces)}
@@ -198,17 +188,16 @@ def _from_scratch(sentences: list[str], labels: dict) -> Pretrained:
         initializer_range=128**-0.5,
         hidden_dropout_prob=0.05,
         attention_probs_dropout_prob=0.0,
-        **labels,
     )
+    _name_classes(config, class_names)
     model = transformers.BertForSequenceClassification(config)
     return model, transformers.BertTokenizerFast(vocab=vocabulary)
 
 
 def learn_wordpieces(sentences: list[str]) -> list[str]:
-    """A WordPiece vocabulary that depends on `sentences` only.
+    """A WordPiece vocabulary of all characters and the words that occur at least twice.
 
-    It contains all characters, words that occur at least twice, and suffixes of at least ten
-    words. The trainers of the tokenizers library would break ties at random.
+    It depends on `sentences` only; the trainers of the tokenizers library break ties at random.
     """
     normalizer = BertNormalizer()  # lower case, without accents
     splitter = BertPreTokenizer()
@@ -216,34 +205,33 @@ def learn_wordpieces(sentences: list[str]) -> list[str]:
     for sentence in sentences:
         for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(sentence)):
             words[word] += 1
-    suffixes = Counter()
-    for word in words:
-        for length in range(2, min(7, len(word))):
-            suffixes[word[-length:]] += 1
     characters = sorted(set("".join(words)))
     pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *characters]
     pieces += [f"##{character}" for character in characters]
     pieces += sorted(word for word, count in words.items() if count >= 2 and len(word) > 1)
-    pieces += sorted(f"##{suffix}" for suffix, count in suffixes.items() if count >= 10)
     return pieces
 
 
-def _load_pretrained(name: str, labels: dict) -> Pretrained:
-    """Load from a directory or the Hub's cache; a head of another size is replaced."""
-    config = transformers.AutoConfig.from_pretrained(name, local_files_only=True)
+def _load_pretrained(name: str, class_names: list[str]) -> Pretrained:
+    """Load from a directory or the Hub's cache; a head for other classes is replaced."""
+    config = AutoConfig.from_pretrained(name, local_files_only=True)
     tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=True)
-    changes = {}
     if getattr(config, "summary_type", None) == "last":
-        changes["summary_type"] = "first"  # XLNet: in a batch, the last token may be padding
+        config.summary_type = "first"  # XLNet: in a batch, the last token may be padding
+    spelling = {class_name.casefold(): class_name for class_name in class_names}
+    old_names = [str(config.id2label[i]) for i in range(config.num_labels)]
+    in_model_order = [spelling.get(old_name.casefold(), "") for old_name in old_names]
+    keeps_head = sorted(in_model_order) == sorted(class_names)
+    has_head = "ForSequenceClassification" in str(config.architectures)
+    _name_classes(config, in_model_order if keeps_head else class_names)
+    config.problem_type = "single_label_classification"
     model, info = AutoModelForSequenceClassification.from_pretrained(
         name,
+        config=config,
         local_files_only=True,
         ignore_mismatched_sizes=True,
         output_loading_info=True,
-        problem_type="single_label_classification",
         dtype=torch.float32,
-        **labels,
-        **changes,
     )
     # Only the head, outside the base model, may be new, and the pooler, which masked LMs lack.
     base = f"{model.base_model_prefix}."
@@ -253,17 +241,23 @@ def _load_pretrained(name: str, labels: dict) -> Pretrained:
         raise ValueError(
             f"weights missing or not of the size in config.json: {len(wrong)}, first {wrong[0]}"
         )
-    wrong = [key for key, weight in model.named_parameters() if not weight.isfinite().all()]
-    if wrong:
-        raise ValueError(f"weights with NaN or infinity: {len(wrong)}, first {wrong[0]}")
     # If a directory has no tokenizer, AutoTokenizer creates one that has only special tokens.
     if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):
         raise ValueError("it has no tokenizer: save it there too (tokenizer.save_pretrained)")
-    had_head = "ForSequenceClassification" in str(config.architectures)
-    old, new = config.num_labels, model.config.num_labels
-    if had_head and old != new:
-        print(f"The head of {name} has {old} labels: a new one with {new} replaces it.")
+    if has_head and not keeps_head:
+        print(
+            f"The head of {name} has other labels, {list_names(old_names)}: "
+            f"a new one with {len(class_names)} replaces it."
+        )
+        trained = model.base_model.state_dict()
+        model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+        model.base_model.load_state_dict(trained)
     return model, tokenizer
+
+
+def _name_classes(config: PretrainedConfig, class_names: list[str]) -> None:
+    config.id2label = dict(enumerate(class_names))
+    config.label2id = {class_name: label for label, class_name in config.id2label.items()}
 
 
 def attribute(
@@ -275,7 +269,8 @@ def attribute(
     difference of the two logits by a token's embedding, times that embedding, summed over its
     dimensions. None if the model doesn't accept embeddings.
     """
-    tokens = tokens_of(token_set, index).long()[None]  # GPT-2 would take padding for the last token
+    start, end = token_set.offsets[index : index + 2].tolist()
+    tokens = token_set.tokens[start:end].long()[None]  # GPT-2 would take padding for the last token
     embedded = model.get_input_embeddings()(tokens).detach().requires_grad_()
     mask = torch.ones_like(tokens)
     try:
@@ -295,18 +290,15 @@ def words_of(
     """The words of a sentence as written, each with the indices of its tokens.
 
     Only the first `length` tokens exist: a word that was truncated has none. Special tokens belong
-    to no word.
+    to no word. A tokenizer written in Python gives its tokens instead.
     """
-    words = []
+    encoded = tokenizer(
+        sentence, truncation=True, max_length=length, return_offsets_mapping=tokenizer.is_fast
+    )
     if not tokenizer.is_fast:  # it doesn't report which characters a token comes from
-        tokens = tokenizer.tokenize(
-            sentence, add_special_tokens=True, truncation=True, max_length=length
-        )
-        for index, token in enumerate(tokens):
-            if token not in tokenizer.all_special_tokens:
-                words.append((token, [index]))
-        return words
-    encoded = tokenizer(sentence, truncation=True, max_length=length, return_offsets_mapping=True)
+        tokens = tokenizer.convert_ids_to_tokens(encoded["input_ids"])
+        return [(token, [index]) for index, token in enumerate(tokens)]
+    words = []
     spans = encoded["offset_mapping"]
     for word in re.finditer(r"\S+", sentence):
         word_start, word_end = word.span()
@@ -317,51 +309,37 @@ def words_of(
     return words
 
 
-class UsedRowsEmbedding(nn.Embedding):
-    """A word embedding that trains only the `used` rows of a `full` one: bool (rows,).
-
-    Its state dict contains the full matrix.
-    """
-
-    def __init__(self, full: nn.Embedding, used: Tensor):
-        full_weight = full.weight.detach()
-        weight = full_weight[used]
-        super().__init__(*weight.shape, _weight=weight)
-        row = torch.where(used, used.cumsum(0) - 1, -1)  # looking up -1 raises
-        if full.padding_idx is not None:
-            self.padding_idx = int(row[full.padding_idx])
-        self.register_buffer("used", used, persistent=False)
-        self.register_buffer("row", row, persistent=False)
-        self.register_buffer("full_weight", full_weight, persistent=False)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return super().forward(self.row[tokens])
-
-    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
-        self.full_weight[self.used] = self.weight.detach()
-        destination[f"{prefix}weight"] = self.full_weight  # not a copy, like any other weight
-
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest: Any) -> None:
-        self.full_weight.copy_(state_dict[f"{prefix}weight"])
-        state_dict[f"{prefix}weight"] = self.full_weight[self.used]
-        super()._load_from_state_dict(state_dict, prefix, *rest)
-
-
 def train_used_rows(model: PreTrainedModel, tokens: list[Tensor]) -> None:
     """Train only the rows of the word embedding that occur in `tokens`, if less than half do.
 
-    `tokens` are integers of any shape. The other rows get no gradient. BERT-tiny's embedding is
-    nine tenths of its weights; CoLA uses a fifth of the rows.
+    `tokens` are integers of any shape, on the model's device. The other rows get no gradient; the
+    state dict still contains the whole matrix. BERT-tiny's embedding is nine tenths of its weights;
+    CoLA uses a fifth of the rows.
     """
-    full = model.get_input_embeddings()
-    parameters = model.named_parameters(remove_duplicate=False)
-    uses = sum(weight is full.weight for _, weight in parameters)
-    if type(full) is not nn.Embedding or uses > 1:
-        return
-    used = torch.zeros(full.num_embeddings, dtype=torch.bool, device=tokens[0].device)
+    embedding = model.get_input_embeddings()
+    whole = embedding.weight.detach()
+    used = torch.zeros(len(whole), dtype=torch.bool, device=whole.device)
     for part in tokens:
         used[part] = True
-    if full.padding_idx is not None:
-        used[full.padding_idx] = True
-    if used.sum() < len(used) / 2:
-        model.set_input_embeddings(UsedRowsEmbedding(full, used))
+    parameters = model.named_parameters(remove_duplicate=False)
+    uses = sum(weight is embedding.weight for _, weight in parameters)
+    if type(embedding) is not nn.Embedding or uses > 1 or used.sum() >= len(used) / 2:
+        return
+    padding = embedding.padding_idx
+    if padding is not None:
+        used[padding] = True
+        embedding.padding_idx = int(used[:padding].sum())
+    row = torch.where(used, used.cumsum(0) - 1, -1)  # looking up -1 raises
+    embedding.weight = nn.Parameter(whole[used])
+
+    def save(_: nn.Module, state_dict: dict, prefix: str, *rest: Any) -> None:
+        whole[used] = embedding.weight.detach()
+        state_dict[f"{prefix}weight"] = whole  # not a copy, like any other weight
+
+    def load(_: nn.Module, state_dict: dict, prefix: str, *rest: Any) -> None:
+        whole.copy_(state_dict[f"{prefix}weight"])
+        state_dict[f"{prefix}weight"] = whole[used]
+
+    embedding.register_forward_pre_hook(lambda _, inputs: row[inputs[0]])
+    embedding.register_state_dict_post_hook(save)
+    embedding.register_load_state_dict_pre_hook(load)

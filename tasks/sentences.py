@@ -15,7 +15,7 @@ class Sentences(NamedTuple):
     """Labelled sentences of one part of a corpus."""
 
     sentences: list[str]
-    labels: list[int]  # indices into the corpus's class names
+    labels: list[str]  # class names
     sources: list[str]  # a publication, a file, or a rule of the built-in grammar, per sentence
 
 
@@ -30,21 +30,12 @@ class Corpus(NamedTuple):
     files: list[Path]  # what was read; empty for the built-in sentences
 
 
-class Row(NamedTuple):
-    """A row of a file, before its label becomes a number."""
-
-    position: str  # file and row number, for error messages
-    sentence: str
-    label: str
-    source: str
-
-
 csv.field_size_limit(2**31 - 1)  # the default is 131,072 characters
 TAB_SEPARATED = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
 COMMA_SEPARATED = {}  # the defaults of the csv module
 COLA_URL = "https://nyu-mll.github.io/CoLA/cola_public_1.1.zip"
 COLA_SHA256 = "2cf856f46df11c143d38e0cf2f9f34ff2fdb088c521cd859f5c4b9581683278b"
-ACCEPTABILITY = ["unacceptable", "acceptable"]
+ACCEPTABILITY = ["unacceptable", "acceptable"]  # CoLA's 0 and 1
 
 
 def load_corpus(
@@ -84,58 +75,47 @@ def _read_cola(path: Path) -> Corpus:
             content = archive.read(f"cola_public/raw/{part}.tsv")
             parts.append(parse_cola(content, f"{path}: {part}.tsv"))
     train, in_domain, out_of_domain = parts
-    valid = Sentences(
-        in_domain.sentences + out_of_domain.sentences,
-        in_domain.labels + out_of_domain.labels,
-        in_domain.sources + out_of_domain.sources,
-    )
+    valid = Sentences(*(first + second for first, second in zip(in_domain, out_of_domain)))
     boundary = len(in_domain.labels)
     domains = {"in_domain": slice(boundary), "out_of_domain": slice(boundary, None)}
     return Corpus("cola", train, valid, domains, ACCEPTABILITY, [path])
 
 
 def parse_cola(content: bytes, name: str) -> Sentences:
-    """Parse CoLA's rows of source, label, original annotation and sentence.
-
-    Raises `UserError` that contains `name` and the number of the row.
-    """
+    """Parse CoLA's rows of source, label (0 or 1), original annotation and sentence."""
     table = _split_columns(content, name, TAB_SEPARATED)
-    rows = _rows(table, ["source", "label", "annotation", "sentence"], "CoLA")
-    return _numbered(rows, ["0", "1"], "CoLA")
+    header = ["source", "label", "annotation", "sentence"]
+    part = _select_columns(table, header, name, first_row=1)
+    return part._replace(labels=[ACCEPTABILITY[int(label)] for label in part.labels])
 
 
 def _read_user_files(train_file: Path, valid_file: Path) -> Corpus:
     train = _read_file(train_file)
     valid = _read_file(valid_file)
-    labels = {row.label for row in train}
-    mostly_distinct = len(train) >= 20 and len(labels) > len(train) / 2
+    labels = set(train.labels)
+    rows = len(train.labels)
+    mostly_distinct = rows >= 20 and len(labels) > rows / 2
     if mostly_distinct or not 2 <= len(labels) <= 1000:
         raise UserError(
             f"{train_file}: column 'label' has {len(labels):,} distinct labels in "
-            f"{len(train):,} rows; does another column hold the classes?"
+            f"{rows:,} rows; does another column hold the classes?"
         )
+    for row, label in enumerate(valid.labels, start=2):
+        if label not in labels:
+            problem = f"the label {label!r} does not occur in {train_file}"
+            raise UserError(f"{valid_file}, row {row}: {problem}")
     class_names = sorted(labels, key=_label_order)
-    return Corpus(
-        "files",
-        _numbered(train, class_names, str(train_file)),
-        _numbered(valid, class_names, str(train_file)),
-        {},
-        class_names,
-        [train_file, valid_file],
-    )
+    return Corpus("files", train, valid, {}, class_names, [train_file, valid_file])
 
 
-def _label_order(label: str) -> tuple[bool, int, str, str]:
-    """A sort key: numbers first, by value, then other labels; 01 comes before 1.
-
-    The digits are compared as text because Python refuses to convert very long numbers.
-    """
-    digits = label.lstrip("0") if label.isdecimal() else ""
-    return not label.isdecimal(), len(digits), digits, label
+def _label_order(label: str) -> tuple[bool, float, str]:
+    """A sort key: numbers first, by value, then other labels; 01 comes before 1."""
+    is_number = label.isdecimal()
+    return not is_number, float(label) if is_number else 0.0, label
 
 
-def _read_file(path: Path) -> list[Row]:
-    """The rows of a file whose header names `sentence`, `label` and optionally `source`."""
+def _read_file(path: Path) -> Sentences:
+    """The sentences of a file whose header names `sentence`, `label` and optionally `source`."""
     try:
         content = path.read_bytes().removeprefix(b"\xef\xbb\xbf").rstrip(b"\r\n")
     except OSError as error:
@@ -144,26 +124,24 @@ def _read_file(path: Path) -> list[Row]:
     table = _split_columns(content, str(path), dialect)
     if len(table) < 2:
         raise UserError(f"{path} contains no sentences")
-    _, header = table[0]
+    header = table[0]
     for column in ("sentence", "label"):
         if header.count(column) != 1:
             names = ", ".join(map(repr, header))[:300]
-            problem = f"the header must name one column {column!r}, not {names}"
-            if len(header) == 1 and "," in header[0]:
-                problem += "; the file is comma-separated: name it .csv"
-            raise UserError(f"{path}, row 1: {problem}")
-    return _rows(table[1:], header, path.name)
+            raise UserError(
+                f"{path}, row 1: the header must name one column {column!r}, not {names}; "
+                "columns are separated by commas in a .csv file, by tabs in any other"
+            )
+    return _select_columns(table[1:], header, str(path), first_row=2)
 
 
-def _split_columns(
-    content: bytes, name: str, dialect: dict[str, Any]
-) -> list[tuple[str, list[str]]]:
-    """Position and columns of each row in a UTF-8 file whose lines end in CR, LF or CRLF."""
+def _split_columns(content: bytes, name: str, dialect: dict[str, Any]) -> list[list[str]]:
+    """The columns of each row in a UTF-8 file whose lines end in CR, LF or CRLF."""
     lines = (line.decode() + "\n" for line in content.splitlines())
     table = []
     try:
         for columns in csv.reader(lines, strict=True, **dialect):
-            table.append((f"{name}, row {len(table) + 1}", columns))
+            table.append(columns)
         return table
     except UnicodeDecodeError:
         problem = "invalid UTF-8"
@@ -172,42 +150,33 @@ def _split_columns(
     raise UserError(f"{name}, row {len(table) + 1}: {problem}")
 
 
-def _rows(table: list[tuple[str, list[str]]], header: list[str], default_source: str) -> list[Row]:
-    rows = []
-    for position, columns in table:
+def _select_columns(
+    table: list[list[str]], header: list[str], name: str, first_row: int
+) -> Sentences:
+    """The columns for sentences, labels and sources; a file's name is the source if it has none."""
+    part = Sentences([], [], [])
+    for number, columns in enumerate(table, first_row):
+        position = f"{name}, row {number}"
         if len(columns) != len(header):
             raise UserError(f"{position}: expected {len(header)} columns, got {len(columns)}")
         fields = dict(zip(header, columns))
         for column in ("sentence", "label"):
             if not fields[column].strip():
                 raise UserError(f"{position}: the {column} is empty")
-        source = fields.get("source", default_source)
-        rows.append(Row(position, fields["sentence"], fields["label"].strip(), source))
-    return rows
-
-
-def _numbered(rows: list[Row], class_names: list[str], origin: str) -> Sentences:
-    """Sentences whose labels are indices into `class_names`, the labels that occur in `origin`."""
-    index_of = {label: index for index, label in enumerate(class_names)}
-    for row in rows:
-        if row.label not in index_of:
-            raise UserError(f"{row.position}: the label {row.label!r} does not occur in {origin}")
-    return Sentences(
-        [row.sentence for row in rows],
-        [index_of[row.label] for row in rows],
-        [row.source for row in rows],
-    )
+        part.sentences.append(fields["sentence"])
+        part.labels.append(fields["label"].strip())
+        part.sources.append(fields.get("source", Path(name).name))
+    return part
 
 
 def synthetic_sentences(train: int = 12_000, valid: int = 1_000) -> Corpus:
     """Minimal pairs of the built-in grammar; the parts have no sentence in common."""
     sentences = []
-    labels = []
     rules = []
-    for good, bad, rule in minimal_pairs((train + valid) // 2):
-        sentences += [good, bad]
-        labels += [1, 0]
+    for acceptable, unacceptable, rule in minimal_pairs((train + valid) // 2):
+        sentences += [acceptable, unacceptable]
         rules += [rule, rule]
+    labels = ["acceptable", "unacceptable"] * (len(rules) // 2)
     train_part = Sentences(sentences[:train], labels[:train], rules[:train])
     valid_part = Sentences(sentences[train:], labels[train:], rules[train:])
     return Corpus("synthetic", train_part, valid_part, {}, ACCEPTABILITY, [])

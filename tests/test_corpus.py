@@ -53,7 +53,7 @@ def test_cola_is_parsed_verbatim():
     content = 'a1\t1\t\t"Quoted, he said.\r\nb2\t0\t??*\tÉ  double  space "\nc3\t1\t\t last line, no newline '.encode()
     assert parse_cola(content, "x") == (
         ['"Quoted, he said.', 'É  double  space "', " last line, no newline "],
-        [1, 0, 1],
+        ["acceptable", "unacceptable", "acceptable"],
         ["a1", "b2", "c3"],
     )
     assert parse_cola(content + b"\n", "x") == parse_cola(content, "x")
@@ -65,7 +65,6 @@ def test_cola_is_parsed_verbatim():
         b"a\t1\tThree columns.": "expected 4 columns, got 3",
         b"a\t1\t\tFive\tcolumns.": "expected 4 columns, got 5",
         b"": "expected 4 columns, got 0",
-        b"a\t2\t\tLabel two.": "the label '2' does not occur in CoLA",
         b"a\t\t\tNo label.": "the label is empty",
         b"a\t1\t\t \xc2\xa0": "the sentence is empty",
         b"a\t1\t\tLatin \xe9t\xe9.": "invalid UTF-8",
@@ -82,9 +81,17 @@ def test_validation_joins_both_dev_sets(tmp_path, monkeypatch):
     for name in ("cola", "auto"):
         corpus = load_corpus(name, str(tmp_path))
         assert corpus.name == "cola" and corpus.class_names == ["unacceptable", "acceptable"]
-        assert corpus.train == (["The boat sank.", "The boat sanked."], [1, 0], ["gj04", "ks08"])
+        assert corpus.train == (
+            ["The boat sank.", "The boat sanked."],
+            ["acceptable", "unacceptable"],
+            ["gj04", "ks08"],
+        )
         sentences = ["We left.", "Left we have has.", "It rained."]
-        assert corpus.valid == (sentences, [1, 0, 1], ["c_13", "rhl07", "rhl07"])
+        assert corpus.valid == (
+            sentences,
+            ["acceptable", "unacceptable", "acceptable"],
+            ["c_13", "rhl07", "rhl07"],
+        )
         assert {name: sentences[part] for name, part in corpus.domains.items()} == {
             "in_domain": sentences[:1],
             "out_of_domain": sentences[1:],
@@ -160,8 +167,8 @@ def test_csv_is_parsed_with_quoting(tmp_path):
     assert corpus.train.sentences == ['A comma, and "quotes"', "two\nlines", "plain"]
     assert (corpus.class_names, corpus.train.labels, corpus.valid.labels) == (
         ["no", "yes"],
-        [0, 1, 0],
-        [1],
+        ["no", "yes", "no"],
+        ["yes"],
     )
     assert (corpus.train.sources, corpus.valid.sources) == (["train.csv"] * 3, ["valid.csv"])
     assert (corpus.name, corpus.domains) == ("files", {})
@@ -171,9 +178,9 @@ def test_csv_is_parsed_with_quoting(tmp_path):
 def test_tsv_is_parsed_without_quoting(tmp_path):
     train = '\ufeffsource\tsentence\tlabel\na\t"Left open, he\t10\nb\tx\t9\nc\ty\t2\n'
     corpus = read(tmp_path, train, 'label\tsentence\tsource\n2\tz"\tq\n')
-    assert corpus.train == (['"Left open, he', "x", "y"], [2, 1, 0], ["a", "b", "c"])
+    assert corpus.train == (['"Left open, he', "x", "y"], ["10", "9", "2"], ["a", "b", "c"])
     assert corpus.class_names == ["2", "9", "10"]  # in numeric order
-    assert corpus.valid == (['z"'], [0], ["q"])
+    assert corpus.valid == (['z"'], ["2"], ["q"])
 
 
 GOOD = "sentence\tlabel\na\t0\nb\t1\n"
@@ -256,58 +263,57 @@ def test_both_parts_share_rules_but_no_sentences():
     assert not set(corpus.train.sentences) & set(corpus.valid.sentences)
     rules = {rule.__name__ for rule in grammar.RULES}
     for part in corpus.train, corpus.valid:
-        assert Counter(part.labels) == {0: len(part.labels) // 2, 1: len(part.labels) // 2}
+        half = len(part.labels) // 2
+        assert Counter(part.labels) == {"acceptable": half, "unacceptable": half}
         counts = Counter(zip(part.sources, part.labels))
-        assert set(counts) == {(rule, label) for rule in rules for label in (0, 1)}
+        assert set(counts) == {
+            (rule, label) for rule in rules for label in ("acceptable", "unacceptable")
+        }
         assert max(counts.values()) - min(counts.values()) <= 1
 
 
 def test_labels_of_any_length_are_in_numeric_order(tmp_path):
-    labels = ["b", "1" + "0" * 5000, "9" * 5000, "10", "9", "01", "1", "a"]
+    labels = ["b", "1" + "0" * 305, "9" * 300, "10", "9", "01", "1", "a", "2" * 5000]
     for part in "tv":
         (tmp_path / part).write_text(
             "sentence\tlabel\n" + "".join(f"s\t{label}\n" for label in labels)
         )
     corpus = load_corpus("files", ".", str(tmp_path / "t"), str(tmp_path / "v"))
-    assert corpus.class_names == ["01", "1", "9", "10", "9" * 5000, "1" + "0" * 5000, "a", "b"]
+    assert corpus.class_names == [
+        *("01", "1", "9", "10", "9" * 300, "1" + "0" * 305, "2" * 5000, "a", "b")
+    ]
 
 
 def test_pairs_break_the_rule_they_are_labelled_with():
     """Check each rule independently, by a property that holds for every acceptable sentence and no unacceptable one."""
     plural = {f"{noun}s" for noun in grammar.NOUNS}
+    objects = {thing.split()[1] for thing in grammar.OBJECTS}
+
+    def number_agrees(words: list[str]) -> bool:
+        verb = next(word for word in words if word.removesuffix("s") in grammar.INTRANSITIVE)
+        subject = next(word for word in words if word.removesuffix("s") in grammar.NOUNS)
+        return (subject in plural) != verb.endswith("s")
+
+    def is_in_order(words: list[str]) -> bool:
+        start, noun, verb = words[:2], words[2], words[3]
+        is_subject = start[0] == "the" and start[1] in grammar.ADJECTIVES and noun in grammar.NOUNS
+        return is_subject and verb in grammar.TRANSITIVE and words[5] in objects
+
+    def has_object_if_needed(words: list[str]) -> bool:
+        has_object = any(word in objects for word in words)
+        return has_object == any(word in grammar.TRANSITIVE for word in words)
+
     holds = {
-        "agreement": lambda words: (
-            any(w in plural for w in words) != any(w.endswith("s") for w in verbs(words))
-        ),
-        "determiner": lambda words: (
-            (words[-2] in ("these", "those", "many")) == words[-1].endswith("s")
-        ),
-        "reflexive": lambda words: (
-            next(w for w in words if w.endswith(("self", "selves")))
-            == next(
-                {"boy": "himself", "girl": "herself"}.get(w, "themselves")
-                for w in words
-                if w[:3] in ("boy", "gir")
-            )
-        ),
-        "auxiliary": lambda words: words in perfects_and_futures(words),
+        "agreement": number_agrees,
+        "word_order": is_in_order,
+        "argument_structure": has_object_if_needed,
     }
-
-    def verbs(words: list[str]) -> list[str]:
-        return [w for w in words if w.removesuffix("s") in grammar.INTRANSITIVE]
-
-    def perfects_and_futures(words: list[str]) -> list[list[str]]:
-        i = next(i for i, w in enumerate(words) if w in ("will", "must", "has", "have"))
-        form = 0 if words[i] in ("will", "must") else 2
-        return [[*words[: i + 1], verb[form], *words[i + 2 :]] for verb in grammar.TRANSITIVE]
-
     seen = Counter()
-    for good, bad, rule in grammar.minimal_pairs(2_000, seed=5):
-        if rule in holds:
-            seen[rule] += 1
-            assert holds[rule](good.lower()[:-1].split()), good
-            assert not holds[rule](bad.lower()[:-1].split()), bad
-    assert seen == dict.fromkeys(holds, 250)
+    for good, bad, rule in grammar.minimal_pairs(1_500, seed=5):
+        seen[rule] += 1
+        assert holds[rule](good.lower()[:-1].split()), good
+        assert not holds[rule](bad.lower()[:-1].split()), bad
+    assert seen == dict.fromkeys(holds, 500)
 
 
 def test_a_bag_of_words_does_not_solve_it():
@@ -316,20 +322,14 @@ def test_a_bag_of_words_does_not_solve_it():
     model = sklearn.linear_model.LogisticRegression(max_iter=1000)
     model.fit(words.fit_transform(train.sentences), train.labels)
     predictions = model.predict(words.transform(valid.sentences))
-    assert 0.0 < sklearn.metrics.matthews_corrcoef(valid.labels, predictions) < 0.6
+    assert abs(sklearn.metrics.matthews_corrcoef(valid.labels, predictions)) < 0.2
 
 
 # ------------------------------------------------------------------------------------- the vocabulary
 
 
 def test_wordpieces_match_their_definition():
-    pieces = encoders.learn_wordpieces(["Aa bb, bb", "aa.", *(f"{c}zing" for c in "klmnopqrst")])
+    pieces = encoders.learn_wordpieces(["Aa bb, bb", "aa, once"])
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    characters = sorted(",.abgiklmnopqrstz")
-    assert (
-        pieces[:5] == special
-        and pieces[5:22] == characters
-        and pieces[22:39] == [f"##{c}" for c in characters]
-    )
-    # words that occur twice, then suffixes of ten words; a whole word does not count as its own suffix
-    assert pieces[39:] == ["aa", "bb", "##ing", "##ng", "##zing"]
+    characters = sorted(",abceno")
+    assert pieces == [*special, *characters, *(f"##{c}" for c in characters), "aa", "bb"]

@@ -14,7 +14,7 @@ import wandb
 from lightning.pytorch.loggers import WandbLogger
 from torch.utils.data import DataLoader, TensorDataset
 
-from tasks.sentences import Sentences, load_corpus
+from tasks.sentences import ACCEPTABILITY, Sentences, load_corpus
 
 NAMES = ["unacceptable", "acceptable"]
 KIND = {"task": "multiclass", "num_classes": 2}
@@ -74,7 +74,7 @@ def loader(
     encoded = tokenizer(
         part.sentences, truncation=True, padding="max_length", max_length=128, return_tensors="pt"
     )
-    labels = torch.tensor(part.labels)
+    labels = torch.tensor([ACCEPTABILITY.index(label) for label in part.labels])
     return DataLoader(
         TensorDataset(encoded["input_ids"], encoded["attention_mask"], labels),
         batch_size=64,

@@ -10,13 +10,13 @@ import time
 import transformers
 from torch.utils.data import Dataset
 
-from tasks.sentences import Sentences, load_corpus
+from tasks.sentences import ACCEPTABILITY, Sentences, load_corpus
 
 
 class Encoded(Dataset):
     def __init__(self, part: Sentences, tokenizer: transformers.PreTrainedTokenizerBase):
         self.ids = tokenizer(part.sentences, truncation=True, max_length=128)["input_ids"]
-        self.labels = part.labels
+        self.labels = [ACCEPTABILITY.index(label) for label in part.labels]
 
     def __len__(self) -> int:
         return len(self.labels)
