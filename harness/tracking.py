@@ -92,8 +92,7 @@ class Run:
     def __init__(self, run: wandb.Run, journal: Path | None = None, wandb_step: int = -1):
         """`wandb_step` is the last step that W&B already has of this run, -1 if none."""
         self.wandb = run  # for what this class does not offer
-        self.config = _Mapping(self, run.config)
-        self.summary = _Mapping(self, run.summary)
+        self.summary = _Summary(self)
         self.step = 0  # of the current row
         self.failed = False  # whether a failure of W&B was reported
         self.lost = False  # whether W&B's service is gone
@@ -383,21 +382,17 @@ class Run:
             wandb_service.kill()
 
 
-class _Mapping:
-    """The config or the summary of a W&B run, isolated from training."""
+class _Summary:
+    """The summary of a W&B run, isolated from training."""
 
-    def __init__(self, run: Run, content: Any):
+    def __init__(self, run: Run):
         self._run = run
-        self._content = content
-
-    def __getitem__(self, name: str) -> Any:
-        return self._run.call(self._content.__getitem__, name)
 
     def __setitem__(self, name: str, value: Any) -> None:
-        self._run.call(self._content.__setitem__, name, value)
+        self.update({name: value})
 
-    def update(self, values: Mapping[str, Any], **options: Any) -> None:
-        self._run.call(self._content.update, values, **options)
+    def update(self, values: Mapping[str, Any]) -> None:
+        self._run.call(self._run.wandb.summary.update, values)
 
 
 def _plain_values(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
