@@ -17,7 +17,7 @@ from harness import options
 from tests import forking, killing
 from tests.conftest import REPO, call, clean_environment, finished_run, made_once
 
-EXAMPLES = tuple(killing.EXAMPLES)
+EXAMPLES = ("examples/train_lm.py", "examples/train_tabular.py")
 LM, TABULAR = "examples/train_lm.py", "examples/train_tabular.py"
 UNINSTALLED = """
 import importlib.metadata, sys
@@ -169,7 +169,7 @@ def test_answers_options_at_once(script, tmp_path):
 
 def test_language_model_learns(references):
     metrics = references[LM].metrics
-    assert metrics["test/perplexity"] < 9 < len(metrics["characters"]) / 3
+    assert metrics["test/perplexity"] < 9 < len(metrics["characters"]) / 2
     assert metrics["test/perplexity"] == pytest.approx(math.exp(metrics["test/loss"]))
 
 
