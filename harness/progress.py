@@ -278,7 +278,7 @@ class Best:
 
         Raises `ValueError` if no direction is declared.
         """
-        direction = directions.get(monitor.rpartition("/")[2])
+        direction = directions.get(monitor.split("/", 1)[-1])
         if direction not in ("min", "max"):
             raise ValueError(f"{monitor}: declare whether it is best at its 'min' or 'max'")
         self.monitor = monitor
@@ -297,7 +297,9 @@ class Best:
             raise UserError(f"--monitor {self.monitor}: there are {', '.join(validated)}")
         # From rank 0, so that all ranks decide the same.
         value = distributed.broadcast(metrics.get(self.monitor))
-        better = self.value is None or math.isnan(self.value) or self._improves(value, self.value)
+        better = self.value is None
+        if self.value is not None and value is not None:  # None: this epoch was not validated
+            better = math.isnan(self.value) or self._improves(value, self.value)
         if better:
             self.epoch = epoch
             self.value = None if value is None else float(value)  # not a NumPy number
