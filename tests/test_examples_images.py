@@ -219,6 +219,9 @@ def test_folders_that_are_none(folder, tmp_path):
     load(Settings(data_dir=png))
     (folder / "c/0.png").write_bytes(Path(png, "shapes/circle/000.png").read_bytes()[:100])
     assert "c/0.png can't be read" in message(folder)
+    Image.fromarray(np.full((32, 32), 30000, np.uint16)).save(folder / "c/0.png")
+    with pytest.raises(UserError, match="its mode is I;16; 8 bits"):
+        load(Settings(folder=str(folder))).valid.dataset.loader(str(folder / "c/0.png"))
     one = tmp_path / "one"
     one.mkdir()
     (folder / "a").rename(one / "a")
