@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import pickle
 import shutil
 import signal
 import socket
@@ -12,8 +13,10 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from harness.files import read_tensors, write_tensors
 from tests.conftest import REPO, clean_environment
 from tests.test_sweeps import CELLS, GRID, read_lines, start_search
 
@@ -206,3 +209,13 @@ def test_a_missing_driver_is_named(tmp_path):
         and "no driver psycopg; requirements-sweep.txt has" in line
         and PASSWORD not in line
     )
+
+
+@pytest.mark.quick
+def test_what_could_not_be_read_again_does_not_replace_a_file(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    write_tensors(path, {"best": 1.0})
+    with pytest.raises(pickle.UnpicklingError):
+        write_tensors(path, {"best": np.float64(0.5)}, previous=tmp_path / "previous.pt")
+    assert read_tensors(path) == {"best": 1.0}
+    assert list(tmp_path.iterdir()) == [path]
