@@ -98,8 +98,10 @@ def write_shapes(root: Path) -> None:
 def read_image(path: str) -> Image.Image:
     try:
         with Image.open(path) as image:
+            if image.mode[0] in "IF":  # `convert` would cut off what is above 255
+                raise OSError(f"its mode is {image.mode}; 8 bits per channel are needed")
             return image.convert("RGB")
-    except (OSError, SyntaxError) as error:
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} can't be read: {error}") from None
 
 
@@ -127,7 +129,7 @@ def load(settings: Settings) -> Folder:
     train, valid, test = (
         rows.nonzero().flatten().tolist() for rows in (part < 4, part == 4, part == 5)
     )
-    name = re.sub(r"[^\w.-]", "_", root.resolve().name)  # W&B takes no others
+    name = re.sub(r"[^A-Za-z0-9_.-]", "_", root.resolve().name)[:64]  # W&B takes no others
     parts = (Subset(augmented, train), Subset(images, valid), Subset(images, test))
     return Folder(name, *parts, images.classes, content)
 

@@ -36,6 +36,7 @@ if __name__ == "__main__":
     script.check_options(Settings)  # before the imports that take seconds
 
 import html
+import re
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -92,7 +93,8 @@ def load(settings: Settings, device: torch.device) -> Text:
     codes = torch.tensor([characters.index(character) for character in text], device=device)
     parts = codes.split([len(text) - 2 * held_out, held_out, held_out])
     sequences = [part.unfold(0, length, settings.context) for part in parts]
-    return Text(path.stem[:64], characters, *sequences)  # W&B's tags are no longer
+    name = re.sub(r"[^A-Za-z0-9_.-]", "_", path.stem)[:64]  # W&B takes no others
+    return Text(name, characters, *sequences)
 
 
 @logs_to_wandb

@@ -27,7 +27,7 @@ class Settings(options.SharedSettings):
     target: str = option("price", "the column to predict")
     task: str = option("regression", "predict a number or a class", choices=list(METRICS_OF))
     hidden: list[int] = option([64, 64], "units of the two hidden layers", length=2, at_least=1)
-    epochs: int = option(20, "passes over the training data", at_least=1)
+    epochs: int = option(20, "passes over the training data", at_least=1, below=10**6)
     monitor: str = option("valid/loss", "metric that selects the best model")
 
     def __post_init__(self) -> None:
@@ -39,6 +39,7 @@ class Settings(options.SharedSettings):
 if __name__ == "__main__":
     script.check_options(Settings)  # before the imports that take seconds
 
+import re
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -75,6 +76,10 @@ class Table(NamedTuple):
     train: TensorDataset
 
 
+MISSING = ["", "?", "nan", "na", "n/a", "#n/a", "<na>", "null", "none"]
+
+
+@np.errstate(all="ignore")  # what is not finite is an error below
 def load(settings: Settings, device: torch.device) -> Table:
     """The table on the device, in three parts. Raises `UserError`."""
     path = Path(settings.file or Path(__file__).with_name("flats.csv"))
@@ -89,7 +94,8 @@ def load(settings: Settings, device: torch.device) -> Table:
     columns = dict(zip(header, np.random.default_rng(0).permutation(table[1:]).T))
     first = len(table) // 3  # row for training
     for name, words in columns.items():
-        if np.isin(words, ["", "nan", "NaN", "NA", "inf"]).any() or len(set(words[first:])) == 1:
+        missing = np.isin(np.char.lower(np.char.strip(words)), MISSING).any()
+        if missing or len(set(words[first:])) == 1:
             raise UserError(f"{path}: column {name!r} lacks values, or training has only one value")
     words = columns.pop(settings.target)
     features = {name: encode(columns[name], first) for name in columns}
@@ -108,9 +114,13 @@ def load(settings: Settings, device: torch.device) -> Table:
             raise UserError(f"{settings.target!r} is text: use --task classification") from None
         mean, scale = float(values[first:].mean()), float(values[first:].std())
         targets = torch.from_numpy((values - mean) / scale).float()
+    for name, values in (features | {settings.target: targets}).items():
+        if not values.isfinite().all():
+            raise UserError(f"{path}: column {name!r} is infinite, or training has only one value")
     whole = (torch.cat(list(features.values()), 1).to(device), targets.to(device))
     parts = zip(*(column.tensor_split([first // 2, first]) for column in whole))
-    return Table(path.stem[:64], classes, mean, scale, *(TensorDataset(*part) for part in parts))
+    name = re.sub(r"[^A-Za-z0-9_.-]", "_", path.stem)[:64]  # W&B takes no others
+    return Table(name, classes, mean, scale, *(TensorDataset(*part) for part in parts))
 
 
 def encode(words: np.ndarray, first: int) -> Tensor:
@@ -211,7 +221,7 @@ def train(session: Session, progress: Progress, model: nn.Module, data: Table) -
     # Also saved: position, meter, random state. At an epoch's end that is before validation.
     checkpoints = Checkpoints(
         progress,
-        [data.train.tensors, data.valid.tensors, data.test.tensors],
+        [data.classes, data.mean, data.scale, *(part.tensors for part in data[-3:])],
         meter,
         model=model,
         optimizer=optimizer,

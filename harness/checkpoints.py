@@ -1,6 +1,7 @@
 """Checkpoints: all that training needs to continue as if it had never been interrupted."""
 
 import io
+import pickle
 import random
 import textwrap
 import time
@@ -170,7 +171,11 @@ class Checkpoints:
         state["seconds"] = time.perf_counter() - session.started
         path = session.output_dir / CHECKPOINT
         with session.stop_requests.writing(self._progress.step):
-            write_tensors(path, state, previous=path.with_name(PREVIOUS_CHECKPOINT))
+            try:
+                write_tensors(path, state, previous=path.with_name(PREVIOUS_CHECKPOINT))
+            except pickle.UnpicklingError:
+                self._check_state()  # a state has changed: says which
+                raise
 
 
 def fingerprint(data: Any, checksum: int = 0) -> int:

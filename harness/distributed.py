@@ -166,13 +166,18 @@ def sum_gradients(model: nn.Module) -> None:
     """
     if world_size() == 1:
         return
-    gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
-    if any(hasattr(gradient, "is_summed") for gradient in gradients):
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    if any(hasattr(weight.grad, "is_summed") for weight in weights):
         advice = "call it only before optimizer.step(), and optimizer.zero_grad() after that"
         raise ValueError(f"sum_gradients would sum some gradients twice: {advice}")
-    sum_over_ranks(*gradients)
-    for gradient in gradients:
-        gradient.is_summed = True
+    # A rank may lack gradients that others have: its share of the batch did not need the weight.
+    has = torch.tensor([w.grad is not None for w in weights]).to(weights[0])
+    gradients = [torch.zeros_like(w) if w.grad is None else w.grad for w in weights]
+    sum_over_ranks(has, *gradients)
+    for weight, gradient, ranks in zip(weights, gradients, has):
+        if weight.grad is not None or ranks > 0:
+            weight.grad = gradient
+            gradient.is_summed = True
 
 
 def broadcast(value: Any = None) -> Any:

@@ -120,11 +120,15 @@ def write_png(path: Path, picture: Image.Image) -> None:
 
 
 def write_tensors(path: Path, content: Mapping[str, Any], previous: Path | None = None) -> None:
-    """`torch.save` nested tensors and plain values; an existing file is kept as `previous`."""
+    """`torch.save` nested tensors and plain values; an existing file is kept as `previous`.
+
+    Raises `pickle.UnpicklingError`, and writes nothing, if `read_tensors` would refuse the file.
+    """
     with temporary_beside(path) as temporary:
         with temporary.open("wb") as file:  # a path would hide why the disk refuses
             torch.save(content, file)
         flush(temporary)
+        torch.load(temporary, "cpu", mmap=True, weights_only=True)  # reads no tensor
         if previous and path.exists():
             os.replace(path, previous)
         os.replace(temporary, path)

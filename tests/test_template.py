@@ -146,6 +146,16 @@ def test_the_declared_direction_decides(direction, best_epoch):
     assert best.epoch == best_epoch
 
 
+@pytest.mark.quick
+def test_epochs_without_validation_are_not_the_best():
+    best = Best("valid/depth/mae", {"depth/mae": "min", "mae": "max"})
+    model = nn.Linear(1, 1)
+    values = [None, 0.7, None, 0.4, None, 0.5]
+    for epoch, value in enumerate(values, start=1):
+        best.offer(epoch, {} if value is None else {"valid/depth/mae": value}, model)
+    assert (best.epoch, best.value) == (4, 0.4)
+
+
 def made_up(
     tmp_path: Path, batch_size: int = 4, epochs: int = 2, **options: int
 ) -> SimpleNamespace:
