@@ -421,8 +421,7 @@ def conclude(session: Session, task: Task, best: Best) -> dict[str, Any]:
         task.tokenizer.save_pretrained(directory)
 
     share = valid.confusion.majority_share()
-    curves = run.call(wandb.Image, str(output_dir / "curves.png"))
-    run.log({"curves": curves})
+    run.log({"curves": run.call(wandb.Image, str(output_dir / "curves.png"))})
     run.log(domains, commit=True)  # or it would overwrite the summary below
     run.summary.update(valid.named("best"))
     run.summary.update({"best/epoch": best.epoch, "best/majority_share": share})

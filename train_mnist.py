@@ -331,8 +331,7 @@ def conclude(session: Session, progress: Progress, best: Best, data: Digits) -> 
     )
 
     log_charts(run, data, "test", test)
-    curves = run.call(wandb.Image, str(output_dir / "curves.png"))
-    run.log({"curves": curves})
+    run.log({"curves": run.call(wandb.Image, str(output_dir / "curves.png"))})
     run.log(test.named("test"), commit=True)  # or it would overwrite the summary below
     run.summary["best/epoch"] = best.epoch
     if name == "valid":

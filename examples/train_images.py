@@ -357,8 +357,7 @@ def conclude(session: Session, progress: Progress, best: Best, data: Folder) -> 
     files.write_onnx(output_dir / "model.onnx", model, output="logits", images=inputs)
 
     log_charts(run, data, "test", test)
-    curves = run.call(wandb.Image, str(output_dir / "curves.png"))
-    run.log({"curves": curves})
+    run.log({"curves": run.call(wandb.Image, str(output_dir / "curves.png"))})
     run.log(test.named("test"), commit=True)  # or it would overwrite the summary below
     run.summary["best/epoch"] = best.epoch
     run.summary.update(valid.named("best"))

@@ -295,8 +295,7 @@ def conclude(session: Session, progress: Progress, best: Best, data: Text) -> di
     files.write_tensors(output_dir / "model.pt", best.weights)
     files.write_onnx(output_dir / "model.onnx", model, "logits", codes=data.test[:2, :-1].cpu())
 
-    curves = run.call(wandb.Image, str(output_dir / "curves.png"))
-    run.log({"curves": curves})
+    run.log({"curves": run.call(wandb.Image, str(output_dir / "curves.png"))})
     run.log(test.named("test"), commit=True)  # or it would overwrite the summary below
     run.summary["best/epoch"] = best.epoch
     run.summary.update(valid.named("best"))

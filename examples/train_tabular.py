@@ -1,8 +1,7 @@
 """Train an MLP on a table, logged with Weights & Biases: a copy of train_mnist.py.
 
 Reads a CSV file with a header, by default of made-up flats. A column of numbers only is
-normalised; any other becomes a feature per word, and a word that training lacks has none of them.
-A missing value is an error, and so is a column that is constant in training.
+normalised, any other becomes a feature per word; a word that training lacks has none of them.
 """
 
 import dataclasses
@@ -76,9 +75,6 @@ class Table(NamedTuple):
     train: TensorDataset
 
 
-MISSING = ["", "?", "nan", "na", "n/a", "#n/a", "<na>", "null", "none"]
-
-
 @np.errstate(all="ignore")  # what is not finite is an error below
 def load(settings: Settings, device: torch.device) -> Table:
     """The table on the device, in three parts. Raises `UserError`."""
@@ -93,15 +89,15 @@ def load(settings: Settings, device: torch.device) -> Table:
         raise UserError(f"{path} needs {needed}; it has {len(table)} lines of {', '.join(header)}")
     columns = dict(zip(header, np.random.default_rng(0).permutation(table[1:]).T))
     first = len(table) // 3  # row for training
+    missing = ["", "?", "nan", "na", "n/a", "#n/a", "<na>", "null", "none"]
     for name, words in columns.items():
-        missing = np.isin(np.char.lower(np.char.strip(words)), MISSING).any()
-        if missing or len(set(words[first:])) == 1:
+        lacks = np.isin(np.char.lower(np.char.strip(words)), missing).any()
+        if lacks or len(set(words[first:])) == 1:
             raise UserError(f"{path}: column {name!r} lacks values, or training has only one value")
     words = columns.pop(settings.target)
     features = {name: encode(columns[name], first) for name in columns}
     print("Features:", ", ".join(f"{name} {len(features[name].T)}" for name in features))
-    classes: list[str] = []
-    mean, scale = 0.0, 1.0
+    classes, mean, scale = [], 0.0, 1.0
     if settings.task == "classification":
         classes = sorted(set(words[first:].tolist()))
         if unknown := set(words.tolist()).difference(classes):
@@ -144,13 +140,12 @@ def log_dataset(run: Run, table: Table) -> None:
 
 def make_model(settings: Settings, data: Table, device: torch.device) -> nn.Sequential:
     """Two hidden layers: float (batch, features) to float (batch, classes), or (batch, 1)."""
-    first, second = settings.hidden
-    layers = [nn.Linear(len(data.train[0][0]), first), nn.ReLU(), nn.Linear(first, second)]
-    return nn.Sequential(*layers, nn.ReLU(), nn.Linear(second, len(data.classes) or 1)).to(device)
+    sizes = [len(data.train[0][0]), *settings.hidden, len(data.classes) or 1]
+    first, second, last = map(nn.Linear, sizes, sizes[1:])
+    return nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), last).to(device)
 
 
 def make_optimizer(model: nn.Module, settings: Settings, batches: int) -> tuple[Adam, OneCycleLR]:
-    """Adam and its learning rate schedule over all `batches`."""
     optimizer = Adam(model.parameters(), settings.learning_rate)
     return optimizer, OneCycleLR(optimizer, settings.learning_rate, batches, cycle_momentum=False)
 
@@ -184,8 +179,8 @@ def evaluate(model: nn.Module, part: TensorDataset, table: Table) -> Result:
         return Result(result.columns(), result.metrics)
     targets = table.mean + table.scale * targets.cpu().double()
     predictions = table.mean + table.scale * outputs.squeeze(1).double()
-    mse = (predictions - targets).square().mean()
-    mae = float((predictions - targets).abs().mean())
+    errors = predictions - targets
+    mse, mae = errors.square().mean(), float(errors.abs().mean())
     r2 = 1 - float(mse / targets.var(correction=0))
     metrics = {"loss": float(mse) / table.scale**2, "mae": mae, "r2": r2}
     return Result({"target": targets.tolist(), "prediction": predictions.tolist()}, metrics)
@@ -307,8 +302,7 @@ def conclude(session: Session, progress: Progress, best: Best, data: Table) -> d
     files.write_onnx(output_dir / "model.onnx", model, "output", features=data.test[:2][0].cpu())
 
     log_charts(run, "test", test)
-    curves = run.call(wandb.Image, str(output_dir / "curves.png"))
-    run.log({"curves": curves})
+    run.log({"curves": run.call(wandb.Image, str(output_dir / "curves.png"))})
     run.log(test.named("test"), commit=True)  # or it would overwrite the summary below
     run.summary["best/epoch"] = best.epoch
     run.summary.update(valid.named("best"))
@@ -319,12 +313,8 @@ def conclude(session: Session, progress: Progress, best: Best, data: Table) -> d
         run.log_weights(best.weights, results, is_best=True)
 
     print(f"test: {test.metrics}, best epoch {best.epoch}")
-    return {
-        "dataset": data.name,
-        "class_names": data.classes,
-        "best/epoch": best.epoch,
-        **results,
-    }
+    about = {"dataset": data.name, "class_names": data.classes, "best/epoch": best.epoch}
+    return about | results
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:

@@ -223,7 +223,7 @@ class Meter:
     def _add(self, sums: Mapping[str, Tensor | float]) -> None:
         for name, value in sums.items():
             if isinstance(value, Tensor):
-                value = value.detach()
+                value = value.detach().float()  # a long sum in bf16 would lose its last terms
             self._sums[name] = self._sums.get(name, 0.0) + value
 
     def take_row(self) -> dict[str, float]:

@@ -65,7 +65,7 @@ def assert_close(a: list[tuple[str, float]], b: list[tuple[str, float]]) -> None
 
 @pytest.mark.parametrize("script", EXAMPLES)
 def test_is_short(script):
-    assert len((REPO / script).read_text().splitlines()) < 360
+    assert len((REPO / script).read_text().splitlines()) < 350
 
 
 @pytest.mark.parametrize("script", EXAMPLES)
