@@ -81,7 +81,8 @@ def test_failures_of_the_server(reference, tmp_path):
     [(signal.SIGKILL, "!!  W&B has failed:"), (signal.SIGSTOP, "!!  W&B does not answer.")],
 )
 def test_training_survives_a_wandb_service_that_dies_or_hangs(number, warning, reference, tmp_path):
-    process = killing.start(SCRIPT, tmp_path, clean_environment(tmp_path))
+    # What a suspended service does not read has to fit into the socket: about 100 KB.
+    process = killing.start(SCRIPT, tmp_path, clean_environment(tmp_path), "--watch", "off")
     while not (tmp_path / "out/history.jsonl").exists():
         assert process.poll() is None
         time.sleep(0.02)
