@@ -92,7 +92,7 @@ def _no_signals(loader: DataLoader) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _like_a_worker() -> Iterator[None]:
-    """Sums of several threads are rounded differently."""
+    """Use one thread, since several round sums differently, and put the random state back."""
     threads = torch.get_num_threads()
     python = random.getstate()
     numpy = np.random.get_state()
