@@ -170,10 +170,15 @@ class Evaluation(NamedTuple):
     losses: Tensor  # float64 (examples,): cross-entropy in nats
     confusion: ConfusionMatrix
     metrics: dict[str, float]  # by name, as in EVALUATION_METRICS
+    positive: int  # of two classes, the one that curves and what follows from them are about
 
     def named(self, prefix: str) -> dict[str, float]:
         """The metrics with prefixed names: "valid/loss", "valid/acc", ... for "valid"."""
         return {f"{prefix}/{name}": value for name, value in self.metrics.items()}
+
+    def one_against_rest(self, label: int) -> tuple[Tensor, Tensor]:
+        """Scores and labels of a binary problem, as for `roc_curve`: is it the class `label`?"""
+        return self.probabilities[:, label], self.labels == label
 
     def columns(self) -> dict[str, list]:
         """Columns of a table with a row per example: class indices, probabilities and loss."""
@@ -211,12 +216,12 @@ EVALUATION_METRICS = {
         of_counts=False,
     ),
     "roc_auc": Metric(
-        lambda result: roc_auc(result.probabilities[:, 1], result.labels),
+        lambda result: roc_auc(*result.one_against_rest(result.positive)),
         of_counts=False,
         two_classes=True,
     ),
     "average_precision": Metric(
-        lambda result: average_precision(result.probabilities[:, 1], result.labels),
+        lambda result: average_precision(*result.one_against_rest(result.positive)),
         of_counts=False,
         two_classes=True,
     ),
@@ -227,13 +232,14 @@ def evaluation(
     logits: Tensor,
     labels: Tensor,
     names: Iterable[str] = tuple(EVALUATION_METRICS),
+    positive: int = 1,
 ) -> Evaluation:
     """Evaluate logits, float (examples, classes), against labels, int64 (examples,).
 
     The result has the metrics in `names` that are defined for these labels; if the model has
-    diverged, that is only the loss. Computed in float64, so that metrics recomputed from the
-    probabilities agree. Raises `ValueError` if a name is unknown, or if shapes, dtypes or the range
-    of the labels are wrong.
+    diverged, that is only the loss. `positive` is the positive class if there are two. Computed in
+    float64, so that metrics recomputed from the probabilities agree. Raises `ValueError` if a name
+    is unknown, or if shapes, dtypes or the range of the labels are wrong.
     """
     if logits.ndim != 2:
         raise ValueError(f"logits must be (examples, classes), got {tuple(logits.shape)}")
@@ -253,6 +259,7 @@ def evaluation(
         losses,
         confusion,
         metrics={},
+        positive=positive,
     )
     has_diverged = not losses.isfinite().all()
     both_occur = confusion.num_classes == 2 and len(labels.unique()) == 2

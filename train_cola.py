@@ -7,7 +7,7 @@ are those of train_mnist.py: read that first.
 import dataclasses
 
 from harness import options, script
-from harness.options import option
+from harness.options import housekeeping, option
 
 # ----------------------------------------------------------------------------- settings
 
@@ -40,6 +40,11 @@ class Settings(options.SharedSettings):
         None, "your training data: TSV or CSV with columns sentence and label", path=True
     )
     valid_file: str | None = option(None, "your validation data", path=True)
+    test_file: str | None = option(None, "your test data, for the best model", path=True)
+    log_data: bool = housekeeping(False, "upload the data; else only paths and checksums")
+    positive_label: str | None = option(
+        None, "the positive one of two classes [the second]", placeholder=None
+    )
     model: str | None = option(
         None,
         "hub name, path, wandb:ENTITY/PROJECT/NAME:ALIAS, scratch [BERT-tiny]",
@@ -79,8 +84,8 @@ if __name__ == "__main__":
     script.check_options(Settings)  # before the imports that take seconds
 
 import math
-import tempfile
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -102,7 +107,6 @@ from harness.tracking import Run, logs_to_wandb
 from metrics import Evaluation, evaluation, matthews_corrcoef_interval
 from tasks import encoders
 from tasks.batching import TokenSet, by_length, inputs_of, tokenise
-from tasks.encoders import Pretrained
 from tasks.sentences import Corpus, load_corpus
 
 # --------------------------------------------------------------------------------- data
@@ -114,67 +118,88 @@ class Task(NamedTuple):
     corpus: Corpus
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
+    positive: int  # the positive class, if there are two
     train: TokenSet
     valid: TokenSet
+    test: TokenSet | None = None
 
 
-def load(settings: Settings) -> Corpus:
-    """The sentences for training and validation. Raises `UserError`."""
+def load(session: Session) -> Corpus:
+    """The sentences for training, validation and perhaps a test. Raises `UserError`."""
+    settings = session.settings
     corpus = load_corpus(
-        settings.dataset, settings.data_dir, settings.train_file, settings.valid_file
+        settings.dataset,
+        settings.data_dir,
+        settings.train_file,
+        settings.valid_file,
+        settings.test_file,
     )
-    labels = torch.tensor([corpus.class_names.index(label) for label in corpus.valid.labels])
-    any_logits = torch.zeros(len(labels), len(corpus.class_names))
-    if settings.monitor not in evaluation(any_logits, labels).named("valid"):
+    names = corpus.class_names
+    occurring = len(set(corpus.valid.labels))
+    right = torch.eye(occurring, len(names))  # logits without a mistake, for a sentence per class
+    # A metric that is 0 or undefined for them can't tell models apart.
+    if not evaluation(right, torch.arange(occurring)).named("valid").get(settings.monitor):
         problem = "needs two classes, both in the validation data"
         raise UserError(f"--monitor {settings.monitor} {problem}")
+    positive = settings.positive_label
+    if len(names) == 2 and positive in (None, *names):
+        session.config["positive_label"] = positive or names[1]
+    elif positive:
+        problem = f"must be one of two classes, but the data has {files.list_names(names)}"
+        raise UserError(f"--positive_label {positive}: {problem}")
+    session.config["dataset"] = corpus.name
     return corpus
 
 
-def prepare(session: Session, corpus: Corpus, pretrained: Pretrained) -> Task:
+def prepare(session: Session, corpus: Corpus, pretrained: encoders.Pretrained) -> Task:
     """Tokenise the sentences, and take the model to the device."""
     model, tokenizer = pretrained
     label2id = model.config.label2id  # in the order of the classes that a trained head has
     corpus = corpus._replace(class_names=list(label2id))
     limit = session.settings.max_length
-    device = session.device
-    train = corpus.train
-    valid = corpus.valid
-    train_labels = [label2id[label] for label in train.labels]
-    valid_labels = [label2id[label] for label in valid.labels]
-    train_set = tokenise(train.sentences, train_labels, tokenizer, limit, device)
-    valid_set = tokenise(valid.sentences, valid_labels, tokenizer, limit, device)
-    if cut := train_set.cut + valid_set.cut:
+    parts = []
+    for part in (corpus.train, corpus.valid, corpus.test):
+        if part:
+            labels = [label2id[label] for label in part.labels]
+            parts.append(tokenise(part.sentences, labels, tokenizer, limit, session.device))
+    positive = session.config["positive_label"]
+    task = Task(corpus, model, tokenizer, label2id.get(positive, 1), *parts)
+    if cut := sum(part.cut for part in parts):
         print(f"{cut} sentences are longer than --max_length {limit} tokens and are truncated.")
-    share = valid_set.labels.bincount().max() / len(valid_set.labels)
-    print(
-        f"{corpus.name}: {len(train_set.labels):,} + {len(valid_set.labels):,} sentences for "
-        f"training and validation, {share:.1%} of the latter in the most frequent class"
+    valid = task.valid.labels
+    line = (
+        f"{corpus.name}: {len(task.train.labels):,} + {len(valid):,} sentences for training and "
+        f"validation, {valid.bincount().max() / len(valid):.1%} of the latter in the most "
+        "frequent class"
     )
+    if task.test:
+        line += f", {len(task.test.labels):,} for the test"
+    if positive:
+        line += f", positive class: {positive}"
+    print(line)
     session.describe(session.config["model"], model)
-    model.to(device)
-    encoders.train_used_rows(model, [train_set.tokens, valid_set.tokens])
-    return Task(corpus, model, tokenizer, train_set, valid_set)
+    model.to(session.device)
+    encoders.train_used_rows(model, [part.tokens for part in parts])
+    return task
 
 
 @logs_to_wandb
-def log_dataset(run: Run, corpus: Corpus) -> None:
+def log_dataset(run: Run, corpus: Corpus, upload: bool) -> None:
     run.add_tag(corpus.name)
     artifact = wandb.Artifact(corpus.name, type="dataset")
     for number, file in enumerate(corpus.files):
-        artifact.add_file(str(file), name=f"{number}-{file.name}")  # both may be called data.tsv
-    if not corpus.files:
-        for name, part in (("train", corpus.train), ("valid", corpus.valid)):
-            with artifact.new_file(f"{name}.tsv", encoding="utf-8") as file:
-                for sentence, label, source in zip(*part):
-                    file.write(f"{source}\t{label}\t{sentence}\n")
+        name = f"{number}-{file.name}"  # all may be called data.tsv
+        if upload:
+            artifact.add_file(str(file), name=name)
+        else:
+            artifact.add_reference(file.resolve().as_uri(), name=name)  # a checksum, not a copy
     run.log_artifact(artifact)
 
 
 # -------------------------------------------------------------------------------- model
 
 
-def load_model(settings: Settings, corpus: Corpus, source: str) -> Pretrained:
+def load_model(settings: Settings, corpus: Corpus, source: str) -> encoders.Pretrained:
     """The model of a directory, the hub or "scratch"; new weights follow from the seed."""
     seed_everything(settings.seed, settings.deterministic)
     return encoders.load_model(
@@ -214,9 +239,9 @@ def make_optimizer(
 
 
 @torch.inference_mode()
-def evaluate(model: PreTrainedModel, part: TokenSet) -> Evaluation:
+def evaluate(task: Task, part: TokenSet) -> Evaluation:
     """Predict every sentence, in float32 like the saved model, shared among the ranks."""
-    model.eval()
+    model = task.model.eval()
     logits = torch.zeros(len(part.labels), model.config.num_labels, device=part.labels.device)
     batches = part.lengths.argsort(stable=True).split(64)
     for indices in distributed.share_of(batches):
@@ -224,7 +249,7 @@ def evaluate(model: PreTrainedModel, part: TokenSet) -> Evaluation:
         output = type(model).forward(model, **inputs)  # without the hooks of run.watch
         logits[indices.to(logits.device)] = output.logits
     distributed.sum_over_ranks(logits)  # the other ranks' logits are zero here
-    return evaluation(logits, part.labels, METRICS)
+    return evaluation(logits, part.labels, METRICS, task.positive)
 
 
 def attributions(task: Task, result: Evaluation) -> str:
@@ -306,7 +331,7 @@ def train(session: Session, progress: Progress, task: Task) -> Best:
     meter = Meter()
     checkpoints = Checkpoints(
         progress,
-        [train_set, task.valid],
+        [train_set, task.valid, task.test],
         meter,
         model=model,
         optimizer=optimizer,
@@ -361,7 +386,7 @@ def train(session: Session, progress: Progress, task: Task) -> Best:
         mean = meter.take_epoch()
         results = {"train/loss_epoch": mean["loss"], "train/acc_epoch": mean["acc"]}
         run.log(results)
-        valid = evaluate(model, task.valid)
+        valid = evaluate(task, task.valid)
         progress.check_finite("validation", valid.metrics["loss"])
         log_charts(run, task, valid)
         results |= valid.named("valid")
@@ -370,7 +395,7 @@ def train(session: Session, progress: Progress, task: Task) -> Best:
         improved = best.offer(epoch, results, model)
         write_curves(session, best.epoch)
         if settings.log_model == "all":
-            log_model(run, task, results, is_best=improved)
+            run.log_model(partial(save_model, task), results, is_best=improved)
         progress.print_epoch(results)
         if 0 < settings.patience <= epoch - best.epoch:
             break
@@ -380,15 +405,9 @@ def train(session: Session, progress: Progress, task: Task) -> Best:
 # ----------------------------------------------------------------- from start to finish
 
 
-@logs_to_wandb
-def log_model(run: Run, task: Task, results: dict[str, float], is_best: bool) -> None:
-    """Log the model as an artifact with its results as metadata."""
-    artifact = wandb.Artifact(f"model-{run.wandb.id}", type="model", metadata=results)
-    with tempfile.TemporaryDirectory() as directory:
-        task.model.save_pretrained(directory)
-        task.tokenizer.save_pretrained(directory)
-        artifact.add_dir(directory)
-    run.log_artifact(artifact, aliases=["latest", "best"] if is_best else ["latest"])
+def save_model(task: Task, directory: Path) -> None:
+    task.model.save_pretrained(directory)
+    task.tokenizer.save_pretrained(directory)
 
 
 def conclude(session: Session, task: Task, best: Best) -> dict[str, Any]:
@@ -400,50 +419,59 @@ def conclude(session: Session, task: Task, best: Best) -> dict[str, Any]:
     corpus = task.corpus
     output_dir = session.output_dir
     task.model.load_state_dict(best.weights)
-    valid = evaluate(task.model, task.valid)
+    valid = evaluate(task, task.valid)
+    shown = evaluate(task, task.test) if task.test else valid
     if distributed.rank() > 0:
         return {}
-    domains = {}
-    for domain, rows in corpus.domains.items():
-        part = evaluation(valid.logits[rows], valid.labels[rows])
-        domains |= part.named(f"valid_{domain}")
     results = valid.named("valid")
-
-    columns = valid.columns()
-    columns["sentence"] = corpus.valid.sentences
-    columns["source"] = corpus.valid.sources
-    files.write_csv(output_dir / "predictions.csv", columns)
+    more = {}
+    for domain, rows in corpus.domains.items():
+        part = evaluation(valid.logits[rows], valid.labels[rows], METRICS, task.positive)
+        more |= part.named(f"valid_{domain}")
+    name = "valid"
+    note = "too optimistic: the epoch was chosen on these sentences"
+    files.write_csv(output_dir / "predictions.csv", valid.columns() | corpus.valid.columns())
+    if task.test:
+        name = "test"
+        note = "on the test file"
+        more |= shown.named("test")
+        files.write_csv(
+            output_dir / "test_predictions.csv", shown.columns() | corpus.test.columns()
+        )
     files.write_text(output_dir / "attributions.html", attributions(task, valid))
     matrix = viz.confusion_matrix_picture(valid.confusion.counts, corpus.class_names, "valid")
     files.write_png(output_dir / "confusion_matrix.png", matrix)
     with files.replacing_directory(output_dir / "model") as directory:
-        task.model.save_pretrained(directory)
-        task.tokenizer.save_pretrained(directory)
+        save_model(task, directory)
 
     share = valid.confusion.majority_share()
     run.log({"curves": run.call(wandb.Image, str(output_dir / "curves.png"))})
-    run.log(domains, commit=True)  # or it would overwrite the summary below
+    run.log(more, commit=True)  # or it would overwrite the summary below
     run.summary.update(valid.named("best"))
     run.summary.update({"best/epoch": best.epoch, "best/majority_share": share})
     if session.settings.log_model == "best":
-        log_model(run, task, results, is_best=True)
+        run.log_model(partial(save_model, task), results, is_best=True)
 
-    low, high = matthews_corrcoef_interval(valid.confusion)
+    low, high = matthews_corrcoef_interval(shown.confusion)
     print(
-        f"best epoch {best.epoch}: Matthews correlation {results['valid/mcc']:.3f} "
-        f"(95% interval {low:.3f} to {high:.3f}), accuracy {results['valid/acc']:.2%} "
-        f"(always the most frequent class: {share:.2%})"
+        f"best epoch {best.epoch}: Matthews correlation {shown.confusion.matthews_corrcoef():.3f} "
+        f"(95% interval {low:.3f} to {high:.3f}, {note}), "
+        f"accuracy {shown.confusion.accuracy():.2%} "
+        f"(always the most frequent class: {shown.confusion.majority_share():.2%})"
     )
     return {
         "dataset": corpus.name,
         "model": session.config["model"],
         "class_names": corpus.class_names,
+        "positive_label": session.config["positive_label"],
         "best/epoch": best.epoch,
         **results,
         "valid/majority_share": share,
-        "valid/mcc_low": low,
-        "valid/mcc_high": high,
-        **domains,
+        f"{name}/majority_share": shown.confusion.majority_share(),
+        f"{name}/mcc_low": low,
+        f"{name}/mcc_high": high,
+        "mcc_interval": note,
+        **more,
     }
 
 
@@ -457,23 +485,23 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             return session.metrics
         settings = session.settings
         with distributed.rank_0_first():  # which downloads the data and the model
-            corpus = load(settings)
+            corpus = load(session)
             can_fetch = settings.wandb == "online" or settings.resume
             source = encoders.find_model(settings.model, can_fetch)
             is_artifact = source.startswith("wandb:")
-            pretrained = None if is_artifact else load_model(settings, corpus, source)
+            load_source = partial(load_model, settings, corpus)
+            if not is_artifact:
+                pretrained = load_source(source)
         default_rate = 1e-3 if source == "scratch" else 1e-4
-        session.config["dataset"] = corpus.name
         session.config["model"] = source
         session.config["learning_rate"] = settings.learning_rate or default_rate
         progress = Progress(session, len(corpus.train.labels), held_out=len(corpus.valid.labels))
         run = session.start(partial(wandb.init, project=settings.project, config=session.config))
-        log_dataset(run, corpus)
+        log_dataset(run, corpus, settings.log_data)
         if is_artifact:
             copy = session.output_dir / "pretrained"
-            check = partial(load_model, settings, corpus)
-            encoders.fetch_model(source, run.wandb.use_artifact, copy, check)
-            pretrained = load_model(settings, corpus, str(copy))
+            encoders.fetch_model(source, run.wandb.use_artifact, copy, load_source)
+            pretrained = load_source(str(copy))
         task = prepare(session, corpus, pretrained)
         seed_everything(settings.seed, settings.deterministic)
         seed_rank(settings.seed)

@@ -150,7 +150,8 @@ def make_optimizer(
     optimizer = torch.optim.Adam(model.parameters(), rate, betas, fused=True)
     if constant:
         return optimizer, ConstantLR(optimizer, factor=1)
-    rise = 0.11 if batches == 10 else 0.1  # OneCycleLR can't rise for exactly one batch
+    batches = max(batches, 2)  # OneCycleLR gives the last one almost no learning rate
+    rise = 0.11 if batches == 10 else 0.1  # it can't rise for exactly one batch
     return optimizer, OneCycleLR(optimizer, rate, batches, pct_start=rise, cycle_momentum=False)
 
 

@@ -181,7 +181,12 @@ def _line_chart(
     title: str,
     x_name: str,
 ) -> CustomChart:
-    """W&B's chart of named curves, each x and y, thinned to at most 1,000 points."""
+    """W&B's chart of named curves, each x and y, thinned to at most 1,000 points.
+
+    The title names the class of a single curve.
+    """
+    if len(curves) == 1:
+        title += f", positive class: {next(iter(curves))}"
     xs = []
     ys = []
     for x, y in curves.values():
@@ -349,10 +354,10 @@ def calibration_picture(result: Evaluation, part: str) -> Image.Image:
 
 
 def roc_chart(result: Evaluation, class_names: list[str]) -> CustomChart:
-    """ROC curves: one for the second class if there are two classes, otherwise one per class."""
+    """ROC curves: one for the positive class if there are two classes, otherwise one per class."""
     curves = {}
     for label in _classes_with_curves(result):
-        fpr, tpr, _ = roc_curve(result.probabilities[:, label], result.labels == label)
+        fpr, tpr, _ = roc_curve(*result.one_against_rest(label))
         curves[class_names[label]] = (fpr, tpr)
     return _line_chart(curves, "ROC: true over false positive rate", "false positive rate")
 
@@ -361,8 +366,7 @@ def precision_recall_chart(result: Evaluation, class_names: list[str]) -> Custom
     """Precision-recall curves, for the same classes as `roc_chart`."""
     curves = {}
     for label in _classes_with_curves(result):
-        scores = result.probabilities[:, label]
-        precision, recall, _ = precision_recall_curve(scores, result.labels == label)
+        precision, recall, _ = precision_recall_curve(*result.one_against_rest(label))
         curves[class_names[label]] = (recall, precision)
     return _line_chart(curves, "Precision over recall", "recall")
 
@@ -371,7 +375,7 @@ def _classes_with_curves(result: Evaluation) -> list[int]:
     """The `MAX_CURVES` most frequent of the classes that have positive and negative examples."""
     frequency = result.confusion.counts.sum(1)
     if len(frequency) == 2:
-        frequency[0] = 0  # the curve of the second class is enough
+        frequency[1 - result.positive] = 0  # the curve of the positive class is enough
     order = frequency.argsort(descending=True, stable=True).tolist()
     classes = [label for label in order if 0 < frequency[label] < len(result.labels)]
     return classes[:MAX_CURVES]

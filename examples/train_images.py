@@ -201,6 +201,7 @@ def make_optimizer(
     model: ResNet, settings: Settings, batches: int
 ) -> tuple[Optimizer, LRScheduler]:
     optimizer = torch.optim.AdamW(model.parameters(), settings.learning_rate)
+    batches = max(batches, 2)  # OneCycleLR gives the last one almost no learning rate
     return optimizer, OneCycleLR(optimizer, settings.learning_rate, batches, cycle_momentum=False)
 
 

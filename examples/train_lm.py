@@ -138,6 +138,7 @@ def make_model(settings: Settings, data: Text, device: torch.device) -> GPT:
 def make_optimizer(model: GPT, settings: Settings, batches: int) -> tuple[Optimizer, LRScheduler]:
     """AdamW and its learning rate schedule over all `batches`."""
     optimizer = torch.optim.AdamW(model.parameters(), settings.learning_rate)
+    batches = max(batches, 2)  # OneCycleLR gives the last one almost no learning rate
     return optimizer, OneCycleLR(optimizer, settings.learning_rate, batches, cycle_momentum=False)
 
 

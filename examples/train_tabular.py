@@ -147,6 +147,7 @@ def make_model(settings: Settings, data: Table, device: torch.device) -> nn.Sequ
 
 def make_optimizer(model: nn.Module, settings: Settings, batches: int) -> tuple[Adam, OneCycleLR]:
     optimizer = Adam(model.parameters(), settings.learning_rate)
+    batches = max(batches, 2)  # OneCycleLR gives the last one almost no learning rate
     return optimizer, OneCycleLR(optimizer, settings.learning_rate, batches, cycle_momentum=False)
 
 

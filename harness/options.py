@@ -73,7 +73,9 @@ class SharedSettings:
     )
     learning_rate: float = option(0.005, "the highest learning rate of the schedule", above=0)
     seed: int = option(42, "seeds Python, NumPy and torch", at_least=0, below=2**32)
-    max_steps: int | None = option(None, "end after this many optimizer steps", at_least=1)
+    max_steps: int | None = option(
+        None, "end after this many optimizer steps, which the schedule spans", at_least=1
+    )
     device: str = option(
         "auto",
         "device to train on",

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import operator
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -268,7 +267,7 @@ def _means(sums: Mapping[str, float]) -> dict[str, float]:
 
 
 class Best:
-    """The model to keep: the best so far by the monitored metric.
+    """The model to keep: the best so far by the monitored metric, of equal ones by "valid/loss".
 
     The last one if nothing is validated.
     """
@@ -282,9 +281,9 @@ class Best:
         if direction not in ("min", "max"):
             raise ValueError(f"{monitor}: declare whether it is best at its 'min' or 'max'")
         self.monitor = monitor
-        self._improves = operator.lt if direction == "min" else operator.gt
+        self._sign = 1 if direction == "min" else -1
         self.epoch = 0
-        self.value: float | None = None
+        self.score: tuple[float, float] | None = None  # lower is better
         self.weights: dict[str, Tensor] = {}  # a state dict
 
     def offer(self, epoch: int, metrics: Mapping[str, float], model: nn.Module) -> bool:
@@ -295,23 +294,26 @@ class Best:
         validated = [name for name in metrics if name.startswith("valid/")]
         if validated and self.monitor not in metrics:
             raise UserError(f"--monitor {self.monitor}: there are {', '.join(validated)}")
-        # From rank 0, so that all ranks decide the same.
-        value = distributed.broadcast(metrics.get(self.monitor))
-        better = self.value is None
-        if self.value is not None and value is not None:  # None: this epoch was not validated
-            better = math.isnan(self.value) or self._improves(value, self.value)
+        score = None  # this epoch was not validated
+        if self.monitor in metrics:
+            value = float(metrics[self.monitor])  # not a NumPy number
+            score = (self._sign * value, float(metrics.get("valid/loss", 0)))
+        score = distributed.broadcast(score)  # from rank 0, so that all ranks decide the same
+        better = self.score is None
+        if self.score and score:
+            better = math.isnan(self.score[0]) or score < self.score
         if better:
             self.epoch = epoch
-            self.value = None if value is None else float(value)  # not a NumPy number
+            self.score = score
             # On the CPU, so that machines without an accelerator can load what is saved.
             weights = model.state_dict()
             self.weights = {name: weights[name].to("cpu", copy=True) for name in weights}
         return better
 
     def state_dict(self) -> dict[str, Any]:
-        return {"epoch": self.epoch, "value": self.value, "weights": self.weights}
+        return {"epoch": self.epoch, "score": self.score, "weights": self.weights}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.epoch = state["epoch"]
-        self.value = state["value"]
+        self.score = state["score"]
         self.weights = state["weights"]

@@ -10,6 +10,7 @@ import os
 import queue
 import shutil
 import signal
+import tempfile
 import threading
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -315,15 +316,30 @@ class Run:
             self.call(self.wandb.log_artifact, artifact, **options)
 
     @logs_to_wandb
+    def log_model(
+        self, save: Callable[[Path], None], metadata: Mapping[str, Any], is_best: bool
+    ) -> None:
+        """Log what `save` writes to a directory as the artifact model-<run id>.
+
+        It has the alias "best" if it is the best model.
+        """
+        name = f"model-{self.wandb.id}"
+        artifact = wandb.Artifact(name, type="model", metadata=dict(metadata))
+        with tempfile.TemporaryDirectory() as directory:
+            save(Path(directory))
+            artifact.add_dir(directory)
+        self.log_artifact(artifact, aliases=["latest", "best"] if is_best else ["latest"])
+
     def log_weights(
         self, weights: Mapping[str, Tensor], metadata: Mapping[str, Any], is_best: bool
     ) -> None:
-        """Log a state dict as the artifact model-<run id>, with the alias "best" if it is."""
-        name = f"model-{self.wandb.id}"
-        artifact = wandb.Artifact(name, type="model", metadata=dict(metadata))
-        with artifact.new_file("model.pt", mode="wb") as file:
-            torch.save({name: weight.cpu() for name, weight in weights.items()}, file)
-        self.log_artifact(artifact, aliases=["latest", "best"] if is_best else ["latest"])
+        """Log a state dict, as `log_model` does, in the file model.pt."""
+
+        def save(directory: Path) -> None:
+            on_cpu = {name: weight.cpu() for name, weight in weights.items()}
+            torch.save(on_cpu, directory / "model.pt")
+
+        self.log_model(save, metadata, is_best)
 
     def _log_artifacts(self) -> None:
         while work := self._artifacts.get():

@@ -88,11 +88,13 @@ def difference(a: Predictions, b: Predictions) -> tuple[float, float, float]:
     if a.probabilities is None:
         return float((a.losses - b.losses).mean()), *paired_bootstrap(a.losses, b.losses)
     name = base_name(a.run.monitor)
+    positive = int(a.run.metrics.get("positive_label") != a.class_names[0])  # of two classes
 
     def figure(rows: Tensor) -> float:
         log_probabilities = rows[:, :-1].clamp(min=1e-300).log()
         labels = rows[:, -1].long()
-        return evaluation(log_probabilities, labels).metrics.get(name, math.nan)
+        result = evaluation(log_probabilities, labels, positive=positive)
+        return result.metrics.get(name, math.nan)
 
     rows_a, rows_b = (torch.cat([run.probabilities, run.labels[:, None]], 1) for run in (a, b))
     gap = figure(rows_a) - figure(rows_b)

@@ -74,7 +74,8 @@ def show_runs(runs: list[RunFiles], seed_groups: SeedGroups) -> str:
     remark = (
         "The best by the monitored metric is first. Settings that are the same in all runs, or "
         "concern only logging, are left out. Figures are those of the best epoch; of a run that "
-        "has not finished, the best so far. A click on a head sorts."
+        "has not finished, the best so far. The validation data chose the epoch: figures under "
+        "valid/, and their intervals (_low to _high), are too optimistic. A click on a head sorts."
     )
     content = f"<h2>Runs</h2>{paragraph(remark, 'soft')}{table(header, rows)}"
     if seed_groups:

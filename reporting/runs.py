@@ -66,7 +66,11 @@ class RunFiles:
         if self.sign is None:
             return {}
         rows = [row for row in self.rows if math.isfinite(row.get(self.monitor, math.nan))]
-        return min(rows, key=lambda row: self.sign * row[self.monitor], default={})
+        return min(
+            rows,
+            key=lambda row: (self.sign * row[self.monitor], row.get("valid/loss", 0)),  # as `Best`
+            default={},
+        )
 
     @property
     def score(self) -> float | None:

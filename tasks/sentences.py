@@ -18,6 +18,10 @@ class Sentences(NamedTuple):
     labels: list[str]  # class names
     sources: list[str]  # a publication, a file, or a rule of the built-in grammar, per sentence
 
+    def columns(self) -> dict[str, list[str]]:
+        """What tells which sentence a row of predictions is about."""
+        return {"sentence": self.sentences, "source": self.sources}
+
 
 class Corpus(NamedTuple):
     """A corpus for classifying sentences."""
@@ -28,6 +32,7 @@ class Corpus(NamedTuple):
     domains: dict[str, slice]  # subsets of `valid` that are also reported separately
     class_names: list[str]
     files: list[Path]  # what was read; empty for the built-in sentences
+    test: Sentences | None = None  # only of the user's files
 
 
 csv.field_size_limit(2**31 - 1)  # the default is 131,072 characters
@@ -39,7 +44,11 @@ ACCEPTABILITY = ["unacceptable", "acceptable"]  # CoLA's 0 and 1
 
 
 def load_corpus(
-    name: str, data_dir: str, train_file: str | None = None, valid_file: str | None = None
+    name: str,
+    data_dir: str,
+    train_file: str | None = None,
+    valid_file: str | None = None,
+    test_file: str | None = None,
 ) -> Corpus:
     """Load "cola" from `data_dir`, the user's "files", or "synthetic" sentences.
 
@@ -47,13 +56,14 @@ def load_corpus(
     named, otherwise CoLA, otherwise, with a loud warning, "synthetic". Raises `UserError` if
     the options contradict each other, or if files are missing or damaged.
     """
+    files = (train_file, valid_file, test_file)
     if train_file and valid_file:
         if name not in ("auto", "files"):
             raise UserError(
                 f"--dataset {name} and --train_file exclude each other: drop one of them"
             )
-        return _read_user_files(Path(train_file), Path(valid_file))
-    if train_file or valid_file or name == "files":
+        return _read_user_files([Path(file) for file in files if file])
+    if any(files) or name == "files":
         raise UserError("--train_file and --valid_file go together: name both")
     if name != "synthetic":
         path = Path(data_dir) / "cola_public_1.1.zip"
@@ -89,9 +99,9 @@ def parse_cola(content: bytes, name: str) -> Sentences:
     return part._replace(labels=[ACCEPTABILITY[int(label)] for label in part.labels])
 
 
-def _read_user_files(train_file: Path, valid_file: Path) -> Corpus:
-    train = _read_file(train_file)
-    valid = _read_file(valid_file)
+def _read_user_files(files: list[Path]) -> Corpus:
+    train_file = files[0]
+    train, *held_out = map(_read_file, files)
     labels = set(train.labels)
     rows = len(train.labels)
     mostly_distinct = rows >= 20 and len(labels) > rows / 2
@@ -100,12 +110,14 @@ def _read_user_files(train_file: Path, valid_file: Path) -> Corpus:
             f"{train_file}: column 'label' has {len(labels):,} distinct labels in "
             f"{rows:,} rows; does another column hold the classes?"
         )
-    for row, label in enumerate(valid.labels, start=2):
-        if label not in labels:
-            problem = f"the label {label!r} does not occur in {train_file}"
-            raise UserError(f"{valid_file}, row {row}: {problem}")
+    for file, part in zip(files[1:], held_out):
+        for row, label in enumerate(part.labels, start=2):
+            if label not in labels:
+                problem = f"the label {label!r} does not occur in {train_file}"
+                raise UserError(f"{file}, row {row}: {problem}")
     class_names = sorted(labels, key=_label_order)
-    return Corpus("files", train, valid, {}, class_names, [train_file, valid_file])
+    valid, *test = held_out
+    return Corpus("files", train, valid, {}, class_names, files, *test)
 
 
 def _label_order(label: str) -> tuple[bool, float, str]:
