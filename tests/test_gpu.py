@@ -177,7 +177,7 @@ def test_cola_evaluation_equals_that_of_a_cpu(precision, runs):
     model = transformers.AutoModelForSequenceClassification.from_pretrained(out / "model")
     valid = load_corpus("files", ".", str(killing.SHORT), str(killing.SHORT)).valid
     part = batching.tokenise(valid.sentences, valid.labels, tokenizer, 128, torch.device("cpu"))
-    result = train_cola.evaluate(model, part)
+    result = train_cola.evaluate(SimpleNamespace(model=model, positive=1), part)
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["valid/loss"] == pytest.approx(result.metrics["loss"], rel=1e-4)
     assert np.allclose(probabilities(out, 2), result.probabilities.numpy(), atol=1e-4)

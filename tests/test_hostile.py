@@ -403,6 +403,8 @@ def test_one_cycle_works_for_every_number_of_batches():
         settings = train_mnist.Settings()
         model = train_mnist.ConvNet(settings.kernels)
         optimizer, schedule = train_mnist.make_optimizer(model, settings, batches)
+        # Before, a run of one batch trained at 2e-8: the last rate of a cycle.
+        assert schedule.get_last_lr()[0] > 0.03 * settings.learning_rate
         for _ in range(batches):
             assert 0 <= schedule.get_last_lr()[0] <= settings.learning_rate
             optimizer.step()

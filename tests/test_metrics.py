@@ -470,6 +470,10 @@ def test_evaluation_of_two_classes():
     scores = logits.double().softmax(1)[:, 1]
     close(result["roc_auc"], reference.roc_auc_score(labels, scores))
     close(result["average_precision"], reference.average_precision_score(labels, scores))
+    # Before, class 1 was always the positive one.
+    first = metrics.evaluation(logits, labels, ["roc_auc", "average_precision"], positive=0).metrics
+    close(first["roc_auc"], result["roc_auc"])
+    close(first["average_precision"], reference.average_precision_score(labels == 0, -scores))
     one_class = metrics.evaluation(logits, torch.ones_like(labels)).metrics
     assert result.keys() - one_class.keys() == {"roc_auc", "average_precision"}
 

@@ -67,7 +67,7 @@ def test_run_with_one_validation_sentence(tmp_path):
     )
     (tmp_path / "v.tsv").write_text("sentence\tlabel\nThe boy sleeps.\t1\n")
     arguments = "--train_file t.tsv --valid_file v.tsv --model scratch --epochs 1 --batch_size 8 --max_length 16"
-    run = finished_run("train_cola.py", tmp_path, *arguments.split())
+    run = finished_run("train_cola.py", tmp_path, *arguments.split(), "--monitor", "valid/loss")
     assert "W&B has failed" not in run.err and run.metrics["valid/acc"] in (0, 1)
     row = next(row for row in run.history if "valid/roc_table.path" in row)
     assert "valid/per_source.path" in row and "valid/attributions.path" in row

@@ -25,6 +25,7 @@ import metrics
 import report
 from harness.errors import UserError
 from reporting import comparison, runs
+from reporting.predictions import read_predictions
 from tests.conftest import REPO, call, finished_run, made_once
 
 EVIL = "<script>document.title = 'evil'</script><img src=x onerror=alert(1)>"
@@ -155,6 +156,37 @@ def test_counts_give_the_interval_of_resampled_examples(name):
     assert metrics.paired_bootstrap_counts((a, b), labels, statistic) == pytest.approx(
         slow, abs=0.015
     )
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("positive", [0, 1])
+def test_average_precision_is_that_of_the_positive_class(tmp_path, positive):
+    """Before, class 1 was always the positive one: of others it "can't be computed from predictions.csv"."""
+    names = ["no", "yes"]
+    pair = []
+    for rate in (0.01, 0.1):
+        settings = {"monitor": "valid/average_precision", "learning_rate": rate}
+        path = make_run(tmp_path / str(rate), **settings)
+        predictions = read_predictions(runs.read_run(path))
+        shares = predictions.probabilities.log()
+        result = metrics.evaluation(shares, predictions.labels, positive=positive)
+        figures = {"best/epoch": 4, **result.named("valid")}
+        about = {"class_names": names, "positive_label": names[positive]}
+        (path / "metrics.json").write_text(json.dumps(figures | about))
+        pair.append(read_predictions(runs.read_run(path)))
+    gap, low, high = comparison.difference(*pair)
+    a, b = (run.run.metrics["valid/average_precision"] for run in pair)
+    assert gap == pytest.approx(a - b) and low <= gap <= high
+
+
+@pytest.mark.quick
+def test_unfinished_run_of_equal_epochs_shows_the_one_with_the_lowest_loss(tmp_path):
+    path = make_run(tmp_path / "run", finished=False, monitor="valid/mcc")
+    rows = [
+        {"step": i, "epoch": i, "valid/mcc": 0.0, "valid/loss": abs(i - 3)} for i in range(1, 5)
+    ]
+    (path / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert runs.read_run(path).best["epoch"] == 3
 
 
 def test_interval_covers_the_true_difference():

@@ -153,7 +153,23 @@ def test_epochs_without_validation_are_not_the_best():
     values = [None, 0.7, None, 0.4, None, 0.5]
     for epoch, value in enumerate(values, start=1):
         best.offer(epoch, {} if value is None else {"valid/depth/mae": value}, model)
-    assert (best.epoch, best.value) == (4, 0.4)
+    assert (best.epoch, best.score) == (4, (0.4, 0.0))
+
+
+@pytest.mark.quick
+def test_of_equal_epochs_the_one_with_the_lowest_loss_is_kept():
+    """Before, the first one: with mcc at 0.0 throughout, that was epoch 1."""
+    best = Best("valid/mcc", {"mcc": "max", "loss": "min"})
+    model = nn.Linear(1, 1)
+    improved = []
+    for epoch, loss in enumerate((0.9, 0.7, 0.7, 0.8), start=1):
+        improved.append(best.offer(epoch, {"valid/mcc": 0.0, "valid/loss": loss}, model))
+    assert improved == [True, True, False, False]
+    resumed = Best("valid/mcc", {"mcc": "max"})
+    resumed.load_state_dict(best.state_dict())
+    assert not resumed.offer(5, {"valid/mcc": 0.0, "valid/loss": 0.7}, model)
+    assert not resumed.offer(6, {"valid/mcc": -0.1, "valid/loss": 0.1}, model)
+    assert resumed.offer(7, {"valid/mcc": 0.1, "valid/loss": 5.0}, model)
 
 
 def made_up(

@@ -1,5 +1,6 @@
 """train_cola.py as users see it: files, W&B records, the saved model, printed output, bad input."""
 
+import base64
 import copy
 import csv
 import hashlib
@@ -24,8 +25,9 @@ import transformers
 from conftest import call, clean_environment, finished_run, made_once, merged
 
 import train_cola
+import viz
 from harness import script
-from metrics import EVALUATION_METRICS
+from metrics import EVALUATION_METRICS, evaluation
 from tasks import batching, encoders, sentences
 from tests import killing
 
@@ -39,6 +41,7 @@ one,The girl waits.
 many,The girls wait near the river every day.
 none,Not a doctor arrived.
 """
+TEST_CSV = "label,sentence\none,The boy sleeps.\nmany,The girl waits.\none,The girl sleeps.\n"
 
 
 @pytest.fixture(scope="session")
@@ -64,9 +67,9 @@ def own_files(small_cola, tmp_path_factory: pytest.TempPathFactory) -> SimpleNam
     def make(cwd: Path) -> SimpleNamespace:
         (cwd / "t.csv").write_text(CSV)
         (cwd / "v.csv").write_text(CSV)
-        return finished_run(
-            "train_cola.py", cwd, *arguments.split(), *fixed.split(), "--model", model
-        )
+        (cwd / "x.csv").write_text(TEST_CSV)
+        given = [*arguments.split(), *fixed.split(), "--test_file", "x.csv", "--model", model]
+        return finished_run("train_cola.py", cwd, *given)
 
     return made_once(tmp_path_factory, "own_files", make)
 
@@ -243,15 +246,87 @@ def test_artifacts(small_cola, own_files):
         paths = {entry["path"] for entry in model["manifest"]["contents"]}
         assert paths == {file.name for file in (small_cola.files / "model").iterdir()}
     (dataset,) = (artifact for artifact in artifacts if artifact["type"] == "dataset")
-    assert dataset["name"] == "synthetic"
-    assert {entry["path"] for entry in dataset["manifest"]["contents"]} == {
-        "train.tsv",
-        "valid.tsv",
-    }
+    assert dataset["name"] == "synthetic" and not dataset["manifest"].get("contents")
+    artifacts = [record["artifact"] for record in own_files.records if record["type"] == "artifact"]
+    assert not [artifact for artifact in artifacts if artifact["type"] == "model"]
+
+
+def test_own_files_are_not_copied_for_wandb(own_files):
+    """Before, the artifact held the files themselves, and each run left a copy of them in W&B's staging directory."""
     artifacts = [record["artifact"] for record in own_files.records if record["type"] == "artifact"]
     (dataset,) = (artifact for artifact in artifacts if artifact["type"] == "dataset")
-    assert {entry["path"] for entry in dataset["manifest"]["contents"]} == {"0-t.csv", "1-v.csv"}
-    assert not [artifact for artifact in artifacts if artifact["type"] == "model"]
+    entries = {entry["path"]: entry for entry in dataset["manifest"]["contents"]}
+    assert set(entries) == {"0-t.csv", "1-v.csv", "2-x.csv"}
+    for entry in entries.values():
+        content = (own_files.cwd / entry["path"][2:]).read_bytes()
+        assert entry["digest"] == base64.b64encode(hashlib.md5(content).digest()).decode()
+        assert entry["ref"].startswith("file:///") and not entry.get("local_path")
+    staged = list((own_files.cwd / ".local/share/wandb/artifacts/staging").iterdir())
+    assert staged and not {CSV, TEST_CSV} & {file.read_text() for file in staged}
+
+
+@pytest.mark.quick
+def test_log_data_uploads_the_files(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "data"))
+    file = tmp_path / "훈련 #1%.csv"
+    file.write_text(CSV)
+    corpus = sentences.synthetic_sentences(4, 2)._replace(name="files", files=[file])
+    for upload in (False, True):
+        logged = []
+        run = SimpleNamespace(add_tag=lambda tag: None, log_artifact=logged.append)
+        train_cola.log_dataset(run, corpus, upload)
+        (entry,) = logged[0].manifest.entries.values()
+        assert entry.path == f"0-{file.name}" and entry.size == len(CSV)
+        assert (entry.ref is None) == upload
+        copies = list((tmp_path / "data").rglob("tmp*"))
+        assert [copy.read_text() for copy in copies] == [CSV] * upload
+
+
+def test_own_test_file_is_reported(own_files):
+    """Before, there was no test file, and the interval ignored that the epoch was chosen on the same sentences."""
+    with (own_files.files / "test_predictions.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == list(predictions(own_files)[0])
+    assert [(row["sentence"], row["label"], row["source"]) for row in rows] == [
+        ("The boy sleeps.", "2", "x.csv"),
+        ("The girl waits.", "0", "x.csv"),
+        ("The girl sleeps.", "2", "x.csv"),
+    ]
+    labels, predicted, probabilities = as_arrays(rows, 3)
+    metrics = own_files.metrics
+    accuracy = sklearn.metrics.accuracy_score(labels, predicted)
+    assert metrics["test/acc"] == accuracy
+    loss = sklearn.metrics.log_loss(labels, probabilities, labels=[0, 1, 2])
+    assert metrics["test/loss"] == pytest.approx(loss, abs=1e-12)
+    assert (
+        own_files.summary["test/loss"] == own_files.journal[-1]["test/loss"] == metrics["test/loss"]
+    )
+    assert "test/mcc_low" in metrics and "valid/mcc_low" not in metrics
+    assert metrics["mcc_interval"] == "on the test file"
+    lines = own_files.out.splitlines()
+    assert ", 3 for the test" in next(line for line in lines if line.startswith("files: 6 + 6"))
+    assert "on the test file" in lines[-2] and f"accuracy {accuracy:.2%}" in lines[-2]
+    assert metrics["positive_label"] is None and "positive class" not in own_files.out
+
+
+def test_without_a_test_file_the_interval_is_called_too_optimistic(small_cola):
+    note = "too optimistic: the epoch was chosen on these sentences"
+    assert note in small_cola.out.splitlines()[-2] and small_cola.metrics["mcc_interval"] == note
+
+
+@pytest.mark.quick
+def test_charts_name_the_positive_class():
+    """Before, it was always the second one of the model, and no title said so."""
+    logits = torch.tensor([[2.0, 1.0], [0.0, 1.0], [1.0, 0.0], [0.5, 0.0]])
+    labels = torch.tensor([0, 1, 1, 0])
+    for positive, name in enumerate(("-1", "1")):
+        result = evaluation(logits, labels, positive=positive)
+        for chart in (viz.roc_chart, viz.precision_recall_chart):
+            shown = chart(result, ["-1", "1"])
+            assert {row[1] for row in shown.table.data} == {name}
+            assert shown.spec.string_fields["title"].endswith(f", positive class: {name}")
+    three = evaluation(torch.eye(3), torch.arange(3))
+    assert "positive class" not in viz.roc_chart(three, ["a", "b", "c"]).spec.string_fields["title"]
 
 
 # -------------------------------------------------------------------------------------- training and metrics
@@ -730,6 +805,13 @@ def test_clipping_and_weight_decay(small_cola, tmp_path):
             assert torch.allclose(last[name], before * 0.99**4, atol=1e-6), name
     assert "The head of" not in run.out
     rows = predictions(run)
+    # The later one in the data's order, and the first one of the model's.
+    assert run.metrics["positive_label"] == run.config["positive_label"] == "Unacceptable"
+    labels, _, probabilities = as_arrays(rows, 2)
+    assert run.metrics["valid/average_precision"] == pytest.approx(
+        sklearn.metrics.average_precision_score(labels == 0, probabilities[:, 0])
+    )
+    assert "positive class: Unacceptable" in run.out
     assert rows[3]["sentence"] == 'The "boy 3 sleeps.' and rows[3]["source"] == "from 1"
     assert json.loads((run.files / "model/config.json").read_text())["id2label"] == {
         "0": "Unacceptable",
@@ -751,8 +833,14 @@ def test_label_smoothing_changes_the_training_loss_only(small_cola, tmp_path):
     (tmp_path / "t.tsv").write_text("\n".join(lines))
     arguments = "--train_file t.tsv --valid_file t.tsv --model model --epochs 1 --learning_rate 1e-12 --batch_size 3"
     options = f"{arguments} --max_length 32 --precision fp32 --label_smoothing 0.3 --wandb disabled"
-    run = finished_run("train_cola.py", tmp_path, *options.split())
+    run = finished_run(
+        "train_cola.py", tmp_path, *options.split(), *"--positive_label acceptable".split()
+    )
     labels, _, probabilities = as_arrays(predictions(run), 2)
+    assert "positive class: acceptable" in run.out
+    assert run.metrics["valid/average_precision"] == pytest.approx(
+        sklearn.metrics.average_precision_score(labels, probabilities[:, 1])
+    )
     right, every = np.log(probabilities[range(3), labels]).mean(), np.log(probabilities).mean()
     assert run.metrics["valid/loss"] == pytest.approx(-right, abs=1e-6)
     assert run.journal[-1]["train/loss_epoch"] == pytest.approx(
@@ -861,6 +949,13 @@ BAD = {
     "--max_length 3": "--max_length: must be at least 4, got '3'",
     "--dataset snythetic": "must be one of auto, cola, synthetic, files; got 'snythetic'; did you mean synthetic?",
     "--monitor valid/auc": "--monitor: must be one of valid/loss",
+    # Before, mcc was 0.0 in each epoch, and the first one was the best.
+    "--train_file t.csv --valid_file same.csv --model scratch": "--monitor valid/mcc needs two classes, both in the",
+    "--train_file t.csv --valid_file t.csv --monitor valid/roc_auc": "--monitor valid/roc_auc needs two classes, both",
+    "--train_file t.csv --valid_file t.csv --positive_label one": "--positive_label one: must be one of two classes, but",
+    "--dataset synthetic --positive_label yes": "must be one of two classes, but the data has acceptable, unacceptable",
+    "--train_file t.csv --valid_file t.csv --test_file new.csv": "new.csv, row 2: the label 'few' does not occur in t",
+    "--test_file t.csv --model scratch": "--train_file and --valid_file go together: name both",
 }
 
 
@@ -871,6 +966,8 @@ def test_bad_input(tmp_path, small_cola, monkeypatch, capfd, arguments, message)
     (tmp_path / "t.csv").write_text(CSV)
     (tmp_path / "bad.csv").write_text("sentence,label\nfine,one\nA comma, bare,one\n")
     (tmp_path / "one.csv").write_text("sentence,label\nx,a\ny,a\n")
+    (tmp_path / "same.csv").write_text("sentence,label\nx,one\ny,one\n")
+    (tmp_path / "new.csv").write_text("sentence,label\nx,few\n")
     (tmp_path / "empty").mkdir()
     without_tokenizer = shutil.ignore_patterns("tokenizer*")
     shutil.copytree(small_cola.files / "model", tmp_path / "bare", ignore=without_tokenizer)
