@@ -8,6 +8,7 @@ import dataclasses
 
 from harness import options, script
 from harness.options import option
+from tasks.text_files import Reading
 
 # ----------------------------------------------------------------------------- settings
 
@@ -29,7 +30,7 @@ METRICS = {  # of an evaluation, and which way each is better
 
 
 @dataclasses.dataclass(kw_only=True, frozen=True)
-class Settings(options.SharedSettings):
+class Settings(Reading, options.SharedSettings):
     dataset: str = option(
         "auto",
         "auto: CoLA, or built-in sentences if it is not available",
@@ -37,7 +38,7 @@ class Settings(options.SharedSettings):
         choices=("auto", "cola", "synthetic", "files"),
     )
     train_file: str | None = option(
-        None, "your training data: TSV or CSV with columns sentence and label", path=True
+        None, "your training data: TSV, CSV, JSON lines or Parquet", path=True
     )
     valid_file: str | None = option(None, "your validation data", path=True)
     model: str | None = option(
@@ -121,7 +122,7 @@ class Task(NamedTuple):
 def load(settings: Settings) -> Corpus:
     """The sentences for training and validation. Raises `UserError`."""
     corpus = load_corpus(
-        settings.dataset, settings.data_dir, settings.train_file, settings.valid_file
+        settings.dataset, settings.data_dir, settings.train_file, settings.valid_file, settings
     )
     labels = torch.tensor([corpus.class_names.index(label) for label in corpus.valid.labels])
     any_logits = torch.zeros(len(labels), len(corpus.class_names))
@@ -259,7 +260,7 @@ def log_charts(run: Run, task: Task, result: Evaluation) -> None:
         run.alert("One class only", warning)
     matrix = viz.confusion_matrix_picture(result.confusion.counts, names, "valid")
     calibration = viz.calibration_picture(result, "valid")
-    mistakes = viz.sentence_mistakes_table(result, valid.sentences, valid.sources, names, run.step)
+    mistakes = viz.sentence_mistakes_table(result, valid.columns(), names, run.step)
     sources = viz.per_source_table(result, valid.sources)
     sources_chart = wandb.plot.bar(sources, "source", "acc", title="Accuracy per source")
     run.log(
@@ -409,9 +410,7 @@ def conclude(session: Session, task: Task, best: Best) -> dict[str, Any]:
         domains |= part.named(f"valid_{domain}")
     results = valid.named("valid")
 
-    columns = valid.columns()
-    columns["sentence"] = corpus.valid.sentences
-    columns["source"] = corpus.valid.sources
+    columns = valid.columns() | corpus.valid.columns()
     files.write_csv(output_dir / "predictions.csv", columns)
     files.write_text(output_dir / "attributions.html", attributions(task, valid))
     matrix = viz.confusion_matrix_picture(valid.confusion.counts, corpus.class_names, "valid")
