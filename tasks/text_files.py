@@ -72,6 +72,8 @@ def read_parts(paths: list[Path], reading: Reading) -> list[Sentences]:
         if header:
             print(f"{path} has no header: its columns are taken as {' and '.join(header)}.")
             rows.insert(0, (0, header))
+        if len(rows) < 2:
+            raise UserError(f"{path} contains no sentences")
         names = [name.strip().casefold() for name in rows[0][1]]
         chosen = _choose_columns(names, reading, path)
         columns = list(chosen.values())
@@ -98,14 +100,11 @@ def _read_rows(path: Path, encoding: str | None) -> list[Row]:
     if content.startswith((b"PK\x03\x04", b"\xd0\xcf\x11\xe0")):
         raise UserError(f"{path} is an Excel workbook or an archive: save the table as CSV")
     if content.startswith(b"PAR1"):
-        rows = _parse_parquet(content, path)
-    else:
-        text = _decode(content, path, encoding)
-        is_json = text.startswith(("{", "["))
-        rows = _parse_json_lines(text, path) if is_json else _split_columns(text, path)
-    if len(rows) < 2:
-        raise UserError(f"{path} contains no sentences")
-    return rows
+        return _parse_parquet(content, path)
+    text = _decode(content, path, encoding)
+    if text.startswith(("{", "[")):
+        return _parse_json_lines(text, path)
+    return _split_columns(text, path)
 
 
 def _decode(content: bytes, path: Path, encoding: str | None) -> str:

@@ -20,9 +20,12 @@ import pytest
 import sklearn.feature_extraction.text
 import sklearn.linear_model
 import sklearn.metrics
+import torch
+import transformers
+from conftest import finished_run
 
 from harness.errors import UserError
-from tasks import encoders, grammar
+from tasks import batching, encoders, grammar
 from tasks.sentences import Corpus, load_corpus, parse_cola, synthetic_sentences
 from tasks.text_files import Reading
 
@@ -449,6 +452,62 @@ def test_incompatible_options_and_unreadable_files(tmp_path):
     }.items():
         with pytest.raises(UserError, match=problem):
             load_corpus(*arguments)
+
+
+# ------------------------------------------------------------------------------ pairs of sentences
+
+PAIRS = [
+    ("The boy sleeps.", "Is the boy asleep?"),
+    ("The old girl sees a cat, she says.", "A cat!"),
+    ("A boy.", "The boy sleeps and the girl sees the cat in the old garden."),
+]
+
+
+def test_pairs_are_tokenised_as_transformers_does():
+    words = encoders.learn_wordpieces(PAIRS)
+    tokenizer = transformers.BertTokenizerFast(vocab={w: i for i, w in enumerate(words)})
+    for max_length in (128, 12):
+        tokenised = batching.tokenise(PAIRS, [0, 1, 0], tokenizer, max_length, torch.device("cpu"))
+        inputs = batching.inputs_of(tokenised, torch.arange(3))
+        expected = tokenizer(
+            *map(list, zip(*PAIRS)), truncation=True, max_length=max_length, padding=True
+        )
+        for name in ("input_ids", "attention_mask", "token_type_ids"):
+            width = len(expected[name][0])
+            assert inputs[name][:, :width].tolist() == expected[name]
+            assert not inputs[name][:, width:].any() and inputs[name].dtype == torch.int64
+        longer = [len(ids) > max_length for ids in tokenizer(PAIRS)["input_ids"]]
+        assert tokenised.cut == sum(longer)
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]  # like RoBERTa's
+    tokenised = batching.tokenise(PAIRS, [0, 1, 0], tokenizer, 32, torch.device("cpu"))
+    assert "token_type_ids" not in batching.inputs_of(tokenised, torch.arange(3))
+    shown = encoders.words_of(tokenizer, PAIRS[1], 32)
+    assert [word for word, _ in shown] == " ".join(PAIRS[1]).split()
+    tokens = tokenizer.convert_ids_to_tokens(tokenizer(*PAIRS[1])["input_ids"])
+    texts = ["".join(tokens[i] for i in indices) for _, indices in shown]
+    assert texts == [word.lower() for word, _ in shown]
+
+
+def test_run_on_pairs(tmp_path):
+    """Two text columns were refused."""
+    rows = [(a, b, ("no", "yes")[i % 2]) for i, (a, b) in enumerate(PAIRS * 4)]
+    header = ("sentence1", "sentence2", "label")
+    (tmp_path / "pairs").write_text(table(header, *rows))
+    arguments = "--train_file pairs --valid_file pairs --model scratch --epochs 1 --batch_size 4"
+    run = finished_run("train_cola.py", tmp_path, *arguments.split())
+    assert "pairs: text and label are in the columns sentence1, sentence2, label." in run.out
+    with (run.files / "predictions.csv").open(newline="") as file:
+        predictions = list(csv.DictReader(file))
+    assert [(row["sentence"], row["sentence2"]) for row in predictions] == PAIRS * 4
+    wrong = [row for row in predictions if row["label"] != row["prediction"]]
+    page = (run.files / "attributions.html").read_text()
+    assert page.count(">asleep?</span>") == sum(row["sentence2"] == PAIRS[0][1] for row in wrong)
+    ends = [row for row in run.history if "valid/mistakes.path" in row]
+    mistakes = json.loads(
+        (tmp_path / "wandb/latest-run/files" / ends[-1]["valid/mistakes.path"]).read_text()
+    )
+    assert mistakes["columns"][:3] == ["sentence", "sentence2", "source"]
+    assert all((row[0], row[1]) in PAIRS for row in mistakes["data"])
 
 
 # ------------------------------------------------------------------------------- synthetic sentences
