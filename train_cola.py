@@ -8,6 +8,7 @@ import dataclasses
 
 from harness import options, script
 from harness.options import housekeeping, option
+from tasks.text_files import Reading
 
 # ----------------------------------------------------------------------------- settings
 
@@ -29,7 +30,7 @@ METRICS = {  # of an evaluation, and which way each is better
 
 
 @dataclasses.dataclass(kw_only=True, frozen=True)
-class Settings(options.SharedSettings):
+class Settings(Reading, options.SharedSettings):
     dataset: str = option(
         "auto",
         "auto: CoLA, or built-in sentences if it is not available",
@@ -37,7 +38,7 @@ class Settings(options.SharedSettings):
         choices=("auto", "cola", "synthetic", "files"),
     )
     train_file: str | None = option(
-        None, "your training data: TSV or CSV with columns sentence and label", path=True
+        None, "your training data: TSV, CSV, JSON lines or Parquet", path=True
     )
     valid_file: str | None = option(None, "your validation data", path=True)
     test_file: str | None = option(None, "your test data, for the best model", path=True)
@@ -133,6 +134,7 @@ def load(session: Session) -> Corpus:
         settings.train_file,
         settings.valid_file,
         settings.test_file,
+        settings,
     )
     names = corpus.class_names
     occurring = len(set(corpus.valid.labels))
@@ -284,7 +286,7 @@ def log_charts(run: Run, task: Task, result: Evaluation) -> None:
         run.alert("One class only", warning)
     matrix = viz.confusion_matrix_picture(result.confusion.counts, names, "valid")
     calibration = viz.calibration_picture(result, "valid")
-    mistakes = viz.sentence_mistakes_table(result, valid.sentences, valid.sources, names, run.step)
+    mistakes = viz.sentence_mistakes_table(result, valid.columns(), names, run.step)
     sources = viz.per_source_table(result, valid.sources)
     sources_chart = wandb.plot.bar(sources, "source", "acc", title="Accuracy per source")
     run.log(

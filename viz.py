@@ -483,29 +483,18 @@ MAX_SOURCES = 200  # rows of a table
 
 
 def sentence_mistakes_table(
-    result: Evaluation,
-    sentences: list[str],
-    sources: list[str],
-    class_names: list[str],
-    step: int,
+    result: Evaluation, texts: dict[str, list[str]], class_names: list[str], step: int
 ) -> wandb.Table:
-    """The `MAX_MISTAKES` most confident wrong predictions; "mistakes" is the number of all."""
+    """The `MAX_MISTAKES` most confident wrong predictions; "mistakes" is the number of all.
+
+    `texts`: the first columns, such as "sentence" and "source".
+    """
     wrong = most_confident_mistakes(result)
-    table = wandb.Table(
-        columns=[
-            "sentence",
-            "source",
-            "label",
-            "prediction",
-            "probability",
-            "loss",
-            "step",
-            "mistakes",
-        ]
-    )
+    columns = ["label", "prediction", "probability", "loss", "step", "mistakes"]
+    table = wandb.Table(columns=[*texts, *columns])
     for i, *mistake in _named_mistakes(result, wrong[:MAX_MISTAKES], class_names):
-        loss = float(result.losses[i])
-        table.add_data(sentences[i], sources[i], *mistake, loss, step, len(wrong))
+        shown = [column[i] for column in texts.values()]
+        table.add_data(*shown, *mistake, float(result.losses[i]), step, len(wrong))
     return table
 
 

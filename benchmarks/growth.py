@@ -57,7 +57,8 @@ def charts(
     viz.confusion_matrix_chart(result, class_names)
     viz.confusion_matrix_picture(result.confusion.counts, class_names, "valid")
     viz.calibration_picture(result, "valid")
-    viz.sentence_mistakes_table(result, sentences, sources, class_names, step=0)
+    texts = {"sentence": sentences, "source": sources}
+    viz.sentence_mistakes_table(result, texts, class_names, step=0)
     viz.roc_chart(result, class_names)
     viz.precision_recall_chart(result, class_names)
     viz.per_source_table(result, sources)

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from tasks.text_files import Text
+
 
 class TokenSet(NamedTuple):
     """Tokenised sentences, stored one after another; a batch is a set of their indices."""
@@ -18,6 +20,7 @@ class TokenSet(NamedTuple):
     labels: Tensor  # int64 (sentences,), on the device
     longest: int  # number of tokens of the longest sentence
     cut: int  # number of truncated sentences
+    types: Tensor | None = None  # like `tokens`, of pairs: whether a token is of the second one
 
     @property
     def lengths(self) -> Tensor:
@@ -26,7 +29,7 @@ class TokenSet(NamedTuple):
 
 
 def tokenise(
-    sentences: list[str],
+    sentences: list[Text],
     labels: list[int],
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
@@ -34,15 +37,20 @@ def tokenise(
 ) -> TokenSet:
     """Tokenise `sentences`, truncated to `max_length` tokens, and move them to `device`."""
     tokens = array("i", [tokenizer.pad_token_id])
+    types = array("i", [0])
     lengths = []
     cut = 0
     for start in range(0, len(sentences), 1000):  # in chunks: lists take far more memory
         chunk = sentences[start : start + 1000]
-        encoded = tokenizer(chunk, truncation=True, max_length=max_length)["input_ids"]
-        for ids in encoded:
+        encoded = tokenizer(chunk, truncation=True, max_length=max_length)
+        for ids in encoded["input_ids"]:
             tokens.extend(ids)
             lengths.append(len(ids))
-        at_limit = [sentence for sentence, ids in zip(chunk, encoded) if len(ids) == max_length]
+        if isinstance(chunk[0], tuple):
+            for ids in encoded.get("token_type_ids", []):  # RoBERTa has none
+                types.extend(ids)
+        chunk_lengths = lengths[start:]
+        at_limit = [text for text, length in zip(chunk, chunk_lengths) if length == max_length]
         if at_limit:
             untruncated = tokenizer(at_limit)["input_ids"]
             cut += sum(len(ids) > max_length for ids in untruncated)
@@ -52,6 +60,7 @@ def tokenise(
         torch.tensor(labels).to(device),
         max(lengths),
         cut,
+        torch.from_numpy(np.array(types)).to(device) if len(types) > 1 else None,
     )
 
 
@@ -78,7 +87,8 @@ def by_length(lengths: Tensor, batch_size: int, seed: tuple[int, int]) -> list[T
 def inputs_of(token_set: TokenSet, indices: Tensor) -> dict[str, Tensor]:
     """The model's inputs for a batch: "input_ids" and "attention_mask", int64 (batch, width).
 
-    The width is the number of tokens of the longest sentence, rounded up to a multiple of eight:
+    Pairs also have "token_type_ids", if the tokenizer tells their sentences apart. The width is the
+    number of tokens of the longest sentence, rounded up to a multiple of eight:
     kernels are compiled and cached per shape, and rare shapes cost 60 MB.
     """
     starts = token_set.offsets[indices]
@@ -89,6 +99,10 @@ def inputs_of(token_set: TokenSet, indices: Tensor) -> dict[str, Tensor]:
     within_sentence = positions < ends[:, None]
     positions = positions.where(within_sentence, 0)  # the padding token is at position 0
     device = token_set.tokens.device
-    tokens = token_set.tokens[positions.to(device, non_blocking=True)]
+    positions = positions.to(device, non_blocking=True)
+    tokens = token_set.tokens[positions]
     mask = within_sentence.to(device, non_blocking=True)
-    return {"input_ids": tokens.long(), "attention_mask": mask.long()}
+    inputs = {"input_ids": tokens.long(), "attention_mask": mask.long()}
+    if token_set.types is not None:
+        inputs["token_type_ids"] = token_set.types[positions].long()
+    return inputs

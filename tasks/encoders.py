@@ -27,6 +27,7 @@ from harness.errors import UserError, warn_loudly
 from harness.files import list_names, replacing_directory
 from tasks.batching import TokenSet, inputs_of, tokenise
 from tasks.downloads import one_line, why_unreachable
+from tasks.text_files import Text
 
 BERT_TINY = "google/bert_uncased_L-2_H-128_A-2"
 Pretrained = tuple[PreTrainedModel, PreTrainedTokenizerBase]
@@ -85,9 +86,9 @@ def _why_not_loaded(name: str, local_files_only: bool) -> str | None:
 
 
 def load_model(
-    name: str, sentences: list[str], class_names: list[str], max_length: int
+    name: str, sentences: list[Text], class_names: list[str], max_length: int
 ) -> Pretrained:
-    """Load a classifier for `class_names`, and its tokenizer.
+    """Load a classifier for `class_names`, and its tokenizer; the first two `sentences` test it.
 
     A trained head for the same names, apart from case, is kept: then the classes have its order,
     that of `model.config.id2label`. The tokenizer truncates at `max_length` tokens; that of
@@ -98,7 +99,7 @@ def load_model(
             model, tokenizer = _from_scratch(sentences, class_names)
         else:
             model, tokenizer = _load_pretrained(name, class_names)
-        _prepare(model, tokenizer, max_length)
+        _prepare(model, tokenizer, max_length, sentences)
     except Exception as error:
         raise UserError(
             f"--model {one_line(name)} can't be used: {_why_unusable(error)[:200]}"
@@ -141,7 +142,12 @@ def _why_unusable(error: Exception) -> str:
     return reason
 
 
-def _prepare(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+def _prepare(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    sentences: list[Text],
+) -> None:
     """Set up padding and truncation, and check that the model accepts the tokenizer's output."""
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # GPT-2
@@ -165,15 +171,14 @@ def _prepare(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_len
             f"its tokenizer has ids up to {largest}, but the model has {rows} embeddings"
         )
     model.eval()
-    sentences = ["The cat sleeps.", "The cat that the boys saw in the garden sleeps."]
-    token_set = tokenise(sentences, [0, 1], tokenizer, max_length, model.device)
+    token_set = tokenise(sentences[:2], [0, 1], tokenizer, max_length, model.device)
     with torch.no_grad():
         model(**inputs_of(token_set, torch.arange(2)))
     if attribute(model, token_set, 0, answer=1, label=0) is None:
         print("The model does not accept embeddings: there will be no attributions.")
 
 
-def _from_scratch(sentences: list[str], class_names: list[str]) -> Pretrained:
+def _from_scratch(sentences: list[Text], class_names: list[str]) -> Pretrained:
     """BERT-tiny's architecture (Turc et al., 2019) with random weights, and a new tokenizer."""
     pieces = learn_wordpieces(sentences)
     vocabulary = {piece: index for index, piece in enumerate(pieces)}
@@ -194,7 +199,7 @@ def _from_scratch(sentences: list[str], class_names: list[str]) -> Pretrained:
     return model, transformers.BertTokenizerFast(vocab=vocabulary)
 
 
-def learn_wordpieces(sentences: list[str]) -> list[str]:
+def learn_wordpieces(sentences: list[Text]) -> list[str]:
     """A WordPiece vocabulary of all characters and the words that occur at least twice.
 
     It depends on `sentences` only; the trainers of the tokenizers library break ties at random.
@@ -203,7 +208,8 @@ def learn_wordpieces(sentences: list[str]) -> list[str]:
     splitter = BertPreTokenizer()
     words = Counter()
     for sentence in sentences:
-        for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(sentence)):
+        text = sentence if isinstance(sentence, str) else " ".join(sentence)
+        for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text)):
             words[word] += 1
     characters = sorted(set("".join(words)))
     pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *characters]
@@ -269,14 +275,15 @@ def attribute(
     difference of the two logits by a token's embedding, times that embedding, summed over its
     dimensions. None if the model doesn't accept embeddings.
     """
-    start, end = token_set.offsets[index : index + 2].tolist()
-    tokens = token_set.tokens[start:end].long()[None]  # GPT-2 would take padding for the last token
-    embedded = model.get_input_embeddings()(tokens).detach().requires_grad_()
-    mask = torch.ones_like(tokens)
+    length = int(token_set.lengths[index])
+    inputs = {}
+    for name, padded in inputs_of(token_set, torch.tensor([index])).items():
+        inputs[name] = padded[:, :length]  # GPT-2 would take padding for the last token
+    embedded = model.get_input_embeddings()(inputs.pop("input_ids")).detach().requires_grad_()
     try:
         with torch.enable_grad():
             # model(...) would run the hooks of run.watch
-            output = type(model).forward(model, inputs_embeds=embedded, attention_mask=mask)
+            output = type(model).forward(model, inputs_embeds=embedded, **inputs)
             logits = output.logits[0]
             (gradient,) = torch.autograd.grad(logits[answer] - logits[label], embedded)
     except (NotImplementedError, TypeError, ValueError):  # T5 and BART, Longformer, others
@@ -285,22 +292,26 @@ def attribute(
 
 
 def words_of(
-    tokenizer: PreTrainedTokenizerBase, sentence: str, length: int
+    tokenizer: PreTrainedTokenizerBase, sentence: Text, length: int
 ) -> list[tuple[str, list[int]]]:
-    """The words of a sentence as written, each with the indices of its tokens.
+    """The words of a sentence or a pair as written, each with the indices of its tokens.
 
     Only the first `length` tokens exist: a word that was truncated has none. Special tokens belong
     to no word. A tokenizer written in Python gives its tokens instead.
     """
+    texts = [sentence] if isinstance(sentence, str) else sentence
     encoded = tokenizer(
-        sentence, truncation=True, max_length=length, return_offsets_mapping=tokenizer.is_fast
+        *texts, truncation=True, max_length=length, return_offsets_mapping=tokenizer.is_fast
     )
     if not tokenizer.is_fast:  # it doesn't report which characters a token comes from
         tokens = tokenizer.convert_ids_to_tokens(encoded["input_ids"])
         return [(token, [index]) for index, token in enumerate(tokens)]
     words = []
-    spans = encoded["offset_mapping"]
-    for word in re.finditer(r"\S+", sentence):
+    spans = []
+    for sequence, (start, end) in zip(encoded.sequence_ids(), encoded["offset_mapping"]):
+        shift = len(texts[0]) + 1 if sequence == 1 else 0  # the second text follows the first
+        spans.append((start + shift, end + shift))
+    for word in re.finditer(r"\S+", " ".join(texts)):
         word_start, word_end = word.span()
         indices = [
             i for i, (start, end) in enumerate(spans) if start < word_end and end > word_start

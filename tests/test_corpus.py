@@ -1,24 +1,33 @@
 """tasks/sentences.py and its grammar: CoLA's format, its download, the user's files, synthetic sentences, bad data."""
 
+import csv
 import functools
+import gzip
 import hashlib
 import http.server
 import io
+import json
 import socketserver
+import sys
 import threading
 import zipfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import sklearn.feature_extraction.text
 import sklearn.linear_model
 import sklearn.metrics
+import torch
+import transformers
+from conftest import finished_run
 
 from harness.errors import UserError
-from tasks import encoders, grammar
+from tasks import batching, encoders, grammar
 from tasks.sentences import Corpus, load_corpus, parse_cola, synthetic_sentences
+from tasks.text_files import Reading
 
 TRAIN = "gj04\t1\t\tThe boat sank.\nks08\t0\t*\tThe boat sanked.\n"
 IN_DOMAIN, OUT_OF_DOMAIN = (
@@ -51,29 +60,12 @@ def cola_zip(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_cola_is_parsed_verbatim():
     content = 'a1\t1\t\t"Quoted, he said.\r\nb2\t0\t??*\tÉ  double  space "\nc3\t1\t\t last line, no newline '.encode()
-    assert parse_cola(content, "x") == (
+    assert parse_cola(content) == (
         ['"Quoted, he said.', 'É  double  space "', " last line, no newline "],
         ["acceptable", "unacceptable", "acceptable"],
         ["a1", "b2", "c3"],
     )
-    assert parse_cola(content + b"\n", "x") == parse_cola(content, "x")
-
-
-@pytest.mark.parametrize(
-    "line, problem",
-    {
-        b"a\t1\tThree columns.": "expected 4 columns, got 3",
-        b"a\t1\t\tFive\tcolumns.": "expected 4 columns, got 5",
-        b"": "expected 4 columns, got 0",
-        b"a\t\t\tNo label.": "the label is empty",
-        b"a\t1\t\t \xc2\xa0": "the sentence is empty",
-        b"a\t1\t\tLatin \xe9t\xe9.": "invalid UTF-8",
-    }.items(),
-)
-def test_error_names_the_malformed_line(line, problem):
-    with pytest.raises(UserError) as error:
-        parse_cola(b"ok\t1\t\tFine.\n" + line + b"\nok\t1\t\tFine.\n", "cola.zip: dev.tsv")
-    assert str(error.value) == f"cola.zip: dev.tsv, row 2: {problem}"
+    assert parse_cola(content + b"\n") == parse_cola(content)
 
 
 def test_validation_joins_both_dev_sets(tmp_path, monkeypatch):
@@ -154,11 +146,13 @@ def test_cola_is_downloaded_once_and_checked(tmp_path, server, monkeypatch, caps
 # --------------------------------------------------------------------------------------- the user's files
 
 
-def read(tmp_path: Path, train: str | bytes, valid: str | bytes, suffix: str = "tsv") -> Corpus:
+def read(
+    tmp_path: Path, train: str | bytes, valid: str | bytes, suffix: str = "tsv", **options: object
+) -> Corpus:
     files = [tmp_path / f"{name}.{suffix}" for name in ("train", "valid")]
     for file, content in zip(files, (train, valid)):
         file.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return load_corpus("auto", str(tmp_path), *map(str, files))
+    return load_corpus("auto", str(tmp_path), *map(str, files), Reading(**options))
 
 
 def test_csv_is_parsed_with_quoting(tmp_path):
@@ -195,9 +189,9 @@ GOOD = "sentence\tlabel\na\t0\nb\t1\n"
             "train.tsv, row 1: the header must name one column 'label', not 'sentence', ",
         ),
         (
-            "text\tlabel\na\t0\n",
+            "texts\tlabel\na\t0\n",
             GOOD,
-            "train.tsv, row 1: the header must name one column 'sentence', not 'text', ",
+            "train.tsv, row 1: the header must name one column 'sentence', not 'texts', ",
         ),
         ("", GOOD, "train.tsv contains no sentences"),
         ("sentence\tlabel\n", GOOD, "train.tsv contains no sentences"),
@@ -208,8 +202,12 @@ GOOD = "sentence\tlabel\na\t0\nb\t1\n"
             GOOD,
             "train.tsv: column 'label' has 1 distinct labels in 2 rows; does another ",
         ),
-        (GOOD + "  \t1\n", GOOD, "train.tsv, row 4: the sentence is empty"),
-        (GOOD, GOOD + "c\t\n", "valid.tsv, row 4: the label is empty"),
+        (
+            GOOD + "  \t1\n",
+            GOOD,
+            "train.tsv: text or label missing in 1 of 3 rows, first in row 4; ",
+        ),
+        (GOOD, GOOD + "c\t\n", "valid.tsv: text or label missing in 1 of 3 rows, first in row 4; "),
         (GOOD, GOOD + "c\t2\n", "valid.tsv, row 4: the label '2' does not occur in {}/train.tsv"),
         (GOOD, GOOD.encode() + b"\xe9\t1\n", "valid.tsv, row 4: invalid UTF-8"),
     ],
@@ -220,6 +218,225 @@ def test_errors_name_file_and_row(tmp_path, train, valid, problem):
     assert str(error.value).startswith(
         f"{tmp_path}/{problem.format(tmp_path)}"
     ) and "\n" not in str(error.value)
+
+
+def table(*rows: tuple[object, ...], **dialect: object) -> str:
+    """What csv.writer, and so pandas, writes."""
+    file = io.StringIO()
+    csv.writer(file, **dialect).writerows(rows)
+    return file.getvalue()
+
+
+def json_lines(*records: dict[str, object]) -> str:
+    return "".join(json.dumps(record) + "\n" for record in records)
+
+
+TWO = [('It is "good", they say;', "good"), ("Bad\tor worse", "bad")]
+PLAIN = [("Bad, or worse", "bad"), ("good|fine", "good")]
+FLIPPED = [("good", "One"), ("bad", "Two"), ("bad", 'Five "six'), ("good", '"Three" or four')]
+GLUE = [("A cat.", "A dog.", 0), ("A, b", "B\tc", 1)]
+KOREAN = [("시간이 아깝다", 0), ("정말 재미있다", 1)]
+JAPANESE = [("この映画は本当に面白い、", 0), ("つまらない", 1)]
+FORMS = {  # the content, the first two sentences, what is printed, the options needed
+    "text": (table(("text", "label"), *TWO), TWO, "the columns text, label", {}),
+    "capitals": (table((" Review", "Sentiment "), *TWO), TWO, "columns review, sentiment", {}),
+    "v1": (table(("v1", "v2", "", ""), *((b, a, "", "") for a, b in TWO)), TWO, "v2, v1", {}),
+    "index": (table(("", "tweet", "target"), *((7, *row) for row in TWO)), TWO, "tweet, tar", {}),
+    "tab": (table(("sentence", "label"), *TWO, delimiter="\t"), TWO, "", {}),
+    "semicolon": (table(("sentence", "label"), *TWO, delimiter=";"), TWO, "", {}),
+    "pipe": (table(("sentence", "label"), *PLAIN, delimiter="|"), PLAIN, "", {}),
+    "all quoted": (table(("sentence", "label"), *TWO, quoting=csv.QUOTE_ALL), TWO, "", {}),
+    "lines": (
+        table(("sentence", "label"), ('a "b"\nc', 0), ("d", 1), delimiter="\t"),
+        [('a "b"\nc', 0), ("d", 1)],
+        "",
+        {},
+    ),
+    "stray quotes": ('sentence\tlabel\n"a\t0\n"b" c\t1\n', [('"a', 0), ('"b" c', 1)], "", {}),
+    "swallowed": ('sentence\tlabel\n"a\t0\nb"\t1\n', [('"a', 0), ('b"', 1)], "", {}),
+    "no header": (
+        "".join(f"{label}\t{text}\n" for label, text in FLIPPED),
+        [("One", "good"), ("Two", "bad")],
+        "train.x has no header: its columns are taken as label and sentence",
+        {},
+    ),
+    "blank lines": ("\nsentence\tlabel\n\na\t0\n \nb\t1\n\n", [("a", 0), ("b", 1)], "", {}),
+    "JSON": (
+        json_lines(*({"x": 1, "text": a, "label": b} for a, b in TWO)),
+        TWO,
+        "text, label",
+        {},
+    ),
+    "gz": (gzip.compress(table(("sentence", "label"), *TWO).encode()), TWO, "", {}),
+    "BOM": (table(("sentence", "label"), *TWO).encode("utf-8-sig"), TWO, "", {}),
+    "UTF-16": (
+        table(("sentence", "label"), *KOREAN, delimiter="\t").encode("utf-16"),
+        KOREAN,
+        "",
+        {},
+    ),
+    "UTF-16 without mark": (
+        table(("sentence", "label"), *KOREAN).encode("utf-16-le"),
+        KOREAN,
+        "is UTF-16 without a byte order mark, or not text: pass --encoding utf-16-le",
+        {"encoding": "utf-16-le"},
+    ),
+    "cp949": (
+        table(("sentence", "label"), *KOREAN).encode("cp949"),
+        KOREAN,
+        "row 2: invalid UTF-8; pass the file's --encoding, such as cp949, cp932, gb18030, latin-1",
+        {"encoding": "cp949"},
+    ),
+    "cp932": (
+        table(("sentence", "label"), *JAPANESE).encode("cp932"),
+        JAPANESE,
+        "row 2: invalid UTF-8; pass the file's --encoding, such as cp949, cp932",
+        {"encoding": "cp932"},
+    ),
+    "two texts": (
+        table(("title", "text", "label"), *(("x", *row) for row in TWO)),
+        TWO,
+        "row 1: the header must name one column 'sentence', not 'title', 'text'; choose another "
+        "with --text_column",
+        {"text_column": "Text"},
+    ),
+    "other label": (
+        table(("sentence", "id", "Quality"), *((a, 3, b) for a, b in TWO)),
+        TWO,
+        "row 1: the header must name one column 'label', not 'sentence', 'id', 'quality'; choose "
+        "another with --label_column",
+        {"label_column": "Quality"},
+    ),
+    "missing": (
+        table(("sentence", "label"), *TWO, ("", "bad"), (" ", "bad"), ("x", "")),
+        TWO,
+        "text or label missing in 3 of 5 rows, first in row 4, 5, 6; --drop_missing leaves",
+        {"drop_missing": True},
+    ),
+    "null": (
+        json_lines(
+            *({"sentence": a, "label": b} for a, b in TWO),
+            {"sentence": None, "label": "bad"},
+            {"sentence": ["a"], "label": "bad"},
+            {"label": float("nan")},
+        ),
+        TWO,
+        "text or label missing in 3 of 5 rows, first in row 3, 4, 5; --drop_missing leaves",
+        {"drop_missing": True},
+    ),
+    "sentence1": (table(("sentence1", "sentence2", "label"), *GLUE), GLUE, "sentence2, label", {}),
+    "QNLI": (
+        table(
+            ("index", "question", "sentence", "label"), *((1, *row) for row in GLUE), delimiter="\t"
+        ),
+        GLUE,
+        "the columns question, sentence, label",
+        {},
+    ),
+    "MNLI": (
+        json_lines(*({"premise": a, "hypothesis": b, "label": c} for a, b, c in GLUE)),
+        GLUE,
+        "the columns premise, hypothesis, label",
+        {},
+    ),
+    "other pairs": (
+        table(
+            ("Quality", "#1 String", "#2 String"), *((c, a, b) for a, b, c in GLUE), delimiter="\t"
+        ),
+        GLUE,
+        "; choose another with --text_column",
+        {
+            "text_column": "#1 String",
+            "text_pair_column": "#2 string",
+            "label_column": "quality",
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_files_are_read_as_they_are(tmp_path, form, capsys):
+    """Only the tables with sentence and label, in UTF-8 and separated as their suffix says, were accepted."""
+    content, expected, said, options = FORMS[form]
+    if options:
+        with pytest.raises(UserError) as error:
+            read(tmp_path, content, content, "x")
+        assert said in str(error.value) and "\n" not in str(error.value)
+    corpus = read(tmp_path, content, content, "x", **options)
+    sentences = [row[0] if len(row) == 2 else row[:2] for row in expected]
+    assert corpus.train.sentences[:2] == sentences == corpus.valid.sentences[:2]
+    assert corpus.train.labels[:2] == [str(row[-1]) for row in expected]
+    assert corpus.class_names == sorted({str(row[-1]) for row in expected})
+    printed = capsys.readouterr().out
+    if not options:
+        assert said in printed and bool(said) == ("train.x" in printed)
+    assert "All validation sentences are training sentences too" in printed
+
+
+@pytest.mark.parametrize(
+    "content, problem",
+    {
+        b"PK\x03\x04...": "train.x is an Excel workbook or an archive: save the table as CSV",
+        b"\x1f\x8b\x08": "train.x: Compressed file ended before the end-of-stream marker",
+        b"PAR1...PAR1": "train.x is a Parquet file: pip install pyarrow to read it",
+        b'[{"text": "a", "label": 0}]': "train.x, row 1: expected a JSON object in each line",
+        b'{"text": "a", "label": 0}\n\n{"text"': "row 3: expected a JSON object in each line",
+        b"just\ntext\n": "train.x, row 1: expected 2 columns, got 1",
+        b"a\t0\nb\t1\n": "must name one column 'sentence', not 'a', '0'",  # no label twice
+        b'sentence,label\n"a\nb",0\nc,1,2': "train.x, row 4: expected 2 columns, got 3",
+    }.items(),
+)
+def test_files_that_can_not_be_read(tmp_path, content, problem, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(UserError) as error:
+        read(tmp_path, content, GOOD, "x")
+    assert problem in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("encoding", ["klingon", "rot13", "undefined"])
+def test_encodings_that_are_none(tmp_path, encoding):
+    content = "sentence\tlabel\nä\t0\n"
+    with pytest.raises(UserError, match=f"--encoding {encoding}: Python has no such text encoding"):
+        read(tmp_path, content, GOOD, encoding=encoding)
+
+
+def test_parquet_is_read_by_pyarrow(tmp_path, monkeypatch):
+    """pyarrow is no dependency: its one function that is used is replaced."""
+
+    def read_table(file: io.BytesIO) -> SimpleNamespace:
+        assert file.read() == b"PAR1..."
+        records = [{"text": "a", "label": 0}, {"text": "b", "label": 1}]
+        return SimpleNamespace(to_pylist=lambda: records)
+
+    parquet = SimpleNamespace(read_table=read_table)
+    monkeypatch.setitem(sys.modules, "pyarrow", SimpleNamespace(parquet=parquet))
+    corpus = read(tmp_path, b"PAR1...", b"PAR1...", "parquet")
+    assert corpus.train[:2] == (["a", "b"], ["0", "1"])
+
+
+def test_all_files_have_the_columns_of_the_first(tmp_path):
+    train = "text,label\na,0\nb,1\n"
+    corpus = read(tmp_path, train, "title,Label,Text\nx,1,y\n", "csv")
+    assert corpus.valid == (["y"], ["1"], ["valid.csv"])
+    with pytest.raises(UserError, match=r"valid.csv, row 1: .* one column 'text', not 'review', "):
+        read(tmp_path, train, "review,label\nx,1\n", "csv")
+    headless = "a,0\nb,1\nc,0\nd,1\n"
+    assert read(tmp_path, headless, "x,1\n", "csv").valid.sentences == ["x"]
+    with pytest.raises(UserError, match=r"valid.csv, row 1: the label 'label' does not occur in "):
+        read(tmp_path, headless, "sentence,label\nx,1\n", "csv")
+
+
+def test_negative_and_broken_numbers_are_numbers(tmp_path, capsys):
+    """They were in the order of their letters, and the positive class of -1 and 1 was -1."""
+    labels = ["10.0", "2.0", "-1", "a", "+3", "1_0", "nan"]
+    content = "sentence\tlabel\n" + "".join(f"s\t{label}\n" for label in labels)
+    names = read(tmp_path, content, content).class_names
+    assert names == ["-1", "2.0", "+3", "10.0", "1_0", "a", "nan"]
+    assert "regression" not in capsys.readouterr().out
+    content = "sentence\tlabel\n" + "".join(f"s\t{n / 5}\n" for n in range(11, -1, -1))
+    read(tmp_path, content, content)
+    warning = "The labels, 0.0 to 2.2, look like regression: each is a class."
+    assert warning in capsys.readouterr().out
 
 
 def test_incompatible_options_and_unreadable_files(tmp_path):
@@ -235,6 +452,62 @@ def test_incompatible_options_and_unreadable_files(tmp_path):
     }.items():
         with pytest.raises(UserError, match=problem):
             load_corpus(*arguments)
+
+
+# ------------------------------------------------------------------------------ pairs of sentences
+
+PAIRS = [
+    ("The boy sleeps.", "Is the boy asleep?"),
+    ("The old girl sees a cat, she says.", "A cat!"),
+    ("A boy.", "The boy sleeps and the girl sees the cat in the old garden."),
+]
+
+
+def test_pairs_are_tokenised_as_transformers_does():
+    words = encoders.learn_wordpieces(PAIRS)
+    tokenizer = transformers.BertTokenizerFast(vocab={w: i for i, w in enumerate(words)})
+    for max_length in (128, 12):
+        tokenised = batching.tokenise(PAIRS, [0, 1, 0], tokenizer, max_length, torch.device("cpu"))
+        inputs = batching.inputs_of(tokenised, torch.arange(3))
+        expected = tokenizer(
+            *map(list, zip(*PAIRS)), truncation=True, max_length=max_length, padding=True
+        )
+        for name in ("input_ids", "attention_mask", "token_type_ids"):
+            width = len(expected[name][0])
+            assert inputs[name][:, :width].tolist() == expected[name]
+            assert not inputs[name][:, width:].any() and inputs[name].dtype == torch.int64
+        longer = [len(ids) > max_length for ids in tokenizer(PAIRS)["input_ids"]]
+        assert tokenised.cut == sum(longer)
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]  # like RoBERTa's
+    tokenised = batching.tokenise(PAIRS, [0, 1, 0], tokenizer, 32, torch.device("cpu"))
+    assert "token_type_ids" not in batching.inputs_of(tokenised, torch.arange(3))
+    shown = encoders.words_of(tokenizer, PAIRS[1], 32)
+    assert [word for word, _ in shown] == " ".join(PAIRS[1]).split()
+    tokens = tokenizer.convert_ids_to_tokens(tokenizer(*PAIRS[1])["input_ids"])
+    texts = ["".join(tokens[i] for i in indices) for _, indices in shown]
+    assert texts == [word.lower() for word, _ in shown]
+
+
+def test_run_on_pairs(tmp_path):
+    """Two text columns were refused."""
+    rows = [(a, b, ("no", "yes")[i % 2]) for i, (a, b) in enumerate(PAIRS * 4)]
+    header = ("sentence1", "sentence2", "label")
+    (tmp_path / "pairs").write_text(table(header, *rows))
+    arguments = "--train_file pairs --valid_file pairs --model scratch --epochs 1 --batch_size 4"
+    run = finished_run("train_cola.py", tmp_path, *arguments.split())
+    assert "pairs: text and label are in the columns sentence1, sentence2, label." in run.out
+    with (run.files / "predictions.csv").open(newline="") as file:
+        predictions = list(csv.DictReader(file))
+    assert [(row["sentence"], row["sentence2"]) for row in predictions] == PAIRS * 4
+    wrong = [row for row in predictions if row["label"] != row["prediction"]]
+    page = (run.files / "attributions.html").read_text()
+    assert page.count(">asleep?</span>") == sum(row["sentence2"] == PAIRS[0][1] for row in wrong)
+    ends = [row for row in run.history if "valid/mistakes.path" in row]
+    mistakes = json.loads(
+        (tmp_path / "wandb/latest-run/files" / ends[-1]["valid/mistakes.path"]).read_text()
+    )
+    assert mistakes["columns"][:3] == ["sentence", "sentence2", "source"]
+    assert all((row[0], row[1]) in PAIRS for row in mistakes["data"])
 
 
 # ------------------------------------------------------------------------------- synthetic sentences

@@ -76,7 +76,7 @@ def save(
 def load(
     directory: Path | str,
 ) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase]:
-    return encoders.load_model(str(directory), [], ["no", "yes"], 32)
+    return encoders.load_model(str(directory), SENTENCES, ["no", "yes"], 32)
 
 
 def refusal(directory: Path | str) -> str:
@@ -191,7 +191,7 @@ def test_head_for_other_classes_is_replaced(names, tmp_path, capsys):
 
 def test_classes_that_differ_in_case_only(tmp_path, capsys):
     directory = save_classifier(tmp_path / "bert", "a", "A")
-    model, _ = encoders.load_model(str(directory), [], ["A", "a"], 32)
+    model, _ = encoders.load_model(str(directory), SENTENCES, ["A", "a"], 32)
     assert model.config.id2label == {0: "A", 1: "a"}
     assert "has other labels, A, a: a new one with 2 replaces it." in capsys.readouterr().out
 
@@ -444,8 +444,8 @@ def test_positions_that_a_model_reserves(tmp_path):
         tmp_path / "mpnet", transformers.MPNetModel(config), make_tokenizer(pad_token="[PAD]")
     )
     with pytest.raises(UserError, match="--max_length 63 is more than the model's limit, 62"):
-        encoders.load_model(str(directory), [], ["no", "yes"], 63)
-    encoders.load_model(str(directory), [], ["no", "yes"], 62)
+        encoders.load_model(str(directory), SENTENCES, ["no", "yes"], 63)
+    encoders.load_model(str(directory), SENTENCES, ["no", "yes"], 62)
 
 
 def test_multi_label_model_becomes_single_label(bert, tmp_path):
@@ -477,7 +477,7 @@ def test_training_without_attributions(make, tmp_path, monkeypatch, capsys):
 # -------------------------------------------------------------------------------------------- the hub
 
 FIND = "import sys; from tasks import encoders; name = sys.argv[1] if sys.argv[1:] else None; "
-FIND += "found = encoders.find_model(name); print(found); encoders.load_model(found, ['a b'], ['no', 'yes'], 32)"
+FIND += "found = encoders.find_model(name); print(found); encoders.load_model(found, ['a b', 'c'], ['no', 'yes'], 32)"
 
 
 class Hub(http.server.BaseHTTPRequestHandler):

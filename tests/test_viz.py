@@ -121,7 +121,10 @@ def test_many_classes_show_the_most_confused_ones():
 def test_mistakes_table_holds_a_thousand_and_says_of_how_many():
     result = evaluation([0] * 1500, [1] * 1500, [3.0 + i / 1500 for i in range(1500)])
     table = viz.sentence_mistakes_table(
-        result, [str(i) for i in range(1500)], ["x"] * 1500, ["a", "b", "c"], 7
+        result,
+        {"sentence": [str(i) for i in range(1500)], "source": ["x"] * 1500},
+        ["a", "b", "c"],
+        7,
     )
     assert len(table.data) == 1000 and table.data[0][0] == "1499"
     assert {row[table.columns.index("mistakes")] for row in table.data} == {1500}

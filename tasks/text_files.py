@@ -1,0 +1,283 @@
+"""Read a user's files of labelled sentences: tables, JSON lines or Parquet, as they are."""
+
+import codecs
+import csv
+import dataclasses
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from harness.errors import UserError
+from harness.options import option
+
+# Names of columns that need no option.
+TEXTS = (
+    *("sentence", "text", "review", "comment", "content"),
+    *("document", "tweet", "message", "title", "v2"),
+)
+LABELS = ("label", "class", "category", "sentiment", "target", "stars", "v1")
+PAIRS = {  # as in the tasks of GLUE
+    "sentence1": "sentence2",
+    "question1": "question2",
+    "premise": "hypothesis",
+    "question": "sentence",
+}
+Text = str | tuple[str, str]  # a sentence or a pair of sentences
+Row = tuple[int, list[str]]  # the line in which it begins, and its columns
+csv.field_size_limit(2**31 - 1)  # the default is 131,072 characters
+
+
+class Sentences(NamedTuple):
+    """Labelled sentences of one part of a corpus."""
+
+    sentences: list[Text]
+    labels: list[str]  # class names
+    sources: list[str]  # a publication, a file, or a rule of the built-in grammar, per sentence
+
+    def columns(self) -> dict[str, Iterable[str]]:
+        """The columns of a table that shows the sentences."""
+        columns = {"sentence": self.sentences}
+        if isinstance(self.sentences[0], tuple):
+            columns["sentence"], columns["sentence2"] = zip(*self.sentences)
+        columns["source"] = self.sources
+        return columns
+
+
+@dataclasses.dataclass(kw_only=True, frozen=True)
+class Reading:
+    """The options for the user's files."""
+
+    text_column: str | None = option(None, "column of your data [sentence, text, ...]")
+    text_pair_column: str | None = option(None, "column of the second text of pairs [sentence2]")
+    label_column: str | None = option(None, "column of your data [label, class, ...]")
+    encoding: str | None = option(None, "of your data [UTF-8, or UTF-16 by its mark]")
+    drop_missing: bool = option(False, "leave out rows of your data without text or label")
+
+
+def read_parts(paths: list[Path], reading: Reading) -> list[Sentences]:
+    """The sentences of a run's files, training data first; all have the columns of the first.
+
+    Raises `UserError`.
+    """
+    parts = []
+    labels = set()
+    for path in paths:
+        rows = _read_rows(path, reading.encoding)
+        if not parts:
+            header = _missing_header(rows)
+        if header:
+            print(f"{path} has no header: its columns are taken as {' and '.join(header)}.")
+            rows.insert(0, (0, header))
+        if len(rows) < 2:
+            raise UserError(f"{path} contains no sentences")
+        names = [name.strip().casefold() for name in rows[0][1]]
+        chosen = _choose_columns(names, reading, path)
+        columns = list(chosen.values())
+        part = _take_columns(rows[1:], names, columns, path, reading.drop_missing, labels, paths[0])
+        if not parts:
+            _check_labels(part.labels, columns[-1], path)
+            if columns != ["sentence", "label"]:
+                print(f"{path}: text and label are in the columns {', '.join(columns)}.")
+            reading = dataclasses.replace(reading, **chosen)
+            labels = set(part.labels)
+        parts.append(part)
+    return parts
+
+
+def _read_rows(path: Path, encoding: str | None) -> list[Row]:
+    """A file's header, if there is one, and its other rows. Blank lines are skipped."""
+    try:
+        content = path.read_bytes()
+        if content.startswith(b"\x1f\x8b"):
+            content = gzip.decompress(content)
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"can't read {path}: {reason}") from None
+    if content.startswith((b"PK\x03\x04", b"\xd0\xcf\x11\xe0")):
+        raise UserError(f"{path} is an Excel workbook or an archive: save the table as CSV")
+    if content.startswith(b"PAR1"):
+        return _parse_parquet(content, path)
+    text = _decode(content, path, encoding)
+    if text.startswith(("{", "[")):
+        return _parse_json_lines(text, path)
+    return _split_columns(text, path)
+
+
+def _decode(content: bytes, path: Path, encoding: str | None) -> str:
+    """A file's text: in UTF-8, or UTF-16 with a mark, unless its encoding is given."""
+    if encoding is None:
+        encoding = "utf-8"
+        if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            encoding = "utf-16"
+        elif b"\0" in content[:100]:
+            problem = "UTF-16 without a byte order mark, or not text"
+            raise UserError(f"{path} is {problem}: pass --encoding utf-16-le or utf-16-be")
+    try:
+        return content.decode(encoding).removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        row = len(content[: error.start + 1].splitlines())
+        others = "cp949, cp932, gb18030, latin-1"
+        problem = f"invalid {encoding.upper()}; pass the file's --encoding, such as {others}"
+        raise UserError(f"{path}, row {row}: {problem}") from None
+    except (LookupError, UnicodeError):
+        raise UserError(f"--encoding {encoding}: Python has no such text encoding") from None
+
+
+def _split_columns(text: str, path: Path) -> list[Row]:
+    """The rows, by the separator and the use of quotes that get furthest without a problem."""
+    lines = io.StringIO(text, newline=None)
+    readings = [_parse(lines, "\t", csv.QUOTE_MINIMAL)]
+    if '"' in text:  # CoLA has sentences that begin with a quote
+        readings.append(_parse(lines, "\t", csv.QUOTE_NONE))
+    readings += [_parse(lines, separator, csv.QUOTE_MINIMAL) for separator in (",", ";", "|")]
+    rows, problem = max(readings, key=lambda reading: len(reading[0]))
+    if problem:
+        raise UserError(f"{path}, {problem}")
+    return rows
+
+
+def _parse(lines: io.StringIO, separator: str, quoting: int) -> tuple[list[Row], str]:
+    """The rows before the first problem, and that problem or ""."""
+    rows = []
+    width = 0
+    line = 1
+    lines.seek(0)
+    reader = csv.reader(lines, delimiter=separator, quoting=quoting, strict=True)
+    try:
+        for columns in reader:
+            if "".join(columns).strip():
+                width = width or max(2, len(columns))
+                if len(columns) != width:
+                    return rows, f"row {line}: expected {width} columns, got {len(columns)}"
+                rows.append((line, columns))
+            line = reader.line_num + 1
+    except csv.Error as error:
+        problem = f"a quote is never closed, or not doubled within quotes ({error})"
+        return rows, f"row {line}: {problem}"
+    return rows, ""
+
+
+def _parse_json_lines(text: str, path: Path) -> list[Row]:
+    records = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
+                record = None
+            if not isinstance(record, dict):
+                raise UserError(f"{path}, row {number}: expected a JSON object in each line")
+            records.append((number, record))
+    return _as_rows(records)
+
+
+def _parse_parquet(content: bytes, path: Path) -> list[Row]:
+    try:
+        from pyarrow import parquet
+
+        records = parquet.read_table(io.BytesIO(content)).to_pylist()
+    except ImportError:
+        raise UserError(f"{path} is a Parquet file: pip install pyarrow to read it") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"can't read {path}: {error}") from None
+    return _as_rows(list(enumerate(records, start=1)))
+
+
+def _as_rows(records: list[tuple[int, dict[str, Any]]]) -> list[Row]:
+    """The values of all records as text. NaN and what is no text or number count as missing."""
+    header = list(records[0][1]) if records else []
+    rows = [(0, header)]
+    for number, record in records:
+        columns = []
+        for name in header:
+            value = record.get(name)
+            exists = isinstance(value, (str, int, float)) and value == value
+            columns.append(str(value) if exists else "")
+        rows.append((number, columns))
+    return rows
+
+
+def _missing_header(rows: list[Row]) -> list[str]:
+    """The header of a file that has none: two columns, and the first row's label is frequent."""
+    header = []
+    for values in zip(*(columns for _, columns in rows[:1000])):
+        is_label = values[0] in values[1:] and 2 * len(set(values)) <= len(values)
+        header.append("label" if is_label else "sentence")
+    return header if sorted(header) == ["label", "sentence"] else []
+
+
+def _choose_columns(names: list[str], reading: Reading, path: Path) -> dict[str, str]:
+    """The columns for text, second text if there is one, and label: by option, their names."""
+    known = {"text_column": TEXTS, "text_pair_column": (), "label_column": LABELS}
+    if reading.text_column is None:
+        for first, second in PAIRS.items():
+            if first in names and second in names:
+                known["text_column"] = (first,)
+                known["text_pair_column"] = (second,)
+    chosen = {}
+    for option_name, candidates in known.items():
+        given = getattr(reading, option_name)
+        if given:
+            candidates = (given.strip().casefold(),)
+        found = [name for name in names if name in candidates]
+        if len(found) == 1:
+            chosen[option_name] = found[0]
+        elif candidates:
+            listed = ", ".join(map(repr, found or names))[:300]
+            raise UserError(
+                f"{path}, row 1: the header must name one column {candidates[0]!r}, not {listed}; "
+                f"choose another with --{option_name}"
+            )
+    return chosen
+
+
+def _take_columns(
+    rows: list[Row],
+    names: list[str],
+    chosen: list[str],
+    path: Path,
+    drop_missing: bool,
+    known_labels: set[str],
+    train_file: Path,
+) -> Sentences:
+    """The sentences of a file; its name is their source if it has no column for that."""
+    part = Sentences([], [], [])
+    indices = [names.index(name) for name in chosen]
+    source = names.index("source") if "source" in names else None
+    missing = []
+    for line, columns in rows:
+        *texts, label = [columns[index] for index in indices]
+        label = label.strip()
+        if not label or not all(map(str.strip, texts)):
+            missing.append(line)
+            continue
+        if known_labels and label not in known_labels:
+            problem = f"the label {label!r} does not occur in {train_file}"
+            raise UserError(f"{path}, row {line}: {problem}")
+        part.sentences.append(tuple(texts) if len(texts) == 2 else texts[0])
+        part.labels.append(label)
+        part.sources.append(path.name if source is None else columns[source])
+    if missing:
+        first = ", ".join(map(str, missing[:3]))
+        problem = (
+            f"text or label missing in {len(missing)} of {len(rows)} rows, first in row {first}"
+        )
+        if not drop_missing or not part.labels:
+            raise UserError(f"{path}: {problem}; --drop_missing leaves them out")
+        print(f"{path}: {problem}; left out")
+    return part
+
+
+def _check_labels(labels: list[str], column: str, path: Path) -> None:
+    rows = len(labels)
+    classes = len(set(labels))
+    mostly_distinct = rows >= 20 and classes > rows / 2
+    if mostly_distinct or not 2 <= classes <= 1000:
+        raise UserError(
+            f"{path}: column {column!r} has {classes:,} distinct labels in {rows:,} rows; "
+            "does another column hold the classes?"
+        )
