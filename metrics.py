@@ -412,30 +412,52 @@ def matthews_corrcoef_interval(confusion: ConfusionMatrix, resamples: int = 1000
     """
     counts = confusion.counts.cpu()
     labels, predictions = counts.nonzero(as_tuple=True)
-    correlations = torch.empty(resamples, dtype=torch.float64)
-    resampled = ConfusionMatrix(confusion.num_classes)
-    for i, drawn in enumerate(_resample(counts[labels, predictions], resamples)):
-        resampled.counts[labels, predictions] = drawn
-        correlations[i] = resampled.matthews_corrcoef()
-    return _percentiles(correlations)
+    cells = counts[labels, predictions]
+    (resampled,) = _resampled_totals(cells, labels, [predictions], resamples)
+    correlations = [_Totals(totals).matthews_corrcoef() for totals in resampled]
+    return _percentiles(torch.tensor(correlations, dtype=torch.float64))
 
 
-def _resample(counts: Tensor, resamples: int) -> Tensor:
-    """Multinomial draws of as many examples as `counts` (cells,) has: int64 (resamples, cells).
+class _Totals(ConfusionMatrix):
+    """A confusion matrix of which only the totals are known."""
 
-    The number in a cell, given those before it, is binomial.
+    def __init__(self, totals: Tensor):
+        self.totals = totals
+
+    def _totals(self) -> Tensor:
+        return self.totals
+
+
+def _resampled_totals(
+    counts: Tensor,
+    labels: Tensor,
+    predictions: Sequence[Tensor],
+    resamples: int,
+) -> list[Tensor]:
+    """`ConfusionMatrix._totals` of resamples, float64 (resamples, 3, classes), for each model.
+
+    `counts`, `labels` and each model's `predictions` are int64 (cells,). A resample is a
+    multinomial draw of as many examples as `counts` has: the number in a cell, given those before
+    it, is binomial. All resamples are drawn cell by cell, so that memory does not grow with the
+    number of cells.
     """
+    classes = int(torch.stack([labels, *predictions]).max()) + 1
+    totals = torch.zeros(len(predictions), 3, classes, resamples, dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
-    counts = counts.double()
-    drawn = torch.empty(resamples, len(counts), dtype=torch.float64)
-    examples_left = counts.sum()
+    examples_left = counts.sum().double()
     draws_left = examples_left.repeat(resamples)
-    for i, count in enumerate(counts):
-        share = count / examples_left
-        drawn[:, i] = torch.binomial(draws_left, share, generator=generator)
-        draws_left -= drawn[:, i]
-        examples_left -= count
-    return drawn.long()
+    for i, label in enumerate(labels.tolist()):
+        share = counts[i] / examples_left
+        drawn = torch.binomial(draws_left, share, generator=generator)
+        draws_left -= drawn
+        examples_left -= counts[i]
+        for model, predicted in enumerate(predictions):
+            prediction = int(predicted[i])
+            if prediction == label:
+                totals[model, 0, label] += drawn
+            totals[model, 1, label] += drawn
+            totals[model, 2, prediction] += drawn
+    return list(totals.permute(0, 3, 1, 2))
 
 
 def _percentiles(values: Tensor) -> Interval:
@@ -490,16 +512,11 @@ def paired_bootstrap_counts(
     if not all(column.shape == labels.shape and column.min() >= 0 for column in columns):
         raise ValueError("expected labels (n,) and two predictions (n,) with classes from 0")
     examples = torch.stack(columns).cpu()
-    triples, counts = examples.unique(dim=1, return_counts=True)
-    label, prediction_a, prediction_b = triples
-    classes = max(2, int(triples.max()) + 1)
+    (label, *models), counts = examples.unique(dim=1, return_counts=True)
+    resampled_a, resampled_b = _resampled_totals(counts, label, models, resamples)
     differences = torch.empty(resamples, dtype=torch.float64)
-    for i, drawn in enumerate(_resample(counts, resamples)):
-        a = ConfusionMatrix(classes)
-        b = ConfusionMatrix(classes)
-        a.counts.index_put_((label, prediction_a), drawn, accumulate=True)
-        b.counts.index_put_((label, prediction_b), drawn, accumulate=True)
-        differences[i] = statistic(a) - statistic(b)
+    for i in range(resamples):
+        differences[i] = statistic(_Totals(resampled_a[i])) - statistic(_Totals(resampled_b[i]))
     return _percentiles(differences)
 
 
