@@ -412,9 +412,8 @@ def matthews_corrcoef_interval(confusion: ConfusionMatrix, resamples: int = 1000
     """
     counts = confusion.counts.cpu()
     labels, predictions = counts.nonzero(as_tuple=True)
-    cells = counts[labels, predictions]
-    (resampled,) = _resampled_totals(cells, labels, [predictions], resamples)
-    correlations = [_Totals(totals).matthews_corrcoef() for totals in resampled]
+    resampled = _resample(counts[labels, predictions], labels, predictions, resamples)
+    correlations = [totals.matthews_corrcoef() for totals in resampled]
     return _percentiles(torch.tensor(correlations, dtype=torch.float64))
 
 
@@ -428,36 +427,27 @@ class _Totals(ConfusionMatrix):
         return self.totals
 
 
-def _resampled_totals(
-    counts: Tensor,
-    labels: Tensor,
-    predictions: Sequence[Tensor],
-    resamples: int,
-) -> list[Tensor]:
-    """`ConfusionMatrix._totals` of resamples, float64 (resamples, 3, classes), for each model.
+def _resample(
+    counts: Tensor, labels: Tensor, predictions: Tensor, resamples: int
+) -> list[ConfusionMatrix]:
+    """Multinomial draws of as many examples as `counts` has; the same in each call.
 
-    `counts`, `labels` and each model's `predictions` are int64 (cells,). A resample is a
-    multinomial draw of as many examples as `counts` has: the number in a cell, given those before
-    it, is binomial. All resamples are drawn cell by cell, so that memory does not grow with the
-    number of cells.
+    All are int64 (cells,). The number in a cell, given those before it, is binomial. Memory does
+    not grow with the number of cells.
     """
-    classes = int(torch.stack([labels, *predictions]).max()) + 1
-    totals = torch.zeros(len(predictions), 3, classes, resamples, dtype=torch.float64)
+    classes = int(torch.cat([labels, predictions]).max()) + 1
+    totals = torch.zeros(3, classes, resamples, dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
     examples_left = counts.sum().double()
     draws_left = examples_left.repeat(resamples)
-    for i, label in enumerate(labels.tolist()):
-        share = counts[i] / examples_left
-        drawn = torch.binomial(draws_left, share, generator=generator)
+    for count, label, prediction in zip(counts, labels, predictions):
+        drawn = torch.binomial(draws_left, count / examples_left, generator=generator)
         draws_left -= drawn
-        examples_left -= counts[i]
-        for model, predicted in enumerate(predictions):
-            prediction = int(predicted[i])
-            if prediction == label:
-                totals[model, 0, label] += drawn
-            totals[model, 1, label] += drawn
-            totals[model, 2, prediction] += drawn
-    return list(totals.permute(0, 3, 1, 2))
+        examples_left -= count
+        totals[0, label] += drawn * (label == prediction)
+        totals[1, label] += drawn
+        totals[2, prediction] += drawn
+    return [_Totals(resample) for resample in totals.permute(2, 0, 1)]
 
 
 def _percentiles(values: Tensor) -> Interval:
@@ -512,12 +502,13 @@ def paired_bootstrap_counts(
     if not all(column.shape == labels.shape and column.min() >= 0 for column in columns):
         raise ValueError("expected labels (n,) and two predictions (n,) with classes from 0")
     examples = torch.stack(columns).cpu()
-    (label, *models), counts = examples.unique(dim=1, return_counts=True)
-    resampled_a, resampled_b = _resampled_totals(counts, label, models, resamples)
-    differences = torch.empty(resamples, dtype=torch.float64)
-    for i in range(resamples):
-        differences[i] = statistic(_Totals(resampled_a[i])) - statistic(_Totals(resampled_b[i]))
-    return _percentiles(differences)
+    triples, counts = examples.unique(dim=1, return_counts=True)
+    figures = []
+    for model in (1, 2):
+        resampled = _resample(counts, triples[0], triples[model], resamples)
+        figures.append([statistic(totals) for totals in resampled])
+    a, b = torch.tensor(figures, dtype=torch.float64)
+    return _percentiles(a - b)
 
 
 class McNemar(NamedTuple):
@@ -579,3 +570,15 @@ def permutation_test(a: Sequence[float], b: Sequence[float]) -> float:
     rounding = 1e-12 * pooled.abs().max()
     extreme = distances >= distances[0] - rounding
     return float(extreme.double().mean())
+
+
+def holm(p_values: Sequence[float], comparisons: int) -> list[float]:
+    """Adjusted p-values: the chance of any false rejection among `comparisons` is at most alpha.
+
+    Tests of which only the p-values of some are given count as if the others' were 1. Holm, "A
+    simple sequentially rejective multiple test procedure", 1979.
+    """
+    ordered, order = torch.tensor(p_values, dtype=torch.float64).sort()
+    factors = comparisons - torch.arange(len(ordered))
+    adjusted = (ordered * factors).cummax(0).values.clamp(max=1)
+    return adjusted[order.argsort()].tolist()
