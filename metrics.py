@@ -419,30 +419,42 @@ def matthews_corrcoef_interval(confusion: ConfusionMatrix, resamples: int = 1000
     """
     counts = confusion.counts.cpu()
     labels, predictions = counts.nonzero(as_tuple=True)
-    correlations = torch.empty(resamples, dtype=torch.float64)
-    resampled = ConfusionMatrix(confusion.num_classes)
-    for i, drawn in enumerate(_resample(counts[labels, predictions], resamples)):
-        resampled.counts[labels, predictions] = drawn
-        correlations[i] = resampled.matthews_corrcoef()
-    return _percentiles(correlations)
+    resampled = _resample(counts[labels, predictions], labels, predictions, resamples)
+    correlations = [totals.matthews_corrcoef() for totals in resampled]
+    return _percentiles(torch.tensor(correlations, dtype=torch.float64))
 
 
-def _resample(counts: Tensor, resamples: int) -> Tensor:
-    """Multinomial draws of as many examples as `counts` (cells,) has: int64 (resamples, cells).
+class _Totals(ConfusionMatrix):
+    """A confusion matrix of which only the totals are known."""
 
-    The number in a cell, given those before it, is binomial.
+    def __init__(self, totals: Tensor):
+        self.totals = totals
+
+    def _totals(self) -> Tensor:
+        return self.totals
+
+
+def _resample(
+    counts: Tensor, labels: Tensor, predictions: Tensor, resamples: int
+) -> list[ConfusionMatrix]:
+    """Multinomial draws of as many examples as `counts` has; the same in each call.
+
+    All are int64 (cells,). The number in a cell, given those before it, is binomial. Memory does
+    not grow with the number of cells.
     """
+    classes = int(torch.cat([labels, predictions]).max()) + 1
+    totals = torch.zeros(3, classes, resamples, dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
-    counts = counts.double()
-    drawn = torch.empty(resamples, len(counts), dtype=torch.float64)
-    examples_left = counts.sum()
+    examples_left = counts.sum().double()
     draws_left = examples_left.repeat(resamples)
-    for i, count in enumerate(counts):
-        share = count / examples_left
-        drawn[:, i] = torch.binomial(draws_left, share, generator=generator)
-        draws_left -= drawn[:, i]
+    for count, label, prediction in zip(counts, labels, predictions):
+        drawn = torch.binomial(draws_left, count / examples_left, generator=generator)
+        draws_left -= drawn
         examples_left -= count
-    return drawn.long()
+        totals[0, label] += drawn * (label == prediction)
+        totals[1, label] += drawn
+        totals[2, prediction] += drawn
+    return [_Totals(resample) for resample in totals.permute(2, 0, 1)]
 
 
 def _percentiles(values: Tensor) -> Interval:
@@ -498,16 +510,12 @@ def paired_bootstrap_counts(
         raise ValueError("expected labels (n,) and two predictions (n,) with classes from 0")
     examples = torch.stack(columns).cpu()
     triples, counts = examples.unique(dim=1, return_counts=True)
-    label, prediction_a, prediction_b = triples
-    classes = max(2, int(triples.max()) + 1)
-    differences = torch.empty(resamples, dtype=torch.float64)
-    for i, drawn in enumerate(_resample(counts, resamples)):
-        a = ConfusionMatrix(classes)
-        b = ConfusionMatrix(classes)
-        a.counts.index_put_((label, prediction_a), drawn, accumulate=True)
-        b.counts.index_put_((label, prediction_b), drawn, accumulate=True)
-        differences[i] = statistic(a) - statistic(b)
-    return _percentiles(differences)
+    figures = []
+    for model in (1, 2):
+        resampled = _resample(counts, triples[0], triples[model], resamples)
+        figures.append([statistic(totals) for totals in resampled])
+    a, b = torch.tensor(figures, dtype=torch.float64)
+    return _percentiles(a - b)
 
 
 class McNemar(NamedTuple):
@@ -569,3 +577,15 @@ def permutation_test(a: Sequence[float], b: Sequence[float]) -> float:
     rounding = 1e-12 * pooled.abs().max()
     extreme = distances >= distances[0] - rounding
     return float(extreme.double().mean())
+
+
+def holm(p_values: Sequence[float], comparisons: int) -> list[float]:
+    """Adjusted p-values: the chance of any false rejection among `comparisons` is at most alpha.
+
+    Tests of which only the p-values of some are given count as if the others' were 1. Holm, "A
+    simple sequentially rejective multiple test procedure", 1979.
+    """
+    ordered, order = torch.tensor(p_values, dtype=torch.float64).sort()
+    factors = comparisons - torch.arange(len(ordered))
+    adjusted = (ordered * factors).cummax(0).values.clamp(max=1)
+    return adjusted[order.argsort()].tolist()

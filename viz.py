@@ -4,9 +4,11 @@ The first two sections, learning curves and drawing, serve any task. The others,
 metrics.py, are for classifiers: of anything, of digits and of sentences.
 """
 
+import contextlib
 import functools
 import html
 import math
+import subprocess
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import fmean
@@ -109,7 +111,7 @@ def _curves_panel(
             for pixel in pixels:
                 draw.circle(pixel, 7, fill=color)
         _draw_text(chart, legend_x, TOP - 14, name, 28, "ls", color)
-        legend_x += _font(28).getlength(name) + 36
+        legend_x += _font(28, name).getlength(name) + 36
     return chart
 
 
@@ -203,7 +205,64 @@ def _line_chart(
     )
 
 
-_font = functools.cache(ImageFont.load_default)  # by size; loading decodes the whole font
+# Fonts with many letters on Windows, macOS and Linux; Pillow looks for them in the usual folders.
+KNOWN_FONTS = [
+    "malgun",
+    "YuGothM",
+    "msyh",
+    "Nirmala",
+    "segoeui",
+    "Arial Unicode",
+    "NotoSansCJK-Regular",
+    "DejaVuSans",
+]
+
+
+@functools.cache
+def _open_font(file: str, size: float) -> ImageFont.FreeTypeFont:
+    """A font; Pillow's own one if `file` is ""."""
+    return ImageFont.truetype(file, size) if file else ImageFont.load_default(size)
+
+
+def _font_files(text: str) -> Iterator[str]:
+    """Fonts that may have the letters of a text: Pillow's own one, fontconfig's choice, others."""
+    yield ""
+    charset = " ".join(f"{ord(letter):x}" for letter in set(text))
+    command = ["fc-match", "--format=%{file}", f"sans:charset={charset}"]
+    with contextlib.suppress(OSError):
+        yield subprocess.run(command, capture_output=True, text=True).stdout
+    yield from KNOWN_FONTS
+
+
+@functools.cache
+def _find_font(text: str) -> str | None:
+    """The first of `_font_files` with all letters of a text; None if no font has them."""
+    for file in _font_files(text):
+        with contextlib.suppress(OSError):  # not there, or not in this size
+            font = _open_font(file, 20)
+            missing = bytes(font.getmask("\uffff"))  # no font has U+FFFF
+            masks = [bytes(font.getmask(letter)) for letter in text if not letter.isspace()]
+            if missing not in masks:
+                return file
+    return None
+
+
+def _font(size: float, text: str) -> ImageFont.FreeTypeFont:
+    """A font with the letters of the text, if there is one."""
+    return _open_font(_find_font(text) or "", size)
+
+
+@functools.cache  # prints once
+def _drawable(class_names: tuple[str, ...]) -> Sequence[str]:
+    """The names of the classes; if there is no font for one of them, the numbers of the classes."""
+    has_all = _find_font("".join(class_names)) is not None  # one search for a thousand names
+    if has_all or None not in map(_find_font, class_names):
+        return class_names
+    numbers = [str(label) for label in range(len(class_names))]
+    legend = [f"{number} = {name}" for number, name in zip(numbers, class_names)]
+    shown = ", ".join(legend[:MAX_CLASSES])
+    print(f"No font has the letters of the class names. PNG pictures show numbers: {shown}")
+    return numbers
 
 
 def _draw_text(
@@ -216,7 +275,7 @@ def _draw_text(
     color: str = INK,
 ) -> None:
     """Draw text of `size` pixels with its `anchor`, by default its middle, at (x, y)."""
-    ImageDraw.Draw(canvas).text((x, y), text, fill=color, font=_font(size), anchor=anchor)
+    ImageDraw.Draw(canvas).text((x, y), text, fill=color, font=_font(size, text), anchor=anchor)
 
 
 def _shade(share: float) -> tuple[int, ...]:
@@ -283,6 +342,7 @@ def confusion_matrix_picture(
     """
     shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
     shown = most_confused_classes(counts)
+    class_names = _drawable(tuple(class_names))
     names = [class_names[label][:40] for label in shown]
     title = f"{part}, {int(counts.sum()):,} examples"
     if len(shown) < len(class_names):
@@ -290,7 +350,7 @@ def confusion_matrix_picture(
 
     cell = 58 if len(shown) > 4 else 120
     side = cell * len(shown)
-    names_width = math.ceil(max(_font(15).getlength(name) for name in names))
+    names_width = math.ceil(max(_font(15, name).getlength(name) for name in names))
     names_fit = names_width <= cell - 6  # each one below its column
     left = names_width + 58
     top = 46
@@ -311,25 +371,22 @@ def confusion_matrix_picture(
     canvas.paste(row_names, (48, top))
     if not names_fit:
         canvas.paste(row_names.rotate(90, expand=True), (left, bottom + 8))
+    draw = ImageDraw.Draw(canvas)
     for row, label in enumerate(shown):
         for column, prediction in enumerate(shown):
+            x = left + cell * column
+            y = top + cell * row
             count = int(counts[label, prediction])
-            picture = _cell_picture(cell, count, float(shares[label, prediction]))
-            canvas.paste(picture, (left + cell * column, top + cell * row))
+            share = float(shares[label, prediction])
+            draw.rectangle((x, y, x + cell, y + cell), fill=_shade(share**0.5), outline=GRID)
+            color = PAPER if share > 0.3 else INK
+            if count:
+                percent = f"{100 * share:.1f} %"
+                _draw_text(canvas, x + cell / 2, y + cell * 0.72, percent, cell * 0.21, color=color)
+            else:
+                color = FAINT
+            _draw_text(canvas, x + cell / 2, y + cell * 0.4, f"{count:,}", cell * 0.27, color=color)
     return canvas
-
-
-def _cell_picture(size: int, count: int, share: float) -> Image.Image:
-    """A square with a border on all sides: a count and its share, which is also the shade."""
-    cell = Image.new("RGB", (size + 1, size + 1), GRID)
-    cell.paste(_shade(share**0.5), (1, 1, size, size))
-    color = PAPER if share > 0.3 else INK
-    if count == 0:
-        color = FAINT
-    _draw_text(cell, size / 2, size * 0.4, f"{count:,}", size * 0.27, "mm", color)
-    if count:
-        _draw_text(cell, size / 2, size * 0.72, f"{100 * share:.1f} %", size * 0.21, "mm", color)
-    return cell
 
 
 def calibration_picture(result: Evaluation, part: str) -> Image.Image:
@@ -435,7 +492,8 @@ def digit_mistakes_picture(
     wrong = most_confident_mistakes(result)
     shown = wrong[:40]
     captions = []
-    for _, label, prediction, probability in _named_mistakes(result, shown, class_names):
+    mistakes = _named_mistakes(result, shown, _drawable(tuple(class_names)))
+    for _, label, prediction, probability in mistakes:
         captions.append(f"{label[:14]} as {prediction[:14]}, {100 * probability:.0f} %")
     title = (
         f"{part}: {len(shown)} of {len(wrong):,} mistakes in {len(images):,} examples, "
@@ -444,7 +502,7 @@ def digit_mistakes_picture(
 
     gap = 12
     side = 84  # of an image
-    caption_widths = [_font(13).getlength(caption) for caption in captions]
+    caption_widths = [_font(13, caption).getlength(caption) for caption in captions]
     column_width = math.ceil(max([side, *caption_widths])) + gap
     row_height = side + 30
     columns = min(10, 1000 // column_width)

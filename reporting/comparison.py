@@ -1,9 +1,9 @@
-"""Is one run better than another? Compares runs on validation examples that both have predicted."""
+"""Is one run better than another? Compares runs on examples that both have predicted."""
 
 import html
 import math
 from collections import Counter, defaultdict
-from statistics import mean
+from statistics import NormalDist, mean
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from harness.files import list_names
 from metrics import (
     EVALUATION_METRICS,
     evaluation,
+    holm,
     mcnemar_exact,
     paired_bootstrap,
     paired_bootstrap_counts,
@@ -34,7 +35,7 @@ CAUTION = (
     "The best of several was chosen for its figure, which flatters it. This is about the trained "
     "models as they are: another seed may move each of them as far."
 )
-ALONE = "no other run has predicted the same validation examples and monitors the same metric"
+ALONE = "no other run has predicted the same examples and monitors the same metric"
 
 
 def compare_runs(runs: list[RunFiles], seed_groups: SeedGroups) -> str:
@@ -93,9 +94,12 @@ def difference(a: Predictions, b: Predictions) -> tuple[float, float, float]:
     def figure(rows: Tensor) -> float:
         log_probabilities = rows[:, :-1].clamp(min=1e-300).log()
         labels = rows[:, -1].long()
-        result = evaluation(log_probabilities, labels, positive=positive)
+        result = evaluation(log_probabilities, labels, [name], positive)
         return result.metrics.get(name, math.nan)
 
+    metric = EVALUATION_METRICS.get(name)
+    if metric is None:
+        return math.nan, math.nan, math.nan
     rows_a, rows_b = (torch.cat([run.probabilities, run.labels[:, None]], 1) for run in (a, b))
     gap = figure(rows_a) - figure(rows_b)
     reported = a.run.best[a.run.monitor] - b.run.best[b.run.monitor]
@@ -103,7 +107,6 @@ def difference(a: Predictions, b: Predictions) -> tuple[float, float, float]:
         return math.nan, math.nan, math.nan
     if name == "loss":
         return gap, *paired_bootstrap(a.losses, b.losses)
-    metric = EVALUATION_METRICS[name]
     if metric.of_counts:
         predictions = (a.predictions, b.predictions)
         return gap, *paired_bootstrap_counts(predictions, a.labels, metric.compute)
@@ -131,16 +134,27 @@ def compare_with_best(best: Predictions, others: list[Predictions]) -> str:
     if has_classes:
         header += ["only the best is right", "only this is right", "McNemar's p"]
         method += " p is by McNemar's exact test of which examples are right."
+    pairs = math.comb(len(others) + 1, 2)
+    if pairs > 1:
+        method += (
+            f" Both have Bonferroni's correction for all {pairs} pairs of these runs, "
+            "because the best was chosen."
+        )
+    # The interval at 1 - 0.05 / pairs, if the difference has a normal distribution.
+    widening = NormalDist().inv_cdf(1 - 0.025 / pairs) / NormalDist().inv_cdf(0.975)
     rows = []
     for other in others:
         gap, low, high = difference(best, other)
+        low = gap - widening * (gap - low)
+        high = gap + widening * (high - gap)
         row = [other.run.label, gap, low, high, verdict(metric, sign, low, high)]
         if has_classes:
-            row += mcnemar_exact(best.correct, other.correct)
+            only_best, only_this, p = mcnemar_exact(best.correct, other.correct)
+            row += [only_best, only_this, min(1.0, pairs * p)]
         rows.append(row)
     introduction = (
         f"The best by {monitor}, {best.run.label}, beside each other run on the same "
-        f"{len(best.labels):,} validation examples:"
+        f"{len(best.labels):,} examples:"
     )
     explanation = paragraph(f"{method} {CAUTION}", "soft")
     return f"{paragraph(introduction)}{table(header, rows)}{explanation}"
@@ -158,9 +172,10 @@ def compare_seeds(seed_groups: SeedGroups) -> str:
     content = ""
     for (metric, sign, _), ranked in comparable.items():
         ranked.sort(key=lambda group: sign * mean(group[1]))
-        (best, values), *others = ranked
-        for name, other_values in others[:MOST_GROUPS]:
-            p = permutation_test(values, other_values)
+        (best, values), *others = ranked[: MOST_GROUPS + 1]
+        pairs = math.comb(len(ranked), 2)  # all of them, because the best was chosen
+        p_values = [permutation_test(values, other_values) for _, other_values in others]
+        for (name, other_values), p in zip(others, holm(p_values, pairs)):
             if p <= 0.05:
                 found = f"{best} is better in {metric} than {name}"
             else:
@@ -168,7 +183,8 @@ def compare_seeds(seed_groups: SeedGroups) -> str:
             content += paragraph(
                 f"Over seeds, {found}: {format_mean(values)} (n = {len(values)}) and "
                 f"{format_mean(other_values)} (n = {len(other_values)}), permutation test of the "
-                f"means, p = {p:.2g}. With three seeds each, p can't be below 0.1."
+                f"means, Holm's correction for all pairs of groups ({pairs}), p = {p:.2g}. With "
+                "three seeds each, p can't be below 0.1 before correction."
             )
     return content
 

@@ -74,8 +74,9 @@ def show_runs(runs: list[RunFiles], seed_groups: SeedGroups) -> str:
     remark = (
         "The best by the monitored metric is first. Settings that are the same in all runs, or "
         "concern only logging, are left out. Figures are those of the best epoch; of a run that "
-        "has not finished, the best so far. The validation data chose the epoch: figures under "
-        "valid/, and their intervals (_low to _high), are too optimistic. A click on a head sorts."
+        "has not finished, the best so far; without validation data, of the last epoch. Validation "
+        "data chose the epoch: figures under valid/, and their intervals (_low to _high), are too "
+        "optimistic. A click on a head sorts."
     )
     content = f"<h2>Runs</h2>{paragraph(remark, 'soft')}{table(header, rows)}"
     if seed_groups:
@@ -142,7 +143,9 @@ def show_predictions(predictions: Predictions) -> str:
         charts = chart(confusion(predictions)) + chart(against_diagonal("Calibration", axes))
         heading = f"Worst of {len(wrong):,} mistakes in {len(labels):,} examples"
     examples = show_examples(predictions, wrong)
-    return f'<h2>Predictions</h2><div class="pair">{charts}</div><h3>{heading}</h3>{examples}'
+    validated = any(name.startswith("valid/") for name in predictions.run.best)
+    title = f"Predictions of the {'validation' if validated else 'test'} data"
+    return f'<h2>{title}</h2><div class="pair">{charts}</div><h3>{heading}</h3>{examples}'
 
 
 def every_figure(runs: list[RunFiles]) -> str:

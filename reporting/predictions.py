@@ -1,7 +1,8 @@
-"""Reads the validation examples that a run predicted, and shows them as a table."""
+"""Reads the examples that a run predicted, and shows them as a table."""
 
 import csv
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -59,29 +60,40 @@ def read_predictions(run: RunFiles) -> Predictions:
     path = run.path / "predictions.csv"
     if not path.is_file():
         raise UserError("no predictions.csv")
-    numbers = {}
-    texts = {}
+    probabilities = []
+    others = []
     try:
         with path.open(newline="", encoding="utf-8", errors="replace") as file:
-            header, *rows = csv.reader(file)
-        for name, column in zip(header, zip(*rows, strict=True)):
-            try:
-                numbers[name] = torch.from_numpy(np.array(column, float))
-            except ValueError:
-                texts[name] = column
-        return arrange(run, numbers, texts)
-    except (OSError, ValueError, csv.Error):
+            table = csv.reader(file)
+            header = next(table)
+            is_probability = [name.startswith("probability_") for name in header]
+            is_other = [not probability for probability in is_probability]
+            for row in table:
+                # Row by row: of a thousand classes, all cells as text would take gigabytes.
+                probabilities.append(np.array(list(compress(row, is_probability)), float))
+                others.append(list(compress(row, is_other)))
+        columns = dict(zip(compress(header, is_other), zip(*others, strict=True)))
+        return arrange(run, torch.from_numpy(np.array(probabilities)), columns)
+    except (OSError, StopIteration, ValueError, csv.Error):
         raise UserError("predictions.csv can't be read") from None
 
 
-def arrange(run: RunFiles, numbers: dict[str, Tensor], texts: dict[str, Any]) -> Predictions:
-    """The predictions in columns. Raises `UserError` if some are missing, `ValueError` if wrong."""
-    classes = [name for name in numbers if name.startswith("probability_")]
-    if classes and {"label", "prediction"} <= numbers.keys():
+def arrange(run: RunFiles, probabilities: Tensor, columns: dict[str, Any]) -> Predictions:
+    """The predictions from the `probabilities`, float64 (examples, classes), and other columns.
+
+    Raises `UserError` if some are missing, `ValueError` if they are wrong.
+    """
+    numbers = {}
+    texts = {}
+    for name, column in columns.items():
+        try:
+            numbers[name] = torch.from_numpy(np.array(column, float))
+        except ValueError:
+            texts[name] = column
+    if probabilities.numel() and {"label", "prediction"} <= numbers.keys():
         labels = numbers["label"].long()
         predictions = numbers["prediction"].long()
-        probabilities = torch.stack([numbers[name] for name in classes], 1)
-        ConfusionMatrix(len(classes)).update(predictions, labels)  # checks the range
+        ConfusionMatrix(probabilities.shape[1]).update(predictions, labels)  # checks the range
         calibration(probabilities, labels)  # checks the probabilities
         log_probabilities = probabilities.clamp(min=1e-300).log()
         losses = F.nll_loss(log_probabilities, labels, reduction="none")
