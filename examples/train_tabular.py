@@ -145,10 +145,9 @@ def make_model(settings: Settings, data: Table, device: torch.device) -> nn.Sequ
     return nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), last).to(device)
 
 
-def make_optimizer(model: nn.Module, settings: Settings, batches: int) -> tuple[Adam, OneCycleLR]:
-    optimizer = Adam(model.parameters(), settings.learning_rate)
-    batches = max(batches, 2)  # OneCycleLR gives the last one almost no learning rate
-    return optimizer, OneCycleLR(optimizer, settings.learning_rate, batches, cycle_momentum=False)
+def make_optimizer(model: nn.Module, rate: float, batches: int) -> tuple[Adam, OneCycleLR]:
+    optimizer = Adam(model.parameters(), rate)
+    return optimizer, OneCycleLR(optimizer, rate, max(batches, 2), cycle_momentum=False)
 
 
 def total_loss(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -211,7 +210,7 @@ def train(session: Session, progress: Progress, model: nn.Module, data: Table) -
     settings = session.settings
     run = session.run
     train_set = data.train
-    optimizer, schedule = make_optimizer(model, settings, progress.total_batches)
+    optimizer, schedule = make_optimizer(model, settings.learning_rate, progress.total_batches)
     best = Best(settings.monitor, METRICS)
     meter = Meter()
     # Also saved: position, meter, random state. At an epoch's end that is before validation.

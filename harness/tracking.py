@@ -304,10 +304,6 @@ class Run:
         if self.online:
             self.call(self.wandb.alert, title, text, level=wandb.AlertLevel.WARN)
 
-    def use_artifact(self, artifact: Any, **options: Any) -> wandb.Artifact | None:
-        """`wandb.Run.use_artifact`; None if W&B fails."""
-        return self.call(self.wandb.use_artifact, artifact, **options)
-
     def log_artifact(self, artifact: wandb.Artifact, **options: Any) -> None:
         """`wandb.Run.log_artifact`, online in the background: W&B waits for the server."""
         if self._worker:
