@@ -541,18 +541,31 @@ MAX_SOURCES = 200  # rows of a table
 
 
 def sentence_mistakes_table(
-    result: Evaluation, texts: dict[str, list[str]], class_names: list[str], step: int
+    result: Evaluation,
+    texts: dict[str, list[str]],
+    class_names: list[str],
+    step: int,
 ) -> wandb.Table:
     """The `MAX_MISTAKES` most confident wrong predictions; "mistakes" is the number of all.
 
     `texts`: the first columns, such as "sentence" and "source".
     """
     wrong = most_confident_mistakes(result)
-    columns = ["label", "prediction", "probability", "loss", "step", "mistakes"]
-    table = wandb.Table(columns=[*texts, *columns])
+    table = wandb.Table(
+        columns=[
+            *texts,
+            "label",
+            "prediction",
+            "probability",
+            "loss",
+            "step",
+            "mistakes",
+        ]
+    )
     for i, *mistake in _named_mistakes(result, wrong[:MAX_MISTAKES], class_names):
         shown = [column[i] for column in texts.values()]
-        table.add_data(*shown, *mistake, float(result.losses[i]), step, len(wrong))
+        loss = float(result.losses[i])
+        table.add_data(*shown, *mistake, loss, step, len(wrong))
     return table
 
 

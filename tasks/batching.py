@@ -43,14 +43,14 @@ def tokenise(
     for start in range(0, len(sentences), 1000):  # in chunks: lists take far more memory
         chunk = sentences[start : start + 1000]
         encoded = tokenizer(chunk, truncation=True, max_length=max_length)
-        for ids in encoded["input_ids"]:
+        rows = encoded["input_ids"]
+        for ids in rows:
             tokens.extend(ids)
             lengths.append(len(ids))
         if isinstance(chunk[0], tuple):
             for ids in encoded.get("token_type_ids", []):  # RoBERTa has none
                 types.extend(ids)
-        chunk_lengths = lengths[start:]
-        at_limit = [text for text, length in zip(chunk, chunk_lengths) if length == max_length]
+        at_limit = [text for text, ids in zip(chunk, rows) if len(ids) == max_length]
         if at_limit:
             untruncated = tokenizer(at_limit)["input_ids"]
             cut += sum(len(ids) > max_length for ids in untruncated)

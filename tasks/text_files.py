@@ -129,7 +129,8 @@ def _decode(content: bytes, path: Path, encoding: str | None) -> str:
 
 def _split_columns(text: str, path: Path) -> list[Row]:
     """The rows, by the separator and the use of quotes that get furthest without a problem."""
-    lines = io.StringIO(text, newline=None)
+    content = io.BytesIO(text.encode("utf-8", "replace"))  # takes less memory than StringIO
+    lines = io.TextIOWrapper(content, encoding="utf-8")
     readings = [_parse(lines, "\t", csv.QUOTE_MINIMAL)]
     if '"' in text:  # CoLA has sentences that begin with a quote
         readings.append(_parse(lines, "\t", csv.QUOTE_NONE))
@@ -140,7 +141,7 @@ def _split_columns(text: str, path: Path) -> list[Row]:
     return rows
 
 
-def _parse(lines: io.StringIO, separator: str, quoting: int) -> tuple[list[Row], str]:
+def _parse(lines: io.TextIOWrapper, separator: str, quoting: int) -> tuple[list[Row], str]:
     """The rows before the first problem, and that problem or ""."""
     rows = []
     width = 0
@@ -196,7 +197,8 @@ def _as_rows(records: list[tuple[int, dict[str, Any]]]) -> list[Row]:
         for name in header:
             value = record.get(name)
             exists = isinstance(value, (str, int, float)) and value == value
-            columns.append(str(value) if exists else "")
+            # JSON can hold halves of characters, which are no text.
+            columns.append(str(value).encode("utf-8", "replace").decode() if exists else "")
         rows.append((number, columns))
     return rows
 
