@@ -183,8 +183,8 @@ def compare_seeds(seed_groups: SeedGroups) -> str:
             content += paragraph(
                 f"Over seeds, {found}: {format_mean(values)} (n = {len(values)}) and "
                 f"{format_mean(other_values)} (n = {len(other_values)}), permutation test of the "
-                f"means, p = {p:.2g} with Holm's correction for all pairs of groups ({pairs}). With "
-                "three seeds each, p can't be below 0.1."
+                f"means, p = {p:.2g} with Holm's correction for all pairs of groups ({pairs}). "
+                "With three seeds each, p can't be below 0.1."
             )
     return content
 
