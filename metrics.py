@@ -585,7 +585,9 @@ def holm(p_values: Sequence[float], comparisons: int) -> list[float]:
     Tests of which only the p-values of some are given count as if the others' were 1. Holm, "A
     simple sequentially rejective multiple test procedure", 1979.
     """
-    ordered, order = torch.tensor(p_values, dtype=torch.float64).sort()
-    factors = comparisons - torch.arange(len(ordered))
-    adjusted = (ordered * factors).cummax(0).values.clamp(max=1)
-    return adjusted[order.argsort()].tolist()
+    adjusted = {}
+    largest = 0.0
+    for rank, p in enumerate(sorted(p_values)):
+        largest = max(largest, (comparisons - rank) * p)
+        adjusted[p] = min(1.0, largest)
+    return [adjusted[p] for p in p_values]

@@ -11,8 +11,8 @@ import math
 import subprocess
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from statistics import fmean
 
+import numpy as np
 import torch
 import wandb
 from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
@@ -122,12 +122,8 @@ def _points(rows: History, key: str) -> list[Point]:
 
 def _averaged(points: list[Point]) -> list[Point]:
     """Averages of neighboring points, at most 150."""
-    size = max(1, math.ceil(len(points) / 150))
-    averages = []
-    for start in range(0, len(points), size):
-        xs, ys = zip(*points[start : start + size])
-        averages.append((fmean(xs), fmean(ys)))
-    return averages
+    parts = np.array_split(points, min(len(points), 150)) if points else []
+    return [tuple(part.mean(0).tolist()) for part in parts]
 
 
 # --------------------------------------------------------------------- drawing, any task
@@ -258,11 +254,9 @@ def _drawable(class_names: tuple[str, ...]) -> Sequence[str]:
     has_all = _find_font("".join(class_names)) is not None  # one search for a thousand names
     if has_all or None not in map(_find_font, class_names):
         return class_names
-    numbers = [str(label) for label in range(len(class_names))]
-    legend = [f"{number} = {name}" for number, name in zip(numbers, class_names)]
-    shown = ", ".join(legend[:MAX_CLASSES])
-    print(f"No font has the letters of the class names. PNG pictures show numbers: {shown}")
-    return numbers
+    legend = dict(enumerate(class_names[:MAX_CLASSES]))
+    print(f"No font has the letters of the class names. PNG pictures show numbers: {legend}")
+    return [str(label) for label in range(len(class_names))]
 
 
 def _draw_text(
@@ -583,8 +577,11 @@ def per_source_table(result: Evaluation, sources: list[str]) -> wandb.Table:
 
     rows = []
     for source, chosen in indices.items():
-        confusion = ConfusionMatrix(result.confusion.num_classes)
-        confusion.update(result.predictions[chosen], result.labels[chosen])
+        # Only the classes that occur here, numbered anew: all of them would be slow if many.
+        both = torch.stack([result.predictions[chosen], result.labels[chosen]])
+        classes, numbers = both.unique(return_inverse=True)
+        confusion = ConfusionMatrix(max(2, len(classes)))
+        confusion.update(*numbers)
         rows.append([source, len(chosen), confusion.accuracy(), confusion.matthews_corrcoef()])
     rows.sort(key=lambda row: row[2])
     return wandb.Table(columns=["source", "sentences", "acc", "mcc"], data=rows)

@@ -35,6 +35,7 @@ CAUTION = (
     "The best of several was chosen for its figure, which flatters it. This is about the trained "
     "models as they are: another seed may move each of them as far."
 )
+UNKNOWN = (math.nan, math.nan, math.nan)
 ALONE = "no other run has predicted the same examples and monitors the same metric"
 
 
@@ -91,20 +92,21 @@ def difference(a: Predictions, b: Predictions) -> tuple[float, float, float]:
     name = base_name(a.run.monitor)
     positive = int(a.run.metrics.get("positive_label") != a.class_names[0])  # of two classes
 
+    metric = EVALUATION_METRICS.get(name)
+    if metric is None:
+        return UNKNOWN
+
     def figure(rows: Tensor) -> float:
         log_probabilities = rows[:, :-1].clamp(min=1e-300).log()
         labels = rows[:, -1].long()
         result = evaluation(log_probabilities, labels, [name], positive)
         return result.metrics.get(name, math.nan)
 
-    metric = EVALUATION_METRICS.get(name)
-    if metric is None:
-        return math.nan, math.nan, math.nan
     rows_a, rows_b = (torch.cat([run.probabilities, run.labels[:, None]], 1) for run in (a, b))
     gap = figure(rows_a) - figure(rows_b)
     reported = a.run.best[a.run.monitor] - b.run.best[b.run.monitor]
     if not math.isclose(gap, reported, rel_tol=0.01, abs_tol=1e-4):
-        return math.nan, math.nan, math.nan
+        return UNKNOWN
     if name == "loss":
         return gap, *paired_bootstrap(a.losses, b.losses)
     if metric.of_counts:
@@ -183,8 +185,8 @@ def compare_seeds(seed_groups: SeedGroups) -> str:
             content += paragraph(
                 f"Over seeds, {found}: {format_mean(values)} (n = {len(values)}) and "
                 f"{format_mean(other_values)} (n = {len(other_values)}), permutation test of the "
-                f"means, Holm's correction for all pairs of groups ({pairs}), p = {p:.2g}. With "
-                "three seeds each, p can't be below 0.1 before correction."
+                f"means, p = {p:.2g} with Holm's correction for all pairs of groups ({pairs}). "
+                "With three seeds each, p can't be below 0.1."
             )
     return content
 

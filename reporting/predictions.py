@@ -70,7 +70,7 @@ def read_predictions(run: RunFiles) -> Predictions:
             is_other = [not probability for probability in is_probability]
             for row in table:
                 # Row by row: of a thousand classes, all cells as text would take gigabytes.
-                probabilities.append(np.array(list(compress(row, is_probability)), float))
+                probabilities.append(np.fromiter(compress(row, is_probability), float))
                 others.append(list(compress(row, is_other)))
         columns = dict(zip(compress(header, is_other), zip(*others, strict=True)))
         return arrange(run, torch.from_numpy(np.array(probabilities)), columns)

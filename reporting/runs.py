@@ -135,11 +135,7 @@ def sort_runs(runs: list[RunFiles]) -> list[RunFiles]:
     for run in runs:
         if labels.count(run.label) > 1:
             run.label = format_value(str(run.path))
-
-    def rank(run: RunFiles) -> tuple[bool, str, float]:
-        return run.score is None, run.monitor, run.score or 0.0
-
-    return sorted(runs, key=rank)
+    return sorted(runs, key=lambda run: (run.score is None, run.monitor, run.score or 0.0))
 
 
 def holds_run(directory: Path) -> bool:

@@ -10,6 +10,7 @@ import os
 import random
 import shutil
 import statistics
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -234,6 +235,67 @@ def test_statistics_reject_bad_arguments():
         metrics.permutation_test([], [1.0])
 
 
+def test_interval_of_a_thousand_classes():
+    """10,000 kinds of example: a matrix of a million cells was made for each resample."""
+    labels = torch.arange(1000).repeat(10)
+    right_a, right_b = torch.rand(2, 10_000, generator=torch.Generator().manual_seed(0)) < 0.7
+    a = torch.where(right_a, labels, (labels + torch.arange(10_000) // 1000 + 1) % 1000)
+    b = torch.where(right_b, labels, (labels + 500) % 1000)
+    low, high = metrics.paired_bootstrap_counts((a, b), labels, metrics.ConfusionMatrix.accuracy)
+    difference = right_a.double() - right_b.double()
+    error = float(difference.std()) / 100
+    assert (high - low) / 2 == pytest.approx(1.96 * error, rel=0.1)
+    assert (high + low) / 2 == pytest.approx(float(difference.mean()), abs=0.1 * error)
+
+
+def test_holm():
+    assert metrics.holm([0.01, 0.04, 0.03], 3) == pytest.approx([0.03, 0.06, 0.06])
+    assert metrics.holm([0.5, 0.002], 15) == pytest.approx([1, 0.03])  # the others' count as 1
+    assert metrics.holm([], 0) == []
+
+
+def seed_groups(means: list[float], rng: random.Random) -> runs.SeedGroups:
+    """Groups of six runs whose accuracy has a standard deviation of 1 about a mean."""
+    named = {}
+    config = {"monitor": "valid/acc", "metrics": {"acc": "max"}}
+    for number, mean in enumerate(means):
+        figures = [{"valid/acc": rng.gauss(mean, 1)} for _ in range(6)]
+        named[f"rate {number}"] = [
+            runs.RunFiles(Path("x"), "x", config, [], figure, []) for figure in figures
+        ]
+    return named
+
+
+@pytest.mark.quick
+def test_of_six_equal_groups_few_reports_name_a_winner():
+    """34% did: the best of six was compared with each other one as if it had not been chosen."""
+    rng = random.Random(0)
+    reports = [comparison.compare_seeds(seed_groups([0.0] * 6, rng)) for _ in range(200)]
+    assert all(report.count("Over seeds, ") == 5 for report in reports)
+    assert sum("is better in" in report for report in reports) <= 0.05 * 200
+    assert "all pairs of groups (15)" in reports[0]
+    clear = comparison.compare_seeds(seed_groups([0, 9, 0, 0, 0, 0], rng))
+    assert clear.count("rate 1 is better in valid/acc than") == 5
+
+
+def test_the_table_of_runs_is_corrected_for_the_choice_of_the_best(tmp_path):
+    paths = []
+    for seed in (2, 3, 6):
+        path = make_run(tmp_path / str(seed), seed=seed, monitor="valid/acc", examples=200)
+        paths.append(path)
+    best, *others = map(comparison.read_predictions, runs.sort_runs(runs.find_runs(paths)))
+    page = comparison.compare_with_best(best, others)
+    assert "correction for all 3 pairs" in page
+    gap, low, high = comparison.difference(best, others[1])
+    widening = scipy.stats.norm.isf(0.025 / 3) / scipy.stats.norm.isf(0.025)
+    p = metrics.mcnemar_exact(best.correct, others[1].correct).p_value
+    assert p < 1 / 3
+    for value in (gap - widening * (gap - low), gap + widening * (high - gap), 3 * p):
+        assert runs.format_value(value) in page
+    alone = comparison.compare_with_best(best, others[:1])
+    assert "correction" not in alone
+
+
 # --------------------------------------------------------------------------------------- in the terminal
 
 
@@ -445,9 +507,7 @@ def test_only_the_same_examples_are_compared(tmp_path):
     assert page.count(">Same ") > 5
     c = make_run(tmp_path / "c", seed=2, sentence="Other")
     page = page_of(a, c, output=tmp_path / "report.html")
-    assert (
-        "right, " not in page and "no other run has predicted the same validation examples" in page
-    )
+    assert "right, " not in page and "no other run has predicted the same examples" in page
 
 
 @pytest.mark.parametrize(
@@ -465,6 +525,37 @@ def test_the_difference_is_that_of_the_figures(monitor, tmp_path):
     ]
     assert gap == pytest.approx(expected[0] - expected[1], abs=1e-6)
     assert low <= gap <= high and low < high
+
+
+def test_without_validation_the_predictions_are_of_the_test_data(tmp_path):
+    """As train_mnist.py --valid_size 0 leaves them; the report called them validation examples."""
+    a, b = (make_run(tmp_path / str(seed), seed=seed) for seed in (1, 2))
+    assert "Predictions of the validation data" in page_of(a, output=tmp_path / "report.html")
+    for path in (a, b):
+        metrics_file = path / "metrics.json"
+        metrics_file.write_text(metrics_file.read_text().replace("valid/", "test/"))
+    assert "Predictions of the test data" in page_of(a, output=tmp_path / "report.html")
+    page = page_of(a, b, output=tmp_path / "report.html")
+    assert "validation examples" not in page and "not ranked by valid/loss" in page
+
+
+def test_predictions_of_a_thousand_classes_are_read_row_by_row(tmp_path):
+    """All cells as text took ten times the memory."""
+    path = make_run(tmp_path / "a")
+    rows = np.full((300, 1000), 0.25 / 999)
+    rows[:, 7] += 0.75 - 0.25 / 999
+    with (path / "predictions.csv").open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["label", *(f"probability_{i}" for i in range(1000)), "prediction", "text"])
+        table.writerows([5, *row, 7, "7"] for row in rows.tolist())
+    (run,) = runs.find_runs([path])
+    tracemalloc.start()
+    predictions = comparison.read_predictions(run)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert predictions.probabilities.shape == (300, 1000)
+    assert float(predictions.losses[0]) == pytest.approx(-math.log(0.25 / 999))
+    assert peak < 4 * rows.nbytes
 
 
 def test_class_names(tmp_path):

@@ -1,11 +1,14 @@
 """viz.py: contents and layout of the pictures."""
 
 import itertools
+import struct
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import ImageColor
+from PIL import Image, ImageColor, ImageFont
 
 import metrics
 import viz
@@ -139,6 +142,93 @@ def test_small_sources_share_a_row():
         and rows["large"] == [3, pytest.approx(2 / 3)]
         and rows["101 other sources"] == [101, 1.0]
     )
+
+
+# ------------------------------------------------------------------------------- letters of any language
+
+KOREAN = ["긍정", "부정"]
+
+
+def write_korean_font(path: Path) -> None:
+    """Pillow's own font, with a circumflex for each Korean syllable and letters that are one letter."""
+    groups = [(0x20, 0x7E, 40), (0xAC00, 0xD7A3, 66)]
+    table = struct.pack(">HHIIII", 13, 0, 16 + 12 * len(groups), 0, len(groups), *groups[0][:1])
+    table = table[:16] + b"".join(struct.pack(">III", *group) for group in groups)
+    table = struct.pack(">HHHHI", 0, 1, 3, 10, 12) + table
+    font = bytearray(ImageFont.load_default(20).font_bytes)
+    entry = font.index(b"cmap")
+    font[entry + 8 : entry + 16] = struct.pack(">II", len(font), len(table))
+    path.write_bytes(font + table)
+
+
+@pytest.fixture
+def no_fonts(tmp_path, monkeypatch):
+    """A machine without fonts and fontconfig, apart from what a test adds in bin/ and fonts/."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "fonts").mkdir()
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_DATA_DIRS", str(tmp_path / "bin"))
+    caches = (viz._find_font, viz._open_font, viz._drawable)
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
+
+
+@pytest.fixture
+def files(monkeypatch) -> dict[str, Any]:
+    """The file of the font that each text is drawn with."""
+    fonts, draw = {}, viz.ImageDraw.ImageDraw.text
+
+    def text(self, place, words, **more):
+        fonts[words] = more["font"].path
+        draw(self, place, words, **more)
+
+    monkeypatch.setattr(viz.ImageDraw.ImageDraw, "text", text)
+    return fonts
+
+
+def korean_pictures() -> list[Image.Image]:
+    """The pictures that take a user's text."""
+    logits = torch.tensor([[0.0, 5.0], [5.0, 0.0], [0.0, 5.0]])
+    result = metrics.evaluation(logits, torch.tensor([0, 0, 1]))
+    images = torch.zeros(3, 1, 28, 28, dtype=torch.uint8)
+    return [
+        viz.confusion_matrix_picture(result.confusion.counts, KOREAN, "valid"),
+        viz.digit_mistakes_picture(images, result, KOREAN, "valid"),
+        viz.curves_picture(history(2), {"손실": ("train/loss_step", "valid/loss")}, 1),
+    ]
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("found_by", ["fontconfig", "folder"])
+def test_names_are_drawn_with_a_font_that_has_their_letters(
+    found_by, no_fonts, files, tmp_path, capsys
+):
+    """They were boxes: Pillow's own font has Latin letters only."""
+    file = tmp_path / ("any.ttf" if found_by == "fontconfig" else "fonts/malgun.ttf")
+    write_korean_font(file)
+    if found_by == "fontconfig":
+        (tmp_path / "bin/fc-match").write_text(f"#!/bin/sh\necho -n '{file}'\n")
+        (tmp_path / "bin/fc-match").chmod(0o755)
+    korean_pictures()
+    for text in (*KOREAN, "긍정 as 부정, 99 %", "손실"):
+        assert Path(files[text]).resolve() == file
+    assert not isinstance(files["prediction"], str | Path)  # the look of Latin text does not change
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.quick
+def test_without_a_font_names_are_numbers_that_are_printed_once(no_fonts, files, capsys):
+    """They were boxes, and nothing said so."""
+    korean_pictures()
+    korean_pictures()
+    assert "0 as 1, 99 %" in files and {"0", "1"} <= files.keys()
+    assert not any(name in text for name in KOREAN for text in files)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.endswith("PNG pictures show numbers: {0: '긍정', 1: '부정'}")
 
 
 # ------------------------------------------------------------------------------------- learning curves
