@@ -49,7 +49,7 @@ def check_options(settings_class: type[SharedSettings]) -> None:
 def _open_streams() -> None:
     """Let standard output and error take any character, and discard it if they are closed."""
     for name in ("stdout", "stderr"):
-        stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115
+        stream = getattr(sys, name) or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
         setattr(sys, name, stream)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import io
 import json
 import os
 import platform
@@ -50,6 +51,7 @@ class Session:
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
     device: torch.device | None = None
     checkpoint: Mapping[str, Any] | None = None  # to resume from; None for a new run
+    token: str | None = None  # tells the run from others with its id; None for old runs
     started: float = 0.0  # by `time.perf_counter`, moved back by the time of earlier processes
     run: tracking.Run | None = None  # from `start` on
     metrics: dict[str, Any] = dataclasses.field(default_factory=dict)  # of metrics.json
@@ -77,10 +79,13 @@ class Session:
         journal = self.output_dir / JOURNAL
         state = self.checkpoint and self.checkpoint["history"]
         rows = tracking.rewind(journal, state) if state else []
-        self.run = tracking.start(init, self.settings, self.stop_requests, journal, bool(state))
+        self.run = tracking.start(
+            init, self.settings, self.stop_requests, journal, self.token, resuming=bool(state)
+        )
         command = resume_command(self.settings.output_dir, self.settings.resume)
         self.exits.enter_context(tracking.finishing(self.run, command))
         self.config["id"] = self.run.wandb.id  # W&B's agent may have chosen it
+        self.config[wandb_service.TOKEN] = self.token
         self.config = json.loads(json.dumps(self.config))  # plain values, also of NumPy's
         write_json(self.output_dir / CONFIG, self.config | {"versions": _versions()})
         _log_config(self.run, self.config)
@@ -158,16 +163,17 @@ def _open_on_rank_0(
 ) -> Iterator[Session]:
     started = time.perf_counter()
     _check_leader(requested)
-    identity = _identify(requested, task)
+    identity, token = _identify(requested, task)
     output_dir = Path(identity["output_dir"])
-    begun = dataclasses.asdict(requested) | identity
+    begun = dataclasses.asdict(requested) | identity | {wandb_service.TOKEN: token}
     with output_directory(output_dir, requested.resume, begun):
         checkpoint = read_checkpoint(output_dir)
         if checkpoint:
             started -= checkpoint["seconds"]
+            token = checkpoint["history"].get("token")
             identity |= _settings_of(checkpoint["settings"], requested, output_dir)
         settings = dataclasses.replace(requested, **identity)
-        metrics = _finished_before(output_dir, settings, checkpoint)
+        metrics = _finished_before(output_dir, settings, checkpoint, token)
         if metrics is not None:
             distributed.broadcast(None)
             yield Session(settings, directions, requests, metrics=metrics, finished=True)
@@ -177,7 +183,9 @@ def _open_on_rank_0(
         found = {"device": device.type, "precision": precision, "metrics": dict(directions)}
         config = dataclasses.asdict(settings) | found
         distributed.broadcast((settings, config, checkpoint))
-        session = Session(settings, directions, requests, config, device, checkpoint, started)
+        session = Session(
+            settings, directions, requests, config, device, checkpoint, token, started
+        )
         with session.exits:
             yield session
             if session.run is None:
@@ -193,11 +201,7 @@ def _open_on_other_rank(
     requested: SharedSettings, directions: Mapping[str, str], requests: StopRequests
 ) -> Iterator[Session]:
     """With the settings and the checkpoint of rank 0; nothing is printed, logged or written."""
-    with (
-        open(os.devnull, "w") as nowhere,
-        contextlib.redirect_stdout(nowhere),
-        distributed.deferring_to_rank_0(),
-    ):
+    with contextlib.redirect_stdout(io.StringIO()), distributed.deferring_to_rank_0():
         _check_leader(requested)
         received = distributed.broadcast()
         if not received:
@@ -222,8 +226,8 @@ def _check_leader(requested: SharedSettings) -> None:
         raise UserError(f"{checkpoint} {problem}: {advice}")
 
 
-def _identify(requested: SharedSettings, task: str) -> dict[str, Any]:
-    """Project, entity, run id, output directory and W&B mode. Raises `UserError`."""
+def _identify(requested: SharedSettings, task: str) -> tuple[dict[str, Any], str]:
+    """Project, entity, run id, output directory and W&B mode; the token. Raises `UserError`."""
     if requested.resume and not requested.output_dir:
         raise UserError("--resume needs --output_dir")
     before = {}
@@ -251,7 +255,7 @@ def _identify(requested: SharedSettings, task: str) -> dict[str, Any]:
     identity["wandb"] = wandb_service.find_mode(requested.wandb)
     if "WANDB_SWEEP_ID" in os.environ:  # W&B's agent has set them and warns about others
         identity |= {"project": None, "entity": None, "id": None}
-    return identity
+    return identity, before.get(wandb_service.TOKEN) or secrets.token_hex(8)
 
 
 def _settings_of(
@@ -290,7 +294,10 @@ def _settings_of(
 
 
 def _finished_before(
-    output_dir: Path, settings: SharedSettings, checkpoint: Mapping[str, Any] | None
+    output_dir: Path,
+    settings: SharedSettings,
+    checkpoint: Mapping[str, Any] | None,
+    token: str | None,
 ) -> dict[str, Any] | None:
     """The content of metrics.json if the run is finished and W&B has all of it; else None."""
     metrics = read_json(output_dir / METRICS)
@@ -300,7 +307,7 @@ def _finished_before(
         if not (output_dir / PREVIOUS_CHECKPOINT).exists():
             return None  # it has replaced the newest one, which was damaged
         last_step = checkpoint["position"]["step"]
-        if not wandb_service.is_complete(settings.id, settings.wandb, last_step):
+        if not wandb_service.is_complete(settings.id, token, settings.wandb, last_step):
             problem = "is finished, but W&B does not have all of it"
             print(f"{output_dir} {problem}: the end is repeated.")
             return None
@@ -318,20 +325,22 @@ def _versions() -> dict[str, str]:
 
 @tracking.logs_to_wandb
 def _log_config(run: tracking.Run, config: Mapping[str, Any]) -> None:
-    """Log the settings that W&B does not have yet, and the code if it is asked for."""
+    """Log the settings that W&B does not have yet, and the code if it is asked for.
+
+    The token comes first in each of W&B's logs: the server may have it already.
+    """
     known = run.wandb.config
     changed = {name: value for name, value in config.items() if known.get(name) != value}
+    changed[wandb_service.TOKEN] = config[wandb_service.TOKEN]
     known.update(changed, allow_val_change=True)
     if config["save_code"]:
-        root = Path(__file__).parent.parent
-        packages = {root, Path(sys.argv[0]).resolve().parent}
-        for pattern in ("*/__init__.py", "*/*/__init__.py"):
-            packages |= {file.parent for file in root.glob(pattern)}
+        modules = list(sys.modules.values())
+        imported = {os.path.realpath(getattr(module, "__file__", None) or "") for module in modules}
 
         def included(path: str) -> bool:
-            return Path(path).parent in packages and path.endswith((".py", ".yaml"))
+            return os.path.realpath(path) in imported and "site-packages" not in path
 
-        run.wandb.log_code(root, include_fn=included)
+        run.wandb.log_code(Path(__file__).parent.parent, include_fn=included)
 
 
 def _where_to_look(run: tracking.Run, output_dir: Path) -> str:

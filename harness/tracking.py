@@ -12,7 +12,7 @@ import shutil
 import signal
 import threading
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -89,9 +89,21 @@ class Run:
     reported once, and training goes on. On ranks other than 0 nothing is written.
     """
 
-    def __init__(self, run: wandb.Run, journal: Path | None = None, wandb_step: int = -1):
-        """`wandb_step` is the last step that W&B already has of this run, -1 if none."""
+    def __init__(
+        self,
+        run: wandb.Run,
+        journal: Path | None = None,
+        token: str | None = None,
+        logs: Sequence[Path] = (),
+        wandb_step: int = -1,
+    ):
+        """`token` and `logs`: of this run, and W&B's log files of its earlier processes.
+
+        `wandb_step` is the last step that W&B already has of this run, -1 if none.
+        """
         self.wandb = run  # for what this class does not offer
+        self._token = token
+        self._logs = logs
         self.summary = _Summary(self)
         self.step = 0  # of the current row
         self.failed = False  # whether a failure of W&B was reported
@@ -164,14 +176,14 @@ class Run:
         numbers = _numbers(row)
         if numbers and self._journal:
             entry = {"step": self.step, **numbers}
-            line = json.dumps(entry) + "\n"
+            line = (json.dumps(entry) + "\n").encode()
             try:
-                with self._journal.open("a") as journal:
+                with self._journal.open("ab") as journal:
                     journal.write(line)
             except OSError as error:
                 raise JournalError(error.errno, error.strerror, str(self._journal)) from None
             self._rows.append(entry)
-            self._checksum = zlib.crc32(line.encode(), self._checksum)
+            self._checksum = zlib.crc32(line, self._checksum)
         self._send(row, self.step)
 
     def _send(self, row: Mapping[str, Any], step: int) -> None:
@@ -226,6 +238,7 @@ class Run:
             "step": self.step,
             "row": {name: value for name, value in self._row.items() if _is_plain(value)},
             "written": self._written,
+            "token": self._token,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -246,9 +259,7 @@ class Run:
         self._restoring = True
         if self.wandb.disabled or not (rows or self._wandb_step >= 0):
             return
-        current = Path(self.wandb.settings.sync_file)
-        logs = [log for log in wandb_service.log_files(self.wandb.id) if log != current]
-        logged = wandb_service.logged_rows(logs)
+        logged = wandb_service.logged_rows(self._logs)
         if self.wandb.offline and self._wandb_step >= 0:
             for step in sorted(logged):  # an offline summary starts empty
                 if step <= self._wandb_step:
@@ -369,7 +380,7 @@ class Run:
         finally:
             killer.cancel()
         if self.online and not self.failed:
-            for log in wandb_service.log_files(self.wandb.id):
+            for log in (*self._logs, Path(self.wandb.settings.sync_file)):
                 wandb_service.synced_marker(log).touch()
 
     def _give_up(self) -> None:
@@ -476,17 +487,20 @@ def start(
     settings: SharedSettings,
     requests: StopRequests,
     journal: Path,
+    token: str | None,
     resuming: bool,
 ) -> Run:
     """The tracked run of the W&B run that `init` starts; W&B's stop button adds to `requests`.
 
     If the server can't be reached or refuses, the run is offline, after at most 25 seconds.
+    Raises `UserError` if the server has another run in place of a resumed one.
     """
     wandb_service.find_caches()
     logs: list[Path] = []
     if settings.wandb != "disabled":
         wandb_service.start()
-        logs = wandb_service.log_files(settings.id) if settings.resume else []
+        if settings.resume and settings.id:
+            logs = wandb_service.log_files(settings.id, token)
     for log in logs:
         if not wandb_service.synced_marker(log).exists():
             wandb_service.repair_log(log)
@@ -502,20 +516,25 @@ def start(
         )
         wandb.teardown()
         run = init(**_init_options(settings, "offline", requests, resuming))
-    if run.disabled:
-        return Run(run, journal)
-    logging.raiseExceptions = False  # a full disk under wandb/ would flood the terminal
-    if not run.offline:
-        return Run(run, journal, run.starting_step - 1 if run.resumed else -1)
-    if not resuming:  # a checkpoint comes before rows: any that are there are of another run
-        return Run(run, journal)
-    # Rows of an online process may not have reached the server, unless it confirmed them.
-    kept = [
-        log
-        for log in logs
-        if log.parent.name.startswith("offline-") or wandb_service.synced_marker(log).exists()
-    ]
-    return Run(run, journal, max(wandb_service.logged_rows(kept), default=-1))
+    if not run.disabled:
+        logging.raiseExceptions = False  # a full disk under wandb/ would flood the terminal
+    wandb_step = -1
+    if run.resumed:
+        if run.config.get(wandb_service.TOKEN, token) != token:
+            run.finish()
+            problem = f"W&B has another run with --id {settings.id}"
+            advice = "go on with --wandb offline, and upload with `wandb sync --id` and a new id"
+            raise UserError(f"--resume: {problem}: {advice}")
+        wandb_step = run.starting_step - 1
+    elif resuming and run.offline:
+        # Rows of an online process may not have reached the server, unless it confirmed them.
+        kept = [
+            log
+            for log in logs
+            if log.parent.name.startswith("offline-") or wandb_service.synced_marker(log).exists()
+        ]
+        wandb_step = max(wandb_service.logged_rows(kept), default=-1)
+    return Run(run, journal, token, logs, wandb_step)
 
 
 def _init_options(
@@ -538,7 +557,6 @@ def _init_options(
         "group": settings.group,
         "notes": settings.notes,
         "mode": mode,
-        "save_code": settings.save_code or None,
         "resume": "allow" if resuming and mode == "online" else None,
         "settings": wandb_settings,
     }

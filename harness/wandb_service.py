@@ -33,6 +33,7 @@ SERVICE_TIMEOUT = 35  # seconds; W&B waits 30 for its service to start
 CACHE_BYTES = 1 << 20  # a cache that can't take this much counts as full
 FLUSH_SETTING = "x_transaction_log_flush_interval"
 SERVICE_PROCESS = ("_connection", "_proc", "_process")  # attributes that lead to it
+TOKEN = "run_token"  # in W&B's config: random, of one run; its id is unique in a project only
 BLOCK = 32768
 HEADER = b":W&B"
 WHOLE, FIRST, LAST = 1, 2, 4  # kinds of chunks of a record; 3 is one in the middle
@@ -156,13 +157,25 @@ def find_caches() -> None:
             print(f"{problem}: {name} is now {os.environ[name]}.")
 
 
-def log_files(run_id: str) -> list[Path]:
-    """The log files of a run, oldest first."""
+def log_files(run_id: str, token: str | None) -> list[Path]:
+    """The log files of a run, oldest first; other runs with the same id have another token."""
     name = glob.escape(run_id)
     directory = Path(wandb.setup().settings.wandb_dir)
     # Directories are [offline-]run-<time>-<id>; a second one of the same second has -1 appended.
     files = directory.glob(f"*run-*-{name}*/run-{name}.wandb")
-    return sorted(files, key=lambda file: file.parent.name.removeprefix("offline-"))
+    own = [file for file in files if _has_token(file, token)]
+    return sorted(own, key=lambda file: file.parent.name.removeprefix("offline-"))
+
+
+def _has_token(file: Path, token: str | None) -> bool:
+    """Whether a log has this token, or ends before its token and its first row."""
+    for _, record in read_log(file):
+        for item in record.config.update:
+            if item.key == TOKEN:
+                return json.loads(item.value_json) == token
+        if record.HasField("history"):
+            return token is None  # the run was begun before runs had tokens
+    return True
 
 
 def read_log(file: Path) -> Iterator[tuple[int, Any]]:
@@ -235,9 +248,9 @@ def _row_of(history: Any) -> dict[str, Any]:
     return values
 
 
-def is_complete(run_id: str, mode: str, last_step: int) -> bool:
+def is_complete(run_id: str, token: str | None, mode: str, last_step: int) -> bool:
     """Whether W&B has all of a finished run: on its server, or if offline in its log files."""
-    logs = log_files(run_id)
+    logs = log_files(run_id, token)
     if mode == "online":
         return all(synced_marker(log).exists() for log in logs)
     return mode == "disabled" or not logs or last_step in logged_rows(logs)
