@@ -51,7 +51,6 @@ class Session:
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
     device: torch.device | None = None
     checkpoint: Mapping[str, Any] | None = None  # to resume from; None for a new run
-    token: str | None = None  # tells the run from others with its id; None for old runs
     started: float = 0.0  # by `time.perf_counter`, moved back by the time of earlier processes
     run: tracking.Run | None = None  # from `start` on
     metrics: dict[str, Any] = dataclasses.field(default_factory=dict)  # of metrics.json
@@ -78,14 +77,18 @@ class Session:
             return self.run
         journal = self.output_dir / JOURNAL
         state = self.checkpoint and self.checkpoint["history"]
-        rows = tracking.rewind(journal, state) if state else []
+        if state:
+            rows = tracking.rewind(journal, state)
+            token = state.get("token")  # none in a run that was begun before runs had one
+        else:
+            token = read_json(self.output_dir / CONFIG).get(wandb_service.TOKEN)
         self.run = tracking.start(
-            init, self.settings, self.stop_requests, journal, self.token, resuming=bool(state)
+            init, self.settings, self.stop_requests, journal, token, resuming=bool(state)
         )
         command = resume_command(self.settings.output_dir, self.settings.resume)
         self.exits.enter_context(tracking.finishing(self.run, command))
         self.config["id"] = self.run.wandb.id  # W&B's agent may have chosen it
-        self.config[wandb_service.TOKEN] = self.token
+        self.config[wandb_service.TOKEN] = token
         self.config = json.loads(json.dumps(self.config))  # plain values, also of NumPy's
         write_json(self.output_dir / CONFIG, self.config | {"versions": _versions()})
         _log_config(self.run, self.config)
@@ -125,8 +128,7 @@ def open_session(
             else:
                 opened = _open_on_other_rank(requested, directions, requests)
             with opened as session:
-                if not session.finished:
-                    output_dir = session.settings.output_dir
+                output_dir = session.settings.output_dir
                 yield session
     except Stopped as stopped:
         if stopped.ends_launcher:
@@ -146,7 +148,7 @@ def resume_command(output_dir: str | None, resumed: bool) -> str:
     command = ["python", *sys.argv]
     if processes := os.environ.get("LOCAL_WORLD_SIZE"):  # set by torchrun
         command = ["torchrun", "--nproc-per-node", processes, *sys.argv]
-    named = any(word.partition("=")[0] == "--output_dir" for word in sys.argv)
+    named = any(word.startswith("--output_dir") for word in sys.argv)
     if output_dir and not named:
         command += ["--output_dir", output_dir]
     if output_dir and not resumed:
@@ -163,29 +165,27 @@ def _open_on_rank_0(
 ) -> Iterator[Session]:
     started = time.perf_counter()
     _check_leader(requested)
-    identity, token = _identify(requested, task)
+    identity = _identify(requested, task)
     output_dir = Path(identity["output_dir"])
-    begun = dataclasses.asdict(requested) | identity | {wandb_service.TOKEN: token}
+    begun = dataclasses.asdict(requested) | identity
+    begun[wandb_service.TOKEN] = secrets.token_hex(8)
     with output_directory(output_dir, requested.resume, begun):
         checkpoint = read_checkpoint(output_dir)
         if checkpoint:
             started -= checkpoint["seconds"]
-            token = checkpoint["history"].get("token")
             identity |= _settings_of(checkpoint["settings"], requested, output_dir)
         settings = dataclasses.replace(requested, **identity)
-        metrics = _finished_before(output_dir, settings, checkpoint, token)
+        metrics = _finished_before(output_dir, settings, checkpoint)
         if metrics is not None:
             distributed.broadcast(None)
             yield Session(settings, directions, requests, metrics=metrics, finished=True)
             return
         device = find_device(settings.device)
         precision = find_precision(settings.precision, device)
-        found = {"device": device.type, "precision": precision, "metrics": dict(directions)}
-        config = dataclasses.asdict(settings) | found
+        config = dataclasses.asdict(settings)
+        config |= {"device": device.type, "precision": precision, "metrics": dict(directions)}
         distributed.broadcast((settings, config, checkpoint))
-        session = Session(
-            settings, directions, requests, config, device, checkpoint, token, started
-        )
+        session = Session(settings, directions, requests, config, device, checkpoint, started)
         with session.exits:
             yield session
             if session.run is None:
@@ -226,8 +226,8 @@ def _check_leader(requested: SharedSettings) -> None:
         raise UserError(f"{checkpoint} {problem}: {advice}")
 
 
-def _identify(requested: SharedSettings, task: str) -> tuple[dict[str, Any], str]:
-    """Project, entity, run id, output directory and W&B mode; the token. Raises `UserError`."""
+def _identify(requested: SharedSettings, task: str) -> dict[str, Any]:
+    """Project, entity, run id, output directory and W&B mode. Raises `UserError`."""
     if requested.resume and not requested.output_dir:
         raise UserError("--resume needs --output_dir")
     before = {}
@@ -255,7 +255,7 @@ def _identify(requested: SharedSettings, task: str) -> tuple[dict[str, Any], str
     identity["wandb"] = wandb_service.find_mode(requested.wandb)
     if "WANDB_SWEEP_ID" in os.environ:  # W&B's agent has set them and warns about others
         identity |= {"project": None, "entity": None, "id": None}
-    return identity, before.get(wandb_service.TOKEN) or secrets.token_hex(8)
+    return identity
 
 
 def _settings_of(
@@ -294,10 +294,7 @@ def _settings_of(
 
 
 def _finished_before(
-    output_dir: Path,
-    settings: SharedSettings,
-    checkpoint: Mapping[str, Any] | None,
-    token: str | None,
+    output_dir: Path, settings: SharedSettings, checkpoint: Mapping[str, Any] | None
 ) -> dict[str, Any] | None:
     """The content of metrics.json if the run is finished and W&B has all of it; else None."""
     metrics = read_json(output_dir / METRICS)
@@ -307,6 +304,7 @@ def _finished_before(
         if not (output_dir / PREVIOUS_CHECKPOINT).exists():
             return None  # it has replaced the newest one, which was damaged
         last_step = checkpoint["position"]["step"]
+        token = checkpoint["history"].get("token")
         if not wandb_service.is_complete(settings.id, token, settings.wandb, last_step):
             problem = "is finished, but W&B does not have all of it"
             print(f"{output_dir} {problem}: the end is repeated.")
@@ -327,11 +325,14 @@ def _versions() -> dict[str, str]:
 def _log_config(run: tracking.Run, config: Mapping[str, Any]) -> None:
     """Log the settings that W&B does not have yet, and the code if it is asked for.
 
-    The token comes first in each of W&B's logs: the server may have it already.
+    The token goes into the log of each process, even if the server has it.
     """
     known = run.wandb.config
-    changed = {name: value for name, value in config.items() if known.get(name) != value}
-    changed[wandb_service.TOKEN] = config[wandb_service.TOKEN]
+    changed = {
+        name: value
+        for name, value in config.items()
+        if name == wandb_service.TOKEN or known.get(name) != value
+    }
     known.update(changed, allow_val_change=True)
     if config["save_code"]:
         modules = list(sys.modules.values())

@@ -109,8 +109,7 @@ class Run:
         self.failed = False  # whether a failure of W&B was reported
         self.lost = False  # whether W&B's service is gone
         self._row: dict[str, Any] = {}
-        self._written = False  # whether the current row has been written
-        self._ended = ""  # the line of the script that ended the row
+        self._ended = ""  # the line of the script that ended the row and had it written
         self._restoring = False  # from `take_over` to `load_state_dict`: nothing is written
         self._rows: list[dict[str, float]] = []  # of the journal
         self._journal = journal
@@ -144,8 +143,13 @@ class Run:
         """
         values = _plain_values(values)
         if step is not None and step != self.step:
-            self._begin_row(operator.index(step))
-        if self._written and values:
+            step = operator.index(step)
+            if step < self.step:
+                raise LogError(f"step {step} comes after step {self.step}")
+            self.commit()
+            self.step = step
+            self._ended = ""
+        if self._ended and values:
             raise LogError(f"the row of step {self.step} has ended in {self._ended}")
         for name, value in values.items():
             if name in self._row and not _same(value, self._row[name]):
@@ -154,13 +158,6 @@ class Run:
         if commit:
             self.commit()
 
-    def _begin_row(self, step: int) -> None:
-        if step < self.step:
-            raise LogError(f"step {step} comes after step {self.step}")
-        self.commit()
-        self.step = step
-        self._written = False
-
     def commit(self) -> None:
         """End the current row: write it to the journal, then to W&B.
 
@@ -168,9 +165,7 @@ class Run:
         """
         row = self._row
         self._row = {}
-        if not self._written:
-            self._ended = script_line()
-        self._written = True
+        self._ended = self._ended or script_line()
         if self._restoring:
             return
         numbers = _numbers(row)
@@ -220,7 +215,7 @@ class Run:
             if self._handing_over == threading.get_ident():
                 log_to_wandb(data, step, commit)
             elif all(name.startswith(HOOK_KEYS) for name in data):
-                if not self._written:  # a hook may run several times in a step
+                if not self._ended:  # a hook may run several times in a step
                     self._row.update(data)
             else:
                 self.log(data, step, bool(commit))
@@ -237,7 +232,7 @@ class Run:
             "checksum": self._checksum,
             "step": self.step,
             "row": {name: value for name, value in self._row.items() if _is_plain(value)},
-            "written": self._written,
+            "written": bool(self._ended),
             "token": self._token,
         }
 
@@ -245,7 +240,7 @@ class Run:
         """Continue the row that `state_dict` found."""
         self.step = state["step"]
         self._row = dict(state["row"])
-        self._written = state["written"]
+        self._ended = "an earlier process" if state["written"] else ""
         self._restoring = False
 
     def take_over(self, rows: list[dict[str, float]], checksum: int) -> None:
@@ -257,7 +252,7 @@ class Run:
         self._rows = rows
         self._checksum = checksum
         self._restoring = True
-        if self.wandb.disabled or not (rows or self._wandb_step >= 0):
+        if self.wandb.disabled:
             return
         logged = wandb_service.logged_rows(self._logs)
         if self.wandb.offline and self._wandb_step >= 0:
@@ -278,7 +273,7 @@ class Run:
     def _save_media(self, values: Mapping[str, Any], directory: Path) -> None:
         """Save the files of a row that an earlier process logged."""
         for value in values.values():
-            if not isinstance(value, dict) or "_type" not in value:
+            if not isinstance(value, dict):
                 continue
             for name in [*value.get("filenames", ()), value.get("path", "")]:
                 if (directory / name).is_file():
@@ -330,8 +325,7 @@ class Run:
         self, weights: Mapping[str, Tensor], metadata: Mapping[str, Any], is_best: bool
     ) -> None:
         """Log a state dict as the artifact model-<run id>, with the alias "best" if it is."""
-        name = f"model-{self.wandb.id}"
-        artifact = wandb.Artifact(name, type="model", metadata=dict(metadata))
+        artifact = wandb.Artifact(f"model-{self.wandb.id}", type="model", metadata=dict(metadata))
         with artifact.new_file("model.pt", mode="wb") as file:
             torch.save({name: weight.cpu() for name, weight in weights.items()}, file)
         self.log_artifact(artifact, aliases=["latest", "best"] if is_best else ["latest"])
@@ -398,13 +392,12 @@ class _Summary:
 
     def __init__(self, run: Run):
         self._run = run
-        self._content = run.wandb.summary
 
     def __setitem__(self, name: str, value: Any) -> None:
         self.update({name: value})
 
     def update(self, values: Mapping[str, Any]) -> None:
-        self._run.call(self._content.update, values)
+        self._run.call(self._run.wandb.summary.update, values)
 
 
 def _plain_values(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

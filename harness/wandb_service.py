@@ -35,8 +35,7 @@ FLUSH_SETTING = "x_transaction_log_flush_interval"
 SERVICE_PROCESS = ("_connection", "_proc", "_process")  # attributes that lead to it
 TOKEN = "run_token"  # in W&B's config: random, of one run; its id is unique in a project only
 BLOCK = 32768
-HEADER = b":W&B"
-WHOLE, FIRST, LAST = 1, 2, 4  # kinds of chunks of a record; 3 is one in the middle
+WHOLE, LAST = 1, 4  # kinds of chunks of a record; 2 is the first, 3 one in the middle
 
 
 @functools.cache
@@ -56,10 +55,10 @@ def flush_settings() -> dict[str, Any]:
 
 def raised_by_wandb(error: Exception) -> bool:
     """Whether an exception comes from W&B's code."""
-    modules = [
-        frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)
-    ]
-    return any(module.startswith("wandb.") for module in modules)
+    return any(
+        frame.f_globals.get("__name__", "").startswith("wandb.")
+        for frame, _ in traceback.walk_tb(error.__traceback__)
+    )
 
 
 @contextlib.contextmanager
@@ -184,9 +183,7 @@ def read_log(file: Path) -> Iterator[tuple[int, Any]]:
         report_change("its log files can't be read, so that a resumed run may log rows twice")
         return
     content = file.read_bytes()
-    if not content.startswith(HEADER):
-        return
-    offset = 7
+    offset = 7  # after the header
     chunks: list[bytes] = []
     while True:
         if BLOCK - offset % BLOCK < 7:  # no room for another chunk: the rest is padding
@@ -198,11 +195,10 @@ def read_log(file: Path) -> Iterator[tuple[int, Any]]:
         if len(data) < length or zlib.crc32(data, zlib.crc32(bytes([kind]))) != checksum:
             return
         offset += 7 + length
-        if kind in (WHOLE, FIRST):
-            chunks = []
         chunks.append(data)
         if kind in (WHOLE, LAST):
             yield offset, Record.FromString(b"".join(chunks))
+            chunks = []
 
 
 def repair_log(file: Path) -> None:
@@ -210,15 +206,14 @@ def repair_log(file: Path) -> None:
 
     It may stop at either.
     """
-    records = list(read_log(file))
-    if Record is None:
-        return
-    if not any(record.HasField("history") for _, record in records):
-        synced_marker(file).touch()
-        return
-    end, _ = records[-1]
-    if end < file.stat().st_size:
+    has_rows = False
+    for offset, record in read_log(file):
+        end = offset
+        has_rows = has_rows or record.HasField("history")
+    if has_rows:
         os.truncate(file, end)
+    elif Record:
+        synced_marker(file).touch()
 
 
 def synced_marker(file: Path) -> Path:
@@ -232,20 +227,12 @@ def logged_rows(files: list[Path]) -> dict[int, tuple[dict[str, Any], Path]]:
     for file in files:
         for _, record in read_log(file):
             if record.HasField("history"):
-                values = _row_of(record.history)
+                values = {}
+                for item in record.history.item:
+                    name = item.key or ".".join(item.nested_key)
+                    values[name] = json.loads(item.value_json)
                 rows[int(values["_step"])] = values, file.parent / "files"
     return rows
-
-
-def _row_of(history: Any) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for item in history.item:
-        *outer, name = item.nested_key or [item.key]
-        mapping = values
-        for key in outer:
-            mapping = mapping.setdefault(key, {})
-        mapping[name] = json.loads(item.value_json)
-    return values
 
 
 def is_complete(run_id: str, token: str | None, mode: str, last_step: int) -> bool:

@@ -38,8 +38,8 @@ def has_files(
         _download(sources())
         return True
     except (OSError, http.client.HTTPException, ValueError) as error:
-        reason = f"can't be downloaded: {one_line(error)}"
-    problem = f"{name} is not in {data_dir}: {missing} missing, and {reason}"
+        reason = one_line(error)
+    problem = f"{name} is not in {data_dir}: {missing} missing, and can't be downloaded: {reason}"
     advice = (
         f"put the files, .gz or uncompressed, into {files[0].parent}, or pass another --data_dir"
     )
@@ -61,18 +61,15 @@ def _download(sources: Sources) -> None:
         if path.exists():
             continue
         published = path.with_name(url.rpartition("/")[2])
-        if published.exists():  # the user has downloaded it
-            content = published.read_bytes()
-            origin = published
-        else:
-            if problem := why_unreachable(url):
-                raise ValueError(problem)
-            with urllib.request.urlopen(url, timeout=20) as response:
-                content = response.read()
-            origin = url
+        if published.exists():  # the user has put it there
+            url = published.resolve().as_uri()
+        elif problem := why_unreachable(url):
+            raise ValueError(problem)
+        with urllib.request.urlopen(url, timeout=20) as response:
+            content = response.read()
         algorithm = "md5" if len(checksum) == 32 else "sha256"
         if hashlib.new(algorithm, content, usedforsecurity=False).hexdigest() != checksum:
-            raise ValueError(f"{origin} is not the published file ({algorithm})")
+            raise ValueError(f"{url} is not the published file ({algorithm} checksum)")
         contents[path] = gzip.decompress(content) if url.endswith(".gz") else content
     for path, content in contents.items():  # not before all of them have arrived
         path.parent.mkdir(parents=True, exist_ok=True)
