@@ -233,9 +233,9 @@ def _identify(requested: SharedSettings, task: str) -> dict[str, Any]:
     before = {}
     if requested.resume:
         before = read_json(Path(requested.output_dir, CONFIG)) or {}
-    identity: dict[str, Any] = {}
-    for name in ("project", "entity", "id"):
-        variable = "WANDB_RUN_ID" if name == "id" else f"WANDB_{name.upper()}"
+    identity = {}
+    variables = {"project": "WANDB_PROJECT", "entity": "WANDB_ENTITY", "id": "WANDB_RUN_ID"}
+    for name, variable in variables.items():
         wanted = getattr(requested, name) or os.environ.get(variable)
         used = before.get(name)
         if not isinstance(used, str):  # also in a damaged file

@@ -116,7 +116,7 @@ class Run:
         self._checksum = 0
         self._wandb_step = wandb_step
         self._handing_over: int | None = None  # the thread that hands over a row
-        self._artifacts: queue.SimpleQueue = queue.SimpleQueue()
+        self._artifacts = queue.SimpleQueue()
         self._worker: threading.Thread | None = None
         if not run.disabled:
             self._intercept_hooks()
@@ -252,8 +252,6 @@ class Run:
         self._rows = rows
         self._checksum = checksum
         self._restoring = True
-        if self.wandb.disabled:
-            return
         logged = wandb_service.logged_rows(self._logs)
         if self.wandb.offline and self._wandb_step >= 0:
             for step in sorted(logged):  # an offline summary starts empty
@@ -308,10 +306,6 @@ class Run:
         tqdm.write(f"WARNING: at step {self.step:,}, {text}")
         if self.online:
             self.call(self.wandb.alert, title, text, level=wandb.AlertLevel.WARN)
-
-    def use_artifact(self, artifact: Any, **options: Any) -> wandb.Artifact | None:
-        """`wandb.Run.use_artifact`; None if W&B fails."""
-        return self.call(self.wandb.use_artifact, artifact, **options)
 
     def log_artifact(self, artifact: wandb.Artifact, **options: Any) -> None:
         """`wandb.Run.log_artifact`, online in the background: W&B waits for the server."""
@@ -489,7 +483,7 @@ def start(
     Raises `UserError` if the server has another run in place of a resumed one.
     """
     wandb_service.find_caches()
-    logs: list[Path] = []
+    logs = []
     if settings.wandb != "disabled":
         wandb_service.start()
         if settings.resume and settings.id:

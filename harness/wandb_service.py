@@ -159,9 +159,8 @@ def find_caches() -> None:
 def log_files(run_id: str, token: str | None) -> list[Path]:
     """The log files of a run, oldest first; other runs with the same id have another token."""
     name = glob.escape(run_id)
-    directory = Path(wandb.setup().settings.wandb_dir)
     # Directories are [offline-]run-<time>-<id>; a second one of the same second has -1 appended.
-    files = directory.glob(f"*run-*-{name}*/run-{name}.wandb")
+    files = Path(wandb.setup().settings.wandb_dir).glob(f"*run-*-{name}*/run-{name}.wandb")
     own = [file for file in files if _has_token(file, token)]
     return sorted(own, key=lambda file: file.parent.name.removeprefix("offline-"))
 
@@ -184,7 +183,7 @@ def read_log(file: Path) -> Iterator[tuple[int, Any]]:
         return
     content = file.read_bytes()
     offset = 7  # after the header
-    chunks: list[bytes] = []
+    chunks = []
     while True:
         if BLOCK - offset % BLOCK < 7:  # no room for another chunk: the rest is padding
             offset += BLOCK - offset % BLOCK
