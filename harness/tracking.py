@@ -511,7 +511,7 @@ def start(
             run.finish()
             problem = f"W&B has another run with --id {settings.id}"
             advice = "go on with --wandb offline, and upload with `wandb sync --id` and a new id"
-            raise UserError(f"--resume: {problem}: {advice}")
+            raise UserError(f"{problem}: {advice}")
         wandb_step = run.starting_step - 1
     elif resuming and run.offline:
         # Rows of an online process may not have reached the server, unless it confirmed them.
@@ -528,13 +528,6 @@ def _init_options(
     settings: SharedSettings, mode: str, requests: StopRequests, resuming: bool
 ) -> dict[str, Any]:
     """Arguments for `wandb.init` beside those of the script."""
-    wandb_settings = wandb.Settings(
-        **wandb_service.flush_settings(),
-        init_timeout=INIT_TIMEOUT,
-        finish_timeout=FINISH_TIMEOUT[settings.log_model if mode == "online" else "none"],
-        finish_timeout_raises=True,
-        stop_fn=lambda: requests.add("W&B", 0),
-    )
     return {
         "entity": settings.entity,
         "id": settings.id,
@@ -545,7 +538,13 @@ def _init_options(
         "notes": settings.notes,
         "mode": mode,
         "resume": "allow" if resuming and mode == "online" else None,
-        "settings": wandb_settings,
+        "settings": wandb.Settings(
+            **wandb_service.flush_settings(),
+            init_timeout=INIT_TIMEOUT,
+            finish_timeout=FINISH_TIMEOUT[settings.log_model if mode == "online" else "none"],
+            finish_timeout_raises=True,
+            stop_fn=lambda: requests.add("W&B", 0),
+        ),
     }
 
 

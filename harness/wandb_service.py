@@ -225,12 +225,16 @@ def logged_rows(files: list[Path]) -> dict[int, tuple[dict[str, Any], Path]]:
     rows = {}
     for file in files:
         for _, record in read_log(file):
-            if record.HasField("history"):
-                values = {}
-                for item in record.history.item:
-                    name = item.key or ".".join(item.nested_key)
-                    values[name] = json.loads(item.value_json)
-                rows[int(values["_step"])] = values, file.parent / "files"
+            if not record.HasField("history"):
+                continue
+            values = {}
+            for item in record.history.item:
+                *outer, name = item.nested_key or [item.key]
+                mapping = values
+                for key in outer:
+                    mapping = mapping.setdefault(key, {})
+                mapping[name] = json.loads(item.value_json)
+            rows[int(values["_step"])] = values, file.parent / "files"
     return rows
 
 

@@ -265,7 +265,7 @@ def test_another_run_in_its_place_on_the_server_is_refused(copied):
         refused = resume(copied, **server.environment())
         assert len(server.rows("same")) == 1
     assert refused.status == 2 and "Traceback" not in refused.out
-    assert "--resume: W&B has another run with --id same: go on" in refused.out.splitlines()[-1]
+    assert "error: W&B has another run with --id same: go on" in refused.out.splitlines()[-1]
 
 
 def test_run_of_a_gpu_says_what_to_do_where_there_is_none(copied, references):
