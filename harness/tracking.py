@@ -386,12 +386,13 @@ class _Summary:
 
     def __init__(self, run: Run):
         self._run = run
+        self._content = run.wandb.summary
 
     def __setitem__(self, name: str, value: Any) -> None:
         self.update({name: value})
 
     def update(self, values: Mapping[str, Any]) -> None:
-        self._run.call(self._run.wandb.summary.update, values)
+        self._run.call(self._content.update, values)
 
 
 def _plain_values(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -40,9 +40,7 @@ def has_files(
     except (OSError, http.client.HTTPException, ValueError) as error:
         reason = one_line(error)
     problem = f"{name} is not in {data_dir}: {missing} missing, and can't be downloaded: {reason}"
-    advice = (
-        f"put the files, .gz or uncompressed, into {files[0].parent}, or pass another --data_dir"
-    )
+    advice = f"put the published files into {files[0].parent}, or pass another --data_dir"
     if not optional:
         raise UserError(f"{problem}; {advice}, or use --dataset synthetic")
     warn_loudly(
