@@ -510,9 +510,8 @@ def start(
     if run.resumed:
         if run.config.get(wandb_service.TOKEN, token) != token:
             run.finish()
-            problem = f"W&B has another run with --id {settings.id}"
             advice = "go on with --wandb offline, and upload with `wandb sync --id` and a new id"
-            raise UserError(f"{problem}: {advice}")
+            raise UserError(f"W&B has another run with --id {settings.id}: {advice}")
         wandb_step = run.starting_step - 1
     elif resuming and run.offline:
         # Rows of an online process may not have reached the server, unless it confirmed them.
