@@ -41,9 +41,8 @@ def output_directory(path: Path, resume: bool, config: Mapping[str, Any]) -> Ite
             with temporary_beside(path / "probe") as probe:
                 probe.write_bytes(bytes(PROBE_BYTES))
         except OSError as error:
-            status = 1 if resume else 2
             problem = f"--output_dir {path}: can't write there ({error.strerror})"
-            raise UserError(problem, status) from None
+            raise UserError(problem, 1 if resume else 2) from None
         for name in before:
             if TEMPORARY.fullmatch(name):  # of a process that was killed while writing
                 remove(path / name)

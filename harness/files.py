@@ -87,7 +87,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
     if not path.is_file():  # reading a pipe would wait
         return None
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
         return None
     return content if isinstance(content, dict) else None
@@ -101,7 +101,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write text as UTF-8."""
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(text.encode())
 
 
 def write_csv(path: Path, columns: Mapping[str, Sequence[Any]]) -> None:

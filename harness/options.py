@@ -125,7 +125,9 @@ class SharedSettings:
     group: str | None = option(None, "W&B group of runs", may_change=True)
     notes: str | None = option(None, "a note about the run", may_change=True)
     tags: list[str] = option([], "tags of the run", may_change=True)
-    save_code: bool = housekeeping(False, "log the code as an artifact")
+    save_code: bool = housekeeping(
+        False, "log the script and the modules that it imports as an artifact"
+    )
     log_model: str = housekeeping(
         "none", "which models to log as artifacts", choices=("none", "best", "all")
     )
@@ -216,8 +218,7 @@ def _check(settings_class: type, values: Mapping[str, Any], prefix: str) -> dict
     for name, value in values.items():
         if name not in fields:
             raise UserError(f"{prefix}{name}: no such option{_nearest(name, list(fields))}")
-        optional = fields[name].default is None
-        if optional and value in (None, "None"):
+        if fields[name].default is None and value in (None, "None"):
             checked[name] = None
             continue
         try:
@@ -264,9 +265,9 @@ def _list(kind: type, value: Any, length: int | None = None, **limits: float) ->
 
 
 def _text(value: Any, choices: Sequence[str] = (), path: bool = False) -> str:
-    if value is None or str(value) == "":
+    text = "" if value is None else str(value)
+    if not text:
         raise ValueError("must not be empty")
-    text = str(value)
     if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
         raise ValueError(f"must be UTF-8 text, got {value!r}")
     if choices and value not in choices:

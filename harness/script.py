@@ -4,6 +4,7 @@ import atexit
 import contextlib
 import errno
 import gc
+import io
 import os
 import re
 import signal
@@ -49,7 +50,7 @@ def check_options(settings_class: type[SharedSettings]) -> None:
 def _open_streams() -> None:
     """Let standard output and error take any character, and discard it if they are closed."""
     for name in ("stdout", "stderr"):
-        stream = getattr(sys, name) or open(os.devnull, "w")  # noqa: SIM115
+        stream = getattr(sys, name) or io.StringIO()
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
         setattr(sys, name, stream)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import io
 import json
 import os
 import platform
@@ -76,11 +77,18 @@ class Session:
             return self.run
         journal = self.output_dir / JOURNAL
         state = self.checkpoint and self.checkpoint["history"]
-        rows = tracking.rewind(journal, state) if state else []
-        self.run = tracking.start(init, self.settings, self.stop_requests, journal, bool(state))
+        if state:
+            rows = tracking.rewind(journal, state)
+            token = state.get("token")  # none in a run that was begun before runs had one
+        else:
+            token = read_json(self.output_dir / CONFIG).get(wandb_service.TOKEN)
+        self.run = tracking.start(
+            init, self.settings, self.stop_requests, journal, token, resuming=bool(state)
+        )
         command = resume_command(self.settings.output_dir, self.settings.resume)
         self.exits.enter_context(tracking.finishing(self.run, command))
         self.config["id"] = self.run.wandb.id  # W&B's agent may have chosen it
+        self.config[wandb_service.TOKEN] = token
         self.config = json.loads(json.dumps(self.config))  # plain values, also of NumPy's
         write_json(self.output_dir / CONFIG, self.config | {"versions": _versions()})
         _log_config(self.run, self.config)
@@ -120,8 +128,7 @@ def open_session(
             else:
                 opened = _open_on_other_rank(requested, directions, requests)
             with opened as session:
-                if not session.finished:
-                    output_dir = session.settings.output_dir
+                output_dir = session.settings.output_dir
                 yield session
     except Stopped as stopped:
         if stopped.ends_launcher:
@@ -141,7 +148,7 @@ def resume_command(output_dir: str | None, resumed: bool) -> str:
     command = ["python", *sys.argv]
     if processes := os.environ.get("LOCAL_WORLD_SIZE"):  # set by torchrun
         command = ["torchrun", "--nproc-per-node", processes, *sys.argv]
-    named = any(word.partition("=")[0] == "--output_dir" for word in sys.argv)
+    named = any(word.startswith("--output_dir") for word in sys.argv)
     if output_dir and not named:
         command += ["--output_dir", output_dir]
     if output_dir and not resumed:
@@ -161,6 +168,7 @@ def _open_on_rank_0(
     identity = _identify(requested, task)
     output_dir = Path(identity["output_dir"])
     begun = dataclasses.asdict(requested) | identity
+    begun[wandb_service.TOKEN] = secrets.token_hex(8)
     with output_directory(output_dir, requested.resume, begun):
         checkpoint = read_checkpoint(output_dir)
         if checkpoint:
@@ -174,8 +182,8 @@ def _open_on_rank_0(
             return
         device = find_device(settings.device)
         precision = find_precision(settings.precision, device)
-        found = {"device": device.type, "precision": precision, "metrics": dict(directions)}
-        config = dataclasses.asdict(settings) | found
+        config = dataclasses.asdict(settings)
+        config |= {"device": device.type, "precision": precision, "metrics": dict(directions)}
         distributed.broadcast((settings, config, checkpoint))
         session = Session(settings, directions, requests, config, device, checkpoint, started)
         with session.exits:
@@ -193,11 +201,7 @@ def _open_on_other_rank(
     requested: SharedSettings, directions: Mapping[str, str], requests: StopRequests
 ) -> Iterator[Session]:
     """With the settings and the checkpoint of rank 0; nothing is printed, logged or written."""
-    with (
-        open(os.devnull, "w") as nowhere,
-        contextlib.redirect_stdout(nowhere),
-        distributed.deferring_to_rank_0(),
-    ):
+    with contextlib.redirect_stdout(io.StringIO()), distributed.deferring_to_rank_0():
         _check_leader(requested)
         received = distributed.broadcast()
         if not received:
@@ -229,9 +233,9 @@ def _identify(requested: SharedSettings, task: str) -> dict[str, Any]:
     before = {}
     if requested.resume:
         before = read_json(Path(requested.output_dir, CONFIG)) or {}
-    identity: dict[str, Any] = {}
-    for name in ("project", "entity", "id"):
-        variable = "WANDB_RUN_ID" if name == "id" else f"WANDB_{name.upper()}"
+    identity = {}
+    variables = {"project": "WANDB_PROJECT", "entity": "WANDB_ENTITY", "id": "WANDB_RUN_ID"}
+    for name, variable in variables.items():
         wanted = getattr(requested, name) or os.environ.get(variable)
         used = before.get(name)
         if not isinstance(used, str):  # also in a damaged file
@@ -300,7 +304,8 @@ def _finished_before(
         if not (output_dir / PREVIOUS_CHECKPOINT).exists():
             return None  # it has replaced the newest one, which was damaged
         last_step = checkpoint["position"]["step"]
-        if not wandb_service.is_complete(settings.id, settings.wandb, last_step):
+        token = checkpoint["history"].get("token")
+        if not wandb_service.is_complete(settings.id, token, settings.wandb, last_step):
             problem = "is finished, but W&B does not have all of it"
             print(f"{output_dir} {problem}: the end is repeated.")
             return None
@@ -318,20 +323,25 @@ def _versions() -> dict[str, str]:
 
 @tracking.logs_to_wandb
 def _log_config(run: tracking.Run, config: Mapping[str, Any]) -> None:
-    """Log the settings that W&B does not have yet, and the code if it is asked for."""
+    """Log the settings that W&B does not have yet, and the code if it is asked for.
+
+    The token goes into the log of each process, even if the server has it.
+    """
     known = run.wandb.config
-    changed = {name: value for name, value in config.items() if known.get(name) != value}
+    changed = {
+        name: value
+        for name, value in config.items()
+        if name == wandb_service.TOKEN or known.get(name) != value
+    }
     known.update(changed, allow_val_change=True)
     if config["save_code"]:
-        root = Path(__file__).parent.parent
-        packages = {root, Path(sys.argv[0]).resolve().parent}
-        for pattern in ("*/__init__.py", "*/*/__init__.py"):
-            packages |= {file.parent for file in root.glob(pattern)}
+        modules = list(sys.modules.values())
+        imported = {os.path.realpath(getattr(module, "__file__", None) or "") for module in modules}
 
         def included(path: str) -> bool:
-            return Path(path).parent in packages and path.endswith((".py", ".yaml"))
+            return os.path.realpath(path) in imported and "site-packages" not in path
 
-        run.wandb.log_code(root, include_fn=included)
+        run.wandb.log_code(Path(__file__).parent.parent, include_fn=included)
 
 
 def _where_to_look(run: tracking.Run, output_dir: Path) -> str:

@@ -13,7 +13,7 @@ import signal
 import tempfile
 import threading
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -90,23 +90,34 @@ class Run:
     reported once, and training goes on. On ranks other than 0 nothing is written.
     """
 
-    def __init__(self, run: wandb.Run, journal: Path | None = None, wandb_step: int = -1):
-        """`wandb_step` is the last step that W&B already has of this run, -1 if none."""
+    def __init__(
+        self,
+        run: wandb.Run,
+        journal: Path | None = None,
+        token: str | None = None,
+        logs: Sequence[Path] = (),
+        wandb_step: int = -1,
+    ):
+        """`token` and `logs`: of this run, and W&B's log files of its earlier processes.
+
+        `wandb_step` is the last step that W&B already has of this run, -1 if none.
+        """
         self.wandb = run  # for what this class does not offer
+        self._token = token
+        self._logs = logs
         self.summary = _Summary(self)
         self.step = 0  # of the current row
         self.failed = False  # whether a failure of W&B was reported
         self.lost = False  # whether W&B's service is gone
         self._row: dict[str, Any] = {}
-        self._written = False  # whether the current row has been written
-        self._ended = ""  # the line of the script that ended the row
+        self._ended = ""  # the line of the script that ended the row and had it written
         self._restoring = False  # from `take_over` to `load_state_dict`: nothing is written
         self._rows: list[dict[str, float]] = []  # of the journal
         self._journal = journal
         self._checksum = 0
         self._wandb_step = wandb_step
         self._handing_over: int | None = None  # the thread that hands over a row
-        self._artifacts: queue.SimpleQueue = queue.SimpleQueue()
+        self._artifacts = queue.SimpleQueue()
         self._worker: threading.Thread | None = None
         if not run.disabled:
             self._intercept_hooks()
@@ -133,8 +144,13 @@ class Run:
         """
         values = _plain_values(values)
         if step is not None and step != self.step:
-            self._begin_row(operator.index(step))
-        if self._written and values:
+            step = operator.index(step)
+            if step < self.step:
+                raise LogError(f"step {step} comes after step {self.step}")
+            self.commit()
+            self.step = step
+            self._ended = ""
+        if self._ended and values:
             raise LogError(f"the row of step {self.step} has ended in {self._ended}")
         for name, value in values.items():
             if name in self._row and not _same(value, self._row[name]):
@@ -143,13 +159,6 @@ class Run:
         if commit:
             self.commit()
 
-    def _begin_row(self, step: int) -> None:
-        if step < self.step:
-            raise LogError(f"step {step} comes after step {self.step}")
-        self.commit()
-        self.step = step
-        self._written = False
-
     def commit(self) -> None:
         """End the current row: write it to the journal, then to W&B.
 
@@ -157,22 +166,20 @@ class Run:
         """
         row = self._row
         self._row = {}
-        if not self._written:
-            self._ended = script_line()
-        self._written = True
+        self._ended = self._ended or script_line()
         if self._restoring:
             return
         numbers = _numbers(row)
         if numbers and self._journal:
             entry = {"step": self.step, **numbers}
-            line = json.dumps(entry) + "\n"
+            line = (json.dumps(entry) + "\n").encode()
             try:
-                with self._journal.open("a") as journal:
+                with self._journal.open("ab") as journal:
                     journal.write(line)
             except OSError as error:
                 raise JournalError(error.errno, error.strerror, str(self._journal)) from None
             self._rows.append(entry)
-            self._checksum = zlib.crc32(line.encode(), self._checksum)
+            self._checksum = zlib.crc32(line, self._checksum)
         self._send(row, self.step)
 
     def _send(self, row: Mapping[str, Any], step: int) -> None:
@@ -209,7 +216,7 @@ class Run:
             if self._handing_over == threading.get_ident():
                 log_to_wandb(data, step, commit)
             elif all(name.startswith(HOOK_KEYS) for name in data):
-                if not self._written:  # a hook may run several times in a step
+                if not self._ended:  # a hook may run several times in a step
                     self._row.update(data)
             else:
                 self.log(data, step, bool(commit))
@@ -226,14 +233,15 @@ class Run:
             "checksum": self._checksum,
             "step": self.step,
             "row": {name: value for name, value in self._row.items() if _is_plain(value)},
-            "written": self._written,
+            "written": bool(self._ended),
+            "token": self._token,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue the row that `state_dict` found."""
         self.step = state["step"]
         self._row = dict(state["row"])
-        self._written = state["written"]
+        self._ended = "an earlier process" if state["written"] else ""
         self._restoring = False
 
     def take_over(self, rows: list[dict[str, float]], checksum: int) -> None:
@@ -245,11 +253,7 @@ class Run:
         self._rows = rows
         self._checksum = checksum
         self._restoring = True
-        if self.wandb.disabled or not (rows or self._wandb_step >= 0):
-            return
-        current = Path(self.wandb.settings.sync_file)
-        logs = [log for log in wandb_service.log_files(self.wandb.id) if log != current]
-        logged = wandb_service.logged_rows(logs)
+        logged = wandb_service.logged_rows(self._logs)
         if self.wandb.offline and self._wandb_step >= 0:
             for step in sorted(logged):  # an offline summary starts empty
                 if step <= self._wandb_step:
@@ -268,7 +272,7 @@ class Run:
     def _save_media(self, values: Mapping[str, Any], directory: Path) -> None:
         """Save the files of a row that an earlier process logged."""
         for value in values.values():
-            if not isinstance(value, dict) or "_type" not in value:
+            if not isinstance(value, dict):
                 continue
             for name in [*value.get("filenames", ()), value.get("path", "")]:
                 if (directory / name).is_file():
@@ -381,7 +385,7 @@ class Run:
         finally:
             killer.cancel()
         if self.online and not self.failed:
-            for log in wandb_service.log_files(self.wandb.id):
+            for log in (*self._logs, Path(self.wandb.settings.sync_file)):
                 wandb_service.synced_marker(log).touch()
 
     def _give_up(self) -> None:
@@ -488,17 +492,20 @@ def start(
     settings: SharedSettings,
     requests: StopRequests,
     journal: Path,
+    token: str | None,
     resuming: bool,
 ) -> Run:
     """The tracked run of the W&B run that `init` starts; W&B's stop button adds to `requests`.
 
     If the server can't be reached or refuses, the run is offline, after at most 25 seconds.
+    Raises `UserError` if the server has another run in place of a resumed one.
     """
     wandb_service.find_caches()
-    logs: list[Path] = []
+    logs = []
     if settings.wandb != "disabled":
         wandb_service.start()
-        logs = wandb_service.log_files(settings.id) if settings.resume else []
+        if settings.resume and settings.id:
+            logs = wandb_service.log_files(settings.id, token)
     for log in logs:
         if not wandb_service.synced_marker(log).exists():
             wandb_service.repair_log(log)
@@ -514,33 +521,30 @@ def start(
         )
         wandb.teardown()
         run = init(**_init_options(settings, "offline", requests, resuming))
-    if run.disabled:
-        return Run(run, journal)
-    logging.raiseExceptions = False  # a full disk under wandb/ would flood the terminal
-    if not run.offline:
-        return Run(run, journal, run.starting_step - 1 if run.resumed else -1)
-    if not resuming:  # a checkpoint comes before rows: any that are there are of another run
-        return Run(run, journal)
-    # Rows of an online process may not have reached the server, unless it confirmed them.
-    kept = [
-        log
-        for log in logs
-        if log.parent.name.startswith("offline-") or wandb_service.synced_marker(log).exists()
-    ]
-    return Run(run, journal, max(wandb_service.logged_rows(kept), default=-1))
+    if not run.disabled:
+        logging.raiseExceptions = False  # a full disk under wandb/ would flood the terminal
+    wandb_step = -1
+    if run.resumed:
+        if run.config.get(wandb_service.TOKEN, token) != token:
+            run.finish()
+            advice = "go on with --wandb offline, and upload with `wandb sync --id` and a new id"
+            raise UserError(f"W&B has another run with --id {settings.id}: {advice}")
+        wandb_step = run.starting_step - 1
+    elif resuming and run.offline:
+        # Rows of an online process may not have reached the server, unless it confirmed them.
+        kept = [
+            log
+            for log in logs
+            if log.parent.name.startswith("offline-") or wandb_service.synced_marker(log).exists()
+        ]
+        wandb_step = max(wandb_service.logged_rows(kept), default=-1)
+    return Run(run, journal, token, logs, wandb_step)
 
 
 def _init_options(
     settings: SharedSettings, mode: str, requests: StopRequests, resuming: bool
 ) -> dict[str, Any]:
     """Arguments for `wandb.init` beside those of the script."""
-    wandb_settings = wandb.Settings(
-        **wandb_service.flush_settings(),
-        init_timeout=INIT_TIMEOUT,
-        finish_timeout=FINISH_TIMEOUT[settings.log_model if mode == "online" else "none"],
-        finish_timeout_raises=True,
-        stop_fn=lambda: requests.add("W&B", 0),
-    )
     return {
         "entity": settings.entity,
         "id": settings.id,
@@ -550,9 +554,14 @@ def _init_options(
         "group": settings.group,
         "notes": settings.notes,
         "mode": mode,
-        "save_code": settings.save_code or None,
         "resume": "allow" if resuming and mode == "online" else None,
-        "settings": wandb_settings,
+        "settings": wandb.Settings(
+            **wandb_service.flush_settings(),
+            init_timeout=INIT_TIMEOUT,
+            finish_timeout=FINISH_TIMEOUT[settings.log_model if mode == "online" else "none"],
+            finish_timeout_raises=True,
+            stop_fn=lambda: requests.add("W&B", 0),
+        ),
     }
 
 

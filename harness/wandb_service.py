@@ -33,9 +33,9 @@ SERVICE_TIMEOUT = 35  # seconds; W&B waits 30 for its service to start
 CACHE_BYTES = 1 << 20  # a cache that can't take this much counts as full
 FLUSH_SETTING = "x_transaction_log_flush_interval"
 SERVICE_PROCESS = ("_connection", "_proc", "_process")  # attributes that lead to it
+TOKEN = "run_token"  # in W&B's config: random, of one run; its id is unique in a project only
 BLOCK = 32768
-HEADER = b":W&B"
-WHOLE, FIRST, LAST = 1, 2, 4  # kinds of chunks of a record; 3 is one in the middle
+WHOLE, LAST = 1, 4  # kinds of chunks of a record; 2 is the first, 3 one in the middle
 
 
 @functools.cache
@@ -55,10 +55,10 @@ def flush_settings() -> dict[str, Any]:
 
 def raised_by_wandb(error: Exception) -> bool:
     """Whether an exception comes from W&B's code."""
-    modules = [
-        frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)
-    ]
-    return any(module.startswith("wandb.") for module in modules)
+    return any(
+        frame.f_globals.get("__name__", "").startswith("wandb.")
+        for frame, _ in traceback.walk_tb(error.__traceback__)
+    )
 
 
 @contextlib.contextmanager
@@ -156,13 +156,24 @@ def find_caches() -> None:
             print(f"{problem}: {name} is now {os.environ[name]}.")
 
 
-def log_files(run_id: str) -> list[Path]:
-    """The log files of a run, oldest first."""
+def log_files(run_id: str, token: str | None) -> list[Path]:
+    """The log files of a run, oldest first; other runs with the same id have another token."""
     name = glob.escape(run_id)
-    directory = Path(wandb.setup().settings.wandb_dir)
     # Directories are [offline-]run-<time>-<id>; a second one of the same second has -1 appended.
-    files = directory.glob(f"*run-*-{name}*/run-{name}.wandb")
-    return sorted(files, key=lambda file: file.parent.name.removeprefix("offline-"))
+    files = Path(wandb.setup().settings.wandb_dir).glob(f"*run-*-{name}*/run-{name}.wandb")
+    own = [file for file in files if _has_token(file, token)]
+    return sorted(own, key=lambda file: file.parent.name.removeprefix("offline-"))
+
+
+def _has_token(file: Path, token: str | None) -> bool:
+    """Whether a log has this token, or ends before its token and its first row."""
+    for _, record in read_log(file):
+        for item in record.config.update:
+            if item.key == TOKEN:
+                return json.loads(item.value_json) == token
+        if record.HasField("history"):
+            return token is None  # the run was begun before runs had tokens
+    return True
 
 
 def read_log(file: Path) -> Iterator[tuple[int, Any]]:
@@ -171,10 +182,8 @@ def read_log(file: Path) -> Iterator[tuple[int, Any]]:
         report_change("its log files can't be read, so that a resumed run may log rows twice")
         return
     content = file.read_bytes()
-    if not content.startswith(HEADER):
-        return
-    offset = 7
-    chunks: list[bytes] = []
+    offset = 7  # after the header
+    chunks = []
     while True:
         if BLOCK - offset % BLOCK < 7:  # no room for another chunk: the rest is padding
             offset += BLOCK - offset % BLOCK
@@ -185,11 +194,10 @@ def read_log(file: Path) -> Iterator[tuple[int, Any]]:
         if len(data) < length or zlib.crc32(data, zlib.crc32(bytes([kind]))) != checksum:
             return
         offset += 7 + length
-        if kind in (WHOLE, FIRST):
-            chunks = []
         chunks.append(data)
         if kind in (WHOLE, LAST):
             yield offset, Record.FromString(b"".join(chunks))
+            chunks = []
 
 
 def repair_log(file: Path) -> None:
@@ -197,15 +205,14 @@ def repair_log(file: Path) -> None:
 
     It may stop at either.
     """
-    records = list(read_log(file))
-    if Record is None:
-        return
-    if not any(record.HasField("history") for _, record in records):
-        synced_marker(file).touch()
-        return
-    end, _ = records[-1]
-    if end < file.stat().st_size:
+    has_rows = False
+    for offset, record in read_log(file):
+        end = offset
+        has_rows = has_rows or record.HasField("history")
+    if has_rows:
         os.truncate(file, end)
+    elif Record:
+        synced_marker(file).touch()
 
 
 def synced_marker(file: Path) -> Path:
@@ -218,26 +225,22 @@ def logged_rows(files: list[Path]) -> dict[int, tuple[dict[str, Any], Path]]:
     rows = {}
     for file in files:
         for _, record in read_log(file):
-            if record.HasField("history"):
-                values = _row_of(record.history)
-                rows[int(values["_step"])] = values, file.parent / "files"
+            if not record.HasField("history"):
+                continue
+            values = {}
+            for item in record.history.item:
+                *outer, name = item.nested_key or [item.key]
+                mapping = values
+                for key in outer:
+                    mapping = mapping.setdefault(key, {})
+                mapping[name] = json.loads(item.value_json)
+            rows[int(values["_step"])] = values, file.parent / "files"
     return rows
 
 
-def _row_of(history: Any) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for item in history.item:
-        *outer, name = item.nested_key or [item.key]
-        mapping = values
-        for key in outer:
-            mapping = mapping.setdefault(key, {})
-        mapping[name] = json.loads(item.value_json)
-    return values
-
-
-def is_complete(run_id: str, mode: str, last_step: int) -> bool:
+def is_complete(run_id: str, token: str | None, mode: str, last_step: int) -> bool:
     """Whether W&B has all of a finished run: on its server, or if offline in its log files."""
-    logs = log_files(run_id)
+    logs = log_files(run_id, token)
     if mode == "online":
         return all(synced_marker(log).exists() for log in logs)
     return mode == "disabled" or not logs or last_step in logged_rows(logs)

@@ -83,7 +83,7 @@ class RunFiles:
     @property
     def settings(self) -> dict[str, Any]:
         """The settings that may tell runs apart."""
-        hidden = {"metrics"}
+        hidden = {"metrics", "run_token"}
         for option in dataclasses.fields(SharedSettings):
             if not option.metadata["tells_apart"]:
                 hidden.add(option.name)

@@ -96,9 +96,8 @@ def _torchvision_class(name: str) -> Any:
 def _sources(name: str, directory: Path) -> Sources:
     """Path, URL and MD5 checksum of each file; they are published compressed."""
     published = _torchvision_class(name)
-    mirror = published.mirrors[0]
     return [
-        (directory / file.removesuffix(".gz"), mirror + file, md5)
+        (directory / file.removesuffix(".gz"), published.mirrors[0] + file, md5)
         for file, md5 in published.resources
     ]
 

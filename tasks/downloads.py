@@ -25,9 +25,9 @@ def has_files(
 ) -> bool:
     """Whether the `files` of a data set are in `data_dir`; missing ones are downloaded.
 
-    `sources` is called only if files are missing. A checksum is that of the file as sent; .gz
-    files are uncompressed afterwards. If the download fails, an `optional` data set causes a loud
-    warning, any other one a `UserError`.
+    `sources` is called only if files are missing. A checksum is that of the published file; .gz
+    files are uncompressed afterwards, and those that are there are not downloaded. If that fails,
+    an `optional` data set causes a loud warning, any other one a `UserError`.
     """
     if Path(data_dir).is_file():
         raise UserError(f"--data_dir {data_dir} is a file: pass a directory")
@@ -38,9 +38,9 @@ def has_files(
         _download(sources())
         return True
     except (OSError, http.client.HTTPException, ValueError) as error:
-        reason = f"can't be downloaded: {one_line(error)}"
-    problem = f"{name} is not in {data_dir}: {missing} missing, and {reason}"
-    advice = f"put the uncompressed files into {files[0].parent}, or pass another --data_dir"
+        reason = one_line(error)
+    problem = f"{name} is not in {data_dir}: {missing} missing, and can't be downloaded: {reason}"
+    advice = f"put the published files into {files[0].parent}, or pass another --data_dir"
     if not optional:
         raise UserError(f"{problem}; {advice}, or use --dataset synthetic")
     warn_loudly(
@@ -54,16 +54,20 @@ def has_files(
 
 def _download(sources: Sources) -> None:
     """Raises OSError, HTTPException, or ValueError for a bad URL, redirection or checksum."""
-    _, first_url, _ = sources[0]
-    if problem := why_unreachable(first_url):
-        raise ValueError(problem)
     contents = {}
     for path, url, checksum in sources:
+        if path.exists():
+            continue
+        published = path.with_name(url.rpartition("/")[2])
+        if published.exists():  # the user has put it there
+            url = published.resolve().as_uri()
+        elif problem := why_unreachable(url):
+            raise ValueError(problem)
         with urllib.request.urlopen(url, timeout=20) as response:
             content = response.read()
         algorithm = "md5" if len(checksum) == 32 else "sha256"
         if hashlib.new(algorithm, content, usedforsecurity=False).hexdigest() != checksum:
-            raise ValueError(f"what the server sent is not the published file: {url}")
+            raise ValueError(f"{url} is not the published file ({algorithm} checksum)")
         contents[path] = gzip.decompress(content) if url.endswith(".gz") else content
     for path, content in contents.items():  # not before all of them have arrived
         path.parent.mkdir(parents=True, exist_ok=True)

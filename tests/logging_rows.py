@@ -112,7 +112,7 @@ def main() -> None:
                 if session.settings.watch != "off" and rng.random() < 0.3:
                     run.wandb._log({"gradients/w": rng.random()}, commit=False)  # as run.watch does
                 checkpoints.end_batch()
-            if not run._written:
+            if not run._ended:
                 log.log({"epoch": epoch, "valid/loss": 1 / epoch})
         session.metrics = {"rows": len(run.rows)}
 

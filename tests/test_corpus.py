@@ -128,7 +128,7 @@ def test_cola_is_downloaded_once_and_checked(tmp_path, server, monkeypatch, caps
     cola_zip(server, monkeypatch)
     content, new = server.read_bytes(), tmp_path / "new/directory"
     server.write_bytes(content[:-1])
-    with pytest.raises(UserError, match="what the server sent is not the published file"):
+    with pytest.raises(UserError, match=r"cola\.zip is not the published file \(sha256 checksum\)"):
         load_corpus("cola", str(new))
     assert (
         load_corpus("auto", str(new)).name == "synthetic" and "BUILT-IN" in capsys.readouterr().err

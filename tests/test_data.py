@@ -141,6 +141,30 @@ def test_missing_files_are_downloaded(tmp_path, mirror):
     assert left == sorted(MNIST_SHA256)
 
 
+@pytest.mark.parametrize("name, folder", [("mnist", "MNIST"), ("kmnist", "KMNIST")])
+def test_compressed_files_put_there_by_hand_are_unpacked(
+    name, folder, tmp_path, mirror, monkeypatch
+):
+    """Without a network they had been missing. One file is there uncompressed, and stays as it is."""
+    dataset = getattr(torchvision.datasets, folder)
+    monkeypatch.setattr(dataset, "mirrors", ["http://127.0.0.1:9/"])
+    monkeypatch.setattr(dataset, "resources", torchvision.datasets.MNIST.resources)
+    raw = tmp_path / folder / "raw"
+    shutil.copytree(mirror, raw)
+    first, last = (raw / f"{file}.gz" for file in (min(MNIST_SHA256), max(MNIST_SHA256)))
+    first.with_suffix("").write_bytes(gzip.decompress(first.read_bytes()))
+    first.unlink()
+    published = last.read_bytes()
+    last.write_bytes(gzip.compress(b"damaged"))
+    before = sorted(raw.iterdir())
+    problem = f"train-labels-idx1-ubyte, .* missing, .*{last.name} is not the published file"
+    with pytest.raises(UserError, match=problem):
+        load_digits(name, str(tmp_path))
+    assert sorted(raw.iterdir()) == before
+    last.write_bytes(published)
+    assert load_digits(name, str(tmp_path)).train.images.shape == (30, 1, 28, 28)
+
+
 def test_a_failed_download_leaves_no_files(tmp_path, mirror, capsys):
     compressed = mirror / "t10k-labels-idx1-ubyte.gz"
     compressed.write_bytes(compressed.read_bytes()[:10])

@@ -320,7 +320,9 @@ def test_a_refused_directory_stays_as_it_was(tmp_path):
 
 
 def test_a_new_run_with_the_id_of_another_logs_all_its_rows(tmp_path):
-    for name in ("one", "two"):
+    """The second one is a sweep's: with --resume, it had ended in a traceback."""
+    agent = {"WANDB_SWEEP_ID": "sweep1", "WANDB_RUN_ID": "same"}
+    for name, environment in (("one", {}), ("two", agent)):
         done = call(
             "train_mnist.py",
             *QUICK,
@@ -332,6 +334,7 @@ def test_a_new_run_with_the_id_of_another_logs_all_its_rows(tmp_path):
             "--output_dir",
             name,
             cwd=tmp_path,
+            **environment,
         )
         assert done.status == 0, done.err
     logged = [
@@ -340,6 +343,28 @@ def test_a_new_run_with_the_id_of_another_logs_all_its_rows(tmp_path):
         if record["type"] == "history"
     ]
     assert logged == [16, 32]
+
+
+def test_saved_code_gives_nothing_else_away(tmp_path):
+    """W&B's own save_code had added diff.patch, with what has changed in any file that git tracks."""
+    secrets = tmp_path / "secrets.yaml"
+    for content, commands in (("key: 1", ("init", "add .", "commit -m x")), ("key: 2", ())):
+        secrets.write_text(content)
+        for command in commands:
+            user = "-c user.name=a -c user.email=a@b.c".split()
+            git = ["git", *user, *command.split()]
+            subprocess.run(git, cwd=tmp_path, check=True, capture_output=True)
+    done = call("train_mnist.py", *QUICK, "--save_code", cwd=tmp_path)
+    assert done.status == 0, done.err
+    (artifact,) = (
+        record["artifact"]
+        for record in wandb_records(tmp_path)
+        if record.get("artifact", {}).get("type") == "code"
+    )
+    logged = {entry["path"] for entry in artifact["manifest"]["contents"]}
+    assert {"train_mnist.py", "harness/session.py"} <= logged and "sweep.yaml" not in logged
+    saved = {file.name for file in (tmp_path / "wandb/latest-run/files").rglob("*")}
+    assert "model.onnx" in saved and not saved & {"diff.patch", "code", "secrets.yaml"}
 
 
 def test_a_directory_in_place_of_a_file_is_one_line(unfinished):
@@ -684,7 +709,7 @@ def test_all_logs_of_a_run_are_found(tmp_path):
         name = "same-1-other" if directory.endswith("other") else "same"
         (tmp_path / "wandb" / directory).mkdir(parents=True)
         (tmp_path / "wandb" / directory / f"run-{name}.wandb").touch()
-    program = "from harness import wandb_service\nfor log in wandb_service.log_files('same'): print(log.parent.name)"
+    program = "from harness import wandb_service\nfor log in wandb_service.log_files('same', None): print(log.parent.name)"
     environment = clean_environment(tmp_path, PYTHONPATH=str(REPO))
     done = forking.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, text=True)
     assert done.stdout.splitlines() == directories, done.stderr

@@ -47,13 +47,22 @@ def resume(cwd: Path, *more: str, **environment: str) -> SimpleNamespace:
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_killed_at_random_moments(script, references, tmp_path):
+    """Beside W&B's log of a finished train_mnist.py with the same id: its steps had been taken for the run's own."""
     reference = references[script]
+    (finished,) = references["train_mnist.py"].cwd.glob("wandb/offline-run-*")
 
     def kill_and_resume(number: int) -> tuple[list[str], list[str], bool]:
         cwd = tmp_path / str(number)
         cwd.mkdir()
         environment, rng = clean_environment(cwd), random.Random(f"{script} {number}")
+        other = cwd / "wandb" / finished.name
+        shutil.copytree(finished, other, ignore=shutil.ignore_patterns("*.synced"))
         killed = killing.killed_and_resumed(script, cwd, environment, reference.duration, rng)
+        if other.exists():  # a run that ended too early starts over without it
+            log = "run-same.wandb"
+            assert (other / log).read_bytes() == (finished / log).read_bytes()
+            assert not list(other.glob("*.synced"))
+            shutil.rmtree(other)
         with serving() as server:
             history = killing.sync(cwd, environment, server)
         return killed, killing.differences(reference.out, cwd / "out"), history == reference.history
@@ -245,6 +254,18 @@ def test_online_run_resumed_offline_has_no_gaps(references, tmp_path):
         assert resume(tmp_path).status == 0
         history = killing.sync(tmp_path, clean_environment(tmp_path), server)
     assert history == references["train_mnist.py"].history
+
+
+def test_another_run_in_its_place_on_the_server_is_refused(copied):
+    """The rows up to that run's last step had been left out without a word."""
+    (copied / "out/metrics.json").unlink()
+    with serving() as server:
+        server.run("same")["config"]["run_token"] = {"value": "of another run"}
+        server.history["same"] = {0: {"_step": 5000}}
+        refused = resume(copied, **server.environment())
+        assert len(server.rows("same")) == 1
+    assert refused.status == 2 and "Traceback" not in refused.out
+    assert "error: W&B has another run with --id same: go on" in refused.out.splitlines()[-1]
 
 
 def test_run_of_a_gpu_says_what_to_do_where_there_is_none(copied, references):

@@ -54,6 +54,25 @@ def test_imports_point_downwards():
             assert all(name.startswith(allowed) for name in imported(file)), file
 
 
+def test_text_is_utf8_whatever_the_locale():
+    """Under a Korean locale, files that others had written in UTF-8 could not be read."""
+    folders = ("harness", "tasks", "reporting", "examples")
+    files = [REPO / "report.py", *REPO.glob("train_*.py")]
+    files += [file for name in folders for file in (REPO / name).glob("*.py")]
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call):
+                continue
+            owner, _, name = ast.unparse(node.func).rpartition(".")
+            modes = [arg.value for arg in node.args if isinstance(arg, ast.Constant)]
+            if name not in ("open", "read_text", "write_text") or modes in (["rb"], ["wb"], ["ab"]):
+                continue
+            # These have functions of their own by those names; without an owner, it is harness.files.
+            of_text = owner not in ("os", "Image", "files") and (owner or name == "open")
+            named = [keyword.value.value for keyword in node.keywords if keyword.arg == "encoding"]
+            assert not of_text or named == ["utf-8"], f"{file.name}: {ast.unparse(node)}"
+
+
 def test_imports_go_in_no_circle():
     folders = ("harness", "tasks", "offline_sweep", "reporting")
     files = [*REPO.glob("*.py"), *(file for name in folders for file in (REPO / name).glob("*.py"))]

@@ -2,16 +2,20 @@
 
 import json
 import random
+import struct
 import sys
+import zlib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import wandb
+from wandb.proto.wandb_internal_pb2 import Record
 
-from harness import tracking
+from harness import tracking, wandb_service
 from tests import forking, killing
 from tests.conftest import REPO, clean_environment
 from tests.wandb_server import WandbServer, serving
@@ -206,6 +210,58 @@ def test_the_users_own_mistakes_are_not_swallowed(tmp_path):
 
     with pytest.raises(FileNotFoundError):
         log(fresh(tmp_path))
+
+
+def write_log(directory: Path, *records: Record) -> None:
+    """W&B's log of the run "same" with these records, as a process that was killed leaves it."""
+    content = b":W&B" + bytes(3)
+    for record in records:
+        data = record.SerializeToString()
+        checksum = zlib.crc32(data, zlib.crc32(b"\1"))
+        content += struct.pack("<IHB", checksum, len(data), 1) + data
+    directory.mkdir(parents=True)
+    (directory / "run-same.wandb").write_bytes(content)
+
+
+@pytest.mark.quick
+def test_logs_are_of_a_run_by_its_token(tmp_path, monkeypatch):
+    """They were by its id alone, so that those of another run with that id were read and changed."""
+    settings = SimpleNamespace(wandb_dir=tmp_path)
+    monkeypatch.setattr("wandb.setup", lambda: SimpleNamespace(settings=settings))
+    row, mine, other = Record(), Record(), Record()
+    row.history.item.add(key="_step", value_json="1")
+    mine.config.update.add(key="run_token", value_json='"a"')
+    other.config.update.add(key="run_token", value_json='"b"')
+    logs = {
+        "mine": [mine, row],
+        "mine before its first row": [mine],
+        "mine continued": [mine, row, other],
+        "other": [other, row],
+        "other before its first row": [other],
+        "without token": [row],
+        "killed at once": [],
+    }
+    for name, records in logs.items():
+        write_log(tmp_path / f"offline-run-{name}-same", *records)
+
+    def found(token: str | None) -> set[str]:
+        files = wandb_service.log_files("same", token)
+        return {log.parent.name.removeprefix("offline-run-")[:-5] for log in files}
+
+    assert found("a") == {
+        "mine",
+        "mine before its first row",
+        "mine continued",
+        "killed at once",
+    }
+    assert found(None) == {"without token", "killed at once"}  # begun by an earlier version
+    for log in wandb_service.log_files("same", "a"):
+        wandb_service.repair_log(log)
+    marked = {marker.parent.name for marker in tmp_path.rglob("*.synced")}
+    assert marked == {
+        "offline-run-mine before its first row-same",
+        "offline-run-killed at once-same",
+    }
 
 
 @pytest.mark.quick
