@@ -12,6 +12,7 @@ import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
 from harness.errors import UserError
@@ -133,14 +134,40 @@ Settings = TypeVar("Settings")
 
 
 def parse(settings_class: type[Settings], argv: Sequence[str] | None = None) -> Settings:
-    """Settings from the command line (`sys.argv` if None); the values of a sweep's run override it.
+    """Settings from the command line; the values of a sweep's run override it.
 
-    Raises `UserError` if an option is unknown or its value is invalid.
+    `argv` None stands for that of the script that declares the settings. On resuming, options that
+    are not given are those of the run. Raises `UserError` if an option is unknown or its value is
+    invalid.
     """
-    checked = _check(settings_class, _read_command_line(settings_class, argv), prefix="--")
-    if issubclass(settings_class, SharedSettings):
-        checked |= _check(settings_class, _read_sweep_file(), prefix="config.")
-    return settings_class(**checked)
+    if argv is None:
+        argv = command_line(settings_class.__module__)
+    given = _check(settings_class, _read_command_line(settings_class, argv), prefix="--")
+    if not issubclass(settings_class, SharedSettings):
+        return settings_class(**given)
+    given |= _check(settings_class, _read_sweep_file(), prefix="config.")
+    used = {}
+    if given.get("resume") and given.get("output_dir"):
+        used = _read_config(settings_class, Path(given["output_dir"]))
+    return settings_class(**used | given)
+
+
+def _read_config(settings_class: type, output_dir: Path) -> dict[str, Any]:
+    """The options of the run in a directory; none if it has no valid configuration."""
+    from harness.files import read_json  # imports torch, which takes a second
+
+    config = read_json(output_dir / "config.json") or {}
+    values = {name: config[name] for name in _kinds(settings_class) if name in config}
+    try:
+        return _check(settings_class, values, prefix="")
+    except UserError:  # of another script: the checkpoint will tell
+        return {}
+
+
+def command_line(module: str) -> list[str]:
+    """The arguments of this process if `module` is its script; a notebook's kernel has its own."""
+    is_script = module == "__main__" and hasattr(sys.modules[module], "__file__")
+    return sys.argv[1:] if is_script else []
 
 
 class _Parser(argparse.ArgumentParser):
