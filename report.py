@@ -12,7 +12,7 @@ from typing import Any
 from harness.directory import CONFIG
 from harness.errors import UserError
 from harness.files import list_names, write_text
-from harness.options import command_line
+from harness.options import Parser, command_line
 from harness.script import run_script
 
 if __name__ == "__main__":
@@ -34,7 +34,7 @@ from reporting.sweep import open_study
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """The command-line arguments."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument(
         "directories",
         type=Path,

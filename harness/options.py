@@ -158,6 +158,8 @@ def _read_config(settings_class: type, output_dir: Path) -> dict[str, Any]:
 
     config = read_json(output_dir / "config.json") or {}
     values = {name: config[name] for name in _kinds(settings_class) if name in config}
+    if values.get("wandb") == "online":  # which the machine may no longer be
+        del values["wandb"]
     try:
         return _check(settings_class, values, prefix="")
     except UserError:  # of another script: the checkpoint will tell
@@ -170,7 +172,9 @@ def command_line(module: str) -> list[str]:
     return sys.argv[1:] if is_script else []
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """Raises `UserError` for what is wrong with the command line."""
+
     def error(self, message: str) -> NoReturn:
         if "expected one argument" in message:
             message += "; a value that begins with a dash is written --option=-value"
@@ -181,7 +185,7 @@ def _read_command_line(settings_class: type, argv: Sequence[str] | None) -> dict
     """The options that were given, still as strings."""
     description = (sys.modules[settings_class.__module__].__doc__ or "").strip().partition("\n")[0]
     usage = "%(prog)s [--OPTION VALUE ...]"
-    parser = _Parser(description=description, usage=usage, allow_abbrev=False)
+    parser = Parser(description=description, usage=usage, allow_abbrev=False)
     kinds = _kinds(settings_class)
     defaults = settings_class()
     for field in dataclasses.fields(settings_class):

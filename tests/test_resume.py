@@ -251,6 +251,8 @@ def test_run_of_a_gpu_says_what_to_do_where_there_is_none(copied, references):
     state = torch.load(copied / "out/checkpoint.pt", weights_only=True)
     state["settings"]["device"] = "cuda"
     torch.save(state, copied / "out/checkpoint.pt")
+    config = copied / "out/config.json"
+    config.write_text(config.read_text().replace('"device": "cpu"', '"device": "cuda"'))
     (copied / "out/metrics.json").unlink()
     refused = resume(copied)
     assert refused.status == 2
