@@ -232,23 +232,14 @@ def _identify(requested: SharedSettings, task: str) -> dict[str, Any]:
     """Project, entity, run id, output directory and W&B mode. Raises `UserError`."""
     if requested.resume and not requested.output_dir:
         raise UserError("--resume needs --output_dir")
-    before = {}
-    if requested.resume:
-        before = read_json(Path(requested.output_dir, CONFIG)) or {}
-    identity: dict[str, Any] = {}
-    for name in ("project", "entity", "id"):
-        variable = "WANDB_RUN_ID" if name == "id" else f"WANDB_{name.upper()}"
-        wanted = getattr(requested, name) or os.environ.get(variable)
-        used = before.get(name)
-        if not isinstance(used, str):  # also in a damaged file
-            used = None
-        if used and wanted and used != wanted:
-            run = f"the run in {requested.output_dir} has --{name} {used}"
-            raise UserError(f"--resume: {run}, not {wanted}")
-        identity[name] = used or wanted
-    identity["project"] = identity["project"] or task
-    run_id = identity["id"] = identity["id"] or secrets.token_hex(4)
-    identity["output_dir"] = requested.output_dir or f"runs/{task}-{run_id}"
+    variables = os.environ
+    run_id = requested.id or variables.get("WANDB_RUN_ID") or secrets.token_hex(4)
+    identity = {
+        "project": requested.project or variables.get("WANDB_PROJECT") or task,
+        "entity": requested.entity or variables.get("WANDB_ENTITY") or None,
+        "id": run_id,
+        "output_dir": requested.output_dir or f"runs/{task}-{run_id}",
+    }
     if "/" in run_id:
         raise UserError(f"--id: must not contain a slash, got {run_id!r}")
     for name in ("id", "output_dir"):
@@ -288,8 +279,6 @@ def _settings_of(
             taken[name] = used[name]
             if value not in (used[name], placeholder):
                 differ.append(f"--{name} was {used[name]!r}, is {value!r}")
-        elif value is None:
-            taken[name] = used[name]
     if differ:
         raise UserError(f"{run} was begun with other settings: {'; '.join(differ)}")
     return taken

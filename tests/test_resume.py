@@ -174,7 +174,7 @@ def test_changed_settings_are_refused_but_not_names_and_tags(copied):
         and "tags" not in last
     )
     refused = resume(copied, "--project", "another")
-    assert refused.status == 2 and "has --project mnist, not another" in refused.out
+    assert refused.status == 2 and "--project was 'mnist', is 'another'" in refused.out
     assert resume(copied, "--tags", "new", "--notes", "new", "--name", "new").status == 0
 
 
