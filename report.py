@@ -12,6 +12,7 @@ from typing import Any
 from harness.directory import CONFIG
 from harness.errors import UserError
 from harness.files import list_names, write_text
+from harness.options import Parser, command_line
 from harness.script import run_script
 
 if __name__ == "__main__":
@@ -33,7 +34,7 @@ from reporting.sweep import open_study
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """The command-line arguments."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument(
         "directories",
         type=Path,
@@ -44,7 +45,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--output", type=Path, default="report.html", help="the page to write [report.html]"
     )
-    return parser.parse_args(argv)
+    return parser.parse_args(command_line(__name__) if argv is None else argv)
 
 
 def print_table(header: list[str], rows: list[list[Any]]) -> None:

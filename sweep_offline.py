@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 from harness.errors import UserError
-from harness.options import option, parse
+from harness.options import command_line, option, parse
 from harness.script import run_script
 
 try:
@@ -163,7 +163,9 @@ def main(argv: list[str] | None = None) -> None:
 
     Raises `UserError` if the arguments, the sweep file or the storage are unusable.
     """
-    file, *rest = argv or sys.argv[1:] or ["--help"]
+    if argv is None:
+        argv = command_line(__name__)
+    file, *rest = argv or ["--help"]
     if file in ("-h", "--help"):
         parse(Options, [file])  # prints the help and exits
     sweep = read_sweep(Path(file))

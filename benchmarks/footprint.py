@@ -27,7 +27,7 @@ def train_and_measure(*arguments):
     print(f"memory {{megabytes('VmHWM') - imported:.1f}}")
     return result
 {script}.train = train_and_measure
-{script}.script.run_script({script}.main)
+{script}.script.run_script(lambda: {script}.main(sys.argv[1:]))
 """
 
 

@@ -2,8 +2,10 @@
 
 import contextlib
 import ctypes
+import logging
 import os
 import random
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -31,6 +33,25 @@ def seed_everything(seed: int, deterministic: bool) -> None:
     # In float32, convolutions use TF32 by default, unlike the exported model.
     torch.backends.cudnn.allow_tf32 = False
     torch.use_deterministic_algorithms(deterministic)
+
+
+@contextlib.contextmanager
+def restoring_globals() -> Iterator[None]:
+    """Put back what a run changes for the whole process, of which a notebook goes on."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    attributes = [
+        (torch.utils.deterministic, "fill_uninitialized_memory"),
+        (torch.backends.cudnn, "benchmark"),
+        (torch.backends.cudnn, "allow_tf32"),
+        (logging, "raiseExceptions"),
+    ]
+    values = [getattr(owner, name) for owner, name in attributes]
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(deterministic)
+        for (owner, name), value in zip(attributes, values):
+            setattr(owner, name, value)
 
 
 def seed_rank(seed: int) -> None:

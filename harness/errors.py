@@ -28,6 +28,10 @@ class UserError(Exception):
         self.status = status
         self.of_this_rank = False  # not of rank 0, which does not know of it
 
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows instead of a traceback."""
+        return [f"error: {self}"]
+
 
 class Stopped(BaseException):
     """The run was asked to stop, by a signal or by W&B, and can be resumed.
@@ -40,6 +44,10 @@ class Stopped(BaseException):
         self.reason = reason
         self.status = status
         self.ends_launcher = ends_launcher
+
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows instead of a traceback."""
+        return [str(self)]
 
 
 def disk_error(error: Exception) -> OSError | None:

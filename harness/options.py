@@ -12,6 +12,7 @@ import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
 from harness.errors import UserError
@@ -137,17 +138,47 @@ Settings = TypeVar("Settings")
 
 
 def parse(settings_class: type[Settings], argv: Sequence[str] | None = None) -> Settings:
-    """Settings from the command line (`sys.argv` if None); the values of a sweep's run override it.
+    """Settings from the command line; the values of a sweep's run override it.
 
-    Raises `UserError` if an option is unknown or its value is invalid.
+    `argv` None stands for that of the script that declares the settings. On resuming, options that
+    are not given are those of the run. Raises `UserError` if an option is unknown or its value is
+    invalid.
     """
-    checked = _check(settings_class, _read_command_line(settings_class, argv), prefix="--")
-    if issubclass(settings_class, SharedSettings):
-        checked |= _check(settings_class, _read_sweep_file(), prefix="config.")
-    return settings_class(**checked)
+    if argv is None:
+        argv = command_line(settings_class.__module__)
+    given = _check(settings_class, _read_command_line(settings_class, argv), prefix="--")
+    if not issubclass(settings_class, SharedSettings):
+        return settings_class(**given)
+    given |= _check(settings_class, _read_sweep_file(), prefix="config.")
+    used = {}
+    if given.get("resume") and given.get("output_dir"):
+        used = _read_config(settings_class, Path(given["output_dir"]))
+    return settings_class(**used | given)
 
 
-class _Parser(argparse.ArgumentParser):
+def _read_config(settings_class: type, output_dir: Path) -> dict[str, Any]:
+    """The options of the run in a directory; none if it has no valid configuration."""
+    from harness.files import read_json  # imports torch, which takes a second
+
+    config = read_json(output_dir / "config.json") or {}
+    values = {name: config[name] for name in _kinds(settings_class) if name in config}
+    if values.get("wandb") == "online":  # which the machine may no longer be
+        del values["wandb"]
+    try:
+        return _check(settings_class, values, prefix="")
+    except UserError:  # of another script: the checkpoint will tell
+        return {}
+
+
+def command_line(module: str) -> list[str]:
+    """The arguments of this process if `module` is its script; a notebook's kernel has its own."""
+    is_script = module == "__main__" and hasattr(sys.modules[module], "__file__")
+    return sys.argv[1:] if is_script else []
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises `UserError` for what is wrong with the command line."""
+
     def error(self, message: str) -> NoReturn:
         if "expected one argument" in message:
             message += "; a value that begins with a dash is written --option=-value"
@@ -158,7 +189,7 @@ def _read_command_line(settings_class: type, argv: Sequence[str] | None) -> dict
     """The options that were given, still as strings."""
     description = (sys.modules[settings_class.__module__].__doc__ or "").strip().partition("\n")[0]
     usage = "%(prog)s [--OPTION VALUE ...]"
-    parser = _Parser(description=description, usage=usage, allow_abbrev=False)
+    parser = Parser(description=description, usage=usage, allow_abbrev=False)
     kinds = _kinds(settings_class)
     defaults = settings_class()
     for field in dataclasses.fields(settings_class):

@@ -9,10 +9,11 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from harness import distributed
 from harness.errors import UserError
+from harness.script import in_ipython
 from harness.session import Session
 
 Indices = TypeVar("Indices", bound=Sequence[int] | Tensor)  # of the examples of a batch
@@ -80,7 +81,7 @@ class Progress:
             total=self.total_batches,
             initial=self.batch,
             unit="batch",
-            disable=None,
+            disable=None if not in_ipython() else False,
             file=sys.stdout,
         )
         with self.session.stop_requests.training(), bar as self.bar:

@@ -1,6 +1,7 @@
 """The process of a script: how it starts, is asked to stop, and exits."""
 
 import atexit
+import builtins
 import contextlib
 import errno
 import gc
@@ -34,6 +35,8 @@ ALLOCATION_ERRORS = re.compile(
 
 def check_options(settings_class: type[SharedSettings]) -> None:
     """Answer `--help` and mistakes in the options, and prepare the process for the slow imports."""
+    if in_ipython():
+        return
     _open_streams()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until training starts, Ctrl-C ends the process
     # Let idle OpenMP threads sleep: spinning slows training down tenfold on a busy machine.
@@ -57,7 +60,13 @@ def _open_streams() -> None:
 
 
 def run_script(main: Callable[[], Any]) -> None:
-    """Call `main` and exit; errors that the user can fix end in one line and their exit status."""
+    """Call `main` and exit; errors that the user can fix end in one line and their exit status.
+
+    IPython, in which %run has started the script, lives on.
+    """
+    if in_ipython():
+        status_of(main)
+        return
     _open_streams()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     gc.set_threshold(50_000)  # collect rarely: the ONNX exporter is still to be imported
@@ -164,7 +173,8 @@ class StopRequests:
             self.add("the sweep", 0)  # its agent takes any other status for a failure
         else:
             self.add(signal.Signals(number).name, 128 + number)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        second = signal.default_int_handler if in_ipython() else signal.SIG_DFL
+        signal.signal(signal.SIGINT, second)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.setitimer(signal.ITIMER_REAL, self._timeout if self._training else GRACE)
 
@@ -217,7 +227,7 @@ def handling_signals(timeout: float) -> Iterator[StopRequests]:
     try:
         yield requests
     except BaseException:
-        if requests.first and previous:
+        if requests.first and previous and not in_ipython():
             previous[signal.SIGTERM] = signal.SIG_IGN  # the exit is under way
         raise
     finally:
@@ -232,6 +242,11 @@ def cancel_timeout() -> None:
     """Let the program finish what it is doing, however long that takes."""
     if in_main_thread():
         signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def in_ipython() -> bool:
+    """Whether this is a notebook or an IPython shell, which must outlive the run."""
+    return hasattr(builtins, "__IPYTHON__")
 
 
 def in_main_thread() -> bool:

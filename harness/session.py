@@ -21,7 +21,7 @@ import wandb
 from torch import nn
 
 from harness import distributed, tracking, wandb_service
-from harness.device import find_device, find_precision, keep_freed_memory
+from harness.device import find_device, find_precision, keep_freed_memory, restoring_globals
 from harness.directory import (
     CHECKPOINT,
     CONFIG,
@@ -34,7 +34,7 @@ from harness.directory import (
 from harness.errors import Stopped, UserError
 from harness.files import read_json, write_json
 from harness.options import SharedSettings
-from harness.script import StopRequests, handling_signals, in_main_thread
+from harness.script import StopRequests, handling_signals, in_ipython, in_main_thread
 
 LIBRARIES = ("torch", "torchvision", "transformers", "wandb", "numpy")
 
@@ -85,7 +85,7 @@ class Session:
         self.run = tracking.start(
             init, self.settings, self.stop_requests, journal, token, resuming=bool(state)
         )
-        command = resume_command(self.settings.output_dir, self.settings.resume)
+        command = resume_command(self.settings)
         self.exits.enter_context(tracking.finishing(self.run, command))
         self.config["id"] = self.run.wandb.id  # W&B's agent may have chosen it
         self.config[wandb_service.TOKEN] = token
@@ -114,12 +114,13 @@ def open_session(
     thread of `wandb.agent`, which goes on with other runs, that is only printed.
     """
     keep_freed_memory()
-    output_dir = requested.output_dir
+    settings = requested
     # How long the other ranks wait for rank 0, which ends the W&B run.
     finish_limit = tracking.FINISH_TIMEOUT[requested.log_model] + tracking.KILL_AFTER
     last_wait = finish_limit + tracking.ARTIFACT_TIMEOUT
     try:
         with (
+            restoring_globals(),
             distributed.joined(requested.peer_timeout, last_wait),
             handling_signals(requested.stop_timeout) as requests,
         ):
@@ -128,7 +129,7 @@ def open_session(
             else:
                 opened = _open_on_other_rank(requested, directions, requests)
             with opened as session:
-                output_dir = session.settings.output_dir
+                settings = session.settings
                 yield session
     except Stopped as stopped:
         if stopped.ends_launcher:
@@ -136,24 +137,29 @@ def open_session(
         if not in_main_thread():
             print(stopped)
             return
-        command = resume_command(output_dir, requested.resume)
+        command = resume_command(settings)
         raise Stopped(f"{stopped.reason}. To go on: {command}", stopped.status) from None
 
 
-def resume_command(output_dir: str | None, resumed: bool) -> str:
-    """What to type to resume a run; `resumed`: whether this command resumed it already."""
+def resume_command(settings: SharedSettings) -> str:
+    """What to type to resume a run, whose other settings are in its directory."""
+    output_dir = settings.output_dir
+    begun = output_dir and Path(output_dir, CONFIG).exists()
+    module = type(settings).__module__
+    script, *arguments = sys.argv
+    if begun:
+        arguments = ["--output_dir", output_dir, "--resume"]
     if distributed.spans_hosts():
-        more = " with --resume and its --output_dir" if output_dir and not resumed else ""
-        return f"the same command on every host{more}"
-    command = ["python", *sys.argv]
+        command = f"{Path(script).name} {shlex.join(arguments)}"
+        return f"on every host, torchrun with the same options and {command}"
+    if module != "__main__":
+        return f"{module}.main({arguments})" if begun else f"the same call of {module}.main"
+    launcher = ["python"]
     if processes := os.environ.get("LOCAL_WORLD_SIZE"):  # set by torchrun
-        command = ["torchrun", "--nproc-per-node", processes, *sys.argv]
-    named = any(word.startswith("--output_dir") for word in sys.argv)
-    if output_dir and not named:
-        command += ["--output_dir", output_dir]
-    if output_dir and not resumed:
-        command.append("--resume")
-    return shlex.join(command)
+        launcher = ["torchrun", "--nproc-per-node", processes]
+    elif in_ipython():
+        launcher = ["%run"]
+    return shlex.join([*launcher, script, *arguments])
 
 
 @contextlib.contextmanager
@@ -230,23 +236,14 @@ def _identify(requested: SharedSettings, task: str) -> dict[str, Any]:
     """Project, entity, run id, output directory and W&B mode. Raises `UserError`."""
     if requested.resume and not requested.output_dir:
         raise UserError("--resume needs --output_dir")
-    before = {}
-    if requested.resume:
-        before = read_json(Path(requested.output_dir, CONFIG)) or {}
-    identity = {}
-    variables = {"project": "WANDB_PROJECT", "entity": "WANDB_ENTITY", "id": "WANDB_RUN_ID"}
-    for name, variable in variables.items():
-        wanted = getattr(requested, name) or os.environ.get(variable)
-        used = before.get(name)
-        if not isinstance(used, str):  # also in a damaged file
-            used = None
-        if used and wanted and used != wanted:
-            run = f"the run in {requested.output_dir} has --{name} {used}"
-            raise UserError(f"--resume: {run}, not {wanted}")
-        identity[name] = used or wanted
-    identity["project"] = identity["project"] or task
-    run_id = identity["id"] = identity["id"] or secrets.token_hex(4)
-    identity["output_dir"] = requested.output_dir or f"runs/{task}-{run_id}"
+    variables = os.environ
+    run_id = requested.id or variables.get("WANDB_RUN_ID") or secrets.token_hex(4)
+    identity = {
+        "project": requested.project or variables.get("WANDB_PROJECT") or task,
+        "entity": requested.entity or variables.get("WANDB_ENTITY") or None,
+        "id": run_id,
+        "output_dir": requested.output_dir or f"runs/{task}-{run_id}",
+    }
     if "/" in run_id:
         raise UserError(f"--id: must not contain a slash, got {run_id!r}")
     for name in ("id", "output_dir"):
@@ -286,8 +283,6 @@ def _settings_of(
             taken[name] = used[name]
             if value not in (used[name], placeholder):
                 differ.append(f"--{name} was {used[name]!r}, is {value!r}")
-        elif value is None:
-            taken[name] = used[name]
     if differ:
         raise UserError(f"{run} was begun with other settings: {'; '.join(differ)}")
     return taken

@@ -27,7 +27,7 @@ from harness import distributed, wandb_service
 from harness.errors import DISK_ERRORS, Stopped, UserError, disk_error, script_line, warn_loudly
 from harness.files import replacing
 from harness.options import SharedSettings
-from harness.script import StopRequests, cancel_timeout, in_main_thread
+from harness.script import StopRequests, cancel_timeout, in_ipython, in_main_thread
 
 INIT_TIMEOUT = 8  # seconds; W&B waits up to ten more before that to confirm the API key
 FINISH_TIMEOUT = {"none": 20, "best": 1800, "all": 1800}  # seconds, by --log_model
@@ -591,7 +591,7 @@ def finishing(run: Run, command: str) -> Iterator[None]:
         finish.start()
         hurry = isinstance(error, Stopped) and status != 0  # stopped by W&B, it has half a minute
         finish.join(CLOSE_TIMEOUT if hurry else None)
-        if hurry and (closing or finish.is_alive()):
+        if hurry and (closing or finish.is_alive()) and not in_ipython():
             print(f"{error}; W&B does not answer. To go on: {command}", flush=True)
             os._exit(status)  # every file is written, and W&B would go on waiting
         raise

@@ -73,7 +73,7 @@ def start_changed(
     name = Path(script).stem
     program = f"import sys\nsys.path.insert(0, {str((REPO / script).parent)!r})\n"
     program += f"import {name}, time\nfrom harness import distributed, files, script\n{change}\n"
-    program += f"script.run_script({name}.main)"
+    program += f"script.run_script(lambda: {name}.main(sys.argv[1:]))"
     command = [
         sys.executable,
         "-c",

@@ -183,7 +183,7 @@ def test_changed_settings_are_refused_but_not_names_and_tags(copied):
         and "tags" not in last
     )
     refused = resume(copied, "--project", "another")
-    assert refused.status == 2 and "has --project mnist, not another" in refused.out
+    assert refused.status == 2 and "--project was 'mnist', is 'another'" in refused.out
     assert resume(copied, "--tags", "new", "--notes", "new", "--name", "new").status == 0
 
 
@@ -272,6 +272,8 @@ def test_run_of_a_gpu_says_what_to_do_where_there_is_none(copied, references):
     state = torch.load(copied / "out/checkpoint.pt", weights_only=True)
     state["settings"]["device"] = "cuda"
     torch.save(state, copied / "out/checkpoint.pt")
+    config = copied / "out/config.json"
+    config.write_text(config.read_text().replace('"device": "cpu"', '"device": "cuda"'))
     (copied / "out/metrics.json").unlink()
     refused = resume(copied)
     assert refused.status == 2

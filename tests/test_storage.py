@@ -138,7 +138,7 @@ def test_a_search_without_its_database_can_be_stopped_and_gives_up(server, tmp_p
 
     server("start")
     program = f"import sys; sys.path.insert(0, {str(REPO)!r}); import sweep_offline\n"
-    program += "from offline_sweep import study; study.PATIENCE = 2.0; sweep_offline.run_script(sweep_offline.main)"
+    program += "from offline_sweep import study; study.PATIENCE = 2.0; sweep_offline.run_script(lambda: sweep_offline.main(sys.argv[1:]))"
     command = [sys.executable, "-c", program, "s.yaml", "--storage", url]
     process = subprocess.Popen(
         command,
@@ -188,7 +188,7 @@ def test_a_missing_driver_is_named(tmp_path):
     (tmp_path / "s.yaml").write_text(GRID)
     shutil.copy(REPO / "tests/objective.py", tmp_path)
     program = f"import sys; sys.path.insert(0, {str(REPO)!r}); sys.modules['psycopg'] = None; import sweep_offline\n"
-    program += "sweep_offline.run_script(sweep_offline.main)"
+    program += "sweep_offline.run_script(lambda: sweep_offline.main(sys.argv[1:]))"
     command = [
         sys.executable,
         "-c",
