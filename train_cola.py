@@ -8,7 +8,7 @@ import dataclasses
 
 from harness import options, script
 from harness.options import housekeeping, option
-from tasks.text_files import Reading
+from tasks.text_files import OwnFiles
 
 # ----------------------------------------------------------------------------- settings
 
@@ -30,18 +30,13 @@ METRICS = {  # of an evaluation, and which way each is better
 
 
 @dataclasses.dataclass(kw_only=True, frozen=True)
-class Settings(Reading, options.SharedSettings):
+class Settings(OwnFiles, options.SharedSettings):  # --train_file and what belongs to it
     dataset: str = option(
         "auto",
         "auto: CoLA, or built-in sentences if it is not available",
         placeholder="auto",
         choices=("auto", "cola", "synthetic", "files"),
     )
-    train_file: str | None = option(
-        None, "your training data: TSV, CSV, JSON lines or Parquet", path=True
-    )
-    valid_file: str | None = option(None, "your validation data", path=True)
-    test_file: str | None = option(None, "your test data, for the best model", path=True)
     log_data: bool = housekeeping(False, "upload the data; else only paths and checksums")
     positive_label: str | None = option(
         None, "the positive one of two classes [the second]", placeholder=None
@@ -128,14 +123,7 @@ class Task(NamedTuple):
 def load(session: Session) -> Corpus:
     """The sentences for training, validation and perhaps a test. Raises `UserError`."""
     settings = session.settings
-    corpus = load_corpus(
-        settings.dataset,
-        settings.data_dir,
-        settings.train_file,
-        settings.valid_file,
-        settings.test_file,
-        settings,
-    )
+    corpus = load_corpus(settings.dataset, settings.data_dir, settings)
     names = corpus.class_names
     occurring = len(set(corpus.valid.labels))
     right = torch.eye(occurring, len(names))  # logits without a mistake, for a sentence per class

@@ -20,6 +20,7 @@ import viz
 from benchmarks import pairs
 from tasks import batching, encoders
 from tasks.sentences import load_corpus
+from tasks.text_files import OwnFiles
 
 WORDS = [f"{a}{b}{c}" for a in "bdfgklmnpr" for b in "aeiou" for c in "bdfgklmnpr"]
 HEADS = {
@@ -76,7 +77,7 @@ def sentences(count: int) -> list[str]:
             )
     _, tokenizer = encoders.load_model("scratch", WORDS * 2, ["0", "1"], max_length=128)
     before, timer = megabytes("VmRSS"), Timer()
-    corpus = load_corpus("files", ".", "train.tsv", "valid.tsv")
+    corpus = load_corpus("files", ".", OwnFiles(train_file="train.tsv", valid_file="valid.tsv"))
     columns = [timer()]
     parts = []
     for part in (corpus.train, corpus.valid):

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from harness.errors import UserError
 from tasks.downloads import has_files
 from tasks.grammar import minimal_pairs
-from tasks.text_files import Reading, Sentences, read_parts
+from tasks.text_files import OwnFiles, Sentences, read_parts
 
 
 class Corpus(NamedTuple):
@@ -26,17 +26,14 @@ class Corpus(NamedTuple):
 
 COLA_URL = "https://nyu-mll.github.io/CoLA/cola_public_1.1.zip"
 COLA_SHA256 = "2cf856f46df11c143d38e0cf2f9f34ff2fdb088c521cd859f5c4b9581683278b"
-DEFAULTS = Reading()
+NO_FILES = OwnFiles()
 ACCEPTABILITY = ["unacceptable", "acceptable"]  # CoLA's 0 and 1
 
 
 def load_corpus(
     name: str,
     data_dir: str,
-    train_file: str | None = None,
-    valid_file: str | None = None,
-    test_file: str | None = None,
-    reading: Reading = DEFAULTS,
+    own: OwnFiles = NO_FILES,
 ) -> Corpus:
     """Load "cola" from `data_dir`, the user's "files", or "synthetic" sentences.
 
@@ -44,13 +41,13 @@ def load_corpus(
     named, otherwise CoLA, otherwise, with a loud warning, "synthetic". Raises `UserError` if
     the options contradict each other, or if files are missing or damaged.
     """
-    files = (train_file, valid_file, test_file)
-    if train_file and valid_file:
+    files = (own.train_file, own.valid_file, own.test_file)
+    if own.train_file and own.valid_file:
         if name not in ("auto", "files"):
             raise UserError(
                 f"--dataset {name} and --train_file exclude each other: drop one of them"
             )
-        return _read_user_files([Path(file) for file in files if file], reading)
+        return _read_user_files([Path(file) for file in files if file], own)
     if any(files) or name == "files":
         raise UserError("--train_file and --valid_file go together: name both")
     if name != "synthetic":
@@ -89,8 +86,8 @@ def parse_cola(content: bytes) -> Sentences:
     return part
 
 
-def _read_user_files(files: list[Path], reading: Reading) -> Corpus:
-    train, valid, *test = read_parts(files, reading)
+def _read_user_files(files: list[Path], own: OwnFiles) -> Corpus:
+    train, valid, *test = read_parts(files, own)
     order = sorted(_label_order(label) for label in set(train.labels))
     class_names = [label for _, _, label in order]
     has_words, _, last = order[-1]

@@ -48,9 +48,14 @@ class Sentences(NamedTuple):
 
 
 @dataclasses.dataclass(kw_only=True, frozen=True)
-class Reading:
+class OwnFiles:
     """The options for the user's files."""
 
+    train_file: str | None = option(
+        None, "your training data: TSV, CSV, JSON lines or Parquet", path=True
+    )
+    valid_file: str | None = option(None, "your validation data", path=True)
+    test_file: str | None = option(None, "your test data, for the best model", path=True)
     text_column: str | None = option(None, "column of your data [sentence, text, ...]")
     text_pair_column: str | None = option(None, "column of the second text of pairs [sentence2]")
     label_column: str | None = option(None, "column of your data [label, class, ...]")
@@ -58,7 +63,7 @@ class Reading:
     drop_missing: bool = option(False, "leave out rows of your data without text or label")
 
 
-def read_parts(paths: list[Path], reading: Reading) -> list[Sentences]:
+def read_parts(paths: list[Path], own: OwnFiles) -> list[Sentences]:
     """The sentences of a run's files, training data first; all have the columns of the first.
 
     Raises `UserError`.
@@ -66,7 +71,7 @@ def read_parts(paths: list[Path], reading: Reading) -> list[Sentences]:
     parts = []
     labels = set()
     for path in paths:
-        rows = _read_rows(path, reading.encoding)
+        rows = _read_rows(path, own.encoding)
         if not parts:
             header = _missing_header(rows)
         if header:
@@ -75,14 +80,14 @@ def read_parts(paths: list[Path], reading: Reading) -> list[Sentences]:
         if len(rows) < 2:
             raise UserError(f"{path} contains no sentences")
         names = [name.strip().casefold() for name in rows[0][1]]
-        chosen = _choose_columns(names, reading, path)
+        chosen = _choose_columns(names, own, path)
         columns = list(chosen.values())
-        part = _take_columns(rows[1:], names, columns, path, reading.drop_missing, labels, paths[0])
+        part = _take_columns(rows[1:], names, columns, path, own.drop_missing, labels, paths[0])
         if not parts:
             _check_labels(part.labels, columns[-1], path)
             if columns != ["sentence", "label"]:
                 print(f"{path}: text and label are in the columns {', '.join(columns)}.")
-            reading = dataclasses.replace(reading, **chosen)
+            own = dataclasses.replace(own, **chosen)
             labels = set(part.labels)
         parts.append(part)
     return parts
@@ -212,17 +217,17 @@ def _missing_header(rows: list[Row]) -> list[str]:
     return header if sorted(header) == ["label", "sentence"] else []
 
 
-def _choose_columns(names: list[str], reading: Reading, path: Path) -> dict[str, str]:
+def _choose_columns(names: list[str], own: OwnFiles, path: Path) -> dict[str, str]:
     """The columns for text, second text if there is one, and label: by option, their names."""
     known = {"text_column": TEXTS, "text_pair_column": (), "label_column": LABELS}
-    if reading.text_column is None:
+    if own.text_column is None:
         for first, second in PAIRS.items():
             if first in names and second in names:
                 known["text_column"] = (first,)
                 known["text_pair_column"] = (second,)
     chosen = {}
     for option_name, candidates in known.items():
-        given = getattr(reading, option_name)
+        given = getattr(own, option_name)
         if given:
             candidates = (given.strip().casefold(),)
         found = [name for name in names if name in candidates]

@@ -27,7 +27,7 @@ from conftest import finished_run
 from harness.errors import UserError
 from tasks import batching, encoders, grammar
 from tasks.sentences import Corpus, load_corpus, parse_cola, synthetic_sentences
-from tasks.text_files import Reading
+from tasks.text_files import OwnFiles
 
 TRAIN = "gj04\t1\t\tThe boat sank.\nks08\t0\t*\tThe boat sanked.\n"
 IN_DOMAIN, OUT_OF_DOMAIN = (
@@ -152,7 +152,9 @@ def read(
     files = [tmp_path / f"{name}.{suffix}" for name in ("train", "valid")]
     for file, content in zip(files, (train, valid)):
         file.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return load_corpus("auto", str(tmp_path), *map(str, files), Reading(**options))
+    train_file, valid_file = map(str, files)
+    own = OwnFiles(train_file=train_file, valid_file=valid_file, **options)
+    return load_corpus("auto", str(tmp_path), own)
 
 
 def test_csv_is_parsed_with_quoting(tmp_path):
@@ -456,7 +458,8 @@ def test_incompatible_options_and_unreadable_files(tmp_path):
         ("files", "x", str(tmp_path), a): "Is a directory",
     }.items():
         with pytest.raises(UserError, match=problem):
-            load_corpus(*arguments)
+            name, directory, train_file, valid_file = arguments
+            load_corpus(name, directory, OwnFiles(train_file=train_file, valid_file=valid_file))
 
 
 # ------------------------------------------------------------------------------ pairs of sentences
@@ -556,7 +559,9 @@ def test_labels_of_any_length_are_in_numeric_order(tmp_path):
         (tmp_path / part).write_text(
             "sentence\tlabel\n" + "".join(f"s\t{label}\n" for label in labels)
         )
-    corpus = load_corpus("files", ".", str(tmp_path / "t"), str(tmp_path / "v"))
+    corpus = load_corpus(
+        "files", ".", OwnFiles(train_file=str(tmp_path / "t"), valid_file=str(tmp_path / "v"))
+    )
     assert corpus.class_names == [
         *("01", "1", "9", "10", "9" * 300, "1" + "0" * 305, "2" * 5000, "a", "b")
     ]

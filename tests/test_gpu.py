@@ -26,6 +26,7 @@ import train_mnist
 from tasks import batching
 from tasks.digits import load_digits, split_digits
 from tasks.sentences import load_corpus
+from tasks.text_files import OwnFiles
 from tests import forking, killing
 from tests.conftest import clean_environment, made_once, wandb_records
 
@@ -175,7 +176,9 @@ def test_cola_evaluation_equals_that_of_a_cpu(precision, runs):
     out = runs("train_cola.py", precision).directory / "first/out"
     tokenizer = transformers.AutoTokenizer.from_pretrained(out / "model")
     model = transformers.AutoModelForSequenceClassification.from_pretrained(out / "model")
-    valid = load_corpus("files", ".", str(killing.SHORT), str(killing.SHORT)).valid
+    valid = load_corpus(
+        "files", ".", OwnFiles(train_file=str(killing.SHORT), valid_file=str(killing.SHORT))
+    ).valid
     part = batching.tokenise(valid.sentences, valid.labels, tokenizer, 128, torch.device("cpu"))
     result = train_cola.evaluate(SimpleNamespace(model=model, positive=1), part)
     metrics = json.loads((out / "metrics.json").read_text())

@@ -20,6 +20,7 @@ from metrics import evaluation
 from tasks.digits import load_digits, synthetic_digits
 from tasks.downloads import why_unreachable
 from tasks.sentences import Corpus, load_corpus
+from tasks.text_files import OwnFiles
 
 GOOD = "sentence\tlabel\na\t0\nb\t1\n"
 pytestmark = pytest.mark.quick
@@ -28,9 +29,8 @@ pytestmark = pytest.mark.quick
 def read(tmp_path: Path, train: str, valid: str = GOOD, suffix: str = "tsv") -> Corpus:
     for name, content in (("train", train), ("valid", valid)):
         (tmp_path / f"{name}.{suffix}").write_bytes(content.encode())
-    return load_corpus(
-        "files", "", *(str(tmp_path / f"{name}.{suffix}") for name in ("train", "valid"))
-    )
+    train_file, valid_file = (str(tmp_path / f"{name}.{suffix}") for name in ("train", "valid"))
+    return load_corpus("files", "", OwnFiles(train_file=train_file, valid_file=valid_file))
 
 
 def problem_of(tmp_path: Path, train: str, suffix: str = "tsv") -> str:
