@@ -5,8 +5,11 @@ import dataclasses
 import fcntl
 import json
 import os
+import random
 import re
 import secrets
+import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -21,17 +24,17 @@ from optuna.trial import FrozenTrial, TrialState
 
 from harness.errors import UserError
 from offline_sweep.file import Sweep
-from offline_sweep.study import RetryingStorage, sampler, suggest
+from offline_sweep.parameters import suggest
+from offline_sweep.study import RetryingStorage, sampler
 
+ENVIRONMENT = re.compile(r"\$\{envvar:([A-Z0-9_]*)\}")
 STOP_TIMEOUT = 30  # seconds; a run takes at most its --stop_timeout, and a little to close W&B
 
 
 def trial_arguments(sweep: Sweep, searched: dict[str, Any]) -> dict[str, Any]:
     """All parameters of a trial, nested ones as mappings, given its values of those searched."""
     arguments: dict[str, Any] = {}
-    for name, value in (sweep.constants | searched).items():
-        if name in searched:
-            value = sweep.lists.get(value, value)
+    for name, value in (sweep.constants() | searched).items():
         *outer_names, inner_name = name.split("/")
         mapping = arguments
         for outer_name in outer_names:
@@ -40,11 +43,22 @@ def trial_arguments(sweep: Sweep, searched: dict[str, Any]) -> dict[str, Any]:
     return arguments
 
 
-def trial_command(sweep: Sweep, arguments: dict[str, Any], interpreter: str) -> list[str]:
-    """The command that W&B's agent would run. Raises `UserError` if it has an unknown macro."""
+def trial_command(
+    sweep: Sweep,
+    arguments: dict[str, Any],
+    json_file: str,
+    interpreter: str = sys.executable,
+    expand: bool = True,
+) -> list[str]:
+    """The command that W&B's agent would run; `${envvar:X}` stays as it is without `expand`.
+
+    Raises `UserError` if it has an unknown macro.
+    """
     pairs = [f"{name}={value}" for name, value in arguments.items()]
     flags = []
+    no_equals = []
     for name, value in arguments.items():
+        no_equals += [f"--{name}", str(value)]
         if value is not False:
             flags.append(f"--{name}" if value is True else f"--{name}={value}")
     macros = {
@@ -52,19 +66,34 @@ def trial_command(sweep: Sweep, arguments: dict[str, Any], interpreter: str) -> 
         "${interpreter}": [interpreter],
         "${program}": [sweep.program],
         "${args}": [f"--{pair}" for pair in pairs],
+        "${args_no_equals}": no_equals,
         "${args_no_hyphens}": pairs,
         "${args_no_boolean_flags}": flags,
+        "${args_append_hydra}": [f"+{pair}" for pair in pairs],
+        "${args_override_hydra}": [f"++{pair}" for pair in pairs],
         "${args_json}": [json.dumps(arguments)],
+        "${args_json_file}": [json_file],
     }
     command = []
     for part in sweep.command:
-        part = re.sub(
-            r"\$\{envvar:([A-Z0-9_]*)\}", lambda match: os.environ.get(match[1], match[1]), part
-        )
-        if part.startswith("${") and part not in macros:
+        expanded = ENVIRONMENT.sub(lambda match: os.environ.get(match[1], match[1]), part)
+        is_macro = part.startswith("${") and part.endswith("}") and part == expanded
+        if is_macro and part not in macros:
             raise UserError(f"command: unknown macro {part}; must be one of {', '.join(macros)}")
-        command += macros.get(part, [part])
+        command += macros.get(part, [expanded if expand else part])
     return command
+
+
+def check_command(sweep: Sweep) -> None:
+    """Raise `UserError` if the sweep's command can't be started."""
+    command = trial_command(sweep, {}, "")
+    if "${interpreter} ${program}" in " ".join(sweep.command) and not os.path.isfile(
+        str(sweep.program)
+    ):
+        raise UserError(f"program: must be an existing script, not {sweep.program!r}")
+    words = [word for word in command if word != "/usr/bin/env" and "=" not in word]
+    if not (words and shutil.which(words[0])):
+        raise UserError(f"command: can't be started: {shlex.join(sweep.command)}")
 
 
 def visible_gpus() -> list[str]:
@@ -121,7 +150,7 @@ class TrialProcess:
     def report_progress(self, metric: str) -> None:
         """Report new values of the metric to Optuna, and stop the run if it should be pruned."""
         journal = self.output_dir / "history.jsonl"
-        text = journal.read_text(errors="replace") if journal.is_file() else ""
+        text = journal.read_text("utf-8", "replace") if journal.is_file() else ""
         values = []
         for line in text.split("\n")[:-1]:  # the last line may be incomplete
             if json.dumps(metric) in line:
@@ -145,14 +174,16 @@ class TrialProcess:
             return f"killed by {signal.strsignal(-status)}"
         if status > 0:
             log = self.output_dir.with_suffix(".log")
-            lines = log.read_text(errors="replace").splitlines()
+            lines = log.read_text("utf-8", "replace").splitlines()
             messages = [line for line in lines if line.strip() and not line.startswith("wandb:")]
             return messages[-1] if messages else f"exit status {status}"
         try:  # metrics.json holds the value of the best epoch, if there is one
-            metrics = json.loads((self.output_dir / "metrics.json").read_text())
+            metrics = json.loads((self.output_dir / "metrics.json").read_bytes())
             value = metrics.get(metric, self.last_value)
         except (OSError, ValueError, AttributeError, RecursionError):
             return "the run left no readable metrics.json"
+        if not metric:
+            return 0.0  # trials are ranked by nothing
         if value is None:
             return f"the run has no metric {metric}"
         return value if is_finite(value) else f"{metric} is {value!r}"
@@ -222,18 +253,25 @@ class Search:
         run_id = known.user_attrs.get("run") or f"{secrets.token_hex(3)}-{number}"
         trial.set_user_attr("run", run_id)
         trial.set_user_attr("host", f"{socket.gethostname()}:{Path.cwd()}")
-        searched = {name: suggest(trial, name, space) for name, space in sweep.searched.items()}
-        trial.set_user_attr("parameters", searched)
+        searched = known.user_attrs.get("parameters")
+        if searched is None:
+            random.seed(seed)
+            searched = {}
+            for name, parameter in sweep.searched().items():
+                searched[name] = suggest(trial, name, parameter)
+            trial.set_user_attr("parameters", searched)
 
         output_dir = sweep.directory / run_id
         arguments = trial_arguments(sweep, searched)
-        command = trial_command(sweep, arguments, sys.executable)
+        json_file = output_dir.with_suffix(".json")
+        json_file.write_text(json.dumps(arguments), encoding="utf-8")
+        command = trial_command(sweep, arguments, str(json_file))
         command += ["--output_dir", str(output_dir), "--resume"]
         # As W&B's agent does, for programs that read their parameters from wandb.config.
         content = {"wandb_version": 1}
         for name, value in arguments.items():
             content[name] = {"value": value}
-        output_dir.with_suffix(".yaml").write_text(yaml.safe_dump(content))
+        output_dir.with_suffix(".yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
         gpus_in_use = [process.gpu for process in self.running]
         gpu = min(self.gpus, key=gpus_in_use.count, default=None)
         with output_dir.with_suffix(".log").open("ab") as log:
@@ -248,7 +286,8 @@ class Search:
                     pass_fds=(lock.fileno(),),  # a run that outlives the search keeps the lock
                 )
             except (OSError, ValueError) as error:  # a script without #!, a NUL in an argument
-                raise UserError(f"command: {error}") from None
+                reason = getattr(error, "strerror", None) or error  # it has no path
+                raise UserError(f"command: {reason}") from None
         reported = max(known.intermediate_values, default=0)
         self.running.append(TrialProcess(trial, popen, output_dir, lock, gpu, reported))
         return True
@@ -267,9 +306,9 @@ class Search:
             WANDB_SWEEP_PARAM_PATH=str(output_dir.with_suffix(".yaml").resolve()),
         )
         if sweep.project:
-            environment["WANDB_PROJECT"] = str(sweep.project)
+            environment["WANDB_PROJECT"] = sweep.project
         if sweep.entity:
-            environment["WANDB_ENTITY"] = str(sweep.entity)
+            environment["WANDB_ENTITY"] = sweep.entity
         if gpu:
             environment["CUDA_VISIBLE_DEVICES"] = gpu
         return environment
@@ -279,7 +318,7 @@ class Search:
         ended = []
         for process in list(self.running):
             exited = process.popen.poll() is not None  # before the last values are read
-            process.report_progress(self.sweep.metric)
+            process.report_progress(self.sweep.metric.name)
             if exited:
                 self.running.remove(process)
                 with process.lock:
@@ -290,7 +329,7 @@ class Search:
         trial = process.trial
         if process.pruned and process.popen.returncode != 0:
             return self.study.tell(trial, state=TrialState.PRUNED)
-        result = process.read_result(self.sweep.metric)
+        result = process.read_result(self.sweep.metric.name)
         if isinstance(result, str):
             trial.set_user_attr("error", result)
             return self.study.tell(trial, state=TrialState.FAIL)
