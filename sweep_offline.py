@@ -144,7 +144,7 @@ def report(search: Search) -> None:
     best = ranked[0]
     arguments = trials.trial_arguments(sweep, best.user_attrs["parameters"])
     json_file = str(search.find_files(best, ".json"))
-    command = trials.trial_command(sweep, arguments, json_file, "python", expand=False)
+    command = trials.trial_command(sweep, arguments, json_file, is_shown=True)
     print(f"to repeat the best run: {shlex.join(command).removeprefix('/usr/bin/env ')}")
     files = f"its files: {search.find_files(best)}"
     if os.path.isdir("wandb"):

@@ -2,12 +2,12 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 from urllib.parse import quote
 
 import yaml
-from annotated_types import Gt
-from pydantic import PrivateAttr
+from annotated_types import Gt, Lt
+from wandb.sdk.launch.sweeps.utils import DEFAULT_SWEEP_COMMAND
 
 from harness.errors import UserError
 from offline_sweep.parameters import (
@@ -24,7 +24,6 @@ from offline_sweep.parameters import (
     read_parameters,
 )
 
-AGENT_COMMAND = ["${env}", "${interpreter}", "${program}", "${args}"]  # W&B's default
 Impute = Literal["best", "worst", "latest"]
 
 
@@ -43,9 +42,9 @@ class EarlyTerminate(Mapping):
 
     type: Literal["hyperband"]
     min_iter: Annotated[int, Gt(0)] | None = None
-    max_iter: int = 0
+    max_iter: int | None = None
     s: float | None = None
-    eta: Annotated[float, Gt(1)] = 3.0
+    eta: Annotated[float, Gt(1), Lt(1000)] = 3.0
     strict: bool = True
 
     def rungs(self) -> list[int]:
@@ -53,18 +52,11 @@ class EarlyTerminate(Mapping):
 
         min_iter, min_iter * eta, ..., or the last s of ..., max_iter / eta^2, max_iter / eta.
         """
-        rungs = []
-        if self.max_iter and self.s is not None:
-            rung = self.max_iter / self.eta
-            while rung >= 1 and len(rungs) < self.s:
-                rungs.insert(0, int(rung))
-                rung /= self.eta
-        elif self.min_iter:
-            rung = self.min_iter
-            while len(rungs) < 100 and rung < 1e15:
-                rungs.append(int(rung))
-                rung *= self.eta
-        return rungs
+        if self.max_iter is None or self.s is None:
+            return [int(self.min_iter * self.eta**index) for index in range(100)]
+        steps = range(1, int(min(self.s, 99)) + 1)
+        rungs = [int(self.max_iter / self.eta**step) for step in steps]
+        return sorted(rung for rung in rungs if rung > 0)
 
 
 class Controller(Mapping):
@@ -74,12 +66,12 @@ class Controller(Mapping):
 
 
 class Sweep(Nested):
-    """The content of a sweep file."""
+    """The content of a sweep file; once it is read, with parameters by their full names."""
 
     method: Literal["grid", "random", "bayes"]
     metric: Metric = Metric(name="")  # trials are ranked by nothing
-    early_terminate: EarlyTerminate = EarlyTerminate(type="hyperband")  # no rungs
-    command: list = AGENT_COMMAND
+    early_terminate: EarlyTerminate = EarlyTerminate(type="hyperband", max_iter=0, s=0)  # none
+    command: list = DEFAULT_SWEEP_COMMAND
     run_cap: Annotated[int, Gt(0)] | None = None
     program: str | None = None
     name: str = ""
@@ -89,7 +81,6 @@ class Sweep(Nested):
     apiVersion: str = ""
     kind: Literal["sweep"] = "sweep"
     controller: Controller | None = None
-    _by_name: dict[str, Parameter] = PrivateAttr()
 
     @property
     def directory(self) -> Path:
@@ -98,14 +89,9 @@ class Sweep(Nested):
         name = quote(self.name, safe="").replace("%", "~")
         return Path("runs", f"sweep-{name}")
 
-    def constants(self) -> dict[str, Any]:
-        """The values that all trials share, by name."""
-        items = self._by_name.items()
-        return {name: item.value for name, item in items if isinstance(item, Constant)}
-
     def searched(self) -> dict[str, Parameter]:
-        """The parameters that differ between trials, by name; nested ones as outer/inner."""
-        items = self._by_name.items()
+        """The parameters that differ between trials."""
+        items = self.parameters.items()
         return {name: item for name, item in items if not isinstance(item, Constant)}
 
 
@@ -121,11 +107,11 @@ def read_sweep(path: Path) -> Sweep:
         rules = content.get("early_terminate", {"min_iter": 1})
         if "min_iter" not in rules and not ("max_iter" in rules and "s" in rules):
             raise ValueError("early_terminate: needs min_iter, or max_iter and s")
-        sweep._by_name = read_parameters(sweep.parameters, sweep.method)
+        sweep.parameters = read_parameters(sweep.parameters, sweep.method)
     except (OSError, yaml.YAMLError, ValueError) as error:
         raise UserError(f"{path}: {' '.join(explain(error).split())}") from None
     sweep.name = sweep.name or path.stem
-    sweep.command = [str(part) for part in sweep.command or AGENT_COMMAND]
+    sweep.command = [str(part) for part in sweep.command or DEFAULT_SWEEP_COMMAND]
     return sweep
 
 
@@ -144,6 +130,4 @@ def notes(sweep: Sweep) -> list[str]:
             lines.append(f"{name}: drawn at random, as Optuna can't search {kind}")
     if sweep.method == "bayes" and sweep.metric.impute:
         lines.append("metric.impute: without effect, as Optuna ignores failed trials")
-    if "early_terminate" in sweep.model_fields_set and not sweep.early_terminate.rungs():
-        lines.append("early_terminate: stops no run, as s or max_iter is too small")
     return lines

@@ -29,7 +29,7 @@ class Mapping(BaseModel):
 class Nested(Mapping):
     """A mapping of parameters."""
 
-    parameters: Annotated[dict[str, dict], MinLen(1)]
+    parameters: Annotated[dict, MinLen(1)]
 
 
 class Parameter(Mapping):
@@ -124,8 +124,8 @@ def read_parameters(content: Any, method: str) -> dict[str, Parameter]:
     parameters: dict[str, Parameter] = {}
     for name, parameter in content.items():
         try:
-            if not PARAMETER_NAME.fullmatch(name):
-                raise ValueError("a name has only letters, digits, _, . and -")
+            if not (PARAMETER_NAME.fullmatch(name) and isinstance(parameter, dict)):
+                raise ValueError("must be a name without spaces and /, with a mapping")
             if "parameters" in parameter:
                 nested = Nested(**parameter).parameters
                 for inner_name, inner in read_parameters(nested, method).items():
@@ -133,7 +133,7 @@ def read_parameters(content: Any, method: str) -> dict[str, Parameter]:
             else:
                 parameters[name] = _read_parameter(parameter, method)
         except (OverflowError, ValueError) as error:
-            raise ValueError(f"{name}: {explain(error)}") from None
+            raise ValueError(f"parameters.{name}: {explain(error)}") from None
     return parameters
 
 
@@ -142,7 +142,7 @@ def explain(error: Exception) -> str:
     if not isinstance(error, ValidationError):
         return str(error)
     first = error.errors()[0]
-    key = ".".join(map(str, first["loc"]))
+    key = ".".join(map(str, first["loc"])) or "the file"
     hint = ""
     if first["type"] == "float_type" and isinstance(first["input"], str):
         hint = " (YAML reads 1e-4 as text: write 0.0001)"

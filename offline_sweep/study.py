@@ -100,32 +100,26 @@ class GridSampler(RandomSampler):
 
 
 class HyperbandPruner(BasePruner):
-    """Stops a run that is not in the best 1 / eta of those that got to its last rung.
-
-    This is W&B's rule: all runs have the same rungs, and a run's value there, or its best one if
-    not `strict`, has to reach the threshold whenever it is reported.
-    """
+    """Stops a run that is not in the best 1 / eta of those at its last rung, as W&B does."""
 
     def __init__(self, rules: EarlyTerminate) -> None:
         self._rules = rules
-        self._rungs = rules.rungs()
 
     def prune(self, study: Study, trial: FrozenTrial) -> bool:
         """Whether the trial should stop now."""
-        reached = [rung for rung in self._rungs if rung <= len(trial.intermediate_values)]
+        values = trial.intermediate_values
+        reached = [rung for rung in self._rules.rungs() if rung in values]
         if not reached:
             return False
         rung = reached[-1]
         sign = -1 if study.direction.name == "MAXIMIZE" else 1
-        losses = {}  # at the rung, by trial
+        losses = []
         for other in study.get_trials(deepcopy=False):
-            values = [value for _, value in sorted(other.intermediate_values.items())]
-            if len(values) >= rung:
-                losses[other.number] = sign * values[rung - 1]
-        loss = losses[trial.number]
-        if not self._rules.strict:
-            loss = min(sign * value for value in trial.intermediate_values.values())
-        return loss > sorted(losses.values())[int(1 / self._rules.eta * len(losses))]
+            if rung in other.intermediate_values:
+                losses.append(sign * other.intermediate_values[rung])
+        best = sorted(losses)[: int(1 / self._rules.eta * len(losses)) + 1]
+        considered = [values[rung]] if self._rules.strict else values.values()
+        return min(sign * value for value in considered) > best[-1]
 
 
 def sampler(sweep: Sweep, seed: int | None) -> BaseSampler:

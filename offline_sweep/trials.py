@@ -21,78 +21,65 @@ from typing import Any, TextIO
 import optuna
 import yaml
 from optuna.trial import FrozenTrial, TrialState
+from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
 from harness.errors import UserError
 from offline_sweep.file import Sweep
-from offline_sweep.parameters import suggest
+from offline_sweep.parameters import Constant, suggest
 from offline_sweep.study import RetryingStorage, sampler
 
-ENVIRONMENT = re.compile(r"\$\{envvar:([A-Z0-9_]*)\}")
 STOP_TIMEOUT = 30  # seconds; a run takes at most its --stop_timeout, and a little to close W&B
 
 
 def trial_arguments(sweep: Sweep, searched: dict[str, Any]) -> dict[str, Any]:
     """All parameters of a trial, nested ones as mappings, given its values of those searched."""
     arguments: dict[str, Any] = {}
-    for name, value in (sweep.constants() | searched).items():
+    for name, parameter in sweep.parameters.items():
         *outer_names, inner_name = name.split("/")
         mapping = arguments
         for outer_name in outer_names:
             mapping = mapping.setdefault(outer_name, {})
-        mapping[inner_name] = value
+        is_constant = isinstance(parameter, Constant)
+        mapping[inner_name] = parameter.value if is_constant else searched[name]
     return arguments
 
 
 def trial_command(
-    sweep: Sweep,
-    arguments: dict[str, Any],
-    json_file: str,
-    interpreter: str = sys.executable,
-    expand: bool = True,
+    sweep: Sweep, arguments: dict[str, Any], json_file: str, is_shown: bool = False
 ) -> list[str]:
-    """The command that W&B's agent would run; `${envvar:X}` stays as it is without `expand`.
+    """The command that W&B's agent would run, or the one to show to the user.
 
-    Raises `UserError` if it has an unknown macro.
+    That one has `python` and `${envvar:X}`. Raises `UserError` if there is an unknown macro.
     """
-    pairs = [f"{name}={value}" for name, value in arguments.items()]
-    flags = []
-    no_equals = []
-    for name, value in arguments.items():
-        no_equals += [f"--{name}", str(value)]
-        if value is not False:
-            flags.append(f"--{name}" if value is True else f"--{name}={value}")
-    macros = {
-        "${env}": ["/usr/bin/env"],
-        "${interpreter}": [interpreter],
-        "${program}": [sweep.program],
-        "${args}": [f"--{pair}" for pair in pairs],
-        "${args_no_equals}": no_equals,
-        "${args_no_hyphens}": pairs,
-        "${args_no_boolean_flags}": flags,
-        "${args_append_hydra}": [f"+{pair}" for pair in pairs],
-        "${args_override_hydra}": [f"++{pair}" for pair in pairs],
-        "${args_json}": [json.dumps(arguments)],
-        "${args_json_file}": [json_file],
-    }
+    content = {name: {"value": value} for name, value in arguments.items()}
+    macros = create_sweep_command_args({"args": content})
+    del macros["args_dict"]
+    macros["args_json_file"] = [json_file]
+    macros["env"] = ["/usr/bin/env"]
+    macros["interpreter"] = ["python" if is_shown else sys.executable]
+    macros["program"] = [sweep.program]
     command = []
-    for part in sweep.command:
-        expanded = ENVIRONMENT.sub(lambda match: os.environ.get(match[1], match[1]), part)
-        is_macro = part.startswith("${") and part.endswith("}") and part == expanded
-        if is_macro and part not in macros:
-            raise UserError(f"command: unknown macro {part}; must be one of {', '.join(macros)}")
-        command += macros.get(part, [expanded if expand else part])
+    for part in sweep.command if is_shown else create_sweep_command(sweep.command.copy()):
+        name = part[2:-1]
+        if part == f"${{{name}}}" and not name.startswith("envvar:"):
+            if name not in macros:
+                names = ", ".join(macros)
+                raise UserError(f"command: unknown macro {part}; must be one of {names}")
+            command += macros[name]
+        else:
+            command.append(part)
     return command
 
 
 def check_command(sweep: Sweep) -> None:
     """Raise `UserError` if the sweep's command can't be started."""
-    command = trial_command(sweep, {}, "")
-    if "${interpreter} ${program}" in " ".join(sweep.command) and not os.path.isfile(
-        str(sweep.program)
-    ):
+    words = trial_command(sweep, {}, "")
+    is_script = "${interpreter} ${program}" in " ".join(sweep.command)
+    if is_script and not os.path.isfile(str(sweep.program)):
         raise UserError(f"program: must be an existing script, not {sweep.program!r}")
-    words = [word for word in command if word != "/usr/bin/env" and "=" not in word]
-    if not (words and shutil.which(words[0])):
+    if words[0] == "/usr/bin/env":
+        words = [word for word in words[1:] if "=" not in word]
+    if not shutil.which(words[0]):
         raise UserError(f"command: can't be started: {shlex.join(sweep.command)}")
 
 
