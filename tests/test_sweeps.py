@@ -28,6 +28,7 @@ from harness.errors import UserError
 from offline_sweep import file as sweep_file
 from offline_sweep import study as sweep_study
 from offline_sweep import trials
+from offline_sweep.parameters import suggest
 from reporting.sweep import show_sweep
 from tests import forking, killing
 from tests.conftest import REPO, clean_environment
@@ -434,7 +435,9 @@ def recorded_search(cwd: Path, sweep: str, count: int, state: TrialState) -> opt
     study, _ = sweep_study.open_study(parsed, f"sqlite:///{parsed.directory}/study.db")
     study.sampler = sweep_study.sampler(parsed, 0)
     for number in range(count):
-        trial = study.ask(parsed.searched)
+        trial = study.ask()
+        for name, parameter in parsed.searched().items():
+            suggest(trial, name, parameter)
         for name, value in {
             "parameters": trial.params,
             "run": f"r-{number}",
@@ -472,53 +475,6 @@ def test_a_search_without_a_complete_trial_fails(workdir, monkeypatch):
     out = run_search(workdir, THREE, "--count", "3", status=1)
     assert out.splitlines()[-1] == "sweep_offline.py: error: no trial completed; all were pruned"
     assert "3 pruned" in out
-
-
-def stops(early_terminate: dict, histories: list[list[float]]) -> list[int]:
-    """For each run of a search, the number of epochs after which it is stopped; all if it is not."""
-    study = optuna.create_study(direction="maximize", pruner=sweep_file.pruner(early_terminate))
-    epochs = []
-    for history in histories:
-        trial = study.ask()
-        for epoch, value in enumerate(history, start=1):
-            trial.report(value, epoch)
-            if trial.should_prune():
-                break
-        state = TrialState.PRUNED if trial.should_prune() else TrialState.COMPLETE
-        study.tell(trial, history[epoch - 1], state=state, skip_if_finished=True)
-        epochs.append(epoch)
-    return epochs
-
-
-def test_early_stops_are_those_of_wandb():
-    """W&B's rule, as its engine has it: all runs share the rungs, and at each the best third goes on.
-
-    Of n runs, W&B's int(n / eta) + 1 best go on, Optuna's n // eta best: hence nine in ten are the same.
-    """
-    rng = random.Random(0)
-    histories = []
-    for _ in range(300):
-        level = rng.gauss(0, 1)
-        histories.append([level - 1 / epoch + rng.gauss(0, 0.3) for epoch in range(1, 16)])
-    expected = []
-    reached = {3: [], 9: []}
-    for history in histories:
-        stop = 15
-        for rung, values in reached.items():
-            values.append(history[rung - 1])
-            if history[rung - 1] < sorted(values, reverse=True)[int(len(values) / 3)]:
-                stop = rung
-                break
-        expected.append(stop)
-    for early_terminate in ({"min_iter": 3}, {"max_iter": 27, "s": 2, "eta": 3.0, "strict": True}):
-        found = stops({"type": "hyperband", **early_terminate}, histories)
-        assert set(found) == {3, 9, 15}
-        same = [a == b for a, b in zip(found, expected)]
-        assert sum(same) >= 270, Counter(zip(found, expected))
-    # Worked by hand, eta 2, the best half of those at epoch 1 goes on: 5; not 4; 6 of three; 5.5, second of four.
-    by_hand = [[5, 5], [4, 4], [6, 6], [5.5, 5.5], [5.2, 5.2]]
-    assert stops({"type": "hyperband", "min_iter": 1, "eta": 2}, by_hand) == [2, 1, 2, 2, 1]
-    assert stops({"type": "hyperband", "max_iter": 2, "s": 0}, by_hand)[:2] == [2, 2]
 
 
 @pytest.mark.parametrize("command", ["", "command: ['${interpreter}', '${program}']"])
@@ -588,13 +544,12 @@ def test_bayes_finds_a_better_best_than_random(workdir, monkeypatch):
         for method, values in best.items():
             sweep = sweep_file.read_sweep(Path("s.yaml"))
             sweep.method = method
-            study = optuna.create_study(direction=sweep.direction)
+            study = optuna.create_study(direction=sweep.metric.goal)
             for number in range(20):
                 study.sampler = sweep_study.sampler(sweep, seed * 100 + number)
                 trial = study.ask()
                 x, y = (
-                    sweep_study.suggest(trial, name, distribution)
-                    for name, distribution in sweep.searched.items()
+                    suggest(trial, name, parameter) for name, parameter in sweep.searched().items()
                 )
                 study.tell(trial, -((x - 3) ** 2) - (y + 1) ** 2)
             values.append(study.best_value)
