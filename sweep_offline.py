@@ -60,17 +60,18 @@ def run_trials(search: Search) -> None:
     """
     states: list[TrialState] = []
     waiting = False
-    check_target(search)
     while True:
         for trial in search.watch():
             print(outcome(search.sweep.metric.name, trial), flush=True)
             states.append(trial.state)
-            check_target(search)
             all_failed = states == [TrialState.FAIL] * MAX_INITIAL_FAILURES
             if all_failed and not ranked_trials(search.study):
                 raise UserError(
                     f"the first {MAX_INITIAL_FAILURES} trials failed; {last_error(search)}", 1
                 )
+        if target_is_reached(search) and search.trial_count:
+            print("metric.target is reached: no more trials", flush=True)
+            search.trial_count = 0
         while len(search.running) < search.jobs:
             if not search.start_next():
                 break
@@ -87,16 +88,14 @@ def run_trials(search: Search) -> None:
         raise UserError(f"no trial completed; {last_error(search)}", 1)
 
 
-def check_target(search: Search) -> None:
-    """End the search once a trial has reached the metric's target."""
+def target_is_reached(search: Search) -> bool:
+    """Whether a trial has the value at which the search should end."""
     metric = search.sweep.metric
-    ranked = ranked_trials(search.study)
-    if metric.target is None or not ranked or not search.trial_count:
-        return
-    sign = 1 if metric.goal == "maximize" else -1
-    if sign * ranked[0].value >= sign * metric.target:
-        print(f"metric.target {metric.target:g} is reached: no more trials", flush=True)
-        search.trial_count = 0
+    ranked = ranked_trials(search.study) if metric.target is not None else []
+    if not ranked:
+        return False
+    best = ranked[0].value
+    return best >= metric.target if metric.goal == "maximize" else best <= metric.target
 
 
 def last_error(search: Search) -> str:
@@ -155,11 +154,11 @@ def report(search: Search) -> None:
 def write_trials(search: Search, rows: list[FrozenTrial]) -> None:
     """Write trials.csv, with a row for each trial."""
     names = search.sweep.searched()
-    metric = [search.sweep.metric.name] if search.sweep.metric.name else []
+    metric = search.sweep.metric.name
     results = ("epochs", "seconds", "error", "output_dir")
     with (search.sweep.directory / "trials.csv").open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
-        table.writerow(["trial", "state", *metric, *names, *results])
+        table.writerow(["trial", "state", metric or "unranked", *names, *results])
         for trial in rows:
             attributes = trial.user_attrs
             seconds = trial.duration and round(trial.duration.total_seconds(), 1)
@@ -167,7 +166,7 @@ def write_trials(search: Search, rows: list[FrozenTrial]) -> None:
                 [
                     trial.number,
                     trial.state.name.lower(),
-                    *[trial.value for _ in metric],
+                    trial.value if metric else None,
                     *[attributes["parameters"][name] for name in names],
                     len(trial.intermediate_values),
                     seconds,

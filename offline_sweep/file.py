@@ -20,7 +20,6 @@ from offline_sweep.parameters import (
     Range,
     WeightedChoice,
     explain,
-    optuna_distribution,
     read_parameters,
 )
 
@@ -59,12 +58,6 @@ class EarlyTerminate(Mapping):
         return sorted(rung for rung in rungs if rung > 0)
 
 
-class Controller(Mapping):
-    """What runs the sweep: this search does."""
-
-    type: Literal["cloud", "local"]
-
-
 class Sweep(Nested):
     """The content of a sweep file; once it is read, with parameters by their full names."""
 
@@ -80,7 +73,7 @@ class Sweep(Nested):
     description: str = ""
     apiVersion: str = ""
     kind: Literal["sweep"] = "sweep"
-    controller: Controller | None = None
+    controller: dict[Literal["type"], Literal["cloud", "local"]] | None = None
 
     @property
     def directory(self) -> Path:
@@ -116,18 +109,16 @@ def read_sweep(path: Path) -> Sweep:
 
 
 def notes(sweep: Sweep) -> list[str]:
-    """What may surprise the user: one line each."""
+    """What may surprise the user, in one line each."""
     lines = []
     for name, parameter in sweep.searched().items():
         kind = parameter.distribution
         if type(parameter) is Range and "log" in kind:
-            limits = optuna_distribution(parameter)
             lines.append(
-                f"{name}: the min and max of {kind} are exponents of e, so values are from "
-                f"{limits.low:.4g} to {limits.high:.4g}; {kind}_values takes the values themselves"
+                f"{name}: min and max of {kind} are exponents of e; {kind}_values takes values"
             )
         if sweep.method == "bayes" and isinstance(parameter, (WeightedChoice, Normal, Beta)):
-            lines.append(f"{name}: drawn at random, as Optuna can't search {kind}")
+            lines.append(f"{name}: only drawn at random, as Optuna can't search {kind}")
     if sweep.method == "bayes" and sweep.metric.impute:
         lines.append("metric.impute: without effect, as Optuna ignores failed trials")
     return lines

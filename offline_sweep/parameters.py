@@ -143,9 +143,8 @@ def explain(error: Exception) -> str:
         return str(error)
     first = error.errors()[0]
     key = ".".join(map(str, first["loc"])) or "the file"
-    hint = ""
-    if first["type"] == "float_type" and isinstance(first["input"], str):
-        hint = " (YAML reads 1e-4 as text: write 0.0001)"
+    is_number = first["type"] == "float_type"
+    hint = " (YAML reads 1e-4 as text: write 0.0001)" if is_number else ""
     return f"{key}: {first['msg']}, got {first['input']!r}{hint}"
 
 

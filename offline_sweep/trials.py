@@ -73,13 +73,12 @@ def trial_command(
 
 def check_command(sweep: Sweep) -> None:
     """Raise `UserError` if the sweep's command can't be started."""
-    words = trial_command(sweep, {}, "")
+    command = trial_command(sweep, {}, "")
+    words = [word for word in command if word != "/usr/bin/env" and "=" not in word]
     is_script = "${interpreter} ${program}" in " ".join(sweep.command)
     if is_script and not os.path.isfile(str(sweep.program)):
         raise UserError(f"program: must be an existing script, not {sweep.program!r}")
-    if words[0] == "/usr/bin/env":
-        words = [word for word in words[1:] if "=" not in word]
-    if not shutil.which(words[0]):
+    if not words or not shutil.which(words[0]):
         raise UserError(f"command: can't be started: {shlex.join(sweep.command)}")
 
 
@@ -243,9 +242,8 @@ class Search:
         searched = known.user_attrs.get("parameters")
         if searched is None:
             random.seed(seed)
-            searched = {}
-            for name, parameter in sweep.searched().items():
-                searched[name] = suggest(trial, name, parameter)
+            parameters = sweep.searched().items()
+            searched = {name: suggest(trial, name, parameter) for name, parameter in parameters}
             trial.set_user_attr("parameters", searched)
 
         output_dir = sweep.directory / run_id
@@ -273,8 +271,7 @@ class Search:
                     pass_fds=(lock.fileno(),),  # a run that outlives the search keeps the lock
                 )
             except (OSError, ValueError) as error:  # a script without #!, a NUL in an argument
-                reason = getattr(error, "strerror", None) or error  # it has no path
-                raise UserError(f"command: {reason}") from None
+                raise UserError(f"command: {error.args[-1]}") from None
         reported = max(known.intermediate_values, default=0)
         self.running.append(TrialProcess(trial, popen, output_dir, lock, gpu, reported))
         return True
