@@ -56,19 +56,19 @@ class WeightedChoice(Choice):
     probabilities: list[Annotated[float, Ge(0)]]
 
 
-class IntRange(Parameter):
-    """A whole number."""
-
-    min: int
-    max: int
-
-
 class Range(Parameter):
     """A number between two others, or between their logarithms."""
 
     min: float
     max: float
     q: Positive = 1.0  # a value of q_uniform and the like is rounded to a multiple
+
+
+class IntRange(Range):
+    """A whole number between two others."""
+
+    min: int
+    max: int
 
 
 class PositiveRange(Range):
@@ -169,7 +169,7 @@ def _read_parameter(content: dict[str, Any], method: str) -> Parameter:
         if method != "grid" and len(choices(values)) < len(values):  # W&B draws each alike
             weights = [1 / len(values)] * len(values)
             return WeightedChoice(distribution=kind, values=values, probabilities=weights)
-    elif isinstance(parameter, (Range, IntRange)):
+    elif isinstance(parameter, Range):
         if parameter.min >= parameter.max:
             raise ValueError(f"min: must be below max, got {parameter.min}")
         if kind == "q_uniform" and method == "grid":  # as W&B's, it does not reach max

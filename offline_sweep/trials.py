@@ -57,11 +57,11 @@ def trial_command(
     macros["args_json_file"] = [json_file]
     macros["env"] = ["/usr/bin/env"]
     macros["interpreter"] = ["python" if is_shown else sys.executable]
-    macros["program"] = [sweep.program]
+    macros["program"] = [str(sweep.program)]
     command = []
     for part in sweep.command if is_shown else create_sweep_command(sweep.command.copy()):
         name = part[2:-1]
-        if part == f"${{{name}}}" and not name.startswith("envvar:"):
+        if part == f"${{{name}}}" and not (is_shown and name.startswith("envvar:")):
             if name not in macros:
                 names = ", ".join(macros)
                 raise UserError(f"command: unknown macro {part}; must be one of {names}")
@@ -76,7 +76,8 @@ def check_command(sweep: Sweep) -> None:
     command = trial_command(sweep, {}, "")
     words = [word for word in command if word != "/usr/bin/env" and "=" not in word]
     is_script = "${interpreter} ${program}" in " ".join(sweep.command)
-    if is_script and not os.path.isfile(str(sweep.program)):
+    is_missing = is_script and not os.path.isfile(str(sweep.program))
+    if is_missing or ("${program}" in sweep.command and sweep.program is None):
         raise UserError(f"program: must be an existing script, not {sweep.program!r}")
     if not words or not shutil.which(words[0]):
         raise UserError(f"command: can't be started: {shlex.join(sweep.command)}")

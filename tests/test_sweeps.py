@@ -2,7 +2,6 @@
 
 import csv
 import json
-import math
 import os
 import random
 import re
@@ -28,7 +27,7 @@ from harness.errors import UserError
 from offline_sweep import file as sweep_file
 from offline_sweep import study as sweep_study
 from offline_sweep import trials
-from offline_sweep.parameters import suggest
+from offline_sweep.parameters import optuna_distribution, suggest
 from reporting.sweep import show_sweep
 from tests import forking, killing
 from tests.conftest import REPO, clean_environment
@@ -585,53 +584,28 @@ def test_trials_of_train_cola_are_synced_as_one_group(tmp_path):
 
 def test_the_project_s_sweep_file():
     sweep = sweep_file.read_sweep(REPO / "sweep.yaml")
-    assert (sweep.program, sweep.method, sweep.metric, sweep.direction) == (
+    assert (sweep.program, sweep.method, sweep.metric.name, sweep.metric.goal) == (
         "train_cola.py", "bayes", "valid/mcc", "maximize",
     )  # fmt: skip
     defaults = train_cola.Settings()
-    for name, distribution in sweep.searched.items():
+    for name, parameter in sweep.searched().items():
         value = getattr(defaults, name)
+        distribution = optuna_distribution(parameter)
         assert distribution._contains(
             distribution.to_internal_repr(1e-3 if value is None else value)
         ), name
 
 
-def draw(parameter: dict, count: int = 300) -> list:
-    """Random values of a parameter."""
-    distribution = sweep_file._distribution("parameters.p", parameter, "random")
-    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(0))
-    return [sweep_study.suggest(study.ask(), "p", distribution) for _ in range(count)]
-
-
-def test_parameter_distributions():
-    assert set(draw({"values": [1, "a", None, 2.5, [16, 32]]})) == {1, "a", None, 2.5, "[16, 32]"}
-    assert set(draw({"min": 1, "max": 4})) == {1, 2, 3, 4}
-    assert set(draw({"distribution": "q_uniform", "min": 0.1, "max": 0.5, "q": 0.1})) == {
-        0.1,
-        0.2,
-        0.3,
-        0.4,
-        0.5,
-    }
-    assert set(draw({"distribution": "q_uniform", "min": 30, "max": 70, "q": 16})) == {32, 48, 64}
-    uniform = draw({"min": -1.0, "max": 3.0})
-    assert -1 <= min(uniform) < -0.9 and 2.9 < max(uniform) <= 3
-    assert statistics.mean(uniform) == pytest.approx(1, abs=0.2)
-    logarithmic = {
-        "log_uniform": (-6, 0),
-        "log_uniform_values": (math.exp(-6), 1),
-        "inv_log_uniform": (0, 6),
-        "inv_log_uniform_values": (math.exp(-6), 1),
-    }
-    for kind, (low, high) in logarithmic.items():
-        exponents = [
-            math.log(value) for value in draw({"distribution": kind, "min": low, "max": high})
-        ]
-        assert (
-            min(exponents) >= -6
-            and max(exponents) <= 0
-            and statistics.mean(exponents) == pytest.approx(-3, abs=0.3)
-        )
+def test_values_of_a_list(workdir, monkeypatch):
+    """As the file has them: no text for a list, and true is not 1."""
+    monkeypatch.chdir(workdir)
+    values = [1, "a", None, 2.5, [16, 32], True]
+    sweep = {"program": "objective.py", "method": "grid", "parameters": {"p": {"values": values}}}
+    (workdir / "s.yaml").write_text(yaml.dump(sweep))
+    parsed = sweep_file.read_sweep(Path("s.yaml"))
+    study = optuna.create_study(sampler=sweep_study.sampler(parsed, 0))
+    assert [suggest(study.ask(), "p", parsed.parameters["p"]) for _ in values] == values
+    assert study.trials[5].params["p"] == "true"
 
 
 def test_lists_are_passed_as_wandb_passes_them(workdir, monkeypatch):
@@ -639,7 +613,7 @@ def test_lists_are_passed_as_wandb_passes_them(workdir, monkeypatch):
     nested = "  kernels: {values: [[16, 32], [32, 64]]}\n  o: {parameters: {a: {values: [[1], [2]]}}}\n  seconds:"
     (workdir / "s.yaml").write_text(GRID.replace("  seconds:", nested))
     sweep = sweep_file.read_sweep(Path("s.yaml"))
-    searched = {"x": 1, "y": 0, "kernels": "[16, 32]", "o/a": "[2]"}
+    searched = {"x": 1, "y": 0, "kernels": [16, 32], "o/a": [2]}
     arguments = trials.trial_arguments(sweep, searched)
     assert {"--kernels=[16, 32]", "--o={'a': [2]}"} <= set(
         trials.trial_command(sweep, arguments, "x.json")
@@ -659,7 +633,7 @@ def test_nested_parameters_are_passed_as_wandb_passes_them(workdir, monkeypatch)
     arguments = trials.trial_arguments(sweep, {"x": 1, "y": 0, "o/b": 2})
     command = trials.trial_command(sweep, arguments, "x.json")
     assert (
-        command[:3] == ["/usr/bin/env", "python", "objective.py"]
+        command[:3] == ["/usr/bin/env", sys.executable, "objective.py"]
         and "--o={'a': 1, 'b': 2}" in command
     )
 
@@ -809,7 +783,7 @@ def test_a_sweep_can_be_resumed_when_its_command_is_mended(workdir):
         ("pyhton", "can't be started: pyhton '${program}' '${args}'"),
         ("./broken", "Exec format error"),
         ("'${prog}'", "unknown macro ${prog}; must be one of args, "),
-        ("'${envvar:home}'", "can't be started: '${envvar:home}'"),
+        ("'${envvar:home}'", "unknown macro ${envvar:home}"),
         ('"a\\0"', "can't be started: 'a"),
     ):
         sweep = quick.replace("parameters:", command.format(program))
