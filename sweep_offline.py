@@ -70,7 +70,7 @@ def run_trials(search: Search) -> None:
                     f"the first {MAX_INITIAL_FAILURES} trials failed; {last_error(search)}", 1
                 )
         if target_is_reached(search) and search.trial_count:
-            print("metric.target is reached: no more trials", flush=True)
+            print("metric.target is reached: no more trials.", flush=True)
             search.trial_count = 0
         while len(search.running) < search.jobs:
             if not search.start_next():

@@ -152,14 +152,14 @@ def _read_parameter(content: dict[str, Any], method: str) -> Parameter:
     kind = content.get("distribution", _default_distribution(content))
     if kind not in list(DISTRIBUTIONS):
         raise ValueError(f"distribution: must be one of {', '.join(DISTRIBUTIONS)}, got {kind!r}")
+    if "q" in content and not kind.startswith("q_"):
+        raise ValueError(f"q: only q_{kind} has it")
+    parameter = DISTRIBUTIONS[kind](**content | {"distribution": kind})
     if method == "grid" and kind not in IN_A_GRID:
         raise ValueError(
             f"distribution: a grid can't visit every value of {kind}; "
             "give values: [...] or use another method"
         )
-    if "q" in content and not kind.startswith("q_"):
-        raise ValueError(f"q: only q_{kind} has it")
-    parameter = DISTRIBUTIONS[kind](**content | {"distribution": kind})
     if isinstance(parameter, WeightedChoice):
         weights = parameter.probabilities
         if len(weights) != len(parameter.values) or not math.isclose(sum(weights), 1, rel_tol=1e-5):

@@ -1,5 +1,6 @@
 """A sweep as an Optuna study: its storage and sampler."""
 
+import dataclasses
 import functools
 import math
 import re
@@ -99,16 +100,16 @@ class GridSampler(RandomSampler):
         return space.low + index
 
 
+@dataclasses.dataclass
 class HyperbandPruner(BasePruner):
     """Stops a run that is not in the best 1 / eta of those at its last rung, as W&B does."""
 
-    def __init__(self, rules: EarlyTerminate) -> None:
-        self._rules = rules
+    rules: EarlyTerminate
 
     def prune(self, study: Study, trial: FrozenTrial) -> bool:
         """Whether the trial should stop now."""
         values = trial.intermediate_values
-        reached = [rung for rung in self._rules.rungs() if rung in values]
+        reached = [rung for rung in self.rules.rungs() if rung in values]
         if not reached:
             return False
         rung = reached[-1]
@@ -117,8 +118,8 @@ class HyperbandPruner(BasePruner):
         for other in study.get_trials(deepcopy=False):
             if rung in other.intermediate_values:
                 losses.append(sign * other.intermediate_values[rung])
-        best = sorted(losses)[: int(1 / self._rules.eta * len(losses)) + 1]
-        considered = [values[rung]] if self._rules.strict else values.values()
+        best = sorted(losses)[: int(1 / self.rules.eta * len(losses)) + 1]
+        considered = [values[rung]] if self.rules.strict else values.values()
         return min(sign * value for value in considered) > best[-1]
 
 

@@ -274,37 +274,37 @@ def offline_stops(content: dict, histories: list[list[float]]) -> list[int]:
     return epochs
 
 
-def engine_stops(content: dict, histories: list[list[float]]) -> list[int]:
-    """The same from W&B's engine, asked after each epoch."""
+def engine_stops(content: dict, histories: list[list[float]], asked: set[int]) -> list[int]:
+    """The same from W&B's engine, which is slow: it is asked where it may stop a run."""
     from sweeps import RunState, SweepRun, stop_runs
 
     runs = []
     for history in histories:
         run = SweepRun(name=str(len(runs)), state=RunState.running)
         runs.append(run)
-        for value in history:
+        for epoch, value in enumerate(history, start=1):
             run.history.append({"score": value})
-            if stop_runs(content, runs):
+            if epoch in asked and stop_runs(content, runs):
                 break
         run.state = RunState.finished
     return [len(run.history) for run in runs]
 
 
 RULES = [
-    {"min_iter": 3},
-    {"min_iter": 1, "eta": 2.5, "strict": False},
-    {"max_iter": 12, "s": 2, "eta": 2},
+    ({"min_iter": 3}, {1, 3, 4, 9, 10}),
+    ({"min_iter": 1, "eta": 2.5, "strict": False}, {1, 2, 3, 6, 15}),
+    ({"max_iter": 12, "s": 2, "eta": 2}, {2, 3, 4, 6, 12}),
 ]
 
 
-@pytest.mark.parametrize("rules", RULES, ids=str)
-def test_early_stops_are_wandbs(rules):
+@pytest.mark.parametrize(("rules", "asked"), RULES, ids=str)
+def test_early_stops_are_wandbs(rules, asked):
     """Nine in ten were, with Optuna's successive halving; of its Hyperband, a third."""
     pytest.importorskip("sweeps", reason="W&B's engine is not installed")
     content = search_over({"value": 1}, early_terminate={"type": "hyperband", **rules})
     histories = simulated_histories(0)
     found = offline_stops(content, histories)
-    assert found == engine_stops(content, histories)
+    assert found == engine_stops(content, histories, asked)
     assert len(Counter(found)) > 2
 
 
@@ -329,15 +329,7 @@ def test_a_search_without_a_metric(workdir):
     out = run_search(workdir, sweep)
     assert "trial 1: complete | x=2\n2 complete; all trials: runs/sweep-s/trials.csv\n" in out
     assert "best" not in out
-    assert list(trial_rows(workdir)[0]) == [
-        "trial",
-        "state",
-        "x",
-        "epochs",
-        "seconds",
-        "error",
-        "output_dir",
-    ]
+    assert trial_rows(workdir)[0]["unranked"] == ""  # no value
     report.main([str(workdir / "runs/sweep-s"), "--output", str(workdir / "r.html")])
     assert "2 trials: 2 complete" in (workdir / "r.html").read_text(encoding="utf-8")
 
@@ -351,7 +343,7 @@ parameters: {x: {values: [1, 2, 3, 4]}, y: {value: -1}}
 """
     for _ in range(2):
         out = run_search(workdir, sweep)
-        assert "metric.target -1.5 is reached: no more trials" in out and "2 complete" in out
+        assert "metric.target is reached: no more trials." in out and "2 complete" in out
         assert read_lines(workdir / "visits.txt") == ["1 -1", "2 -1"]
 
 
@@ -359,7 +351,9 @@ def test_lines_at_the_start(tmp_path):
     """What W&B warns of, and what only W&B does."""
     content = search_over({"distribution": "log_uniform", "min": 0.00001, "max": 0.1})
     (line,) = notes(read_sweep(written(content, tmp_path)))
-    assert line.startswith("x: ") and "values are from 1 to 1.105; log_uniform_values takes" in line
+    assert (
+        line == "x: min and max of log_uniform are exponents of e; log_uniform_values takes values"
+    )
     content = SEARCH | {"method": "bayes", "metric": METRIC | {"impute": "best"}}
     content["parameters"] = {"a": {"distribution": "normal"}, "b": {"min": 0, "max": 1.5}}
     lines = notes(read_sweep(written(content, tmp_path)))
