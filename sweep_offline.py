@@ -32,7 +32,7 @@ except ImportError:
 from optuna.trial import FrozenTrial, TrialState
 
 from offline_sweep import trials
-from offline_sweep.file import read_sweep
+from offline_sweep.file import notes, read_sweep
 from offline_sweep.study import count_trials, open_study, ranked_trials
 from offline_sweep.trials import Search
 
@@ -62,13 +62,16 @@ def run_trials(search: Search) -> None:
     waiting = False
     while True:
         for trial in search.watch():
-            print(outcome(search.sweep.metric, trial), flush=True)
+            print(outcome(search.sweep.metric.name, trial), flush=True)
             states.append(trial.state)
             all_failed = states == [TrialState.FAIL] * MAX_INITIAL_FAILURES
             if all_failed and not ranked_trials(search.study):
                 raise UserError(
                     f"the first {MAX_INITIAL_FAILURES} trials failed; {last_error(search)}", 1
                 )
+        if target_is_reached(search) and search.trial_count:
+            print("metric.target is reached: no more trials.", flush=True)
+            search.trial_count = 0
         while len(search.running) < search.jobs:
             if not search.start_next():
                 break
@@ -85,6 +88,16 @@ def run_trials(search: Search) -> None:
         raise UserError(f"no trial completed; {last_error(search)}", 1)
 
 
+def target_is_reached(search: Search) -> bool:
+    """Whether a trial has the value at which the search should end."""
+    metric = search.sweep.metric
+    ranked = ranked_trials(search.study) if metric.target is not None else []
+    if not ranked:
+        return False
+    best = ranked[0].value
+    return best >= metric.target if metric.goal == "maximize" else best <= metric.target
+
+
 def last_error(search: Search) -> str:
     """The last error of a trial, and the path of its log."""
     failed = [trial for trial in search.trials() if "error" in trial.user_attrs]
@@ -99,12 +112,15 @@ def outcome(metric: str, trial: FrozenTrial) -> str:
     state = trial.state.name.lower()
     if trial.state == TrialState.PRUNED:
         state += f" after {len(trial.intermediate_values)} epochs"
-    result = trial.user_attrs.get("error") or f"{metric} {trial.value:.4f}"
+    if "error" in trial.user_attrs:
+        state += f", {trial.user_attrs['error']}"
+    elif metric:
+        state += f", {metric} {trial.value:.4f}"
     parameters = []
     for name, value in trial.user_attrs["parameters"].items():
         text = f"{value:.4g}" if isinstance(value, float) else value
         parameters.append(f"{name}={text}")
-    return f"trial {trial.number}: {state}, {result} | {' '.join(parameters)}"
+    return f"trial {trial.number}: {state} | {' '.join(parameters)}"
 
 
 def report(search: Search) -> None:
@@ -119,14 +135,15 @@ def report(search: Search) -> None:
         f"{states.count(state)} {state.name.lower()}" for state in TrialState if state in states
     ]
     print(f"{', '.join(counts)}; all trials: {sweep.directory}/trials.csv")
-    if not ranked:
+    if not ranked or not sweep.metric.name:
         return
     print("the best:")
     for trial in ranked[:10]:
-        print(outcome(sweep.metric, trial))
+        print(outcome(sweep.metric.name, trial))
     best = ranked[0]
     arguments = trials.trial_arguments(sweep, best.user_attrs["parameters"])
-    command = trials.trial_command(sweep, arguments, "python")
+    json_file = str(search.find_files(best, ".json"))
+    command = trials.trial_command(sweep, arguments, json_file, is_shown=True)
     print(f"to repeat the best run: {shlex.join(command).removeprefix('/usr/bin/env ')}")
     files = f"its files: {search.find_files(best)}"
     if os.path.isdir("wandb"):
@@ -136,11 +153,12 @@ def report(search: Search) -> None:
 
 def write_trials(search: Search, rows: list[FrozenTrial]) -> None:
     """Write trials.csv, with a row for each trial."""
-    names = search.sweep.searched
+    names = search.sweep.searched()
+    metric = search.sweep.metric.name
     results = ("epochs", "seconds", "error", "output_dir")
-    with (search.sweep.directory / "trials.csv").open("w", newline="") as file:
+    with (search.sweep.directory / "trials.csv").open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
-        table.writerow(["trial", "state", search.sweep.metric, *names, *results])
+        table.writerow(["trial", "state", metric or "unranked", *names, *results])
         for trial in rows:
             attributes = trial.user_attrs
             seconds = trial.duration and round(trial.duration.total_seconds(), 1)
@@ -148,7 +166,7 @@ def write_trials(search: Search, rows: list[FrozenTrial]) -> None:
                 [
                     trial.number,
                     trial.state.name.lower(),
-                    trial.value,
+                    trial.value if metric else None,
                     *[attributes["parameters"][name] for name in names],
                     len(trial.intermediate_values),
                     seconds,
@@ -169,7 +187,10 @@ def main(argv: list[str] | None = None) -> None:
     if file in ("-h", "--help"):
         parse(Options, [file])  # prints the help and exits
     sweep = read_sweep(Path(file))
+    trials.check_command(sweep)
     options = parse(Options, rest)
+    for note in notes(sweep):
+        print(note)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     trial_count = count_trials(sweep, options.count)
     directory = sweep.directory

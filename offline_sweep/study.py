@@ -9,21 +9,18 @@ from collections.abc import Callable
 from typing import Any
 
 import optuna
-from optuna.distributions import (
-    BaseDistribution,
-    CategoricalDistribution,
-    IntDistribution,
-    distribution_to_json,
-)
+from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
+from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.storages import BaseStorage, RDBStorage, get_storage
 from optuna.study import Study
-from optuna.trial import FrozenTrial, Trial, TrialState
+from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
 
 from harness.errors import UserError
-from offline_sweep.file import Sweep, pruner
+from offline_sweep.file import EarlyTerminate, Sweep
+from offline_sweep.parameters import Choice, Parameter, choices
 
 PATIENCE = 300.0  # seconds that a search waits for a database that does not answer
 FAILURES = (DBAPIError, StorageInternalError)
@@ -75,17 +72,17 @@ class RetryingStorage:
             time.sleep(0.2)
 
 
-def value_count(distribution: BaseDistribution) -> int:
-    """The number of values of a finite distribution."""
-    if isinstance(distribution, CategoricalDistribution):
-        return len(distribution.choices)
-    return round((distribution.high - distribution.low) / distribution.step) + 1
+def value_count(parameter: Parameter) -> int:
+    """The number of values of a parameter of a grid."""
+    if isinstance(parameter, Choice):
+        return len(choices(parameter.values))
+    return parameter.max - parameter.min + 1
 
 
 class GridSampler(RandomSampler):
     """Gives trial n cell n of the grid. Trial numbers are unique, so no cell is repeated."""
 
-    def __init__(self, searched: dict[str, BaseDistribution]) -> None:
+    def __init__(self, searched: dict[str, Parameter]) -> None:
         super().__init__()
         self._searched = searched
 
@@ -100,13 +97,36 @@ class GridSampler(RandomSampler):
                 break
         if isinstance(space, CategoricalDistribution):
             return space.choices[index]
-        return space.low + index * space.step
+        return space.low + index
+
+
+@dataclasses.dataclass
+class HyperbandPruner(BasePruner):
+    """Stops a run that is not in the best 1 / eta of those at its last rung, as W&B does."""
+
+    rules: EarlyTerminate
+
+    def prune(self, study: Study, trial: FrozenTrial) -> bool:
+        """Whether the trial should stop now."""
+        values = trial.intermediate_values
+        reached = [rung for rung in self.rules.rungs() if rung in values]
+        if not reached:
+            return False
+        rung = reached[-1]
+        sign = -1 if study.direction.name == "MAXIMIZE" else 1
+        losses = []
+        for other in study.get_trials(deepcopy=False):
+            if rung in other.intermediate_values:
+                losses.append(sign * other.intermediate_values[rung])
+        best = sorted(losses)[: int(1 / self.rules.eta * len(losses)) + 1]
+        considered = [values[rung]] if self.rules.strict else values.values()
+        return min(sign * value for value in considered) > best[-1]
 
 
 def sampler(sweep: Sweep, seed: int | None) -> BaseSampler:
     """The sampler for the sweep's method."""
     if sweep.method == "grid":
-        return GridSampler(sweep.searched)
+        return GridSampler(sweep.searched())
     if sweep.method == "random":
         return RandomSampler(seed)
     return TPESampler(seed=seed, n_startup_trials=5, multivariate=True, constant_liar=True)
@@ -116,14 +136,13 @@ def open_study(sweep: Sweep, url: str) -> tuple[Study, RetryingStorage]:
     """The sweep's study and its storage. Raises `UserError` if the storage can't be used."""
     patience = 0.0 if url.startswith("sqlite") else PATIENCE  # a damaged file does not recover
     storage = RetryingStorage(_connect(sweep, url), patience)
-    study = optuna.load_study(
-        study_name=sweep.name, storage=storage, pruner=pruner(sweep.early_terminate)
+    pruner = HyperbandPruner(sweep.early_terminate)
+    study = optuna.load_study(study_name=sweep.name, storage=storage, pruner=pruner)
+    definition = sweep.model_dump(
+        include={"program", "project", "entity", "method", "early_terminate", "parameters"}
     )
-    definition = dataclasses.asdict(sweep)
-    for name in ("command", "run_cap", "lists"):
-        del definition[name]
-    for name, distribution in sweep.searched.items():
-        definition["searched"][name] = distribution_to_json(distribution)
+    definition["metric"] = sweep.metric.name
+    definition["goal"] = sweep.metric.goal
     if not study.trials:
         study.set_user_attr("sweep", definition)
     stored = study.user_attrs.get("sweep", {})
@@ -154,7 +173,7 @@ def _connect(sweep: Sweep, url: str) -> BaseStorage:
             optuna.create_study(
                 storage=storage,
                 study_name=sweep.name,
-                direction=sweep.direction,
+                direction=sweep.metric.goal,
                 load_if_exists=True,
             )
             return storage
@@ -184,19 +203,10 @@ def count_trials(sweep: Sweep, count: int | None) -> int:
     """The total number of trials of the search. Raises `UserError` if nothing limits it."""
     limits = [limit for limit in (count, sweep.run_cap) if limit]
     if sweep.method == "grid":
-        limits.append(math.prod(map(value_count, sweep.searched.values())))
+        limits.append(math.prod(map(value_count, sweep.searched().values())))
     if not limits:
         raise UserError(f"method {sweep.method} never ends by itself; give --count")
     return min(limits)
-
-
-def suggest(trial: Trial, name: str, space: BaseDistribution) -> Any:
-    """The trial's value of a parameter. The first call draws it."""
-    if isinstance(space, CategoricalDistribution):
-        return trial.suggest_categorical(name, space.choices)
-    draw = trial.suggest_int if isinstance(space, IntDistribution) else trial.suggest_float
-    value = draw(name, space.low, space.high, step=space.step, log=space.log)
-    return round(value, 12) if space.step else value
 
 
 def ranked_trials(study: Study) -> list[FrozenTrial]:

@@ -5,8 +5,11 @@ import dataclasses
 import fcntl
 import json
 import os
+import random
 import re
 import secrets
+import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,10 +21,12 @@ from typing import Any, TextIO
 import optuna
 import yaml
 from optuna.trial import FrozenTrial, TrialState
+from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
 from harness.errors import UserError
 from offline_sweep.file import Sweep
-from offline_sweep.study import RetryingStorage, sampler, suggest
+from offline_sweep.parameters import Constant, suggest
+from offline_sweep.study import RetryingStorage, sampler
 
 STOP_TIMEOUT = 30  # seconds; a run takes at most its --stop_timeout, and a little to close W&B
 
@@ -29,42 +34,53 @@ STOP_TIMEOUT = 30  # seconds; a run takes at most its --stop_timeout, and a litt
 def trial_arguments(sweep: Sweep, searched: dict[str, Any]) -> dict[str, Any]:
     """All parameters of a trial, nested ones as mappings, given its values of those searched."""
     arguments: dict[str, Any] = {}
-    for name, value in (sweep.constants | searched).items():
-        if name in searched:
-            value = sweep.lists.get(value, value)
+    for name, parameter in sweep.parameters.items():
         *outer_names, inner_name = name.split("/")
         mapping = arguments
         for outer_name in outer_names:
             mapping = mapping.setdefault(outer_name, {})
-        mapping[inner_name] = value
+        is_constant = isinstance(parameter, Constant)
+        mapping[inner_name] = parameter.value if is_constant else searched[name]
     return arguments
 
 
-def trial_command(sweep: Sweep, arguments: dict[str, Any], interpreter: str) -> list[str]:
-    """The command that W&B's agent would run. Raises `UserError` if it has an unknown macro."""
-    pairs = [f"{name}={value}" for name, value in arguments.items()]
-    flags = []
-    for name, value in arguments.items():
-        if value is not False:
-            flags.append(f"--{name}" if value is True else f"--{name}={value}")
-    macros = {
-        "${env}": ["/usr/bin/env"],
-        "${interpreter}": [interpreter],
-        "${program}": [sweep.program],
-        "${args}": [f"--{pair}" for pair in pairs],
-        "${args_no_hyphens}": pairs,
-        "${args_no_boolean_flags}": flags,
-        "${args_json}": [json.dumps(arguments)],
-    }
+def trial_command(
+    sweep: Sweep, arguments: dict[str, Any], json_file: str, is_shown: bool = False
+) -> list[str]:
+    """The command that W&B's agent would run, or the one to show to the user.
+
+    That one has `python` and `${envvar:X}`. Raises `UserError` if there is an unknown macro.
+    """
+    content = {name: {"value": value} for name, value in arguments.items()}
+    macros = create_sweep_command_args({"args": content})
+    del macros["args_dict"]
+    macros["args_json_file"] = [json_file]
+    macros["env"] = ["/usr/bin/env"]
+    macros["interpreter"] = ["python" if is_shown else sys.executable]
+    macros["program"] = [str(sweep.program)]
     command = []
-    for part in sweep.command:
-        part = re.sub(
-            r"\$\{envvar:([A-Z0-9_]*)\}", lambda match: os.environ.get(match[1], match[1]), part
-        )
-        if part.startswith("${") and part not in macros:
-            raise UserError(f"command: unknown macro {part}; must be one of {', '.join(macros)}")
-        command += macros.get(part, [part])
+    for part in sweep.command if is_shown else create_sweep_command(sweep.command.copy()):
+        name = part[2:-1]
+        if part == f"${{{name}}}" and not (is_shown and name.startswith("envvar:")):
+            if name not in macros:
+                names = ", ".join(macros)
+                raise UserError(f"command: unknown macro {part}; must be one of {names}")
+            command += macros[name]
+        else:
+            command.append(part)
     return command
+
+
+def check_command(sweep: Sweep) -> None:
+    """Raise `UserError` if the sweep's command can't be started."""
+    command = trial_command(sweep, {}, "")
+    words = [word for word in command if word != "/usr/bin/env" and "=" not in word]
+    is_script = "${interpreter} ${program}" in " ".join(sweep.command)
+    is_missing = is_script and not os.path.isfile(str(sweep.program))
+    if is_missing or ("${program}" in sweep.command and sweep.program is None):
+        raise UserError(f"program: must be an existing script, not {sweep.program!r}")
+    if not words or not shutil.which(words[0]):
+        raise UserError(f"command: can't be started: {shlex.join(sweep.command)}")
 
 
 def visible_gpus() -> list[str]:
@@ -121,7 +137,7 @@ class TrialProcess:
     def report_progress(self, metric: str) -> None:
         """Report new values of the metric to Optuna, and stop the run if it should be pruned."""
         journal = self.output_dir / "history.jsonl"
-        text = journal.read_text(errors="replace") if journal.is_file() else ""
+        text = journal.read_text("utf-8", "replace") if journal.is_file() else ""
         values = []
         for line in text.split("\n")[:-1]:  # the last line may be incomplete
             if json.dumps(metric) in line:
@@ -145,14 +161,16 @@ class TrialProcess:
             return f"killed by {signal.strsignal(-status)}"
         if status > 0:
             log = self.output_dir.with_suffix(".log")
-            lines = log.read_text(errors="replace").splitlines()
+            lines = log.read_text("utf-8", "replace").splitlines()
             messages = [line for line in lines if line.strip() and not line.startswith("wandb:")]
             return messages[-1] if messages else f"exit status {status}"
         try:  # metrics.json holds the value of the best epoch, if there is one
-            metrics = json.loads((self.output_dir / "metrics.json").read_text())
+            metrics = json.loads((self.output_dir / "metrics.json").read_bytes())
             value = metrics.get(metric, self.last_value)
         except (OSError, ValueError, AttributeError, RecursionError):
             return "the run left no readable metrics.json"
+        if not metric:
+            return 0.0  # trials are ranked by nothing
         if value is None:
             return f"the run has no metric {metric}"
         return value if is_finite(value) else f"{metric} is {value!r}"
@@ -222,18 +240,24 @@ class Search:
         run_id = known.user_attrs.get("run") or f"{secrets.token_hex(3)}-{number}"
         trial.set_user_attr("run", run_id)
         trial.set_user_attr("host", f"{socket.gethostname()}:{Path.cwd()}")
-        searched = {name: suggest(trial, name, space) for name, space in sweep.searched.items()}
-        trial.set_user_attr("parameters", searched)
+        searched = known.user_attrs.get("parameters")
+        if searched is None:
+            random.seed(seed)
+            parameters = sweep.searched().items()
+            searched = {name: suggest(trial, name, parameter) for name, parameter in parameters}
+            trial.set_user_attr("parameters", searched)
 
         output_dir = sweep.directory / run_id
         arguments = trial_arguments(sweep, searched)
-        command = trial_command(sweep, arguments, sys.executable)
+        json_file = output_dir.with_suffix(".json")
+        json_file.write_text(json.dumps(arguments), encoding="utf-8")
+        command = trial_command(sweep, arguments, str(json_file))
         command += ["--output_dir", str(output_dir), "--resume"]
         # As W&B's agent does, for programs that read their parameters from wandb.config.
         content = {"wandb_version": 1}
         for name, value in arguments.items():
             content[name] = {"value": value}
-        output_dir.with_suffix(".yaml").write_text(yaml.safe_dump(content))
+        output_dir.with_suffix(".yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
         gpus_in_use = [process.gpu for process in self.running]
         gpu = min(self.gpus, key=gpus_in_use.count, default=None)
         with output_dir.with_suffix(".log").open("ab") as log:
@@ -248,7 +272,7 @@ class Search:
                     pass_fds=(lock.fileno(),),  # a run that outlives the search keeps the lock
                 )
             except (OSError, ValueError) as error:  # a script without #!, a NUL in an argument
-                raise UserError(f"command: {error}") from None
+                raise UserError(f"command: {error.args[-1]}") from None
         reported = max(known.intermediate_values, default=0)
         self.running.append(TrialProcess(trial, popen, output_dir, lock, gpu, reported))
         return True
@@ -267,9 +291,9 @@ class Search:
             WANDB_SWEEP_PARAM_PATH=str(output_dir.with_suffix(".yaml").resolve()),
         )
         if sweep.project:
-            environment["WANDB_PROJECT"] = str(sweep.project)
+            environment["WANDB_PROJECT"] = sweep.project
         if sweep.entity:
-            environment["WANDB_ENTITY"] = str(sweep.entity)
+            environment["WANDB_ENTITY"] = sweep.entity
         if gpu:
             environment["CUDA_VISIBLE_DEVICES"] = gpu
         return environment
@@ -279,7 +303,7 @@ class Search:
         ended = []
         for process in list(self.running):
             exited = process.popen.poll() is not None  # before the last values are read
-            process.report_progress(self.sweep.metric)
+            process.report_progress(self.sweep.metric.name)
             if exited:
                 self.running.remove(process)
                 with process.lock:
@@ -290,7 +314,7 @@ class Search:
         trial = process.trial
         if process.pruned and process.popen.returncode != 0:
             return self.study.tell(trial, state=TrialState.PRUNED)
-        result = process.read_result(self.sweep.metric)
+        result = process.read_result(self.sweep.metric.name)
         if isinstance(result, str):
             trial.set_user_attr("error", result)
             return self.study.tell(trial, state=TrialState.FAIL)

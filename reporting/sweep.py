@@ -47,9 +47,11 @@ def open_study(directory: Path, runs: list[RunFiles]) -> Any:
         if run:
             run.label = f"trial {trial.number}"
             metric = study.user_attrs["sweep"]["metric"]
-            direction = "max" if study.direction.name == "MAXIMIZE" else "min"
-            defaults = {"monitor": metric, "metrics": {base_name(metric): direction}}
-            run.config = defaults | trial.params | run.config
+            if metric:
+                direction = "max" if study.direction.name == "MAXIMIZE" else "min"
+                defaults = {"monitor": metric, "metrics": {base_name(metric): direction}}
+                run.config = defaults | run.config
+            run.config = trial.user_attrs.get("parameters", {}) | run.config
             if trial.state.name == "PRUNED":
                 run.state = "pruned"
             elif trial.state.name == "FAIL":
@@ -66,7 +68,7 @@ def show_sweep(study: Any) -> str:
     states = Counter(trial.state.name for trial in study.trials)
     counts = [f"{states[state]} {name}" for state, name in STATES.items() if state in states]
     content = paragraph(f"{len(study.trials)} trials: {', '.join(counts)}.")
-    if not states["COMPLETE"]:
+    if not metric or not states["COMPLETE"]:
         return content
     figures = {
         "Values of the complete trials": visualization.plot_optimization_history(
