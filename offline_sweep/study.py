@@ -11,7 +11,7 @@ from typing import Any
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
-from optuna.pruners import BasePruner
+from optuna.pruners import BasePruner, NopPruner
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.storages import BaseStorage, RDBStorage, get_storage
 from optuna.study import Study
@@ -136,7 +136,8 @@ def open_study(sweep: Sweep, url: str) -> tuple[Study, RetryingStorage]:
     """The sweep's study and its storage. Raises `UserError` if the storage can't be used."""
     patience = 0.0 if url.startswith("sqlite") else PATIENCE  # a damaged file does not recover
     storage = RetryingStorage(_connect(sweep, url), patience)
-    pruner = HyperbandPruner(sweep.early_terminate)
+    rules = sweep.early_terminate
+    pruner = HyperbandPruner(rules) if rules else NopPruner()
     study = optuna.load_study(study_name=sweep.name, storage=storage, pruner=pruner)
     definition = sweep.model_dump(
         include={"program", "project", "entity", "method", "early_terminate", "parameters"}
