@@ -20,7 +20,7 @@ from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
 
 from harness.errors import UserError
 from offline_sweep.file import EarlyTerminate, Sweep
-from offline_sweep.parameters import Choice, Parameter, choices
+from offline_sweep.parameters import Choice, Parameter
 
 PATIENCE = 300.0  # seconds that a search waits for a database that does not answer
 FAILURES = (DBAPIError, StorageInternalError)
@@ -75,7 +75,7 @@ class RetryingStorage:
 def value_count(parameter: Parameter) -> int:
     """The number of values of a parameter of a grid."""
     if isinstance(parameter, Choice):
-        return len(choices(parameter.values))
+        return len(parameter.values)
     return parameter.max - parameter.min + 1
 
 

@@ -75,9 +75,9 @@ def check_command(sweep: Sweep) -> None:
     """Raise `UserError` if the sweep's command can't be started."""
     command = trial_command(sweep, {}, "")
     words = [word for word in command if word != "/usr/bin/env" and "=" not in word]
-    is_script = "${interpreter} ${program}" in " ".join(sweep.command)
-    is_missing = is_script and not os.path.isfile(str(sweep.program))
-    if is_missing or ("${program}" in sweep.command and sweep.program is None):
+    program = str(sweep.program)
+    is_found = os.path.isfile(program) or shutil.which(program)
+    if "${program}" in sweep.command and not is_found:
         raise UserError(f"program: must be an existing script, not {sweep.program!r}")
     if not words or not shutil.which(words[0]):
         raise UserError(f"command: can't be started: {shlex.join(sweep.command)}")
