@@ -9,7 +9,6 @@ metrics.json as train_mnist.py and train_cola.py do.
 import contextlib
 import csv
 import dataclasses
-import os
 import shlex
 import signal
 import sys
@@ -104,7 +103,7 @@ def last_error(search: Search) -> str:
     if not failed:
         return "all were pruned"
     error = failed[-1].user_attrs["error"]
-    return f"last error: {error} ({search.find_files(failed[-1], '.log')})"
+    return f"last error: {error} ({search.output_dir(failed[-1])}.log)"
 
 
 def outcome(metric: str, trial: FrozenTrial) -> str:
@@ -142,13 +141,10 @@ def report(search: Search) -> None:
         print(outcome(sweep.metric.name, trial))
     best = ranked[0]
     arguments = trials.trial_arguments(sweep, best.user_attrs["parameters"])
-    json_file = str(search.find_files(best, ".json"))
+    json_file = f"{search.output_dir(best)}.json"
     command = trials.trial_command(sweep, arguments, json_file, is_shown=True)
     print(f"to repeat the best run: {shlex.join(command).removeprefix('/usr/bin/env ')}")
-    files = f"its files: {search.find_files(best)}"
-    if os.path.isdir("wandb"):
-        files += " | to upload all that ran here: wandb sync wandb/offline-run-*"
-    print(files)
+    print(f"its files: {search.output_dir(best)}")
 
 
 def write_trials(search: Search, rows: list[FrozenTrial]) -> None:
@@ -171,7 +167,7 @@ def write_trials(search: Search, rows: list[FrozenTrial]) -> None:
                     len(trial.intermediate_values),
                     seconds,
                     attributes.get("error"),
-                    search.find_files(trial),
+                    search.output_dir(trial),
                 ]
             )
 

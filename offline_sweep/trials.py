@@ -11,7 +11,6 @@ import secrets
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -239,7 +238,6 @@ class Search:
         # The W&B run id, and the name of the run's directory.
         run_id = known.user_attrs.get("run") or f"{secrets.token_hex(3)}-{number}"
         trial.set_user_attr("run", run_id)
-        trial.set_user_attr("host", f"{socket.gethostname()}:{Path.cwd()}")
         searched = known.user_attrs.get("parameters")
         if searched is None:
             random.seed(seed)
@@ -320,15 +318,9 @@ class Search:
             return self.study.tell(trial, state=TrialState.FAIL)
         return self.study.tell(trial, result)
 
-    def find_files(self, trial: FrozenTrial, suffix: str = "") -> str | None:
-        """The directory of a trial's run, or its file with a suffix.
-
-        Prefixed with its host if it is in another directory; None if it is gone.
-        """
-        path = f"{self.sweep.directory / trial.user_attrs['run']}{suffix}"
-        if trial.user_attrs["place"] != self.directory_id:
-            return f"{trial.user_attrs['host']}/{path}"
-        return path if os.path.exists(path) else None
+    def output_dir(self, trial: FrozenTrial) -> Path:
+        """The directory of a trial's run, on the machine that has run it."""
+        return self.sweep.directory / trial.user_attrs["run"]
 
     def stop(self) -> None:
         """Ask the runs to write a checkpoint and stop; kill those that do not stop in time."""

@@ -441,7 +441,6 @@ def recorded_search(cwd: Path, sweep: str, count: int, state: TrialState) -> opt
             "parameters": trial.params,
             "run": f"r-{number}",
             "place": "this directory",
-            "host": "this host",
         }.items():
             trial.set_user_attr(name, value)
         complete = state == TrialState.COMPLETE
