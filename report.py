@@ -63,12 +63,12 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     output = arguments.output
     runs = find_runs(arguments.directories)
-    studies = {}
+    studies = []
     problems = []
     for directory in arguments.directories:
         if (directory / "study.db").is_file():
             try:
-                studies[directory] = open_study(directory, runs)
+                studies.append(open_study(directory, runs))
             except UserError as error:
                 problems.append(f"{directory}: {error}")
     runs = sort_runs(runs)

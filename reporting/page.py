@@ -3,7 +3,6 @@
 import base64
 import html
 import secrets
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -34,21 +33,17 @@ BEGINNING = '<!doctype html>\n<html lang="en"><head><meta name="generator" conte
 
 
 def make_page(
-    runs: list[RunFiles], seed_groups: SeedGroups, studies: dict[Path, Any], problems: list[str]
+    runs: list[RunFiles], seed_groups: SeedGroups, studies: list[Any], problems: list[str]
 ) -> str:
-    """The page on `runs`, the best first, and on the sweeps' Optuna `studies` by directory.
+    """The page on `runs`, the best first, and on the sweeps' Optuna `studies`.
 
     It begins with `problems`, which say what could not be read.
     """
     title = runs[0].label if len(runs) == 1 else f"{len(runs)} runs"
-    if studies:
-        title = ", ".join(f"Sweep {format_value(study.study_name)}" for study in studies.values())
-    states = Counter(run.state for run in runs)
-    counts = [f"{number} {state}" for state, number in states.items()]
-    content = paragraph(f"{', '.join(counts)}.")
+    content = ""
     for problem in problems:
         content += paragraph(problem, "soft")
-    for study in studies.values():
+    for study in studies:
         content += show_sweep(study)
     content += show_runs(runs, seed_groups)
     content += show_curves(runs, seed_groups)
@@ -150,6 +145,6 @@ def show_predictions(predictions: Predictions) -> str:
 
 def every_figure(runs: list[RunFiles]) -> str:
     """All figures of all runs, for those who miss one above."""
-    names = sorted(set().union(*(run.best for run in runs)) - {"epoch", "step"})
-    rows = [[run.label, *(run.best.get(name) for name in names)] for run in runs]
+    names = sorted(set().union(*(run.best for run in runs)))
+    rows = [[run.label, *map(run.best.get, names)] for run in runs]
     return f"<details><summary>Every figure</summary>{table(['run', *names], rows)}</details>"
