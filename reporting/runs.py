@@ -31,8 +31,7 @@ class RunFiles:
     rows: list[dict[str, float]]  # of the journal, numbers only
     metrics: dict[str, Any] | None  # None until the run has finished
     notes: list[str]  # what is wrong with the files
-    state: str = "finished"  # or "under way", "died", "pruned", "failed"
-    detail: str = ""  # follows the state in tables: the step it has reached, or the error
+    state: str = "finished"  # or "under way", "died", "pruned", "failed", and a detail
 
     @property
     def monitor(self) -> str:
@@ -161,9 +160,9 @@ def read_run(path: Path) -> RunFiles:
     label = format_value(config.get("name") or path.resolve().name)
     run = RunFiles(path, label, config, rows, metrics, notes)
     if metrics is None:
-        run.state = "under way" if is_locked(path) else "died"
+        state = "under way" if is_locked(path) else "died"
         last_step = rows[-1]["step"] if rows else 0
-        run.detail = f" at step {last_step:,.0f}"
+        run.state = f"{state} at step {last_step:,.0f}"
     return run
 
 
@@ -254,7 +253,7 @@ def run_table(runs: list[RunFiles]) -> Table:
     figures = shown_figures(runs)
     rows = []
     for run in runs:
-        row = [run.label, run.state + run.detail]
+        row = [run.label, run.state]
         row += map(run.settings.get, settings)
         row += map(run.best.get, ["epoch", *figures, "seconds"])
         rows.append(row)

@@ -49,8 +49,7 @@ def open_study(directory: Path, runs: list[RunFiles]) -> Any:
             if trial.state.name == "PRUNED":
                 run.state = "pruned"
             elif trial.state.name == "FAIL":
-                run.state = "failed"
-                run.detail = f": {trial.user_attrs.get('error', 'no reason is known')}"
+                run.state = f"failed: {trial.user_attrs.get('error', 'no reason is known')}"
     return study
 
 
