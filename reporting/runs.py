@@ -18,7 +18,7 @@ from harness.files import read_json
 from harness.options import SharedSettings
 
 KEY_METRICS = 2  # of those that a script declares, shown beside the monitored one
-SEED_AND_REMARKS = ("seed", "name", "notes", "tags")  # may differ within a group of seeds
+SEED_AND_REMARKS = ("seed", "notes", "tags")  # may differ within a group of seeds
 
 
 @dataclasses.dataclass
@@ -82,7 +82,7 @@ class RunFiles:
     @property
     def settings(self) -> dict[str, Any]:
         """The settings that may tell runs apart."""
-        hidden = {"metrics", "run_token"}
+        hidden = {"metrics", "run_token", "name"}
         for option in dataclasses.fields(SharedSettings):
             if not option.metadata["tells_apart"]:
                 hidden.add(option.name)
@@ -197,13 +197,13 @@ def is_locked(directory: Path) -> bool:
     return False
 
 
-def differing(runs: list[RunFiles], ignored: Iterable[str] = ()) -> list[str]:
-    """The names of the settings, save `ignored`, that differ between the runs that have them."""
+def differing(runs: list[RunFiles]) -> list[str]:
+    """The names of the settings that differ between the runs that have them."""
     values = defaultdict(set)
     for run in runs:
         for name, value in run.settings.items():
             values[name].add(json.dumps(value, sort_keys=True))
-    return [name for name, distinct in values.items() if len(distinct) > 1 and name not in ignored]
+    return [name for name, distinct in values.items() if len(distinct) > 1]
 
 
 def groups(runs: list[RunFiles]) -> SeedGroups:
@@ -218,7 +218,8 @@ def groups(runs: list[RunFiles]) -> SeedGroups:
             settings.pop(name, None)
         by_settings[json.dumps(settings, sort_keys=True)][seed] = run
     seeded = [list(members.values()) for members in by_settings.values() if len(members) > 1]
-    names = differing([members[0] for members in seeded], SEED_AND_REMARKS)
+    differences = differing([members[0] for members in seeded])
+    names = [name for name in differences if name not in SEED_AND_REMARKS]
     named = {}
     for members in seeded:
         first = members[0]
@@ -249,7 +250,7 @@ def format_mean(values: list[float]) -> str:
 
 def run_table(runs: list[RunFiles]) -> Table:
     """Header and rows: the settings that differ, and the figures."""
-    settings = differing(runs, ["name"])
+    settings = differing(runs)
     figures = shown_figures(runs)
     rows = []
     for run in runs:
