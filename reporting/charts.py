@@ -50,29 +50,17 @@ def curves(runs: list[RunFiles], seed_groups: SeedGroups) -> dict[str, Any]:
         for i, members in enumerate(seed_groups.values()):
             points = band(members, name)
             if points:
-                steps, means, deviations, counts = zip(*points)
-                bands.append(
-                    {
-                        "group": i,
-                        "x": steps,
-                        "y": means,
-                        "sd": deviations,
-                        "n": counts,
-                    }
-                )
+                bands.append({"group": i, "points": points})
         metrics[name] = {"runs": lines, "groups": bands}
     group_names = []
-    group_of = {}
-    for i, (name, members) in enumerate(seed_groups.items()):
+    grouped = set()
+    for name, members in seed_groups.items():
         group_names.append(chart_text(f"{name} (n = {len(members)})"))
-        group_of.update((run.path, i) for run in members)
+        grouped.update(run.path for run in members)
     described = []
     for run in runs:
-        described.append({"name": chart_text(run.label), "group": group_of.get(run.path)})
-    overview = []
-    for name in [*shown_first, *metrics]:
-        if name in metrics and name not in overview:
-            overview.append(name)
+        described.append({"name": chart_text(run.label), "isGrouped": run.path in grouped})
+    overview = [name for name in dict.fromkeys([*shown_first, *metrics]) if name in metrics]
     return {
         "runs": described,
         "groups": group_names,
