@@ -110,10 +110,7 @@ def show_run(run: RunFiles) -> str:
         content = show_predictions(read_predictions(run))
     except UserError as reason:
         content = paragraph(f"No predictions to show: {reason}.", "soft")
-    pictures = sorted(run.path.glob("*.png"))
-    if pictures:
-        content += "<h2>Pictures</h2>"
-    for path in pictures:
+    for path in sorted(run.path.glob("*.png")):
         data = base64.b64encode(path.read_bytes()).decode()
         name = html.escape(path.name)
         content += f'<img alt="{name}" title="{name}" src="data:image/png;base64,{data}">'
