@@ -199,7 +199,6 @@ def main(argv: list[str] | None = None) -> None:
         trial_count=trial_count,
         jobs=options.jobs,
         seed=options.seed,
-        directory_id=trials.read_directory_id(directory),
         gpus=trials.visible_gpus() if options.jobs > 1 else [],  # a single run may use all of them
     )
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
