@@ -192,8 +192,8 @@ class Search:
                 return True
         if len(self.trials()) >= self.trial_count:
             return False
-        # Unlike study.ask(), this creates the trial with its lock, so that no search elsewhere takes
-        # it. The next call starts it.
+        # Unlike study.ask(), this creates the trial with its lock, so that no search elsewhere
+        # takes it. The next call starts it.
         attributes = {"lock": secrets.token_hex(6)}
         trial = optuna.create_trial(state=TrialState.RUNNING, user_attrs=attributes)
         self.lock_file(trial).touch()
