@@ -8,8 +8,6 @@ from typing import Any
 
 from torch import Tensor
 
-from metrics import ConfusionMatrix
-from reporting.predictions import Predictions
 from reporting.runs import RunFiles, SeedGroups
 
 MAX_POINTS = 1000  # in a curve or chart
@@ -95,31 +93,6 @@ def band(runs: list[RunFiles], name: str) -> list[tuple]:
 def titled(title: str, **options: Any) -> dict[str, Any]:
     """The layout of a chart or an axis."""
     return {"title": {"text": chart_text(title)}, **options}
-
-
-def confusion(predictions: Predictions) -> Figure:
-    """A confusion matrix with a row per label: shade and hover text give the share of the row."""
-    names = [chart_text(name, 20) for name in predictions.class_names]
-    matrix = ConfusionMatrix(len(names))
-    matrix.update(predictions.predictions, predictions.labels)
-    counts = matrix.counts
-    shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
-    heatmap = {
-        "type": "heatmap",
-        "z": shares.tolist(),
-        "text": counts.tolist(),
-        "x": names,
-        "y": names,
-        "texttemplate": "%{text}" if len(names) <= 20 else "",
-        "showscale": False,
-        "colorscale": [[0, "rgba(47,111,181,0)"], [1, "rgba(47,111,181,1)"]],
-        "hovertemplate": "label %{y}<br>prediction %{x}<br>"
-        "%{text} examples, %{z:.1%} of the label<extra></extra>",
-    }
-    xaxis = titled("prediction", type="category", showgrid=False)
-    yaxis = titled("label", type="category", showgrid=False, autorange="reversed")
-    layout = titled("Confusion matrix", xaxis=xaxis, yaxis=yaxis)
-    return {"data": [heatmap], "layout": layout}
 
 
 def against_diagonal(title: str, axes: dict[str, Tensor]) -> Figure:

@@ -10,7 +10,7 @@ from plotly.offline import get_plotlyjs
 
 from harness.errors import UserError
 from metrics import calibration
-from reporting.charts import MAX_POINTS, against_diagonal, confusion, curves
+from reporting.charts import MAX_POINTS, against_diagonal, curves
 from reporting.comparison import compare_runs
 from reporting.markup import chart, embedded_json, paragraph, table
 from reporting.predictions import (
@@ -126,18 +126,19 @@ def show_predictions(predictions: Predictions) -> str:
     if predictions.probabilities is None:
         drawn = slice(MAX_POINTS)
         axes = {"target": labels[drawn], "prediction": predictions.predictions[drawn]}
-        charts = chart(against_diagonal("Predictions", axes))
+        title = "Predictions"
         heading = "Largest errors"
     else:
         counts, confidences, accuracies = calibration(predictions.probabilities, labels)
         drawn = counts > 0
         axes = {"mean probability": confidences[drawn], "accuracy": accuracies[drawn]}
-        charts = chart(confusion(predictions)) + chart(against_diagonal("Calibration", axes))
+        title = "Calibration"
         heading = f"Worst of {len(wrong):,} mistakes in {len(labels):,} examples"
     examples = show_examples(predictions, wrong)
     validated = any(name.startswith("valid/") for name in predictions.run.best)
-    title = f"Predictions of the {'validation' if validated else 'test'} data"
-    return f'<h2>{title}</h2><div class="pair">{charts}</div><h3>{heading}</h3>{examples}'
+    part = "validation" if validated else "test"
+    drawing = chart(against_diagonal(title, axes))
+    return f"<h2>Predictions of the {part} data</h2>{drawing}<h3>{heading}</h3>{examples}"
 
 
 def every_figure(runs: list[RunFiles]) -> str:
