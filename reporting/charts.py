@@ -14,10 +14,10 @@ MAX_POINTS = 1000  # in a curve or chart
 Figure = dict[str, Any]  # data and layout of a chart, as plotly.js takes them
 
 
-def chart_text(string: str, longest: int = 48) -> str:
+def chart_text(string: str) -> str:
     """Text for plotly.js, which interprets HTML; a long string is shortened in the middle."""
-    if len(string) > longest:
-        string = f"{string[: longest // 2]}…{string[1 - longest // 2 :]}"
+    if len(string) > 48:
+        string = f"{string[:24]}…{string[-23:]}"
     return html.escape(string, quote=False)
 
 
@@ -90,11 +90,6 @@ def band(runs: list[RunFiles], name: str) -> list[tuple]:
     return points
 
 
-def titled(title: str, **options: Any) -> dict[str, Any]:
-    """The layout of a chart or an axis."""
-    return {"title": {"text": chart_text(title)}, **options}
-
-
 def against_diagonal(title: str, axes: dict[str, Tensor]) -> Figure:
     """A chart of one value against another, and a line on which both are equal."""
     (x_name, x), (y_name, y) = axes.items()
@@ -111,10 +106,10 @@ def against_diagonal(title: str, axes: dict[str, Tensor]) -> Figure:
         "y": [finite(value) for value in y.tolist()],
         "mode": "markers",
     }
-    layout = titled(
-        title,
-        showlegend=False,
-        xaxis=titled(x_name),
-        yaxis=titled(y_name),
-    )
+    layout = {
+        "title": {"text": title},
+        "showlegend": False,
+        "xaxis": {"title": {"text": x_name}},
+        "yaxis": {"title": {"text": y_name}},
+    }
     return {"data": [line, points], "layout": layout}
