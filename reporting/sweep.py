@@ -64,24 +64,16 @@ def show_sweep(study: Any) -> str:
     content += paragraph(f"{len(study.trials)} trials: {', '.join(counts)}.")
     if not metric or not states["complete"]:
         return content
-    figures = {
-        "Values of the complete trials": visualization.plot_optimization_history(
-            study, target_name=metric
-        ),
-        "Each parameter against the metric, complete trials": visualization.plot_slice(
-            study, target_name=metric
-        ),
-        "Complete trials: a line from each parameter's value to the next": (
-            visualization.plot_parallel_coordinate(study, target_name=metric)
-        ),
-    }
+    figures = [
+        visualization.plot_optimization_history(study, target_name=metric),
+        visualization.plot_slice(study, target_name=metric),
+        visualization.plot_parallel_coordinate(study, target_name=metric),
+    ]
     if states["complete"] >= ENOUGH_TRIALS:
         # Optuna's default is the best tenth: two trials of twenty.
         evaluator = importance.PedAnovaImportanceEvaluator(target_quantile=0.5)
-        title = "Importance: each parameter's share in reaching the better half"
-        figures[title] = visualization.plot_param_importances(study, evaluator=evaluator)
-    for title, figure in figures.items():
-        figure.layout.title = title
+        figures.append(visualization.plot_param_importances(study, evaluator=evaluator))
+    for figure in figures:
         figure.layout.width = None  # that of the page
         content += chart(json.loads(figure.to_json()))
     return content

@@ -785,9 +785,9 @@ def test_sweep(sweep, tmp_path, capsys):
 def test_importances_need_twenty_complete_trials(sweep, tmp_path, monkeypatch):
     directory = tmp_path / "sweep-s"
     shutil.copytree(sweep, directory)
-    assert "Importance: " not in page_of(directory, output=tmp_path / "report.html")
+    assert "Hyperparameter Importances" not in page_of(directory, output=tmp_path / "report.html")
     monkeypatch.setattr("reporting.sweep.ENOUGH_TRIALS", 1)
-    assert "Importance: " in page_of(directory, output=tmp_path / "report.html")
+    assert "Hyperparameter Importances" in page_of(directory, output=tmp_path / "report.html")
 
 
 def test_sweep_without_optuna_or_study(sweep, tmp_path, capsys, monkeypatch):
