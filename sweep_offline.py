@@ -144,20 +144,18 @@ def report(search: Search) -> None:
     json_file = f"{search.output_dir(best)}.json"
     command = trials.trial_command(sweep, arguments, json_file, is_shown=True)
     print(f"to repeat the best run: {shlex.join(command).removeprefix('/usr/bin/env ')}")
-    print(f"its files: {search.output_dir(best)}")
 
 
 def write_trials(search: Search, rows: list[FrozenTrial]) -> None:
     """Write trials.csv, with a row for each trial."""
     names = search.sweep.searched()
     metric = search.sweep.metric.name
-    results = ("epochs", "seconds", "error", "output_dir")
+    results = ("epochs", "error", "output_dir")
     with (search.sweep.directory / "trials.csv").open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(["trial", "state", metric or "unranked", *names, *results])
         for trial in rows:
             attributes = trial.user_attrs
-            seconds = trial.duration and round(trial.duration.total_seconds(), 1)
             table.writerow(
                 [
                     trial.number,
@@ -165,7 +163,6 @@ def write_trials(search: Search, rows: list[FrozenTrial]) -> None:
                     trial.value if metric else None,
                     *[attributes["parameters"][name] for name in names],
                     len(trial.intermediate_values),
-                    seconds,
                     attributes.get("error"),
                     search.output_dir(trial),
                 ]
