@@ -144,12 +144,9 @@ def holds_run(directory: Path) -> bool:
 
 def read_run(path: Path) -> RunFiles:
     """The run in a directory; its notes list the files that are missing or unreadable."""
-    config = read_json(path / CONFIG)
+    config = read_json(path / CONFIG) or {}
     metrics = read_json(path / METRICS)
     notes = []
-    if config is None:
-        notes.append(f"no readable {CONFIG}")
-        config = {}
     versions = config.pop("versions", None)
     if isinstance(versions, dict):
         for library, version in versions.items():
