@@ -30,6 +30,7 @@ if (chart) {
   const curves = read("curves-data"), choice = document.getElementById("metric");
   const each = document.getElementById("each"), log = document.getElementById("log"), hidden = new Set();
   each.checked = curves.runs.length <= 5;
+  each.parentNode.hidden = !curves.groups.length;
   for (const name of ["Overview", ...Object.keys(curves.metrics)]) choice.add(new Option(name, name));
 
   function show() {

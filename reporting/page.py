@@ -91,16 +91,13 @@ def show_curves(runs: list[RunFiles], seed_groups: SeedGroups) -> str:
         return ""
     remark = (
         "Drag to zoom, double-click to zoom out. A click in the legend hides or shows a run. "
-        f"Of curves of more than {MAX_POINTS:,} points, some at equal distances are drawn."
+        f"Of curves of more than {MAX_POINTS:,} points, some at equal distances are drawn. Lines "
+        "with a band are the mean ± standard deviation over seeds."
     )
-    hidden = " hidden"
-    if seed_groups:
-        remark += " Lines with a band are the mean ± standard deviation over seeds."
-        hidden = ""
     return f"""<h2>Curves</h2>{paragraph(remark, "soft")}
 <div class="controls"><label>Metric <select id="metric"></select></label>
 <label><input type="checkbox" id="log"> log scale</label>
-<label{hidden}><input type="checkbox" id="each"> each seed, too</label></div>
+<label><input type="checkbox" id="each"> each seed, too</label></div>
 <div id="curves"></div>{embedded_json("curves-data", data)}"""
 
 
