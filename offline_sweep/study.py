@@ -30,7 +30,6 @@ POSTGRESQL_LIMITS = {
     "tcp_user_timeout": 10_000,  # milliseconds
     "keepalives_idle": 5,
     "keepalives_interval": 2,
-    "keepalives_count": 3,
 }
 
 

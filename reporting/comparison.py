@@ -203,8 +203,6 @@ def disagreements(a: Predictions, b: Predictions) -> str:
             heading = f"{better.run.label} right, {worse.run.label} wrong: "
             chosen = better.correct & ~worse.correct
         chosen = largest_first(gain, chosen)
-        heading += f"{len(chosen):,} examples"
-        if len(chosen) > MOST_SHOWN:
-            heading += f", the {MOST_SHOWN} on which they differ most"
+        heading += f"{len(chosen):,} examples, here up to {MOST_SHOWN}, by how much they differ"
         content += f"<h3>{html.escape(heading)}</h3>{show_examples(worse, chosen, better)}"
     return content

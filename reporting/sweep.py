@@ -48,8 +48,8 @@ def open_study(directory: Path, runs: list[RunFiles]) -> Any:
             run.config = trial.user_attrs.get("parameters", {}) | run.config
             if trial.state.name == "PRUNED":
                 run.state = "pruned"
-            elif trial.state.name == "FAIL":
-                run.state = f"failed: {trial.user_attrs.get('error', 'no reason is known')}"
+            elif "error" in trial.user_attrs:
+                run.state = f"failed: {trial.user_attrs['error']}"
     return study
 
 
