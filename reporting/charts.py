@@ -55,12 +55,10 @@ def curves(runs: list[RunFiles], seed_groups: SeedGroups) -> dict[str, Any]:
     for name, members in seed_groups.items():
         group_names.append(chart_text(f"{name} (n = {len(members)})"))
         grouped.update(run.path for run in members)
-    described = []
-    for run in runs:
-        described.append({"name": chart_text(run.label), "isGrouped": run.path in grouped})
+    shown = [{"name": chart_text(run.label), "isGrouped": run.path in grouped} for run in runs]
     overview = [name for name in dict.fromkeys([*shown_first, *metrics]) if name in metrics]
     return {
-        "runs": described,
+        "runs": shown,
         "groups": group_names,
         "metrics": metrics,
         "overview": overview[:4],

@@ -3,6 +3,7 @@
 import html
 import json
 import secrets
+from collections.abc import Iterable
 from typing import Any
 
 from reporting.runs import format_value, is_number
@@ -24,7 +25,7 @@ def cell(value: Any) -> str:
     return f"<td{attribute}>{content}</td>"
 
 
-def table(header: list[str], rows: list[list[Any]]) -> str:
+def table(header: list[str], rows: Iterable[Iterable[Any]]) -> str:
     """A table that a click on a column head sorts."""
     head = "".join(f"<th>{html.escape(format_value(name))}</th>" for name in header)
     body = ""

@@ -19,7 +19,7 @@ from reporting.predictions import (
     read_predictions,
     show_examples,
 )
-from reporting.runs import RunFiles, SeedGroups, format_value, run_table, seed_table
+from reporting.runs import RunFiles, SeedGroups, run_table, seed_table
 from reporting.sweep import show_sweep
 
 # Only the page's own scripts may run, and nothing is fetched. plotly.js needs 'unsafe-eval' for
@@ -111,8 +111,7 @@ def show_run(run: RunFiles) -> str:
         data = base64.b64encode(path.read_bytes()).decode()
         name = html.escape(path.name)
         content += f'<img alt="{name}" title="{name}" src="data:image/png;base64,{data}">'
-    rows = [[name, format_value(value)] for name, value in run.config.items()]
-    settings = table(["setting", "value"], rows)
+    settings = table(["setting", "value"], run.config.items())
     return f"{content}<h2>Settings</h2>{settings}"
 
 
