@@ -16,13 +16,11 @@ def paragraph(content: str, css_class: str = "") -> str:
 
 def cell(value: Any) -> str:
     """A table cell. A number is sorted by its value."""
-    shown = format_value(value)
-    content = html.escape(shown)
+    content = html.escape(format_value(value))
     if is_number(value):
         exact = repr(value).replace("inf", "Infinity")
         return f'<td class="number" data-value="{exact}" title="{exact}">{content}</td>'
-    attribute = ' class="short"' if len(shown) <= 30 else ""
-    return f"<td{attribute}>{content}</td>"
+    return f"<td>{content}</td>"
 
 
 def table(header: list[str], rows: Iterable[Iterable[Any]]) -> str:
