@@ -48,7 +48,6 @@ def make_page(
     content += show_runs(runs, seed_groups)
     content += show_curves(runs, seed_groups)
     content += compare_runs(runs, seed_groups) if len(runs) > 1 else show_run(runs[0])
-    content += every_figure(runs)
     style = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
     code = Path(__file__).with_name("page.js").read_text(encoding="utf-8")
     nonce = secrets.token_urlsafe(16)
@@ -70,8 +69,7 @@ def show_runs(runs: list[RunFiles], seed_groups: SeedGroups) -> str:
         "The best by the monitored metric is first. Settings that are the same in all runs, or "
         "concern only logging, are left out. Figures are those of the best epoch; of a run that "
         "has not finished, the best so far; without validation data, of the last epoch. Validation "
-        "data chose the epoch: figures under valid/, and their intervals (_low to _high), are too "
-        "optimistic. A click on a head sorts."
+        "data chose the epoch: figures under valid/ are too optimistic. A click on a head sorts."
     )
     content = f"<h2>Runs</h2>{paragraph(remark, 'soft')}{table(header, rows)}"
     if seed_groups:
@@ -135,10 +133,3 @@ def show_predictions(predictions: Predictions) -> str:
     part = "validation" if validated else "test"
     drawing = chart(against_diagonal(title, axes))
     return f"<h2>Predictions of the {part} data</h2>{drawing}<h3>{heading}</h3>{examples}"
-
-
-def every_figure(runs: list[RunFiles]) -> str:
-    """All figures of all runs, for those who miss one above."""
-    names = sorted(set().union(*(run.best for run in runs)))
-    rows = [[run.label, *map(run.best.get, names)] for run in runs]
-    return f"<details><summary>Every figure</summary>{table(['run', *names], rows)}</details>"
