@@ -439,9 +439,8 @@ def recorded_search(cwd: Path, sweep: str, count: int, state: TrialState) -> opt
             suggest(trial, name, parameter)
         for name, value in {
             "parameters": trial.params,
+            "lock": "r",
             "run": f"r-{number}",
-            "place": "this directory",
-            "host": "this host",
         }.items():
             trial.set_user_attr(name, value)
         complete = state == TrialState.COMPLETE
