@@ -245,7 +245,7 @@ def evaluate(task: Task, part: TokenSet) -> Evaluation:
 def attributions(task: Task, result: Evaluation) -> str:
     """HTML of the 20 most confident mistakes.
 
-    Each word is shaded by how much it moved the decision.
+    Each token is shaded by how much it moved the decision.
     """
     names = task.corpus.class_names
     page = '<!doctype html><meta charset="utf-8">'
@@ -255,13 +255,12 @@ def attributions(task: Task, result: Evaluation) -> str:
         shades = encoders.attribute(task.model, task.valid, i, prediction, label)
         if shades is None:
             return f"{page}<p>No attributions: this model does not accept embeddings.</p>"
-        sentence = task.corpus.valid.sentences[i]
-        words = encoders.words_of(task.tokenizer, sentence, len(shades))
-        shaded = [(word, float(shades[tokens].sum())) for word, tokens in words]
+        start, end = task.valid.offsets[i : i + 2]
+        tokens = task.tokenizer.batch_decode(task.valid.tokens[start:end, None])
         heading = (
             f"{names[label]} taken for {names[prediction]}, {result.probabilities[i].max():.1%}"
         )
-        page += viz.shaded_words(shaded, heading)
+        page += viz.shaded_tokens(tokens, shades.tolist(), heading)
     return page
 
 

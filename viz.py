@@ -587,18 +587,17 @@ def per_source_table(result: Evaluation, sources: list[str]) -> wandb.Table:
     return wandb.Table(columns=["source", "sentences", "acc", "mcc"], data=rows)
 
 
-def shaded_words(words: list[tuple[str, float]], heading: str) -> str:
-    """HTML of a sentence: red words pushed the model towards its mistake, blue words away from it.
+def shaded_tokens(tokens: list[str], attributions: list[float], heading: str) -> str:
+    """HTML of a sentence: red tokens pushed the model to its mistake, blue tokens away from it.
 
-    `words` come with their attributions: positive is red, and the largest magnitude gets the full
-    color.
+    A positive attribution is red, and the largest magnitude gets the full color.
     """
-    largest = max((abs(value) for _, value in words), default=0) or 1.0
+    largest = max(map(abs, attributions)) or 1.0
     spans = []
-    for word, value in words:
+    for token, value in zip(tokens, attributions):
         color = "214, 60, 50" if value > 0 else "50, 100, 214"
         style = f"background: rgba({color}, {abs(value) / largest:.2f}); padding: 2px"
-        spans.append(f'<span style="{style}" title="{value:+.4f}">{html.escape(word)}</span>')
+        spans.append(f'<span style="{style}" title="{value:+.4f}">{html.escape(token)}</span>')
     return (
         f'<p style="font: 15px sans-serif"><small>{html.escape(heading)}</small><br>'
         f"{' '.join(spans)}</p>"
