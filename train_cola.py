@@ -273,7 +273,7 @@ def log_charts(run: Run, task: Task, result: Evaluation) -> None:
         run.alert("One class only", warning)
     matrix = viz.confusion_matrix_picture(result.confusion.counts, names, "valid")
     calibration = viz.calibration_picture(result, "valid")
-    mistakes = viz.sentence_mistakes_table(result, valid.columns(), names, run.step)
+    mistakes = viz.mistakes_table(result, valid.columns(), names, run.step)
     sources = viz.per_source_table(result, valid.sources)
     sources_chart = wandb.plot.bar(sources, "source", "acc", title="Accuracy per source")
     run.log(

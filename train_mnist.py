@@ -179,12 +179,13 @@ def log_charts(run: Run, data: Digits, name: str, result: Evaluation) -> None:
         run.alert("One class only", warning)
     matrix = viz.confusion_matrix_picture(result.confusion.counts, classes, name)
     calibration = viz.calibration_picture(result, name)
+    mistakes = viz.mistakes_table(result, {"image": images}, classes, run.step, most=100)
     run.log(
         {
             f"{name}/confusion_matrix": viz.confusion_matrix_chart(result, classes),
             f"{name}/confusion_matrix_image": wandb.Image(matrix),
             f"{name}/calibration": wandb.Image(calibration),
-            f"{name}/mistakes": viz.digit_mistakes_table(images, result, classes, run.step),
+            f"{name}/mistakes": mistakes,
             f"{name}/logits": wandb.Histogram(result.logits.numpy()),
         }
     )

@@ -440,36 +440,39 @@ def most_confident_mistakes(result: Evaluation) -> Tensor:
     return order[: is_wrong.sum()]
 
 
-def _named_mistakes(
+def mistakes_table(
     result: Evaluation,
-    mistakes: Tensor,
+    inputs: Mapping[str, Sequence],
     class_names: list[str],
-) -> Iterator[tuple[int, str, str, float]]:
-    """Index, label, prediction and the prediction's probability of some `mistakes`, int64 (n,)."""
-    for i in mistakes.tolist():
-        label = class_names[result.labels[i]]
-        prediction = class_names[result.predictions[i]]
-        yield i, label, prediction, float(result.probabilities[i].max())
+    step: int,
+    most: int = 1000,
+) -> wandb.Table:
+    """The `most` most confident mistakes; "mistakes" is the number of all.
+
+    `inputs`: the first columns, such as "sentence" and "source", with a value per example. Images
+    are uint8 (examples, 1, height, width).
+    """
+    wrong = most_confident_mistakes(result)
+    names = [*inputs, "label", "prediction", "probability", "loss", "step", "mistakes"]
+    table = wandb.Table(columns=names)
+    for i in wrong[:most].tolist():
+        shown = []
+        for column in inputs.values():
+            value = column[i]
+            shown.append(wandb.Image(value[0].numpy()) if isinstance(value, Tensor) else value)
+        table.add_data(
+            *shown,
+            class_names[result.labels[i]],
+            class_names[result.predictions[i]],
+            float(result.probabilities[i].max()),
+            float(result.losses[i]),
+            step,
+            len(wrong),
+        )
+    return table
 
 
 # ------------------------------------------------------------------------------- digits
-
-
-def digit_mistakes_table(
-    images: Tensor,
-    result: Evaluation,
-    class_names: list[str],
-    step: int,
-) -> wandb.Table:
-    """The 100 most confident mistakes; "mistakes" is the number of all.
-
-    `images` is uint8 (examples, 1, height, width).
-    """
-    wrong = most_confident_mistakes(result)
-    table = wandb.Table(columns=["image", "label", "prediction", "probability", "step", "mistakes"])
-    for i, *mistake in _named_mistakes(result, wrong[:100], class_names):
-        table.add_data(wandb.Image(images[i, 0].numpy()), *mistake, step, len(wrong))
-    return table
 
 
 def digit_mistakes_picture(
@@ -485,10 +488,13 @@ def digit_mistakes_picture(
     """
     wrong = most_confident_mistakes(result)
     shown = wrong[:40]
+    names = _drawable(tuple(class_names))
     captions = []
-    mistakes = _named_mistakes(result, shown, _drawable(tuple(class_names)))
-    for _, label, prediction, probability in mistakes:
-        captions.append(f"{label[:14]} as {prediction[:14]}, {100 * probability:.0f} %")
+    for i in shown.tolist():
+        label = names[result.labels[i]]
+        prediction = names[result.predictions[i]]
+        percent = 100 * result.probabilities[i].max()
+        captions.append(f"{label[:14]} as {prediction[:14]}, {percent:.0f} %")
     title = (
         f"{part}: {len(shown)} of {len(wrong):,} mistakes in {len(images):,} examples, "
         "most confident first, label as prediction"
@@ -530,37 +536,7 @@ def captioned_digits(
 
 # ---------------------------------------------------------------------------- sentences
 
-MAX_MISTAKES = 1000  # rows of a table
 MAX_SOURCES = 200  # rows of a table
-
-
-def sentence_mistakes_table(
-    result: Evaluation,
-    texts: dict[str, list[str]],
-    class_names: list[str],
-    step: int,
-) -> wandb.Table:
-    """The `MAX_MISTAKES` most confident wrong predictions; "mistakes" is the number of all.
-
-    `texts`: the first columns, such as "sentence" and "source".
-    """
-    wrong = most_confident_mistakes(result)
-    table = wandb.Table(
-        columns=[
-            *texts,
-            "label",
-            "prediction",
-            "probability",
-            "loss",
-            "step",
-            "mistakes",
-        ]
-    )
-    for i, *mistake in _named_mistakes(result, wrong[:MAX_MISTAKES], class_names):
-        shown = [column[i] for column in texts.values()]
-        loss = float(result.losses[i])
-        table.add_data(*shown, *mistake, loss, step, len(wrong))
-    return table
 
 
 def per_source_table(result: Evaluation, sources: list[str]) -> wandb.Table:

@@ -123,7 +123,7 @@ def test_many_classes_show_the_most_confused_ones():
 
 def test_mistakes_table_holds_a_thousand_and_says_of_how_many():
     result = evaluation([0] * 1500, [1] * 1500, [3.0 + i / 1500 for i in range(1500)])
-    table = viz.sentence_mistakes_table(
+    table = viz.mistakes_table(
         result,
         {"sentence": [str(i) for i in range(1500)], "source": ["x"] * 1500},
         ["a", "b", "c"],
