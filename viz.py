@@ -9,7 +9,7 @@ import functools
 import html
 import math
 import subprocess
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
@@ -542,23 +542,18 @@ MAX_SOURCES = 200  # rows of a table
 def per_source_table(result: Evaluation, sources: list[str]) -> wandb.Table:
     """Accuracy and Matthews correlation per source of sentences, lowest accuracy first.
 
-    Beyond `MAX_SOURCES`, the sources with the fewest sentences share a row.
+    There is a row for each of the `MAX_SOURCES` sources with the most sentences.
     """
-    sentences = Counter(sources)
-    largest = dict(sentences.most_common(MAX_SOURCES))
-    others = f"{len(sentences) - MAX_SOURCES:,} other sources"
-    indices = defaultdict(list)
-    for i, source in enumerate(sources):
-        indices[source if source in largest else others].append(i)
-
+    source_of_each = np.array(sources, dtype=object)
     rows = []
-    for source, chosen in indices.items():
+    for source, sentences in Counter(sources).most_common(MAX_SOURCES):
+        chosen = torch.from_numpy(source_of_each == source)
         # Only the classes that occur here, numbered anew: all of them would be slow if many.
         both = torch.stack([result.predictions[chosen], result.labels[chosen]])
         classes, numbers = both.unique(return_inverse=True)
         confusion = ConfusionMatrix(max(2, len(classes)))
         confusion.update(*numbers)
-        rows.append([source, len(chosen), confusion.accuracy(), confusion.matthews_corrcoef()])
+        rows.append([source, sentences, confusion.accuracy(), confusion.matthews_corrcoef()])
     rows.sort(key=lambda row: row[2])
     return wandb.Table(columns=["source", "sentences", "acc", "mcc"], data=rows)
 
