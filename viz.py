@@ -250,9 +250,8 @@ def _font(size: float, text: str) -> ImageFont.FreeTypeFont:
 
 @functools.cache  # prints once
 def _drawable(class_names: tuple[str, ...]) -> Sequence[str]:
-    """The names of the classes; if there is no font for one of them, the numbers of the classes."""
-    has_all = _find_font("".join(class_names)) is not None  # one search for a thousand names
-    if has_all or None not in map(_find_font, class_names):
+    """The names of the classes; their numbers if there is no font for all of the names."""
+    if _find_font("".join(class_names)) is not None:
         return class_names
     legend = dict(enumerate(class_names[:MAX_CLASSES]))
     print(f"No font has the letters of the class names. PNG pictures show numbers: {legend}")
