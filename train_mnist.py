@@ -70,7 +70,6 @@ if __name__ == "__main__":
     script.check_options(Settings)  # before the imports that take seconds
 
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -198,8 +197,11 @@ def log_inputs(run: Run, model: ConvNet, data: Digits, indices: Tensor) -> None:
     images = data.train.images[indices]
     labels = data.train.labels[indices]
     predictions = type(model).forward(model.eval(), pixels(images)).argmax(1)
-    captioned = viz.captioned_digits(images.cpu(), predictions, labels, data.class_names)
-    run.log({"train/inputs": captioned})
+    inputs = []
+    for image, prediction, label in zip(images.cpu(), predictions, labels):
+        caption = f"Pred: {data.class_names[prediction]} Truth: {data.class_names[label]}"
+        inputs.append(wandb.Image(image[0].numpy(), caption=caption))
+    run.log({"train/inputs": inputs})
 
 
 def write_curves(session: Session, best_epoch: int) -> None:
@@ -211,15 +213,6 @@ def write_curves(session: Session, best_epoch: int) -> None:
     if distributed.rank() == 0:
         picture = viz.curves_picture(session.run.rows, panels, best_epoch)
         files.write_png(session.output_dir / "curves.png", picture)
-
-
-def write_pictures(output_dir: Path, data: Digits, name: str, result: Evaluation) -> None:
-    """Write the confusion matrix and the most confident mistakes as PNG."""
-    matrix = viz.confusion_matrix_picture(result.confusion.counts, data.class_names, name)
-    files.write_png(output_dir / "confusion_matrix.png", matrix)
-    images = getattr(data, name).images.cpu()
-    mistakes = viz.digit_mistakes_picture(images, result, data.class_names, name)
-    files.write_png(output_dir / "mistakes.png", mistakes)
 
 
 # ----------------------------------------------------------------------------- training
@@ -321,12 +314,16 @@ def conclude(session: Session, progress: Progress, best: Best, data: Digits) -> 
     test = evaluate(model, data.test)
     progress.check_finite("test", test.metrics["loss"])
     name = "valid" if len(data.valid.labels) else "test"
-    shown = evaluate(model, getattr(data, name))
+    part = getattr(data, name)
+    shown = evaluate(model, part)
     if distributed.rank() > 0:
         return {}
 
     files.write_csv(output_dir / "predictions.csv", shown.columns())
-    write_pictures(output_dir, data, name, shown)
+    matrix = viz.confusion_matrix_picture(shown.confusion.counts, data.class_names, name)
+    files.write_png(output_dir / "confusion_matrix.png", matrix)
+    mistakes = viz.digit_mistakes_picture(part.images.cpu(), shown, data.class_names, name)
+    files.write_png(output_dir / "mistakes.png", mistakes)
     files.write_tensors(output_dir / "model.pt", best.weights)
     files.write_onnx(
         output_dir / "model.onnx", model, output="logits", images=torch.zeros(2, 1, 28, 28)

@@ -519,20 +519,6 @@ def digit_mistakes_picture(
     return canvas
 
 
-def captioned_digits(
-    images: Tensor,
-    predictions: Tensor,
-    labels: Tensor,
-    class_names: list[str],
-) -> list[wandb.Image]:
-    """W&B images of uint8 (n, 1, 28, 28) digits, with captions like "Pred: 3 Truth: 8"."""
-    captioned = []
-    for image, prediction, label in zip(images, predictions, labels):
-        caption = f"Pred: {class_names[prediction]} Truth: {class_names[label]}"
-        captioned.append(wandb.Image(image[0].numpy(), caption=caption))
-    return captioned
-
-
 # ---------------------------------------------------------------------------- sentences
 
 MAX_SOURCES = 200  # rows of a table
