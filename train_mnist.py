@@ -150,7 +150,7 @@ def make_optimizer(
     if constant:
         return optimizer, ConstantLR(optimizer, factor=1)
     batches = max(batches, 2)  # OneCycleLR gives the last one almost no learning rate
-    rise = 0.11 if batches == 10 else 0.1  # it can't rise for exactly one batch
+    rise = 0.1 + 1e-9  # of ten batches, exactly one can not rise
     return optimizer, OneCycleLR(optimizer, rate, batches, pct_start=rise, cycle_momentum=False)
 
 
@@ -287,8 +287,8 @@ def train(session: Session, progress: Progress, model: ConvNet, data: Digits) ->
             valid = evaluate(model, data.valid)
             progress.check_finite("validation", valid.metrics["loss"])
             log_charts(run, data, "valid", valid)
-            run.log(valid.named("valid"))
             results |= valid.named("valid")
+            run.log(results)  # the training figures are there already, with the same values
         improved = best.offer(epoch, results, model)
         write_curves(session, best.epoch)
         if settings.log_model == "all":

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 import torch
 import wandb
-from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 from wandb.plot import CustomChart
 
@@ -32,7 +32,7 @@ INK = "#141820"
 FAINT = "#969ca6"
 GRID = "#e2e5ea"
 PAPER = "#ffffff"
-DEEP = "#18569c"
+DEEP = "hsl(212, 73%, 35%)"
 WARM = "#ce601e"
 MIDDLE = "#6e829b"
 
@@ -271,10 +271,9 @@ def _draw_text(
     ImageDraw.Draw(canvas).text((x, y), text, fill=color, font=_font(size, text), anchor=anchor)
 
 
-def _shade(share: float) -> tuple[int, ...]:
+def _shade(share: float) -> str:
     """A color between white at 0 and `DEEP` at 1."""
-    deep = ImageColor.getrgb(DEEP)
-    return tuple(round(255 - (255 - channel) * share) for channel in deep)
+    return f"hsl(212, 73%, {100 - 65 * share:.2f}%)"
 
 
 # -------------------------------------------------------------------------- classifiers
@@ -355,14 +354,13 @@ def confusion_matrix_picture(
     _draw_text(canvas, center, 22, title, 19)
     _draw_text(canvas, center, canvas.height - 20, "prediction", 19)
     _draw_text(canvas, left - 10, top, "label", 19, "rs")
-    row_names = Image.new("RGB", (names_width, side), PAPER)
     for i, name in enumerate(names):
         middle = cell * (i + 0.5)
-        _draw_text(row_names, names_width, middle, name, 15, "rm")
+        _draw_text(canvas, left - 10, top + middle, name, 15, "rm")
         if names_fit:
             _draw_text(canvas, left + middle, bottom + 8, name, 15, "mt")
-    canvas.paste(row_names, (48, top))
     if not names_fit:
+        row_names = canvas.crop((48, top, left - 10, bottom))
         canvas.paste(row_names.rotate(90, expand=True), (left, bottom + 8))
     draw = ImageDraw.Draw(canvas)
     for row, label in enumerate(shown):

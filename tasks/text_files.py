@@ -16,8 +16,16 @@ from harness.options import option
 
 # Names of columns that need no option.
 TEXTS = (
-    *("sentence", "text", "review", "comment", "content"),
-    *("document", "tweet", "message", "title", "v2"),
+    "sentence",
+    "text",
+    "review",
+    "comment",
+    "content",
+    "document",
+    "tweet",
+    "message",
+    "title",
+    "v2",
 )
 LABELS = ("label", "class", "category", "sentiment", "target", "stars", "v1")
 PAIRS = {  # as in the tasks of GLUE
