@@ -123,8 +123,8 @@ class ConvNet(nn.Module):
 
     def __init__(self, kernels: list[int], classes: int = 10):
         super().__init__()
-        self.conv1 = nn.Conv2d(1, kernels[0], kernel_size=5, padding=2)
-        self.conv2 = nn.Conv2d(kernels[0], kernels[1], kernel_size=5, padding=2)
+        self.conv1 = nn.Conv2d(1, kernels[0], 5, padding=2)
+        self.conv2 = nn.Conv2d(kernels[0], kernels[1], 5, padding=2)
         self.fc = nn.Linear(7 * 7 * kernels[1], classes)
 
     def forward(self, images: Tensor) -> Tensor:
