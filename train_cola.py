@@ -205,9 +205,11 @@ def make_optimizer(
     Weight decay spares biases, LayerNorm and embeddings.
     """
     embeddings = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
-    weights = list(model.parameters())
-    spared = [weight for weight in weights if weight.ndim == 1 or weight in embeddings]
-    decayed = [weight for weight in weights if weight.ndim > 1 and weight not in embeddings]
+    decayed = []
+    spared = []
+    for weight in model.parameters():
+        group = spared if weight.ndim == 1 or weight in embeddings else decayed
+        group.append(weight)
     groups = [
         {"params": decayed, "weight_decay": settings.weight_decay},
         {"params": spared, "weight_decay": 0.0},
@@ -372,13 +374,12 @@ def train(session: Session, progress: Progress, task: Task) -> Best:
 
         mean = meter.take_epoch()
         results = {"train/loss_epoch": mean["loss"], "train/acc_epoch": mean["acc"]}
-        run.log(results)
         valid = evaluate(task, task.valid)
         progress.check_finite("validation", valid.metrics["loss"])
         log_charts(run, task, valid)
         results |= valid.named("valid")
         results["valid/majority_share"] = valid.confusion.majority_share()
-        run.log(results)  # the training figures are there already, with the same values
+        run.log(results)  # into the row of the last batch, which is still open
         improved = best.offer(epoch, results, model)
         write_curves(session, best.epoch)
         if settings.log_model == "all":

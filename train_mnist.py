@@ -279,14 +279,13 @@ def train(session: Session, progress: Progress, model: ConvNet, data: Digits) ->
 
         mean = meter.take_epoch()
         results = {"train/loss_epoch": mean["loss"], "train/acc_epoch": mean["acc"]}
-        run.log(results)  # into the row of the last batch, like what follows
         log_inputs(run, model, data, batches[-1][:16])
         if len(data.valid.labels):
             valid = evaluate(model, data.valid)
             progress.check_finite("validation", valid.metrics["loss"])
             log_charts(run, data, "valid", valid)
             results |= valid.named("valid")
-            run.log(results)  # the training figures are there already, with the same values
+        run.log(results)  # into the row of the last batch, which is still open
         improved = best.offer(epoch, results, model)
         write_curves(session, best.epoch)
         if settings.log_model == "all":
