@@ -440,12 +440,12 @@ def conclude(session: Session, task: Task, best: Best) -> dict[str, Any]:
     if session.settings.log_model == "best":
         run.log_model(partial(save_model, task), results, is_best=True)
 
-    low, high = matthews_corrcoef_interval(shown.confusion)
+    confusion = shown.confusion
+    low, high = matthews_corrcoef_interval(confusion)
     print(
-        f"best epoch {best.epoch}: Matthews correlation {shown.confusion.matthews_corrcoef():.3f} "
-        f"(95% interval {low:.3f} to {high:.3f}, {note}), "
-        f"accuracy {shown.confusion.accuracy():.2%} "
-        f"(always the most frequent class: {shown.confusion.majority_share():.2%})"
+        f"best epoch {best.epoch}: Matthews correlation {confusion.matthews_corrcoef():.3f} "
+        f"(95% interval {low:.3f} to {high:.3f}, {note}), accuracy {confusion.accuracy():.2%} "
+        f"(always the most frequent class: {confusion.majority_share():.2%})"
     )
     return {
         "dataset": corpus.name,
@@ -455,7 +455,7 @@ def conclude(session: Session, task: Task, best: Best) -> dict[str, Any]:
         "best/epoch": best.epoch,
         **results,
         "valid/majority_share": share,
-        f"{name}/majority_share": shown.confusion.majority_share(),
+        f"{name}/majority_share": confusion.majority_share(),
         f"{name}/mcc_low": low,
         f"{name}/mcc_high": high,
         "mcc_interval": note,

@@ -108,7 +108,7 @@ def log_dataset(run: Run, digits: Digits) -> None:
     run.add_tag(digits.name)
     artifact = wandb.Artifact(digits.name, type="dataset")
     for file in digits.files:
-        artifact.add_reference(file.resolve().as_uri(), name=file.name)  # a checksum, not a copy
+        artifact.add_reference(file.absolute().as_uri())  # a checksum, not a copy
     run.log_artifact(artifact)
 
 

@@ -390,7 +390,10 @@ def calibration_picture(result: Evaluation, part: str) -> Image.Image:
     return chart.reduce(2)
 
 
-def roc_chart(result: Evaluation, class_names: list[str]) -> CustomChart:
+def roc_chart(
+    result: Evaluation,
+    class_names: list[str],
+) -> CustomChart:
     """ROC curves: one for the positive class if there are two classes, otherwise one per class."""
     curves = {}
     for label in _classes_with_curves(result):
@@ -399,7 +402,10 @@ def roc_chart(result: Evaluation, class_names: list[str]) -> CustomChart:
     return _line_chart(curves, "ROC: true over false positive rate", "false positive rate")
 
 
-def precision_recall_chart(result: Evaluation, class_names: list[str]) -> CustomChart:
+def precision_recall_chart(
+    result: Evaluation,
+    class_names: list[str],
+) -> CustomChart:
     """Precision-recall curves, for the same classes as `roc_chart`."""
     curves = {}
     for label in _classes_with_curves(result):
