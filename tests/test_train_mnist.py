@@ -21,13 +21,13 @@ from PIL import Image
 
 import train_mnist
 from harness.device import seed_everything
-from metrics import EVALUATION_METRICS
+from metrics import BINARY_METRICS, EVALUATION_METRICS
 from tasks.digits import Digits, split_digits, synthetic_digits
 from tests import forking, killing
 
 QUICK = f"{killing.DIGITS} --slice 4 --valid_size 1000 --epochs 1".split()  # 8 batches
 
-METRICS = {name for name, metric in EVALUATION_METRICS.items() if not metric.two_classes}
+METRICS = EVALUATION_METRICS.keys() - BINARY_METRICS
 CHARTS = {"confusion_matrix_table", "confusion_matrix_image", "mistakes", "logits", "calibration"}
 
 
