@@ -133,7 +133,7 @@ def test_counts_give_the_interval_of_resampled_examples(name):
     rng = np.random.default_rng(3)
     labels = torch.from_numpy(rng.integers(3, size=400))
     a, b = (torch.where(torch.from_numpy(rng.random(400) < p), labels, 0) for p in (0.8, 0.7))
-    statistic = metrics.EVALUATION_METRICS[name].compute
+    statistic = metrics.COUNT_METRICS[name]
 
     def of_rows(rows: torch.Tensor) -> float:
         matrix = metrics.ConfusionMatrix(3)
