@@ -1,6 +1,5 @@
 """Checkpoints: all that training needs to continue as if it had never been interrupted."""
 
-import io
 import pickle
 import random
 import textwrap
@@ -72,7 +71,6 @@ class Checkpoints:
         checkpoint = self._session.checkpoint
         if checkpoint is None:
             self._session.run.commit()  # a resumed run does not repeat what comes before
-            self._check_state()
             self._save()
             return
         if checkpoint["data"] != self._fingerprint:
@@ -86,22 +84,6 @@ class Checkpoints:
             raise UserError(f"--resume: {run} can't be resumed: {problem}") from None
         self._session.stop_requests.saved_step = self._progress.step
         print(f"Resuming {self._session.output_dir} at {self._progress}")
-
-    def _check_state(self) -> None:
-        """Raise `UserError` for a state that could be saved, but not loaded again."""
-        for name, thing in self._stateful.items():
-            if name in RESERVED or name == "model":  # whose state is large, and all tensors
-                continue
-            content = io.BytesIO()
-            try:
-                torch.save(thing.state_dict(), content)
-                content.seek(0)
-                torch.load(content, weights_only=True)
-            except Exception as error:  # of pickle and others
-                reason = textwrap.shorten(str(error), 200)
-                problem = f"the state of {name!r} can't be loaded again from a checkpoint"
-                advice = "its state_dict must hold tensors and plain values only"
-                raise UserError(f"{problem}: {advice} ({reason})") from None
 
     def _restore(self, checkpoint: Mapping[str, Any]) -> None:
         """Raises one of several exceptions if the state does not fit."""
@@ -173,9 +155,11 @@ class Checkpoints:
         with session.stop_requests.writing(self._progress.step):
             try:
                 write_tensors(path, state, previous=path.with_name(PREVIOUS_CHECKPOINT))
-            except pickle.UnpicklingError:
-                self._check_state()  # a state has changed: says which
-                raise
+            except (pickle.PickleError, AttributeError, TypeError) as error:
+                reason = textwrap.shorten(str(error), 200)
+                problem = "the state of training can't be loaded again from a checkpoint"
+                advice = "each state_dict must hold tensors and plain values only"
+                raise UserError(f"{problem}: {advice} ({reason})") from None
 
 
 def fingerprint(data: Any, checksum: int = 0) -> int:

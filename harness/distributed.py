@@ -72,14 +72,11 @@ def _check_environment() -> None:
     rank, count, address, port = (os.environ[name] for name in names)
     try:
         socket.getaddrinfo(address, int(port))
-        possible = 0 <= int(rank) < int(count) and int(port) < 2**16
-        problem = "impossible"
+        if not 0 <= int(rank) < int(count) or int(port) >= 2**16:
+            raise ValueError("impossible")
     except (OSError, ValueError) as error:  # UnicodeError is a ValueError
-        possible = False
-        problem = str(error)
-    if not possible:
         given = ", ".join(f"{name}={os.environ[name]}" for name in names)
-        raise UserError(f"{given}: {problem}; start with torchrun, or unset them")
+        raise UserError(f"{given}: {error}; start with torchrun, or unset them") from None
 
 
 @contextlib.contextmanager

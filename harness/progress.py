@@ -4,6 +4,7 @@ import itertools
 import math
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -210,21 +211,19 @@ class Meter:
     """
 
     def __init__(self) -> None:
-        self._sums: dict[str, Tensor | float] = {}  # of this rank, since the last row: scalars
-        self._epoch: dict[str, float] = {}  # of all ranks, over the rows of the epoch
+        self._sums = Counter()  # of this rank, since the last row: numbers and scalar tensors
+        self._epoch = Counter()  # of all ranks, over the rows of the epoch: numbers
 
     def add(self, examples: int, /, **sums: Tensor | float) -> None:
         """Add a batch: how many examples this rank had, and sums (not means) over them.
 
         A mean is over the examples that were added with its name.
         """
-        self._add(sums | {f"{name}/examples": examples for name in sums})
-
-    def _add(self, sums: Mapping[str, Tensor | float]) -> None:
         for name, value in sums.items():
             if isinstance(value, Tensor):
                 value = value.detach().float()  # a long sum in bf16 would lose its last terms
-            self._sums[name] = self._sums.get(name, 0.0) + value
+            self._sums[name] += value
+            self._sums[f"{name}/examples"] += examples
 
     def take_row(self) -> dict[str, float]:
         """Means over the examples of all ranks since the last call."""
@@ -232,17 +231,17 @@ class Meter:
         device = tensors[0].device if tensors else None
         sums = [torch.as_tensor(value, device=device) for value in self._sums.values()]
         own = dict(zip(self._sums, torch.stack(sums).float().tolist()))
-        self._sums = {}
-        row: dict[str, float] = {}
+        self._sums.clear()
+        row = Counter()
         for rank in distributed.gather(own):  # which may have other names
-            _add_up(row, rank)
-        _add_up(self._epoch, row)
+            row.update(rank)
+        self._epoch.update(row)
         return _means(row)
 
     def take_epoch(self) -> dict[str, float]:
         """Means over the rows since the last call."""
         means = _means(self._epoch)
-        self._epoch = {}
+        self._epoch.clear()
         return means
 
     def state_dict(self) -> dict[str, Any]:
@@ -251,15 +250,10 @@ class Meter:
 
     def load_state_dict(self, *states: Mapping[str, Any]) -> None:
         """Restore the state of a rank, or of several, whose sums are added up."""
-        self._sums = {}
-        self._epoch = dict(states[0]["epoch"])
+        self._sums.clear()
+        self._epoch = Counter(states[0]["epoch"])
         for state in states:
-            self._add(state["sums"])
-
-
-def _add_up(totals: dict[str, float], sums: Mapping[str, float]) -> None:
-    for name, value in sums.items():
-        totals[name] = totals.get(name, 0.0) + value
+            self._sums.update(state["sums"])
 
 
 def _means(sums: Mapping[str, float]) -> dict[str, float]:
