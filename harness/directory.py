@@ -22,7 +22,7 @@ from harness.files import (
 CONFIG, JOURNAL, METRICS = "config.json", "history.jsonl", "metrics.json"
 CHECKPOINT, PREVIOUS_CHECKPOINT = "checkpoint.pt", "checkpoint.previous.pt"
 RESULTS = {JOURNAL, CHECKPOINT, PREVIOUS_CHECKPOINT, METRICS}  # of a run that has begun to train
-CONTENT = ("model", "position", "history", "processes", "settings", "data")  # of every checkpoint
+CONTENT = {"model", "position", "history", "processes", "settings", "data"}  # of every checkpoint
 LOCKED: set[int] = set()  # descriptors of the locked directories
 PROBE_BYTES = 8 << 20  # a disk that can't take this much at the start counts as full
 
@@ -62,7 +62,7 @@ def output_directory(path: Path, resume: bool, config: Mapping[str, Any]) -> Ite
 
 def _check_content(path: Path, resume: bool) -> set[str]:
     """The names in the directory. Raises `UserError` if they are not of a run to resume."""
-    names = {file.name for file in path.iterdir()}
+    names = set(os.listdir(path))
     lasting = {name for name in names if not TEMPORARY.fullmatch(name)}
     has_checkpoint = any((path / name).is_file() for name in (CHECKPOINT, PREVIOUS_CHECKPOINT))
     config = read_json(path / CONFIG) or {}
@@ -131,9 +131,9 @@ def read_checkpoint(output_dir: Path) -> dict[str, Any] | None:
             continue
         try:
             state = read_tensors(path)
-            for name in CONTENT:
-                if not isinstance(state, dict) or name not in state:
-                    raise ValueError(f"it is not a checkpoint of this script: it has no {name!r}")
+            if missing := CONTENT - set(state):
+                problem = f"it has no {list_names(missing)}"
+                raise ValueError(f"it is not a checkpoint of this script: {problem}")
         except Exception as error:  # zlib, pickle and others have their own for damaged files
             reason = textwrap.shorten(str(error), 200) or type(error).__name__
             problems.append(f"{path} can't be read: {reason}")

@@ -189,10 +189,7 @@ class Progress:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.epoch = max(1, state["epoch"])
         if state["batches_in_epoch"] != self.batches_in_epoch:
-            before = state["batches_in_epoch"]
-            raise ValueError(
-                f"epoch {self.epoch} had {before} batches, not {self.batches_in_epoch}"
-            )
+            raise ValueError(f"epoch {self.epoch} had {state['batches_in_epoch']} batches")
         self.batch = state["batch"]
         self.step = state["step"]
 

@@ -244,11 +244,7 @@ def _identify(requested: SharedSettings, task: str) -> dict[str, Any]:
         "id": run_id,
         "output_dir": requested.output_dir or f"runs/{task}-{run_id}",
     }
-    if "/" in run_id:
-        raise UserError(f"--id: must not contain a slash, got {run_id!r}")
-    for name in ("id", "output_dir"):
-        if identity[name].splitlines() != [identity[name]]:  # they stand in the last line of a run
-            raise UserError(f"--{name}: must be one line, got {identity[name]!r}")
+    wandb.Settings(run_id=run_id)  # raises wandb.errors.UsageError for what W&B would refuse
     identity["wandb"] = wandb_service.find_mode(requested.wandb)
     if "WANDB_SWEEP_ID" in os.environ:  # W&B's agent has set them and warns about others
         identity |= {"project": None, "entity": None, "id": None}
@@ -323,11 +319,8 @@ def _log_config(run: tracking.Run, config: Mapping[str, Any]) -> None:
     The token goes into the log of each process, even if the server has it.
     """
     known = run.wandb.config
-    changed = {
-        name: value
-        for name, value in config.items()
-        if name == wandb_service.TOKEN or known.get(name) != value
-    }
+    changed = {name: value for name, value in config.items() if known.get(name) != value}
+    changed[wandb_service.TOKEN] = config[wandb_service.TOKEN]
     known.update(changed, allow_val_change=True)
     if config["save_code"]:
         modules = list(sys.modules.values())

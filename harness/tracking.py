@@ -14,7 +14,6 @@ import tempfile
 import threading
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -228,11 +227,12 @@ class Run:
         with self._journal.open("ab") as journal:
             os.fsync(journal.fileno())
             length = journal.tell()
+        row = {name: value for name, value in self._row.items() if _is_plain(value)}
         return {
             "journal": length,
             "checksum": self._checksum,
             "step": self.step,
-            "row": {name: value for name, value in self._row.items() if _is_plain(value)},
+            "row": json.loads(json.dumps(row)),  # no subclasses, which could not be loaded
             "written": bool(self._ended),
             "token": self._token,
         }
@@ -334,12 +334,10 @@ class Run:
         self, weights: Mapping[str, Tensor], metadata: Mapping[str, Any], is_best: bool
     ) -> None:
         """Log a state dict, as `log_model` does, in the file model.pt."""
-
-        def save(directory: Path) -> None:
-            on_cpu = {name: weight.cpu() for name, weight in weights.items()}
-            torch.save(on_cpu, directory / "model.pt")
-
-        self.log_model(save, metadata, is_best)
+        on_cpu = {name: weight.cpu() for name, weight in weights.items()}
+        self.log_model(
+            lambda directory: torch.save(on_cpu, directory / "model.pt"), metadata, is_best
+        )
 
     def _log_artifacts(self) -> None:
         while work := self._artifacts.get():
@@ -429,21 +427,15 @@ def _plain_values(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]
 
 
 def _plain(value: Any, name: str) -> Any:
-    """A number or a text as Python's own, also from a tensor or an array; a copy of others."""
+    """A number of a tensor or an array as Python's own; a copy of a longer one."""
     if hasattr(value, "shape") and hasattr(value, "item"):
         if math.prod(value.shape) != 1:
             return value.detach().clone() if isinstance(value, Tensor) else value.copy()
         value = value.item()
     if isinstance(value, (list, tuple)):
         return [_plain(item, name) for item in value]
-    if value is None or isinstance(value, bool):
+    if value is None or isinstance(value, (int, float, str)):
         return value
-    if isinstance(value, int):
-        return int(value)
-    if isinstance(value, Real):
-        return float(value)
-    if isinstance(value, str):
-        return str.__str__(value)
     if not any(kind.__module__.startswith("wandb.") for kind in type(value).__mro__):
         problem = f"{name!r} is of type {type(value).__name__}"
         raise LogError(f"{problem}: use wandb.Image, wandb.Html or the like")
