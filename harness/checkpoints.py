@@ -56,12 +56,16 @@ class Checkpoints:
         if distributed.world_size() > 1:
             layers = [layer for each in models for layer in each.modules()]
             if any(getattr(layer, "track_running_stats", False) for layer in layers):
-                problem = "running statistics, as of BatchNorm, would differ between processes"
-                raise UserError(f"{problem}: use GroupNorm or LayerNorm, or one process")
+                raise UserError(
+                    "running statistics, as of BatchNorm, would differ between processes: "
+                    "use GroupNorm or LayerNorm, or one process"
+                )
             weights = fingerprint([list(each.state_dict().values()) for each in models])
             if len(set(distributed.gather((self._fingerprint, weights)))) > 1:
-                problem = "the processes do not have the same data and model"
-                raise UserError(f"{problem}: give all of them the same files")
+                raise UserError(
+                    "the processes do not have the same data and model: "
+                    "give all of them the same files"
+                )
 
     def restore_or_begin(self) -> None:
         """Restore the checkpoint of a resumed run; save the first one of a new run.
@@ -99,11 +103,14 @@ class Checkpoints:
             _set_random_state(processes[rank]["random"], self._session.device)
             return
         if any(gradient is not None for gradient in processes[0]["gradients"]):
-            problem = "accumulated gradients can't be shared out among other processes"
-            raise UserError(f"--resume: {problem}: start {len(processes)} again")
-        numbers = f"{len(processes)} process(es) and goes on with {distributed.world_size()}"
-        differ = "the batches are the same; rounding and dropout differ"
-        print(f"The run was begun with {numbers}: {differ}.")
+            raise UserError(
+                "--resume: accumulated gradients can't be shared out among other processes: "
+                f"start {len(processes)} again"
+            )
+        print(
+            f"The run was begun with {len(processes)} process(es) and goes on with "
+            f"{distributed.world_size()}: the batches are the same; rounding and dropout differ."
+        )
         if rank == 0:
             self._meter.load_state_dict(*meters)
         else:
@@ -157,9 +164,10 @@ class Checkpoints:
                 write_tensors(path, state, previous=path.with_name(PREVIOUS_CHECKPOINT))
             except (pickle.PickleError, AttributeError, TypeError) as error:
                 reason = textwrap.shorten(str(error), 200)
-                problem = "the state of training can't be loaded again from a checkpoint"
-                advice = "each state_dict must hold tensors and plain values only"
-                raise UserError(f"{problem}: {advice} ({reason})") from None
+                raise UserError(
+                    "the state of training can't be loaded again from a checkpoint: "
+                    f"each state_dict must hold tensors and plain values only ({reason})"
+                ) from None
 
 
 def fingerprint(data: Any, checksum: int = 0) -> int:

@@ -68,11 +68,15 @@ def _check_content(path: Path, resume: bool) -> set[str]:
     config = read_json(path / CONFIG) or {}
     is_run = has_checkpoint or {"id", "output_dir", "resume"} <= config.keys()
     if lasting and not is_run:
-        problem = f"holds files that no run wrote ({list_names(lasting)}); choose another directory"
-        raise UserError(f"--output_dir {path} {problem}")
+        raise UserError(
+            f"--output_dir {path} holds files that no run wrote ({list_names(lasting)}); "
+            "choose another directory"
+        )
     if lasting and not resume:
-        advice = "choose another directory, or continue that run: --resume"
-        raise UserError(f"--output_dir {path} already holds another run ({CONFIG}); {advice}")
+        raise UserError(
+            f"--output_dir {path} already holds another run ({CONFIG}); "
+            "choose another directory, or continue that run: --resume"
+        )
     return names
 
 
@@ -116,8 +120,9 @@ def _lock(descriptor: int, path: Path) -> None:
     except OSError:  # a file system without locks
         return
     if not ours:
-        problem = "another process is using it; wait for it, or stop it"
-        raise UserError(f"--output_dir {path}: {problem}")
+        raise UserError(
+            f"--output_dir {path}: another process is using it; wait for it, or stop it"
+        )
 
 
 def read_checkpoint(output_dir: Path) -> dict[str, Any] | None:
@@ -132,8 +137,9 @@ def read_checkpoint(output_dir: Path) -> dict[str, Any] | None:
         try:
             state = read_tensors(path)
             if missing := CONTENT - set(state):
-                problem = f"it has no {list_names(missing)}"
-                raise ValueError(f"it is not a checkpoint of this script: {problem}")
+                raise ValueError(
+                    f"it is not a checkpoint of this script: it has no {list_names(missing)}"
+                )
         except Exception as error:  # zlib, pickle and others have their own for damaged files
             reason = textwrap.shorten(str(error), 200) or type(error).__name__
             problems.append(f"{path} can't be read: {reason}")
@@ -144,10 +150,14 @@ def read_checkpoint(output_dir: Path) -> dict[str, Any] | None:
         os.replace(path, output_dir / CHECKPOINT)
         return state
     if problems:
-        advice = "to start over, give another --output_dir"
-        raise UserError(f"{'; '.join(problems)}; {advice}", status=1)
+        raise UserError(
+            f"{'; '.join(problems)}; to start over, give another --output_dir",
+            status=1,
+        )
     journal = output_dir / JOURNAL
     if journal.exists() and journal.stat().st_size and not (output_dir / METRICS).exists():
-        problem = f"{output_dir} has lost its checkpoint"
-        raise UserError(f"{problem}; give another --output_dir", status=1)
+        raise UserError(
+            f"{output_dir} has lost its checkpoint; give another --output_dir",
+            status=1,
+        )
     return None

@@ -165,8 +165,10 @@ def sum_gradients(model: nn.Module) -> None:
         return
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     if any(hasattr(weight.grad, "is_summed") for weight in weights):
-        advice = "call it only before optimizer.step(), and optimizer.zero_grad() after that"
-        raise ValueError(f"sum_gradients would sum some gradients twice: {advice}")
+        raise ValueError(
+            "sum_gradients would sum some gradients twice: "
+            "call it only before optimizer.step(), and optimizer.zero_grad() after that"
+        )
     # A rank may lack gradients that others have: its share of the batch did not need the weight.
     has = torch.tensor([w.grad is not None for w in weights]).to(weights[0])
     gradients = [torch.zeros_like(w) if w.grad is None else w.grad for w in weights]

@@ -67,8 +67,10 @@ def replacing_directory(path: Path) -> Iterator[Path]:
             flush(file)
         if path.exists():
             if others := set(os.listdir(path)) - set(os.listdir(temporary)):
-                problem = f"was not written by this run: move {list_names(others)} away"
-                raise UserError(f"{path} {problem}", status=1)
+                raise UserError(
+                    f"{path} was not written by this run: move {list_names(others)} away",
+                    status=1,
+                )
             os.replace(path, parent / "before")
         os.replace(temporary, path)
 

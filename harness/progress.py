@@ -45,8 +45,10 @@ class Progress:
             raise UserError("--patience needs examples to judge by, but none are held out")
         if batches is None:
             if settings.batch_size > examples:
-                problem = f"is more than the {examples} training examples"
-                raise UserError(f"--batch_size {settings.batch_size} {problem}")
+                raise UserError(
+                    f"--batch_size {settings.batch_size} is more than the {examples} training "
+                    "examples"
+                )
             _check_size(examples % settings.batch_size or settings.batch_size)
             batches = math.ceil(examples / settings.batch_size)
         if isinstance(batches, int):
@@ -101,11 +103,15 @@ class Progress:
         epoch alone. Raises `ValueError` if there are not as many as `Progress` was told.
         """
         if not isinstance(batches, Sequence):
-            advice = "a DataLoader is for load_batches"
-            raise ValueError(f"expected a list of batches of indices, not {batches!r}; {advice}")
+            raise ValueError(
+                f"expected a list of batches of indices, not {batches!r}; "
+                "a DataLoader is for load_batches"
+            )
         if len(batches) != self.batches_in_epoch:
-            told = f"Progress was told of {self.batches_in_epoch}: give it `batches`"
-            raise ValueError(f"epoch {self.epoch} has {len(batches)} batches, but {told}")
+            raise ValueError(
+                f"epoch {self.epoch} has {len(batches)} batches, but Progress was told of "
+                f"{self.batches_in_epoch}: give it `batches`"
+            )
         _check_size(min(map(len, batches)))
         done = self.batch - self._ends[self.epoch - 1]
         return batches[done : done + self.total_batches - self.batch]
@@ -173,9 +179,11 @@ class Progress:
         if not math.isfinite(loss):
             self.session.run.commit()
             rate = f"learning rate {self.session.config['learning_rate']:g}"
-            when = f"in epoch {self.epoch} by step {self.step}, {rate}"
-            advice = "a lower --learning_rate may help"
-            raise UserError(f"the {name} loss is {loss} {when}; {advice}", status=1)
+            raise UserError(
+                f"the {name} loss is {loss} in epoch {self.epoch} by step {self.step}, {rate}; "
+                "a lower --learning_rate may help",
+                status=1,
+            )
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -197,8 +205,10 @@ class Progress:
 def _check_size(batch: int) -> None:
     ranks = distributed.world_size()
     if batch < ranks:
-        problem = f"{ranks} processes can't share a batch of {batch}"
-        raise UserError(f"{problem}: choose another --batch_size, or fewer processes")
+        raise UserError(
+            f"{ranks} processes can't share a batch of {batch}: "
+            "choose another --batch_size, or fewer processes"
+        )
 
 
 class Meter:

@@ -227,9 +227,10 @@ def _check_leader(requested: SharedSettings) -> None:
     hosts = [host for host, host_found in others if host_found]
     if hosts and not leader_found:
         problem = f"is on {hosts[0]}, and {leader}, which has process 0, can't read it"
-        advice = f"--output_dir belongs on a shared disk, or --node-rank 0 on {hosts[0]}"
-        checkpoint = f"--resume: the checkpoint of {requested.output_dir}"
-        raise UserError(f"{checkpoint} {problem}: {advice}")
+        raise UserError(
+            f"--resume: the checkpoint of {requested.output_dir} {problem}: "
+            f"--output_dir belongs on a shared disk, or --node-rank 0 on {hosts[0]}"
+        )
 
 
 def _identify(requested: SharedSettings, task: str) -> dict[str, Any]:
@@ -297,8 +298,9 @@ def _finished_before(
         last_step = checkpoint["position"]["step"]
         token = checkpoint["history"].get("token")
         if not wandb_service.is_complete(settings.id, token, settings.wandb, last_step):
-            problem = "is finished, but W&B does not have all of it"
-            print(f"{output_dir} {problem}: the end is repeated.")
+            print(
+                f"{output_dir} is finished, but W&B does not have all of it: the end is repeated."
+            )
             return None
     print(f"{output_dir} is finished: see {output_dir / METRICS}")
     return metrics

@@ -437,8 +437,9 @@ def _plain(value: Any, name: str) -> Any:
     if value is None or isinstance(value, (int, float, str)):
         return value
     if not any(kind.__module__.startswith("wandb.") for kind in type(value).__mro__):
-        problem = f"{name!r} is of type {type(value).__name__}"
-        raise LogError(f"{problem}: use wandb.Image, wandb.Html or the like")
+        raise LogError(
+            f"{name!r} is of type {type(value).__name__}: use wandb.Image, wandb.Html or the like"
+        )
     return value
 
 
@@ -471,8 +472,11 @@ def rewind(journal: Path, state: Mapping[str, Any]) -> list[dict[str, float]]:
     if journal.is_file():
         content = journal.read_bytes()[: state["journal"]]
     if len(content) != state["journal"] or zlib.crc32(content) != state["checksum"]:
-        problem = "does not go with the checkpoint: rows are missing or damaged"
-        raise UserError(f"{journal} {problem}; choose another --output_dir", status=1)
+        raise UserError(
+            f"{journal} does not go with the checkpoint: "
+            "rows are missing or damaged; choose another --output_dir",
+            status=1,
+        )
     with replacing(journal) as temporary:
         temporary.write_bytes(content)
     return [json.loads(line) for line in content.splitlines()]
@@ -519,8 +523,10 @@ def start(
     if run.resumed:
         if run.config.get(wandb_service.TOKEN, token) != token:
             run.finish()
-            advice = "go on with --wandb offline, and upload with `wandb sync --id` and a new id"
-            raise UserError(f"W&B has another run with --id {settings.id}: {advice}")
+            raise UserError(
+                f"W&B has another run with --id {settings.id}: "
+                "go on with --wandb offline, and upload with `wandb sync --id` and a new id"
+            )
         wandb_step = run.starting_step - 1
     elif resuming and run.offline:
         # Rows of an online process may not have reached the server, unless it confirmed them.
