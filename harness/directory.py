@@ -64,8 +64,8 @@ def _check_content(path: Path, resume: bool) -> set[str]:
     """The names in the directory. Raises `UserError` if they are not of a run to resume."""
     names = set(os.listdir(path))
     lasting = {name for name in names if not TEMPORARY.fullmatch(name)}
-    has_checkpoint = any((path / name).is_file() for name in (CHECKPOINT, PREVIOUS_CHECKPOINT))
     config = read_json(path / CONFIG) or {}
+    has_checkpoint = {CHECKPOINT, PREVIOUS_CHECKPOINT} & names
     is_run = has_checkpoint or {"id", "output_dir", "resume"} <= config.keys()
     if lasting and not is_run:
         raise UserError(
@@ -150,14 +150,8 @@ def read_checkpoint(output_dir: Path) -> dict[str, Any] | None:
         os.replace(path, output_dir / CHECKPOINT)
         return state
     if problems:
-        raise UserError(
-            f"{'; '.join(problems)}; to start over, give another --output_dir",
-            status=1,
-        )
+        raise UserError(f"{'; '.join(problems)}; to start over, give another --output_dir", 1)
     journal = output_dir / JOURNAL
     if journal.exists() and journal.stat().st_size and not (output_dir / METRICS).exists():
-        raise UserError(
-            f"{output_dir} has lost its checkpoint; give another --output_dir",
-            status=1,
-        )
+        raise UserError(f"{output_dir} has lost its checkpoint; give another --output_dir", 1)
     return None

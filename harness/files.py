@@ -68,8 +68,7 @@ def replacing_directory(path: Path) -> Iterator[Path]:
         if path.exists():
             if others := set(os.listdir(path)) - set(os.listdir(temporary)):
                 raise UserError(
-                    f"{path} was not written by this run: move {list_names(others)} away",
-                    status=1,
+                    f"{path} was not written by this run: move {list_names(others)} away", status=1
                 )
             os.replace(path, parent / "before")
         os.replace(temporary, path)

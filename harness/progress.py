@@ -162,7 +162,7 @@ class Progress:
 
     def print_epoch(self, results: Mapping[str, float]) -> None:
         """Print the epoch's training figures, the first two metrics and the monitored one."""
-        first = [f"valid/{name}" for name in list(self.session.directions)[:2]]
+        first = [f"valid/{name}" for name in list(self.session.config["metrics"])[:2]]
         shown = [
             f"{name} {value:.4f}"
             for name, value in results.items()

@@ -44,10 +44,10 @@ class Session:
     """A run, on each rank; the fields for scripts come first, then those for the harness."""
 
     settings: Any  # final: those requested or, on resuming, those of the run
-    directions: Mapping[str, str]  # of the script's metrics: "min" or "max", for the report too
     stop_requests: StopRequests
     # For W&B, config.json and the checkpoint: the settings, with placeholders such as "auto"
-    # replaced by what was found. The script replaces its own, such as "dataset".
+    # replaced by what was found, and "metrics", the directions of the script's metrics. The script
+    # replaces its own settings, such as "dataset".
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
     device: torch.device | None = None
     checkpoint: Mapping[str, Any] | None = None  # to resume from; None for a new run
@@ -127,7 +127,7 @@ def open_session(
             if distributed.rank() == 0:
                 opened = _open_on_rank_0(requested, task, directions, requests)
             else:
-                opened = _open_on_other_rank(requested, directions, requests)
+                opened = _open_on_other_rank(requested, requests)
             with opened as session:
                 settings = session.settings
                 yield session
@@ -184,14 +184,14 @@ def _open_on_rank_0(
         metrics = _finished_before(output_dir, settings, checkpoint)
         if metrics is not None:
             distributed.broadcast(None)
-            yield Session(settings, directions, requests, metrics=metrics, finished=True)
+            yield Session(settings, requests, metrics=metrics, finished=True)
             return
         device = find_device(settings.device)
         precision = find_precision(settings.precision, device)
         config = dataclasses.asdict(settings)
         config |= {"device": device.type, "precision": precision, "metrics": dict(directions)}
         distributed.broadcast((settings, config, checkpoint))
-        session = Session(settings, directions, requests, config, device, checkpoint, started)
+        session = Session(settings, requests, config, device, checkpoint, started)
         with session.exits:
             yield session
             if session.run is None:
@@ -203,19 +203,17 @@ def _open_on_rank_0(
 
 
 @contextlib.contextmanager
-def _open_on_other_rank(
-    requested: SharedSettings, directions: Mapping[str, str], requests: StopRequests
-) -> Iterator[Session]:
+def _open_on_other_rank(requested: SharedSettings, requests: StopRequests) -> Iterator[Session]:
     """With the settings and the checkpoint of rank 0; nothing is printed, logged or written."""
     with contextlib.redirect_stdout(io.StringIO()), distributed.deferring_to_rank_0():
         _check_leader(requested)
         received = distributed.broadcast()
         if not received:
-            yield Session(requested, directions, requests, finished=True)
+            yield Session(requested, requests, finished=True)
             return
         settings, config, checkpoint = received
         device = find_device(config["device"])
-        yield Session(settings, directions, requests, config, device, checkpoint)
+        yield Session(settings, requests, config, device, checkpoint)
 
 
 def _check_leader(requested: SharedSettings) -> None:
@@ -327,11 +325,11 @@ def _log_config(run: tracking.Run, config: Mapping[str, Any]) -> None:
     if config["save_code"]:
         modules = list(sys.modules.values())
         imported = {os.path.realpath(getattr(module, "__file__", None) or "") for module in modules}
-
-        def included(path: str) -> bool:
-            return os.path.realpath(path) in imported and "site-packages" not in path
-
-        run.wandb.log_code(Path(__file__).parent.parent, include_fn=included)
+        run.wandb.log_code(
+            Path(__file__).parent.parent,
+            include_fn=lambda path: os.path.realpath(path) in imported,
+            exclude_fn=lambda path: "site-packages" in path,
+        )
 
 
 def _where_to_look(run: tracking.Run, output_dir: Path) -> str:

@@ -104,7 +104,6 @@ class Run:
         self.wandb = run  # for what this class does not offer
         self._token = token
         self._logs = logs
-        self.summary = _Summary(self)
         self.step = 0  # of the current row
         self.failed = False  # whether a failure of W&B was reported
         self.lost = False  # whether W&B's service is gone
@@ -257,18 +256,16 @@ class Run:
         if self.wandb.offline and self._wandb_step >= 0:
             for step in sorted(logged):  # an offline summary starts empty
                 if step <= self._wandb_step:
-                    self.summary.update(_public(logged[step][0]))
-        lost = [row for row in rows if row["step"] > self._wandb_step]
-        if lost and self.wandb.offline and not logged:
-            print("W&B's own log of this run is not in wandb/: its numbers are logged again.")
-        for row in lost:
+                    self.update_summary(_public(logged[step][0]))
+        for row in rows:
+            if row["step"] <= self._wandb_step:
+                continue
             values = row
             if row["step"] in logged:
                 values, directory = logged[row["step"]]
                 self._save_media(values, directory)
             self._send(_public(values), row["step"])
 
-    @logs_to_wandb
     def _save_media(self, values: Mapping[str, Any], directory: Path) -> None:
         """Save the files of a row that an earlier process logged."""
         for value in values.values():
@@ -276,10 +273,7 @@ class Run:
                 continue
             for name in [*value.get("filenames", ()), value.get("path", "")]:
                 if (directory / name).is_file():
-                    copy = Path(self.wandb.dir, name)
-                    copy.parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copyfile(directory / name, copy)
-                    self.wandb.save(copy, base_path=self.wandb.dir, policy="now")
+                    self.save(directory / name, name)
 
     @logs_to_wandb
     def call(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
@@ -291,15 +285,25 @@ class Run:
         """Add a tag to those of the run."""
         self.wandb.tags = tuple(dict.fromkeys((*(self.wandb.tags or ()), tag)))
 
+    @logs_to_wandb
+    def update_summary(self, values: Mapping[str, Any]) -> None:
+        """Set values in the summary of the W&B run."""
+        self.wandb.summary.update(values)
+
     def watch(self, model: nn.Module, **options: Any) -> None:
         """`wandb.Run.watch`: histograms of the model's gradients and parameters."""
         self.call(self.wandb.watch, model, **options)
 
     @logs_to_wandb
-    def save(self, path: Path) -> None:
-        """Save a copy of a file to the W&B run; `wandb.Run.save` alone would link to the file."""
+    def save(self, path: Path, name: str | None = None) -> None:
+        """Save a copy of a file to the W&B run; `wandb.Run.save` alone would link to the file.
+
+        `name`: its path in the run, by default its own name.
+        """
         if not self.wandb.disabled:
-            copy = shutil.copy(path, self.wandb.dir)
+            copy = Path(self.wandb.dir, name or path.name)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)
             self.wandb.save(copy, base_path=self.wandb.dir, policy="now", glob=False)
 
     def alert(self, title: str, text: str) -> None:
@@ -394,20 +398,6 @@ class Run:
             warn_loudly(*NO_ANSWER)
         finally:
             wandb_service.kill()
-
-
-class _Summary:
-    """The summary of a W&B run, isolated from training."""
-
-    def __init__(self, run: Run):
-        self._run = run
-        self._content = run.wandb.summary
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        self.update({name: value})
-
-    def update(self, values: Mapping[str, Any]) -> None:
-        self._run.call(self._content.update, values)
 
 
 def _plain_values(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
