@@ -21,7 +21,7 @@ import wandb
 from torch import nn
 
 from harness import distributed, tracking, wandb_service
-from harness.device import find_device, find_precision, keep_freed_memory, restoring_globals
+from harness.device import find_device, find_precision, keep_freed_memory, restoring_determinism
 from harness.directory import (
     CHECKPOINT,
     CONFIG,
@@ -120,7 +120,7 @@ def open_session(
     last_wait = finish_limit + tracking.ARTIFACT_TIMEOUT
     try:
         with (
-            restoring_globals(),
+            restoring_determinism(),
             distributed.joined(requested.peer_timeout, last_wait),
             handling_signals(requested.stop_timeout) as requests,
         ):
