@@ -83,9 +83,10 @@ class Checkpoints:
             self._restore(checkpoint)
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             reason = textwrap.shorten(str(error), 200)
-            problem = f"its checkpoint is not of this model or version ({reason})"
-            run = self._session.output_dir
-            raise UserError(f"--resume: {run} can't be resumed: {problem}") from None
+            raise UserError(
+                f"--resume: {self._session.output_dir} can't be resumed: "
+                f"its checkpoint is not of this model or version ({reason})"
+            ) from None
         self._session.stop_requests.saved_step = self._progress.step
         print(f"Resuming {self._session.output_dir} at {self._progress}")
 

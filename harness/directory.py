@@ -41,8 +41,9 @@ def output_directory(path: Path, resume: bool, config: Mapping[str, Any]) -> Ite
             with temporary_beside(path / "probe") as probe:
                 probe.write_bytes(bytes(PROBE_BYTES))
         except OSError as error:
-            problem = f"--output_dir {path}: can't write there ({error.strerror})"
-            raise UserError(problem, 1 if resume else 2) from None
+            raise UserError(
+                f"--output_dir {path}: can't write there ({error.strerror})", 1 if resume else 2
+            ) from None
         for name in before:
             if TEMPORARY.fullmatch(name):  # of a process that was killed while writing
                 remove(path / name)
@@ -53,8 +54,9 @@ def output_directory(path: Path, resume: bool, config: Mapping[str, Any]) -> Ite
             yield
         except BaseException as error:
             if isinstance(error, OSError) and not path.exists():
-                problem = f"--output_dir {path} was removed while the run was using it"
-                raise UserError(problem, 1) from None
+                raise UserError(
+                    f"--output_dir {path} was removed while the run was using it", 1
+                ) from None
             if new_run and not any((path / name).exists() for name in RESULTS - before):
                 (path / CONFIG).unlink(missing_ok=True)
             raise

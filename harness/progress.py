@@ -178,9 +178,9 @@ class Progress:
         """
         if not math.isfinite(loss):
             self.session.run.commit()
-            rate = f"learning rate {self.session.config['learning_rate']:g}"
             raise UserError(
-                f"the {name} loss is {loss} in epoch {self.epoch} by step {self.step}, {rate}; "
+                f"the {name} loss is {loss} in epoch {self.epoch} by step {self.step}, "
+                f"learning rate {self.session.config['learning_rate']:g}; "
                 "a lower --learning_rate may help",
                 status=1,
             )
@@ -263,8 +263,8 @@ class Meter:
             self._sums.update(state["sums"])
 
 
-def _means(sums: Mapping[str, float]) -> dict[str, float]:
-    counts = {name: sums.get(f"{name}/examples") for name in sums}
+def _means(sums: Counter[str]) -> dict[str, float]:
+    counts = {name: sums[f"{name}/examples"] for name in sums}
     return {name: sums[name] / count for name, count in counts.items() if count}
 
 

@@ -116,8 +116,11 @@ def open_session(
     keep_freed_memory()
     settings = requested
     # How long the other ranks wait for rank 0, which ends the W&B run.
-    finish_limit = tracking.FINISH_TIMEOUT[requested.log_model] + tracking.KILL_AFTER
-    last_wait = finish_limit + tracking.ARTIFACT_TIMEOUT
+    last_wait = (
+        tracking.FINISH_TIMEOUT[requested.log_model]
+        + tracking.KILL_AFTER
+        + tracking.ARTIFACT_TIMEOUT
+    )
     try:
         with (
             restoring_determinism(),
@@ -224,9 +227,9 @@ def _check_leader(requested: SharedSettings) -> None:
     (leader, leader_found), *others = distributed.gather((socket.gethostname(), found))
     hosts = [host for host, host_found in others if host_found]
     if hosts and not leader_found:
-        problem = f"is on {hosts[0]}, and {leader}, which has process 0, can't read it"
         raise UserError(
-            f"--resume: the checkpoint of {requested.output_dir} {problem}: "
+            f"--resume: the checkpoint of {requested.output_dir} is on {hosts[0]}, and {leader}, "
+            "which has process 0, can't read it: "
             f"--output_dir belongs on a shared disk, or --node-rank 0 on {hosts[0]}"
         )
 
@@ -272,8 +275,10 @@ def _settings_of(
             continue
         placeholder = None if name in identity else fields[name]["placeholder"]
         if name == "device" and value not in (used[name], placeholder):
-            change = "rounding and dropout differ"
-            print(f"The run was on {used[name]} and continues on {value}: {change}.")
+            print(
+                f"The run was on {used[name]} and continues on {value}: "
+                "rounding and dropout differ."
+            )
         elif name in identity or not fields[name]["may_change"]:
             taken[name] = used[name]
             if value not in (used[name], placeholder):

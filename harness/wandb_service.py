@@ -88,8 +88,9 @@ def find_mode(choice: str) -> str:
     if os.environ.get("WANDB_MODE") == "":
         del os.environ["WANDB_MODE"]  # W&B rejects an empty one
     mode = choice
-    if choice == "auto":
+    if choice != "disabled":
         start()
+    if choice == "auto":
         mode = wandb.setup().settings.mode
     if mode != "online":
         return mode
