@@ -310,9 +310,9 @@ def _text(value: Any, choices: Sequence[str] = (), path: bool = False) -> str:
 def _number(
     kind: type,
     value: Any,
-    at_least: float = -(2**63),
+    at_least: float = -math.inf,
     above: float = -math.inf,
-    below: float = 2**63,
+    below: float = math.inf,
 ) -> float | int:
     try:
         number = float(value)
@@ -321,6 +321,8 @@ def _number(
     fits = math.isfinite(number) and (kind is float or number == int(number))
     if isinstance(value, bool) or not fits:
         raise ValueError(f"must be a {'whole' if kind is int else 'finite'} number, got {value!r}")
+    if kind is int and abs(number) >= 2**63:
+        raise ValueError(f"is too large, got {value!r}")
     if number < at_least:
         raise ValueError(f"must be at least {at_least}, got {value!r}")
     if number <= above:

@@ -488,8 +488,10 @@ def start(
     """
     wandb_service.find_caches()
     logs = []
-    if settings.wandb != "disabled" and settings.resume and settings.id:
-        logs = wandb_service.log_files(settings.id, token)
+    if settings.wandb != "disabled":
+        wandb_service.start()
+        if settings.resume and settings.id:
+            logs = wandb_service.log_files(settings.id, token)
     for log in logs:
         if not wandb_service.synced_marker(log).exists():
             wandb_service.repair_log(log)

@@ -88,9 +88,8 @@ def find_mode(choice: str) -> str:
     if os.environ.get("WANDB_MODE") == "":
         del os.environ["WANDB_MODE"]  # W&B rejects an empty one
     mode = choice
-    if choice != "disabled":
-        start()
     if choice == "auto":
+        start()
         mode = wandb.setup().settings.mode
     if mode != "online":
         return mode

@@ -35,7 +35,7 @@ OPTIONS = {
     "--learning_rate 0": "--learning_rate: must be above 0, got '0'",
     "--learning_rate -0.1": "--learning_rate: must be above 0, got '-0.1'",
     "--kernels 16": "--kernels: needs 2 values, got 1: '16'",
-    "--kernels 1e19 1": "--kernels: must be below 9223372036854775808, got '1e19'",
+    "--kernels 1e19 1": "--kernels: is too large, got '1e19'",
     "--kernels 16 0": "--kernels: must be at least 1, got '0'",
     "--kernels": "--kernels: needs 2 values, got 0",
     "--slice 0": "--slice: must be at least 1, got '0'",
