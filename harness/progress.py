@@ -229,7 +229,7 @@ class Meter:
         for name, value in sums.items():
             if isinstance(value, Tensor):
                 value = value.detach().float()  # a long sum in bf16 would lose its last terms
-            self._sums[name] += value
+            self._sums[name] = self._sums[name] + value  # += would change the tensor
             self._sums[f"{name}/examples"] += examples
 
     def take_row(self) -> dict[str, float]:
