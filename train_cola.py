@@ -435,8 +435,8 @@ def conclude(session: Session, task: Task, best: Best) -> dict[str, Any]:
     share = valid.confusion.majority_share()
     run.log({"curves": run.call(wandb.Image, str(output_dir / "curves.png"))})
     run.log(more, commit=True)  # or it would overwrite the summary below
-    run.summary.update(valid.named("best"))
-    run.summary.update({"best/epoch": best.epoch, "best/majority_share": share})
+    run.update_summary(valid.named("best"))
+    run.update_summary({"best/epoch": best.epoch, "best/majority_share": share})
     if session.settings.log_model == "best":
         run.log_model(partial(save_model, task), results, is_best=True)
 

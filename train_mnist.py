@@ -329,9 +329,9 @@ def conclude(session: Session, progress: Progress, best: Best, data: Digits) -> 
     log_charts(run, data, "test", test)
     run.log({"curves": run.call(wandb.Image, str(output_dir / "curves.png"))})
     run.log(test.named("test"), commit=True)  # or it would overwrite the summary below
-    run.summary["best/epoch"] = best.epoch
+    run.update_summary({"best/epoch": best.epoch})
     if name == "valid":
-        run.summary.update(shown.named("best"))
+        run.update_summary(shown.named("best"))
     run.save(output_dir / "model.pt")
     run.save(output_dir / "model.onnx")
     results = test.named("test") | shown.named(name)

@@ -2,7 +2,6 @@
 
 import contextlib
 import ctypes
-import logging
 import os
 import random
 from collections.abc import Iterator
@@ -36,22 +35,13 @@ def seed_everything(seed: int, deterministic: bool) -> None:
 
 
 @contextlib.contextmanager
-def restoring_globals() -> Iterator[None]:
-    """Put back what a run changes for the whole process, of which a notebook goes on."""
+def restoring_determinism() -> Iterator[None]:
+    """Put back whether algorithms must be deterministic, which could fail what a notebook runs."""
     deterministic = torch.are_deterministic_algorithms_enabled()
-    attributes = [
-        (torch.utils.deterministic, "fill_uninitialized_memory"),
-        (torch.backends.cudnn, "benchmark"),
-        (torch.backends.cudnn, "allow_tf32"),
-        (logging, "raiseExceptions"),
-    ]
-    values = [getattr(owner, name) for owner, name in attributes]
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(deterministic)
-        for (owner, name), value in zip(attributes, values):
-            setattr(owner, name, value)
 
 
 def seed_rank(seed: int) -> None:
@@ -95,15 +85,18 @@ def find_device(name: str) -> torch.device:
     if name == "auto":
         name = next(kind for kind in available if available[kind])
     if not available[name]:
-        problem = "not available on this machine, or in this torch"
-        raise UserError(f"--device {name}: {problem}: use --device cpu")
+        raise UserError(
+            f"--device {name}: not available on this machine, or in this torch: use --device cpu"
+        )
     if name != "cuda" or alone:
         return torch.device(name)
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     gpus = torch.cuda.device_count()
     if processes > gpus:
-        problem = f"{processes} processes on a machine with {gpus} GPUs"
-        raise UserError(f"{problem}: start {gpus}, or use --device cpu")
+        raise UserError(
+            f"{processes} processes on a machine with {gpus} GPUs: "
+            f"start {gpus}, or use --device cpu"
+        )
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     return torch.device(name, torch.cuda.current_device())
 

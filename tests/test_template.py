@@ -178,7 +178,7 @@ def made_up(
     settings = train_mnist.Settings(
         batch_size=batch_size, epochs=epochs, output_dir=str(tmp_path), **options
     )
-    return SimpleNamespace(settings=settings, config={}, directions={"loss": "min"}, run=None)
+    return SimpleNamespace(settings=settings, config={"metrics": {"loss": "min"}}, run=None)
 
 
 @pytest.mark.quick
