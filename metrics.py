@@ -508,6 +508,39 @@ def paired_bootstrap_counts(
     return _percentiles(a - b)
 
 
+class McNemar(NamedTuple):
+    """How often only one of two classifiers is right, and the p-value of `mcnemar_exact`."""
+
+    only_a: int  # examples that only the first classifier gets right
+    only_b: int
+    p_value: float
+
+
+def mcnemar_exact(correct_a: Tensor, correct_b: Tensor) -> McNemar:
+    """McNemar's exact test, two-sided: do two classifiers have the same accuracy?
+
+    `correct_a` and `correct_b` are bool (examples,), for the same examples. If the accuracies are
+    equal, an example that only one classifier gets right is equally likely to be either's: only_a
+    is Binomial(only_a + only_b, 1/2). The p-value is 1 if there is no such example. Raises
+    `ValueError` if shapes or dtypes are wrong. McNemar, "Note on the sampling error of the
+    difference between correlated proportions or percentages", 1947, with the binomial distribution
+    in place of the chi-squared one.
+    """
+    if correct_a.shape != correct_b.shape or not correct_a.dtype == correct_b.dtype == torch.bool:
+        raise ValueError("expected two bool tensors of the same shape")
+    only_a = int((correct_a & ~correct_b).sum())
+    only_b = int((correct_b & ~correct_a).sum())
+    differing = only_a + only_b
+    # Python's integers are exact and don't overflow.
+    binomial_coefficient = 1
+    tail = 0
+    for k in range(min(only_a, only_b) + 1):
+        tail += binomial_coefficient
+        binomial_coefficient = binomial_coefficient * (differing - k) // (k + 1)
+    p_value = 2 * tail / 2**differing
+    return McNemar(only_a, only_b, min(1.0, p_value))
+
+
 def permutation_test(a: Sequence[float], b: Sequence[float]) -> float:
     """Two-sided p-value of the difference of two means, for example of the accuracy over seeds.
 

@@ -15,6 +15,7 @@ from metrics import (
     EVALUATION_METRICS,
     evaluation,
     holm,
+    mcnemar_exact,
     paired_bootstrap,
     paired_bootstrap_counts,
     permutation_test,
@@ -132,11 +133,14 @@ def compare_with_best(best: Predictions, others: list[Predictions]) -> str:
     sign = best.run.sign if has_classes else 1
     header = ["run", f"{metric}, best minus this", "95% interval from", "to", "in words"]
     method = "Intervals are by paired bootstrap over the examples."
+    if has_classes:
+        header += ["only the best is right", "only this is right", "McNemar's p"]
+        method += " p is by McNemar's exact test of which examples are right."
     pairs = math.comb(len(others) + 1, 2)
     if pairs > 1:
         method += (
-            f" They have Bonferroni's correction for all {pairs} pairs of these runs, because the "
-            "best was chosen."
+            f" Both have Bonferroni's correction for all {pairs} pairs of these runs, "
+            "because the best was chosen."
         )
     # The interval at 1 - 0.05 / pairs, if the difference has a normal distribution.
     widening = NormalDist().inv_cdf(1 - 0.025 / pairs) / NormalDist().inv_cdf(0.975)
@@ -145,7 +149,11 @@ def compare_with_best(best: Predictions, others: list[Predictions]) -> str:
         gap, low, high = difference(best, other)
         low = gap - widening * (gap - low)
         high = gap + widening * (high - gap)
-        rows.append([other.run.label, gap, low, high, verdict(metric, sign, low, high)])
+        row = [other.run.label, gap, low, high, verdict(metric, sign, low, high)]
+        if has_classes:
+            only_best, only_this, p = mcnemar_exact(best.correct, other.correct)
+            row += [only_best, only_this, min(1.0, pairs * p)]
+        rows.append(row)
     introduction = (
         f"The best by {monitor}, {best.run.label}, beside each other run on the same "
         f"{len(best.labels):,} examples:"

@@ -97,6 +97,17 @@ def page_of(*directories: Path, output: Path) -> str:
 # ------------------------------------------------------------------------------------------ statistics
 
 
+@pytest.mark.parametrize(
+    "only_a, only_b", [(0, 0), (1, 0), (5, 5), (0, 9), (12, 3), (700, 801), (2, 4000)]
+)
+def test_mcnemar_agrees_with_scipy(only_a, only_b):
+    a = torch.tensor([True] * only_a + [False] * only_b + [True, False])
+    b = torch.tensor([False] * only_a + [True] * only_b + [True, False])
+    result = metrics.mcnemar_exact(a, b)
+    expected = scipy.stats.binomtest(only_a, only_a + only_b).pvalue if only_a + only_b else 1.0
+    assert result == (only_a, only_b, pytest.approx(expected, abs=1e-12))
+
+
 @pytest.mark.parametrize("n, k", [(10, 3), (40, 11), (200, 20)])
 def test_paired_bootstrap_agrees_with_the_binomial_distribution(n, k):
     """If A alone is right on k of n examples and B alone on none, n times the difference is Binomial(n, k / n)."""
@@ -218,6 +229,8 @@ def test_statistics_reject_bad_arguments():
     for predictions in ((labels, labels[:1]), (labels[:1], labels), (labels, labels - 1)):
         with pytest.raises(ValueError, match="expected labels"):
             metrics.paired_bootstrap_counts(predictions, labels, metrics.ConfusionMatrix.accuracy)
+    with pytest.raises(ValueError, match="bool"):
+        metrics.mcnemar_exact(labels, labels)
     with pytest.raises(ValueError, match="group"):
         metrics.permutation_test([], [1.0])
 
@@ -275,7 +288,9 @@ def test_the_table_of_runs_is_corrected_for_the_choice_of_the_best(tmp_path):
     assert "correction for all 3 pairs" in page
     gap, low, high = comparison.difference(best, others[1])
     widening = scipy.stats.norm.isf(0.025 / 3) / scipy.stats.norm.isf(0.025)
-    for value in (gap - widening * (gap - low), gap + widening * (high - gap)):
+    p = metrics.mcnemar_exact(best.correct, others[1].correct).p_value
+    assert p < 1 / 3
+    for value in (gap - widening * (gap - low), gap + widening * (high - gap), 3 * p):
         assert runs.format_value(value) in page
     alone = comparison.compare_with_best(best, others[:1])
     assert "correction" not in alone
@@ -488,7 +503,7 @@ def test_a_foreign_study_is_said_to_be_one(directions, tmp_path, capsys):
 def test_only_the_same_examples_are_compared(tmp_path):
     a, b = (make_run(tmp_path / name, seed=seed, sentence="Same") for seed, name in enumerate("ab"))
     page = page_of(a, b, output=tmp_path / "report.html")
-    assert "a right, b wrong: " in page and "b right, a wrong: " in page
+    assert "McNemar" in page and "a right, b wrong: " in page and "b right, a wrong: " in page
     assert page.count(">Same ") > 5
     c = make_run(tmp_path / "c", seed=2, sentence="Other")
     page = page_of(a, c, output=tmp_path / "report.html")
@@ -614,7 +629,7 @@ def test_numbers_are_compared_by_their_absolute_errors(tmp_path, capsys):
     assert lines[1].startswith("1 ") and lines[2].startswith("30 ") and "12346" in lines[1]
     assert "The best is better in mean absolute error" in page
     assert "1 is closer than 30: " in page and "30 is closer than 1: " in page
-    assert "Street 7" in page and "can&#x27;t be read" not in page
+    assert "Street 7" in page and "McNemar" not in page and "can&#x27;t be read" not in page
     curves = json.loads(page.split('id="curves-data">')[1].split("</script>")[0])
     assert curves["overview"] == ["valid/mae", "valid/r2", "lr"]
 
