@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import wandb
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from harness import distributed, wandb_service
 from harness.errors import DISK_ERRORS, Stopped, UserError, disk_error, script_line, warn_loudly
@@ -304,6 +305,12 @@ class Run:
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, copy)
             self.wandb.save(copy, base_path=self.wandb.dir, policy="now", glob=False)
+
+    def alert(self, title: str, text: str) -> None:
+        """Print a warning, and send it by `wandb.Run.alert` if the run is online."""
+        tqdm.write(f"WARNING: at step {self.step:,}, {text}")
+        if self.online:
+            self.call(self.wandb.alert, title, text, level=wandb.AlertLevel.WARN)
 
     def log_artifact(self, artifact: wandb.Artifact, **options: Any) -> None:
         """`wandb.Run.log_artifact`, online in the background: W&B waits for the server."""
