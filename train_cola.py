@@ -271,6 +271,8 @@ def log_charts(run: Run, task: Task, result: Evaluation) -> None:
     """Log charts and tables of the validation sentences."""
     names = task.corpus.class_names
     valid = task.corpus.valid
+    if warning := viz.one_class_warning(result, names):  # first: W&B may fail
+        run.alert("One class only", warning)
     matrix = viz.confusion_matrix_picture(result.confusion.counts, names, "valid")
     calibration = viz.calibration_picture(result, "valid")
     mistakes = viz.mistakes_table(result, valid.columns(), names, run.step)

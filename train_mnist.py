@@ -174,6 +174,8 @@ def log_charts(run: Run, data: Digits, name: str, result: Evaluation) -> None:
     """Log charts and tables of `name`, "valid" or "test"."""
     images = getattr(data, name).images.cpu()
     classes = data.class_names
+    if warning := viz.one_class_warning(result, classes):
+        run.alert("One class only", warning)
     matrix = viz.confusion_matrix_picture(result.confusion.counts, classes, name)
     calibration = viz.calibration_picture(result, name)
     mistakes = viz.mistakes_table(result, {"image": images}, classes, run.step, most=100)

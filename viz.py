@@ -282,6 +282,17 @@ MAX_CLASSES = 30  # more don't fit on a picture or a chart
 MAX_CURVES = 20  # a thousand take W&B a minute, and nobody can tell them apart
 
 
+def one_class_warning(result: Evaluation, class_names: list[str]) -> str | None:
+    """A warning if the model predicts the same class for every example, which accuracy may hide."""
+    predicted = result.predictions.unique()
+    if len(predicted) > 1:
+        return None
+    return (
+        f"the model predicts {class_names[predicted[0]]!r} for every example; "
+        f"its accuracy, {result.confusion.accuracy():.1%}, is the share of that class"
+    )
+
+
 def most_confused_classes(counts: Tensor) -> list[int]:
     """The `MAX_CLASSES` classes with the most mistakes, in ascending order; all if there are fewer.
 

@@ -228,6 +228,8 @@ def log_charts(run: Run, data: Folder, name: str, result: Evaluation) -> None:
     """Log charts and tables of `name`, "valid" or "test"."""
     part = getattr(data, name)
     classes = data.class_names
+    if warning := viz.one_class_warning(result, classes):
+        run.alert("One class only", warning)
     mistakes = wandb.Table(columns=["image", "label", "prediction", "probability", "step"])
     for i in viz.most_confident_mistakes(result)[:100].tolist():
         path, label = part.dataset.samples[part.indices[i]]

@@ -420,3 +420,4 @@ def test_pictures_need_no_metrics(monkeypatch):
     result = metrics.evaluation(logits, labels, ["loss"])
     viz.calibration_picture(result, "valid")
     assert "confidence (expected calibration error 0.203)" in texts
+    assert "its accuracy, 75.0%, " in viz.one_class_warning(result, ["a", "b"])
