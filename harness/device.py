@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import logging
 import os
 import random
 from collections.abc import Iterator
@@ -35,13 +36,22 @@ def seed_everything(seed: int, deterministic: bool) -> None:
 
 
 @contextlib.contextmanager
-def restoring_determinism() -> Iterator[None]:
-    """Put back whether algorithms must be deterministic, which could fail what a notebook runs."""
+def restoring_globals() -> Iterator[None]:
+    """Put back what a run changes for the whole process, of which a notebook goes on."""
     deterministic = torch.are_deterministic_algorithms_enabled()
+    attributes = [
+        (torch.utils.deterministic, "fill_uninitialized_memory"),
+        (torch.backends.cudnn, "benchmark"),
+        (torch.backends.cudnn, "allow_tf32"),
+        (logging, "raiseExceptions"),
+    ]
+    values = [getattr(owner, name) for owner, name in attributes]
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(deterministic)
+        for (owner, name), value in zip(attributes, values):
+            setattr(owner, name, value)
 
 
 def seed_rank(seed: int) -> None:

@@ -21,7 +21,7 @@ import wandb
 from torch import nn
 
 from harness import distributed, tracking, wandb_service
-from harness.device import find_device, find_precision, keep_freed_memory, restoring_determinism
+from harness.device import find_device, find_precision, keep_freed_memory, restoring_globals
 from harness.directory import (
     CHECKPOINT,
     CONFIG,
@@ -123,7 +123,7 @@ def open_session(
     )
     try:
         with (
-            restoring_determinism(),
+            restoring_globals(),
             distributed.joined(requested.peer_timeout, last_wait),
             handling_signals(requested.stop_timeout) as requests,
         ):

@@ -87,14 +87,15 @@ def test_a_mistake_is_one_line(notebook):
 
 def test_what_a_run_changes_is_put_back(notebook):
     show = (
-        "import signal, torch\n"
-        "print(torch.are_deterministic_algorithms_enabled(), "
+        "import logging, signal, torch\n"
+        "print(torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.allow_tf32, "
+        "torch.utils.deterministic.fill_uninitialized_memory, logging.raiseExceptions, "
         "signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))"
     )
     before = notebook.run(show).out
     notebook.run(f"import train_mnist; train_mnist.main({[*RUN.split(), '--wandb', 'offline']})")
     assert notebook.run(show).out == before
-    assert before.startswith("False ")
+    assert before.startswith("False True True True ")
 
 
 def test_an_interrupted_run_goes_on(notebook):
