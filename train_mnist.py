@@ -150,7 +150,7 @@ def make_optimizer(
     if constant:
         return optimizer, ConstantLR(optimizer, factor=1)
     batches = max(batches, 2)  # OneCycleLR gives the last one almost no learning rate
-    rise = 0.1 + 1e-9  # of ten batches, exactly one can not rise
+    rise = 0.11 if batches == 10 else 0.1  # it can't rise for exactly one batch
     return optimizer, OneCycleLR(optimizer, rate, batches, pct_start=rise, cycle_momentum=False)
 
 
