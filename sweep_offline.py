@@ -143,7 +143,10 @@ def report(search: Search) -> None:
     arguments = trials.trial_arguments(sweep, best.user_attrs["parameters"])
     json_file = f"{search.output_dir(best)}.json"
     command = trials.trial_command(sweep, arguments, json_file, is_shown=True)
-    print(f"to repeat the best run: {shlex.join(command).removeprefix('/usr/bin/env ')}")
+    shown = shlex.join(command).removeprefix("/usr/bin/env ")
+    if not any("{args" in part for part in sweep.command):  # the program reads wandb.config
+        shown = f"WANDB_SWEEP_PARAM_PATH={search.output_dir(best)}.yaml {shown}"
+    print(f"to repeat the best run: {shown}")
 
 
 def write_trials(search: Search, rows: list[FrozenTrial]) -> None:

@@ -82,6 +82,10 @@ class Session:
             token = state.get("token")  # none in a run that was begun before runs had one
         else:
             token = read_json(self.output_dir / CONFIG).get(wandb_service.TOKEN)
+            if self.settings.resume:
+                print(f"{self.output_dir} has no checkpoint: training begins.")
+        if self.settings.wandb != "online":  # online, the server's is compared first
+            self.config[wandb_service.TOKEN] = token  # `init` logs it with the first record
         self.run = tracking.start(
             init, self.settings, self.stop_requests, journal, token, resuming=bool(state)
         )

@@ -173,7 +173,7 @@ def log_files(run_id: str, token: str | None) -> list[Path]:
 def _has_token(file: Path, token: str | None) -> bool:
     """Whether a log has this token, or ends before its token and its first row."""
     for _, record in read_log(file):
-        for item in record.config.update:
+        for item in (*record.run.config.update, *record.config.update):
             if item.key == TOKEN:
                 return json.loads(item.value_json) == token
         if record.HasField("history"):

@@ -163,14 +163,17 @@ def compare_with_best(best: Predictions, others: list[Predictions]) -> str:
 
 
 def compare_seeds(seed_groups: SeedGroups) -> str:
-    """Paragraphs on the best group of seeds against others with the same data set and metric."""
+    """Paragraphs on the best group of seeds against others with the same examples and metric."""
     comparable = defaultdict(list)
     for name, members in seed_groups.items():
         first = members[0]
         values = [run.best.get(first.monitor, math.nan) for run in members]
         if first.sign and all(map(math.isfinite, values)):
-            key = (first.monitor, first.sign, str(first.config.get("dataset")))
-            comparable[key].append((name, values))
+            try:
+                examples = read_predictions(first).examples
+            except UserError:
+                examples = str(first.config.get("dataset"))
+            comparable[first.monitor, first.sign, examples].append((name, values))
     content = ""
     for (metric, sign, _), ranked in comparable.items():
         ranked.sort(key=lambda group: sign * mean(group[1]))

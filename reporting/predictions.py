@@ -33,6 +33,7 @@ class Predictions:
     probabilities: Tensor | None  # float64 (examples, classes); None if numbers are predicted
     losses: Tensor  # float64 (examples,): cross-entropy in nats, or the absolute error
     texts: dict[str, tuple[str, ...]]  # the columns that are not numbers, such as "sentence"
+    class_names: list[str]  # in alphabetical order, whatever that of the model is
 
     @property
     def correct(self) -> Tensor:
@@ -42,17 +43,7 @@ class Predictions:
     @property
     def examples(self) -> str:
         """The classes, labels and texts; runs with the same ones can be compared."""
-        classes = None if self.probabilities is None else self.probabilities.shape[1]
-        return repr((classes, self.labels.tolist(), self.texts))
-
-    @property
-    def class_names(self) -> list[str]:
-        """The names of the classes; their indices if the run's metrics.json does not have them."""
-        classes = self.probabilities.shape[1]
-        names = (self.run.metrics or {}).get("class_names")
-        if not isinstance(names, list) or len(names) != classes:
-            names = range(classes)
-        return [format_value(name) for name in names]
+        return repr((self.class_names, self.labels.tolist(), self.texts))
 
 
 def read_predictions(run: RunFiles) -> Predictions:
@@ -97,13 +88,32 @@ def arrange(run: RunFiles, probabilities: Tensor, columns: dict[str, Any]) -> Pr
         calibration(probabilities, labels)  # checks the probabilities
         log_probabilities = probabilities.clamp(min=1e-300).log()
         losses = F.nll_loss(log_probabilities, labels, reduction="none")
-        return Predictions(run, labels, predictions, probabilities, losses, texts)
+        names = _class_names(run, probabilities.shape[1])
+        order = torch.tensor(sorted(range(len(names)), key=names.__getitem__))
+        rank = order.argsort()
+        return Predictions(
+            run,
+            rank[labels],
+            rank[predictions],
+            probabilities[:, order],
+            losses,
+            texts,
+            sorted(names),
+        )
     if {"target", "prediction"} <= numbers.keys():
         targets = numbers["target"]
         predictions = numbers["prediction"]
         errors = (predictions - targets).abs()
-        return Predictions(run, targets, predictions, None, errors, texts)
+        return Predictions(run, targets, predictions, None, errors, texts, class_names=[])
     raise UserError(UNKNOWN)
+
+
+def _class_names(run: RunFiles, classes: int) -> list[str]:
+    """The names of the classes; their indices if the run's metrics.json does not have them."""
+    names = (run.metrics or {}).get("class_names")
+    if not isinstance(names, list) or len(names) != classes:
+        names = range(classes)
+    return [format_value(name) for name in names]
 
 
 def largest_first(values: Tensor, chosen: Tensor) -> list[int]:

@@ -91,17 +91,26 @@ def _read_user_files(files: list[Path], own: OwnFiles) -> Corpus:
     order = sorted(_label_order(label) for label in set(train.labels))
     class_names = [label for _, _, label in order]
     has_words, _, last = order[-1]
+    spellings = {(number, is_word and label.casefold()) for is_word, number, label in order}
+    if len(spellings) < len(order):
+        print("Labels differ only in spelling, as Yes and yes or 1 and 1.0: each is a class.")
     if not has_words and any(number % 1 for _, number, _ in order):
         print(f"The labels, {class_names[0]} to {last}, look like regression: each is a class.")
-    if set(valid.sentences) <= set(train.sentences):
-        print("All validation sentences are training sentences too: results on them mean little.")
+    seen = set(train.sentences)
+    where = "training"
+    for name, part in zip(("validation", "test"), (valid, *test)):
+        if seen.issuperset(part.sentences):
+            print(f"All {name} sentences are {where} sentences too: results on them mean little.")
+        seen.update(part.sentences)
+        where = "training or validation"
     return Corpus("files", train, valid, {}, class_names, files, *test)
 
 
 def _label_order(label: str) -> tuple[bool, float, str]:
     """A sort key: numbers first, by value, then other labels; 01 comes before 1."""
-    is_number = re.fullmatch(r"[-+]?\d*\.?\d+", label)
-    return not is_number, float(label) if is_number else 0.0, label
+    number = label.replace("−", "-")  # a minus sign
+    is_number = re.fullmatch(r"[-+]?\d*\.?\d+", number)
+    return not is_number, float(number) if is_number else 0.0, label
 
 
 def synthetic_sentences(train: int = 12_000, valid: int = 1_000) -> Corpus:

@@ -6,6 +6,7 @@ import dataclasses
 import gzip
 import io
 import json
+import re
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
@@ -110,12 +111,12 @@ def _read_rows(path: Path, encoding: str | None) -> list[Row]:
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"can't read {path}: {reason}") from None
-    if content.startswith((b"PK\x03\x04", b"\xd0\xcf\x11\xe0")):
+    if content.startswith((b"PK\x03\x04", b"\xd0\xcf\x11\xe0", b"BZh", b"\xfd7zXZ")):
         raise UserError(f"{path} is an Excel workbook or an archive: save the table as CSV")
     if content.startswith(b"PAR1"):
         return _parse_parquet(content, path)
     text = _decode(content, path, encoding)
-    if text.startswith(("{", "[")):
+    if re.match(r'\s*\[?\s*\{\s*"', text):
         return _parse_json_lines(text, path)
     return _split_columns(text, path)
 
@@ -160,7 +161,13 @@ def _parse(lines: io.TextIOWrapper, separator: str, quoting: int) -> tuple[list[
     width = 0
     line = 1
     lines.seek(0)
-    reader = csv.reader(lines, delimiter=separator, quoting=quoting, strict=True)
+    reader = csv.reader(
+        lines,
+        delimiter=separator,
+        quoting=quoting,
+        skipinitialspace=separator != "\t",
+        strict=True,
+    )
     try:
         for columns in reader:
             if "".join(columns).strip():
@@ -203,7 +210,7 @@ def _parse_parquet(content: bytes, path: Path) -> list[Row]:
 
 def _as_rows(records: list[tuple[int, dict[str, Any]]]) -> list[Row]:
     """The values of all records as text. NaN and what is no text or number count as missing."""
-    header = list(records[0][1]) if records else []
+    header = list(dict.fromkeys(name for _, record in records for name in record))
     rows = [(0, header)]
     for number, record in records:
         columns = []
@@ -219,6 +226,9 @@ def _as_rows(records: list[tuple[int, dict[str, Any]]]) -> list[Row]:
 def _missing_header(rows: list[Row]) -> list[str]:
     """The header of a file that has none: two columns, and the first row's label is frequent."""
     header = []
+    first_row = {name.strip().casefold() for _, columns in rows[:1] for name in columns}
+    if first_row & {*TEXTS, *LABELS}:
+        return []
     for values in zip(*(columns for _, columns in rows[:1000])):
         is_label = values[0] in values[1:] and 2 * len(set(values)) <= len(values)
         header.append("label" if is_label else "sentence")
@@ -243,10 +253,12 @@ def _choose_columns(names: list[str], own: OwnFiles, path: Path) -> dict[str, st
             chosen[option_name] = found[0]
         elif candidates:
             listed = ", ".join(map(repr, found or names))[:300]
-            raise UserError(
-                f"{path}, row 1: the header must name one column {candidates[0]!r}, not {listed}; "
-                f"choose another with --{option_name}"
-            )
+            problem = f"several columns could be it: {listed}"
+            if not found:
+                problem = f"the header must name one column {candidates[0]!r}, not {listed}"
+            raise UserError(f"{path}, row 1: {problem}; choose one with --{option_name}")
+    if len(set(chosen.values())) < len(chosen):
+        raise UserError(f"{path}: text and label must be different columns, not {chosen}")
     return chosen
 
 
@@ -269,6 +281,8 @@ def _take_columns(
         if not label or not all(map(str.strip, texts)):
             missing.append(line)
             continue
+        if label.casefold() == chosen[-1]:
+            raise UserError(f"{path}, row {line}: repeats the header")
         if known_labels and label not in known_labels:
             problem = f"the label {label!r} does not occur in {own.train_file}"
             raise UserError(f"{path}, row {line}: {problem}")

@@ -298,15 +298,14 @@ FORMS = {  # the content, the first two sentences, what is printed, the options 
     "two texts": (
         table(("title", "text", "label"), *(("x", *row) for row in TWO)),
         TWO,
-        "row 1: the header must name one column 'sentence', not 'title', 'text'; choose another "
-        "with --text_column",
+        "row 1: several columns could be it: 'title', 'text'; choose one with --text_column",
         {"text_column": "Text"},
     ),
     "other label": (
         table(("sentence", "id", "Quality"), *((a, 3, b) for a, b in TWO)),
         TWO,
         "row 1: the header must name one column 'label', not 'sentence', 'id', 'quality'; choose "
-        "another with --label_column",
+        "one with --label_column",
         {"label_column": "Quality"},
     ),
     "missing": (
@@ -346,7 +345,7 @@ FORMS = {  # the content, the first two sentences, what is printed, the options 
             ("Quality", "#1 String", "#2 String"), *((c, a, b) for a, b, c in GLUE), delimiter="\t"
         ),
         GLUE,
-        "; choose another with --text_column",
+        "; choose one with --text_column",
         {
             "text_column": "#1 String",
             "text_pair_column": "#2 string",
@@ -429,8 +428,62 @@ def test_all_files_have_the_columns_of_the_first(tmp_path):
         read(tmp_path, train, "review,label\nx,1\n", "csv")
     headless = "a,0\nb,1\nc,0\nd,1\n"
     assert read(tmp_path, headless, "x,1\n", "csv").valid.sentences == ["x"]
-    with pytest.raises(UserError, match=r"valid.csv, row 1: the label 'label' does not occur in "):
+    with pytest.raises(UserError, match=r"valid.csv, row 1: repeats the header"):
         read(tmp_path, headless, "sentence,label\nx,1\n", "csv")
+
+
+def test_files_put_together_have_their_header_twice(tmp_path):
+    """The second header was a sentence of a class `label`, or taken for the sign that there is none."""
+    for header, row in (("text,label", "b,1"), ("id,text,label", "7,b,1")):
+        content = f"{header}\n{row}\n" * 2
+        with pytest.raises(UserError, match=r"train.csv, row 3: repeats the header"):
+            read(tmp_path, content, content, "csv")
+
+
+def test_one_column_can_not_be_text_and_label(tmp_path):
+    content = "text,label\na,0\nb,1\n"
+    for options in ({"text_column": "label"}, {"text_column": "text", "text_pair_column": "Text"}):
+        with pytest.raises(UserError, match="text and label must be different columns"):
+            read(tmp_path, content, content, "csv", **options)
+
+
+@pytest.mark.parametrize("labels", [("Pos", "pos"), ("1", "1.0"), ("TRUE", "true")])
+def test_labels_that_differ_in_spelling_are_said(labels, tmp_path, capsys):
+    content = "text,label\n" + "".join(f"a,{label}\n" for label in labels)
+    assert set(read(tmp_path, content, content, "csv").class_names) == set(labels)
+    assert "Labels differ only in spelling" in capsys.readouterr().out
+    content = "text,label\na,yes\nb,no\nc,1\nd,2\n"
+    read(tmp_path, content, content, "csv")
+    assert "spelling" not in capsys.readouterr().out
+
+
+def test_test_sentences_that_were_seen_before_are_said(tmp_path, capsys):
+    paths = {}
+    for name, texts in (("train", "ab"), ("valid", "cd"), ("test", "ad")):
+        paths[f"{name}_file"] = str(tmp_path / name)
+        rows = [f"{text}\t{i}\n" for i, text in enumerate(texts)]
+        (tmp_path / name).write_text("sentence\tlabel\n" + "".join(rows))
+    load_corpus("auto", "", OwnFiles(**paths))
+    line = (
+        "All test sentences are training or validation sentences too: results on them mean little."
+    )
+    assert capsys.readouterr().out.splitlines() == [line]
+
+
+def test_json_lines_may_begin_with_a_blank_line_and_lack_a_key(tmp_path):
+    """They were read as a table without a header, with classes like `"label": "pos"}`."""
+    lines = '\n {"text": "a"}\n{"text": "b", "label": "pos"}\n{"text": "c", "label": "neg"}\n'
+    corpus = read(tmp_path, lines, lines, "jsonl", drop_missing=True)
+    assert corpus.class_names == ["neg", "pos"] and corpus.train.sentences == ["b", "c"]
+    verse = "text\tlabel\n[Verse 1] a\t0\n{b}\t1\n"
+    assert read(tmp_path, verse, verse).train.sentences == ["[Verse 1] a", "{b}"]
+    headless = "[Verse 1] a\t0\n{b}\t1\n[c\t0\nd\t1\n"
+    assert read(tmp_path, headless, headless).train.sentences == ["[Verse 1] a", "{b}", "[c", "d"]
+
+
+def test_a_space_after_the_comma(tmp_path):
+    content = 'label, text\npos, "a, b"\nneg, "c"\n'
+    assert read(tmp_path, content, content, "csv").train.sentences == ["a, b", "c"]
 
 
 def test_negative_and_broken_numbers_are_numbers(tmp_path, capsys):

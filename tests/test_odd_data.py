@@ -124,10 +124,10 @@ def test_blank_lines(tmp_path):
 @pytest.mark.parametrize(
     "suffix, content, problem",
     [
-        ("tsv", "label\tsentence\tlabel\n0\ta\t1\n", "row 1: the header must name one column 'label', not "
-         "'label', 'label'; choose another with --label_column"),
-        ("csv", "sentence,label,sentence\na,0,b\n", "row 1: the header must name one column 'sentence', not "
-         "'sentence', 'sentence'; choose another with --text_column"),
+        ("tsv", "label\tsentence\tlabel\n0\ta\t1\n", "row 1: several columns could be it: "
+         "'label', 'label'; choose one with --label_column"),
+        ("csv", "sentence,label,sentence\na,0,b\n", "row 1: several columns could be it: "
+         "'sentence', 'sentence'; choose one with --text_column"),
         ("csv", 'sentence,label\n"a\nb",0\n"c,1\nd,0\n', "row 4: a quote is never closed, or not doubled within "
          "quotes (unexpected end of data)"),
         ("csv", 'sentence,label\n"a,0\nb "c", d,1\n', "row 2: a quote is never closed, or not doubled within "
