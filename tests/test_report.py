@@ -510,6 +510,32 @@ def test_only_the_same_examples_are_compared(tmp_path):
     assert "right, " not in page and "no other run has predicted the same examples" in page
 
 
+def test_classes_are_compared_by_name(tmp_path):
+    """Two models with the same classes in another order were "not compared"."""
+    paths = [make_run(tmp_path / name, seed=1) for name in "ab"]
+    for path, names in zip(paths, (["good", "bad"], ["bad", "good"])):
+        file = path / "metrics.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"class_names": names}))
+    rows = list(csv.reader((paths[1] / "predictions.csv").open()))
+    turned = [[1 - int(a), 1 - int(b), q, p, loss] for a, b, p, q, loss in rows[1:]]
+    with (paths[1] / "predictions.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([rows[0], *turned])
+    a, b = (comparison.read_predictions(run) for run in runs.find_runs(paths))
+    assert a.examples == b.examples and a.class_names == ["bad", "good"]
+    assert torch.equal(a.predictions, b.predictions)
+    assert torch.equal(a.probabilities, b.probabilities)
+
+
+def test_seeds_on_other_examples_are_not_compared(tmp_path):
+    """Runs on two validation files were ranked against each other: both are called "files"."""
+    paths = [
+        make_run(tmp_path / f"{name}{seed}", seed=seed, sentence=name, valid_file=name)
+        for name in ("easy", "hard")
+        for seed in range(4)
+    ]
+    assert "permutation test" not in page_of(*paths, output=tmp_path / "report.html")
+
+
 @pytest.mark.parametrize(
     "monitor", ["valid/loss", "valid/acc", "valid/mcc", "valid/f1_macro", "valid/recall_micro"]
 )

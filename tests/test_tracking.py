@@ -228,16 +228,18 @@ def test_logs_are_of_a_run_by_its_token(tmp_path, monkeypatch):
     """They were by its id alone, so that those of another run with that id were read and changed."""
     settings = SimpleNamespace(wandb_dir=tmp_path)
     monkeypatch.setattr("wandb.setup", lambda: SimpleNamespace(settings=settings))
-    row, mine, other = Record(), Record(), Record()
+    row, mine, other, begun = Record(), Record(), Record(), Record()
     row.history.item.add(key="_step", value_json="1")
     mine.config.update.add(key="run_token", value_json='"a"')
     other.config.update.add(key="run_token", value_json='"b"')
+    begun.run.config.update.add(key="run_token", value_json='"b"')
     logs = {
         "mine": [mine, row],
         "mine before its first row": [mine],
         "mine continued": [mine, row, other],
         "other": [other, row],
         "other before its first row": [other],
+        "other that has just begun": [begun],
         "without token": [row],
         "killed at once": [],
     }
