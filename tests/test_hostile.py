@@ -446,7 +446,7 @@ def test_a_model_stored_in_half_precision_is_trained_in_float32(dtype, tmp_path)
         intermediate_size=32,
     )
     pieces = encoders.learn_wordpieces(killing.SENTENCES.read_text().splitlines())[:200]
-    tokenizer = transformers.BertTokenizerFast(vocab={piece: i for i, piece in enumerate(pieces)})
+    tokenizer = encoders.bert_tokenizer(pieces)
     transformers.BertForSequenceClassification(config).to(dtype).save_pretrained(tmp_path / "half")
     tokenizer.save_pretrained(tmp_path / "half")
     assert json.loads((tmp_path / "half/config.json").read_text())["dtype"] == str(
