@@ -145,6 +145,7 @@ def write_onnx(path: Path, model: nn.Module, output: str, **inputs: Tensor) -> N
         input_names=list(inputs),
         output_names=[output],
         dynamic_shapes=tuple({0: batch} for _ in inputs),
+        dynamo=True,  # torch's default since 2.9
         verbose=False,
     )
     for node in program.model.graph:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import importlib.util
 import io
 import json
 import os
@@ -348,4 +349,6 @@ def _where_to_look(run: tracking.Run, output_dir: Path) -> str:
         return f"{line} (W&B is disabled)"
     path = os.path.relpath(Path(run.wandb.dir).parent)
     upload = f"on the web: {run.wandb.url}" if run.online else f"upload it: wandb sync {path}"
-    return f"{line} | look at it: wandb leet {path} | {upload}"
+    if importlib.util.find_spec("wandb.cli.leet"):  # not in older versions
+        line += f" | look at it: wandb leet {path}"
+    return f"{line} | {upload}"

@@ -96,6 +96,7 @@ class Run:
         token: str | None = None,
         logs: Sequence[Path] = (),
         wandb_step: int = -1,
+        finish_timeout: int = FINISH_TIMEOUT["none"],
     ):
         """`token` and `logs`: of this run, and W&B's log files of its earlier processes.
 
@@ -114,6 +115,7 @@ class Run:
         self._journal = journal
         self._checksum = 0
         self._wandb_step = wandb_step
+        self._finish_timeout = finish_timeout
         self._handing_over: int | None = None  # the thread that hands over a row
         self._artifacts = queue.SimpleQueue()
         self._worker: threading.Thread | None = None
@@ -369,8 +371,7 @@ class Run:
             self._worker.join(ARTIFACT_TIMEOUT if status == 0 else 0)
             if self._worker.is_alive():
                 self.failed = True  # later errors are expected, and not reported
-        limit = self.wandb.settings.finish_timeout + KILL_AFTER
-        killer = threading.Timer(limit, self._give_up)
+        killer = threading.Timer(self._finish_timeout + KILL_AFTER, self._give_up)
         killer.daemon = True
         killer.start()
         self._finish(status, killer)
@@ -526,7 +527,8 @@ def start(
             if log.parent.name.startswith("offline-") or wandb_service.synced_marker(log).exists()
         ]
         wandb_step = max(wandb_service.logged_rows(kept), default=-1)
-    return Run(run, journal, token, logs, wandb_step)
+    timeout = _finish_timeout(settings, not run.offline)
+    return Run(run, journal, token, logs, wandb_step, timeout)
 
 
 def _init_options(
@@ -544,13 +546,22 @@ def _init_options(
         "mode": mode,
         "resume": "allow" if resuming and mode == "online" else None,
         "settings": wandb.Settings(
-            **wandb_service.flush_settings(),
             init_timeout=INIT_TIMEOUT,
-            finish_timeout=FINISH_TIMEOUT[settings.log_model if mode == "online" else "none"],
-            finish_timeout_raises=True,
-            stop_fn=lambda: requests.add("W&B", 0),
+            **wandb_service.known_settings(
+                {
+                    wandb_service.FLUSH_SETTING: 0.05,  # seconds; by default 15
+                    "finish_timeout": _finish_timeout(settings, mode == "online"),
+                    "finish_timeout_raises": True,
+                    "stop_fn": lambda: requests.add("W&B", 0),
+                }
+            ),
         ),
     }
+
+
+def _finish_timeout(settings: SharedSettings, online: bool) -> int:
+    """Seconds in which W&B has to finish the run, which may still upload models."""
+    return FINISH_TIMEOUT[settings.log_model if online else "none"]
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ record a protobuf. What W&B does not document here has a fallback, which is repo
 import contextlib
 import functools
 import glob
+import inspect
 import json
 import os
 import struct
@@ -32,6 +33,11 @@ except ImportError:
 SERVICE_TIMEOUT = 35  # seconds; W&B waits 30 for its service to start
 CACHE_BYTES = 1 << 20  # a cache that can't take this much counts as full
 FLUSH_SETTING = "x_transaction_log_flush_interval"
+# What is lost without a setting: the first is new in W&B 0.31, the other in 0.26.1.
+LOST_WITHOUT = {
+    FLUSH_SETTING: "a crash may lose the last seconds of W&B's log",
+    "stop_fn": "its stop button stops a run as Ctrl-C does",
+}
 SERVICE_PROCESS = ("_connection", "_proc", "_process")  # attributes that lead to it
 TOKEN = "run_token"  # in W&B's config: random, of one run; its id is unique in a project only
 BLOCK = 32768
@@ -41,16 +47,24 @@ WHOLE, LAST = 1, 4  # kinds of chunks of a record; 2 is the first, 3 one in the 
 @functools.cache
 def report_change(loss: str) -> None:
     """Say once what is lost because this version of W&B is different."""
-    tested = "differs from the versions that this was tested with"
-    print(f"wandb {wandb.__version__} {tested}: {loss}.")
+    print(f"wandb {wandb.__version__}: {loss}.")
 
 
-def flush_settings() -> dict[str, Any]:
-    """Settings with which a crash loses next to nothing of W&B's log; by default, 15 seconds."""
-    if FLUSH_SETTING in wandb.Settings.model_fields:
-        return {FLUSH_SETTING: 0.05}
-    report_change("a crash may lose the last seconds of W&B's log")
-    return {}
+def known_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings that this version of W&B has; says once what is lost without the others."""
+    missing = settings.keys() - wandb.Settings.model_fields.keys()
+    losses = [loss for name, loss in LOST_WITHOUT.items() if name in missing]
+    if losses:
+        report_change(", and ".join(losses))
+    return {name: settings[name] for name in settings if name not in missing}
+
+
+def has_credentials() -> bool:
+    """Whether an API key or an identity token is configured. Never prompts."""
+    if "prompt" in inspect.signature(wandb.login).parameters:
+        return wandb.login(prompt=False, verify=False)
+    # W&B before 0.30
+    return bool(wandb.api.api_key or wandb.setup().settings.identity_token_file)
 
 
 def raised_by_wandb(error: Exception) -> bool:
@@ -94,7 +108,7 @@ def find_mode(choice: str) -> str:
     if mode != "online":
         return mode
     try:
-        if wandb.login(prompt=False, verify=False):
+        if has_credentials():
             return "online"
         problem = "no API key is configured"
     except wandb.errors.AuthenticationError as error:
@@ -253,5 +267,5 @@ def is_complete(run_id: str, token: str | None, mode: str, last_step: int) -> bo
 
 def close() -> None:
     """Detach from a service that is gone; otherwise W&B complains at exit."""
-    with contextlib.suppress(Exception):
+    with contextlib.suppress(Exception, SystemExit):  # an older W&B raises the service's status
         wandb.teardown()

@@ -10,7 +10,7 @@ from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution
-from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
+from optuna.exceptions import StorageInternalError
 from optuna.pruners import BasePruner, NopPruner
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.storages import BaseStorage, RDBStorage, get_storage
@@ -24,7 +24,7 @@ from offline_sweep.parameters import Choice, Parameter
 
 PATIENCE = 300.0  # seconds that a search waits for a database that does not answer
 FAILURES = (DBAPIError, StorageInternalError)
-ALREADY_WRITTEN = (IntegrityError, UpdateFinishedTrialError)
+ALREADY_WRITTEN = (IntegrityError, RuntimeError)  # Optuna's, of a finished trial
 POSTGRESQL_LIMITS = {
     "connect_timeout": 5,  # seconds
     "tcp_user_timeout": 10_000,  # milliseconds

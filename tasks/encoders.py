@@ -9,6 +9,7 @@ import torch
 import transformers
 from huggingface_hub.constants import ENDPOINT, HF_HUB_OFFLINE
 from safetensors import SafetensorError
+from tokenizers import BertWordPieceTokenizer, Tokenizer
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 from torch import Tensor, nn
@@ -180,7 +181,6 @@ def _prepare(
 def _from_scratch(sentences: list[Text], class_names: list[str]) -> Pretrained:
     """BERT-tiny's architecture (Turc et al., 2019) with random weights, and a new tokenizer."""
     pieces = learn_wordpieces(sentences)
-    vocabulary = {piece: index for index, piece in enumerate(pieces)}
     config = transformers.BertConfig(
         vocab_size=len(pieces),
         hidden_size=128,
@@ -195,7 +195,14 @@ def _from_scratch(sentences: list[Text], class_names: list[str]) -> Pretrained:
     )
     _name_classes(config, class_names)
     model = transformers.BertForSequenceClassification(config)
-    return model, transformers.BertTokenizerFast(vocab=vocabulary)
+    return model, bert_tokenizer(pieces)
+
+
+def bert_tokenizer(pieces: list[str]) -> PreTrainedTokenizerBase:
+    """BERT's tokenizer with this vocabulary, made as both transformers 4 and 5 accept."""
+    backend = BertWordPieceTokenizer({piece: index for index, piece in enumerate(pieces)})
+    tokenizer = Tokenizer.from_str(backend.to_str())
+    return transformers.BertTokenizerFast(tokenizer_object=tokenizer)
 
 
 def learn_wordpieces(sentences: list[Text]) -> list[str]:

@@ -1,6 +1,7 @@
 """Shared helpers: run the scripts as users do, and read what they logged with W&B's own reader."""
 
 import fcntl
+import importlib.util
 import json
 import os
 import pickle
@@ -8,7 +9,7 @@ import shutil
 import struct
 import subprocess
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -112,6 +113,8 @@ def write_mnist(root: Path, digits: Digits, folder: str = "MNIST") -> Path:
 
 def wandb_records(cwd: Path) -> list[dict]:
     """All records of the latest W&B run in `cwd`, as printed by `wandb leet inspect`."""
+    if not importlib.util.find_spec("wandb.cli.leet"):
+        return list(records_of_older_wandb(next((cwd / "wandb/latest-run").glob("*.wandb"))))
     command = [
         Path(sys.executable).with_name("wandb"),
         "leet",
@@ -122,6 +125,29 @@ def wandb_records(cwd: Path) -> list[dict]:
     printed = forking.run(command, cwd=cwd, env=clean_environment(cwd), text=True)
     assert printed.returncode == 0, printed.stderr
     return [json.loads(line) for line in printed.stdout.splitlines()]
+
+
+def records_of_older_wandb(log: Path) -> Iterator[dict]:
+    """The same as `wandb leet inspect` prints, with the reader that W&B had before."""
+    from google.protobuf.json_format import MessageToDict
+    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.sdk.internal.datastore import DataStore
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, list) and value and "value_json" in value[0]:
+            keys = (".".join(item.get("nested_key") or [item["key"]]) for item in value)
+            return dict(zip(keys, (json.loads(item["value_json"]) for item in value)))
+        if isinstance(value, dict):
+            return {name: plain(inner) for name, inner in value.items()}
+        return value
+
+    store = DataStore()
+    store.open_for_scan(str(log))
+    while data := store.scan_data():
+        record = Record.FromString(data)
+        kind = record.WhichOneof("record_type")
+        content = MessageToDict(getattr(record, kind), preserving_proto_field_name=True)
+        yield {"num": record.num, "type": kind, kind: plain(content)}
 
 
 def merged(records: list[dict], kind: str) -> dict:

@@ -51,9 +51,7 @@ def make_tokenizer(
     template: str = "[CLS] $A [SEP]", **special: str
 ) -> transformers.PreTrainedTokenizerFast:
     """The words of the built-in sentences, with special tokens as in `template`; without padding by default."""
-    backend = transformers.BertTokenizerFast(
-        vocab={piece: i for i, piece in enumerate(PIECES)}
-    ).backend_tokenizer
+    backend = encoders.bert_tokenizer(PIECES).backend_tokenizer
     ids = [("[CLS]", 2), ("[SEP]", 3)]
     backend.post_processor = tokenizers.processors.TemplateProcessing(
         single=template, special_tokens=ids
@@ -93,7 +91,7 @@ def refusal(directory: Path | str) -> str:
 def bert(tmp_path: Path) -> Path:
     """A BERT saved from a masked-LM: it has neither a head nor a pooler."""
     torch.manual_seed(0)
-    tokenizer = transformers.BertTokenizerFast(vocab={piece: i for i, piece in enumerate(PIECES)})
+    tokenizer = encoders.bert_tokenizer(PIECES)
     return save(
         tmp_path / "bert", transformers.BertForMaskedLM(transformers.BertConfig(**BERT)), tokenizer
     )
@@ -160,7 +158,7 @@ def save_classifier(directory: Path, *class_names: str) -> Path:
         **BERT, id2label=names, label2id={name: label for label, name in names.items()}
     )
     model = transformers.BertForSequenceClassification(config)
-    tokenizer = transformers.BertTokenizerFast(vocab={piece: i for i, piece in enumerate(PIECES)})
+    tokenizer = encoders.bert_tokenizer(PIECES)
     return save(directory, model, tokenizer)
 
 

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
+from transformers import BertConfig, BertForSequenceClassification
 
 from harness import distributed
 from harness.checkpoints import Checkpoints
@@ -155,9 +155,7 @@ def bert_without_dropout(directory: Path) -> Path:
             for word in line.lower().split()
         }
     )
-    tokenizer = BertTokenizerFast(
-        vocab={word: i for i, word in enumerate(encoders.learn_wordpieces(words))}
-    )
+    tokenizer = encoders.bert_tokenizer(encoders.learn_wordpieces(words))
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=len(tokenizer),

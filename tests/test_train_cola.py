@@ -905,7 +905,9 @@ def test_printed_lines(small_cola):
     best = lines[-2]
     for key in ("mcc", "mcc_low", "mcc_high"):
         assert f"{small_cola.metrics[f'valid/{key}']:.3f}" in best
-    assert re.search(r"out \| look at it: wandb leet (\S+) \| upload it: wandb sync \1$", lines[-1])
+    assert re.search(
+        r"out( \| look at it: wandb leet \S+)? \| upload it: wandb sync \S+$", lines[-1]
+    )
 
 
 def test_loud_fallback_and_warning_about_constant_predictions(tmp_path):
