@@ -1,7 +1,6 @@
 """Kill a run at random moments, resume it, and compare its results with those of an uninterrupted run."""
 
 import contextlib
-import importlib.util
 import json
 import os
 import random
@@ -180,10 +179,6 @@ def sync(cwd: Path, environment: dict[str, str], server: WandbServer, *options: 
     """`wandb sync` everything in `cwd/wandb`; return what the server then has."""
     wandb = Path(sys.executable).with_name("wandb")
     command = [wandb, "sync", "--yes", *options, cwd / "wandb"]
-    if not importlib.util.find_spec("wandb.cli.leet"):  # before 0.29: each directory by its name
-        runs = sorted((cwd / "wandb").glob("offline-run-*"))
-        runs = [run for run in runs if not [*run.glob("*.synced")]]
-        command = [wandb, "sync", "--append", *options, *runs]
     done = forking.run(command, cwd=cwd, env={**environment, **server.environment()}, text=True)
     assert done.returncode == 0 and "ERROR" not in done.stderr, done.stderr
     return on_server(server)
