@@ -10,7 +10,6 @@ import contextlib
 import csv
 import dataclasses
 import os
-import shlex
 import signal
 import sys
 import time
@@ -19,6 +18,7 @@ from pathlib import Path
 from harness.errors import UserError
 from harness.options import command_line, option, parse
 from harness.script import run_script
+from harness.system import STOP_SIGNALS, shell_command
 
 try:
     import optuna
@@ -144,7 +144,7 @@ def report(search: Search) -> None:
     arguments = trials.trial_arguments(sweep, best.user_attrs["parameters"])
     json_file = str(search.find_files(best, ".json"))
     command = trials.trial_command(sweep, arguments, json_file, is_shown=True)
-    print(f"to repeat the best run: {shlex.join(command).removeprefix('/usr/bin/env ')}")
+    print(f"to repeat the best run: {shell_command(command).removeprefix('/usr/bin/env ')}")
     files = f"its files: {search.find_files(best)}"
     if os.path.isdir("wandb"):
         files += " | to upload all that ran here: wandb sync wandb/offline-run-*"
@@ -206,7 +206,8 @@ def main(argv: list[str] | None = None) -> None:
         directory_id=trials.read_directory_id(directory),
         gpus=trials.visible_gpus() if options.jobs > 1 else [],  # a single run may use all of them
     )
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    for number in STOP_SIGNALS[1:]:
+        signal.signal(number, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         run_trials(search)
     except BaseException as error:
