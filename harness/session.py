@@ -6,7 +6,6 @@ import io
 import json
 import os
 import platform
-import re
 import secrets
 import socket
 import sys
@@ -247,7 +246,7 @@ def _identify(requested: SharedSettings, task: str) -> dict[str, Any]:
     }
     if "/" in run_id:
         raise UserError(f"--id: must not contain a slash, got {run_id!r}")
-    if WINDOWS and re.search(r'[<>:"\\|?*]|[. ]$', run_id):
+    if WINDOWS and set(run_id) & set('<>:"\\|?*'):
         raise UserError(f"--id: no file can have this name on Windows: {run_id!r}")
     for name in ("id", "output_dir"):
         if identity[name].splitlines() != [identity[name]]:  # they stand in the last line of a run

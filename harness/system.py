@@ -18,14 +18,18 @@ STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM]
 if WINDOWS:
     STOP_SIGNALS.append(signal.SIGBREAK)  # Ctrl-Break
     ALARM = signal.SIGABRT  # stands in for SIGALRM
+    STOP, KILL = signal.CTRL_BREAK_EVENT, signal.SIGTERM
+    signal_group = os.kill  # kills the process, unless the signal is CTRL_BREAK_EVENT
 else:
     import fcntl
 
     ALARM = signal.SIGALRM
+    STOP, KILL = signal.SIGTERM, signal.SIGKILL
+    signal_group = os.killpg
 _timers: list[threading.Timer] = []  # on Windows, those that may still interrupt
 
 
-def lock(path: Path, shared: bool = False) -> int:
+def lock(path: Path) -> int:
     """Lock a file, which may be new, or a directory; returns a descriptor that holds the lock.
 
     The lock ends with the last process that has it. Raises `BlockingIOError` if another one has.
@@ -34,7 +38,7 @@ def lock(path: Path, shared: bool = False) -> int:
         return _create_unless_open(path / LOCK_FILE if path.is_dir() else path)
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT)
     try:
-        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         # Meanwhile, another process may have removed and created the directory.
         if not os.path.samestat(os.fstat(descriptor), path.stat()):
             raise BlockingIOError
@@ -85,10 +89,8 @@ def interrupt_after(seconds: float) -> None:
     while _timers:
         _timers.pop().cancel()
     if seconds:
-        timer = threading.Timer(seconds, _thread.interrupt_main, [ALARM])
-        timer.daemon = True
-        timer.start()
-        _timers.append(timer)
+        _timers.append(threading.Timer(seconds, _thread.interrupt_main, [ALARM]))
+        _timers[0].start()
 
 
 def group_options(lock_file: TextIO) -> dict[str, Any]:
@@ -97,17 +99,6 @@ def group_options(lock_file: TextIO) -> dict[str, Any]:
         return {"stdin": lock_file, "creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
     descriptors = [lock_file.fileno()]
     return {"stdin": subprocess.DEVNULL, "start_new_session": True, "pass_fds": descriptors}
-
-
-def stop_group(popen: subprocess.Popen, kill: bool = False) -> None:
-    """Ask the processes that were started with `group_options` to stop, or kill them."""
-    with contextlib.suppress(OSError):  # they have ended
-        if not WINDOWS:
-            os.killpg(popen.pid, signal.SIGKILL if kill else signal.SIGTERM)
-        elif kill:
-            popen.kill()
-        else:
-            popen.send_signal(signal.CTRL_BREAK_EVENT)
 
 
 def shell_command(arguments: Sequence[str]) -> str:

@@ -125,6 +125,11 @@ class TrialProcess:
     last_value: Any = None
     pruned: bool = False
 
+    def send_signal(self, number: int) -> None:
+        """Send a signal to the process group."""
+        with contextlib.suppress(OSError):  # all have ended
+            system.signal_group(self.popen.pid, number)
+
     def report_progress(self, metric: str) -> None:
         """Report new values of the metric to Optuna, and stop the run if it should be pruned."""
         journal = self.output_dir / "history.jsonl"
@@ -143,7 +148,7 @@ class TrialProcess:
                 self.trial.report(value, self.reported)
                 if not self.pruned and self.trial.should_prune():
                     self.pruned = True
-                    system.stop_group(self.popen)
+                    self.send_signal(system.STOP)
 
     def read_result(self, metric: str) -> float | str:
         """The final value of the metric, or what is wrong with the run if it failed."""
@@ -325,11 +330,11 @@ class Search:
         """Ask the runs to write a checkpoint and stop; kill those that do not stop in time."""
         try:
             for process in self.running:
-                system.stop_group(process.popen)
+                process.send_signal(system.STOP)
             deadline = time.monotonic() + STOP_TIMEOUT
             for process in self.running:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.popen.wait(max(0, deadline - time.monotonic()))
         finally:  # also after a second Ctrl-C
             for process in self.running:
-                system.stop_group(process.popen, kill=True)
+                process.send_signal(system.KILL)

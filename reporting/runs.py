@@ -187,11 +187,9 @@ def read_journal(path: Path, notes: list[str]) -> list[dict[str, float]]:
 def is_locked(directory: Path) -> bool:
     """Whether a process is using the directory: a run locks it exclusively until it ends."""
     try:
-        system.unlock(directory, system.lock(directory, shared=True))
-    except BlockingIOError:
-        return True
-    except OSError:
-        pass
+        system.unlock(directory, system.lock(directory))
+    except OSError as error:  # any other one: the directory can't be opened
+        return isinstance(error, BlockingIOError)
     return False
 
 
