@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import ctypes
 import multiprocessing
 import random
 import signal
@@ -82,7 +83,10 @@ class _Seeded(Dataset):
 def _no_signals(loader: DataLoader) -> Iterator[None]:
     """Workers started in the block inherit that they get no Ctrl-C or SIGTERM."""
     if WINDOWS:
+        ignore_ctrl_c = ctypes.windll.kernel32.SetConsoleCtrlHandler
+        ignore_ctrl_c(None, True)
         yield
+        ignore_ctrl_c(None, False)
         return
     context = loader.multiprocessing_context or multiprocessing
     if loader.num_workers and context.get_start_method() != "fork":

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -20,12 +19,14 @@ if WINDOWS:
     ALARM = signal.SIGABRT  # stands in for SIGALRM
     STOP, KILL = signal.CTRL_BREAK_EVENT, signal.SIGTERM
     signal_group = os.kill  # kills the process, unless the signal is CTRL_BREAK_EVENT
+    shell_command = subprocess.list2cmdline
 else:
     import fcntl
 
     ALARM = signal.SIGALRM
     STOP, KILL = signal.SIGTERM, signal.SIGKILL
     signal_group = os.killpg
+    shell_command = shlex.join
 _timers: list[threading.Timer] = []  # on Windows, those that may still interrupt
 
 
@@ -99,8 +100,3 @@ def group_options(lock_file: TextIO) -> dict[str, Any]:
         return {"stdin": lock_file, "creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
     descriptors = [lock_file.fileno()]
     return {"stdin": subprocess.DEVNULL, "start_new_session": True, "pass_fds": descriptors}
-
-
-def shell_command(arguments: Sequence[str]) -> str:
-    """A command with the quotes that the system's shell needs."""
-    return subprocess.list2cmdline(arguments) if WINDOWS else shlex.join(arguments)

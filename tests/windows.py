@@ -15,7 +15,7 @@ import runpy
 import signal
 import subprocess
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 REPO = str(pathlib.Path(__file__).resolve().parent.parent)
 BREAK = signal.SIGUSR2
@@ -126,6 +126,7 @@ def load_library(name, *arguments):
     return ctypes.CDLL(name, *arguments)
 
 
+KERNEL = SimpleNamespace(SetConsoleCtrlHandler=lambda handler, added: True)
 PROXIES = {
     "os": Proxy(
         os, name="nt", open=open_descriptor, kill=kill, fsync=fsync, remove=remove, unlink=remove, replace=replace, rename=replace,
@@ -133,7 +134,7 @@ PROXIES = {
     ),
     "signal": Proxy(signal, signal=handle, SIGBREAK=BREAK, CTRL_BREAK_EVENT="break"),
     "subprocess": Proxy(subprocess, Popen=Popen, CREATE_NEW_PROCESS_GROUP=0x200),
-    "ctypes": Proxy(ctypes, CDLL=load_library),
+    "ctypes": Proxy(ctypes, CDLL=load_library, windll=SimpleNamespace(kernel32=KERNEL)),
 }  # fmt: skip
 
 
