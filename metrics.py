@@ -192,38 +192,28 @@ class Evaluation(NamedTuple):
         return columns
 
 
-class Metric(NamedTuple):
-    """A metric that `evaluation` can compute."""
-
-    compute: Callable[..., float]
-    of_counts: bool = True  # `compute` takes a `ConfusionMatrix`, otherwise an `Evaluation`
-    two_classes: bool = False  # defined only if there are two classes, and both occur in the labels
-
-
-EVALUATION_METRICS = {
-    "loss": Metric(lambda result: float(result.losses.mean()), of_counts=False),
-    "acc": Metric(ConfusionMatrix.accuracy),
-    "balanced_acc": Metric(ConfusionMatrix.balanced_accuracy),
-    "precision_macro": Metric(lambda confusion: confusion.precision("macro")),
-    "recall_macro": Metric(lambda confusion: confusion.recall("macro")),
-    "f1_macro": Metric(lambda confusion: confusion.f1("macro")),
-    "precision_micro": Metric(lambda confusion: confusion.precision("micro")),
-    "recall_micro": Metric(lambda confusion: confusion.recall("micro")),
-    "f1_micro": Metric(lambda confusion: confusion.f1("micro")),
-    "mcc": Metric(ConfusionMatrix.matthews_corrcoef),
-    "ece": Metric(
-        lambda result: expected_calibration_error(result.probabilities, result.labels),
-        of_counts=False,
-    ),
-    "roc_auc": Metric(
-        lambda result: roc_auc(*result.one_against_rest(result.positive)),
-        of_counts=False,
-        two_classes=True,
-    ),
-    "average_precision": Metric(
-        lambda result: average_precision(*result.one_against_rest(result.positive)),
-        of_counts=False,
-        two_classes=True,
+COUNT_METRICS = {  # functions of a `ConfusionMatrix`
+    "acc": ConfusionMatrix.accuracy,
+    "balanced_acc": ConfusionMatrix.balanced_accuracy,
+    "precision_macro": lambda confusion: confusion.precision("macro"),
+    "recall_macro": lambda confusion: confusion.recall("macro"),
+    "f1_macro": lambda confusion: confusion.f1("macro"),
+    "precision_micro": lambda confusion: confusion.precision("micro"),
+    "recall_micro": lambda confusion: confusion.recall("micro"),
+    "f1_micro": lambda confusion: confusion.f1("micro"),
+    "mcc": ConfusionMatrix.matthews_corrcoef,
+}
+BINARY_METRICS = (  # need two classes, both in the labels
+    "roc_auc",
+    "average_precision",
+)
+EVALUATION_METRICS = {  # the others are functions of an `Evaluation`
+    "loss": lambda result: float(result.losses.mean()),
+    **COUNT_METRICS,
+    "ece": lambda result: expected_calibration_error(result.probabilities, result.labels),
+    "roc_auc": lambda result: roc_auc(*result.one_against_rest(result.positive)),
+    "average_precision": lambda result: average_precision(
+        *result.one_against_rest(result.positive)
     ),
 }
 
@@ -266,12 +256,12 @@ def evaluation(
     for name in names:
         if name not in EVALUATION_METRICS:
             raise ValueError(f"unknown metric {name!r}, known are {', '.join(EVALUATION_METRICS)}")
-        metric = EVALUATION_METRICS[name]
         if has_diverged and name != "loss":
             continue
-        if metric.two_classes and not both_occur:
+        if name in BINARY_METRICS and not both_occur:
             continue
-        result.metrics[name] = metric.compute(confusion if metric.of_counts else result)
+        subject = confusion if name in COUNT_METRICS else result
+        result.metrics[name] = EVALUATION_METRICS[name](subject)
     return result
 
 

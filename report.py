@@ -21,14 +21,7 @@ if __name__ == "__main__":
 
 import torch
 
-from reporting.runs import (
-    find_runs,
-    format_value,
-    groups,
-    run_table,
-    seed_table,
-    sort_runs,
-)
+from reporting.runs import find_runs, format_value, groups, run_table, seed_table, sort_runs
 from reporting.sweep import open_study
 
 
@@ -63,12 +56,12 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     output = arguments.output
     runs = find_runs(arguments.directories)
-    studies = {}
+    studies = []
     problems = []
     for directory in arguments.directories:
         if (directory / "study.db").is_file():
             try:
-                studies[directory] = open_study(directory, runs)
+                studies.append(open_study(directory, runs))
             except UserError as error:
                 problems.append(f"{directory}: {error}")
     runs = sort_runs(runs)
@@ -100,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
         write_text(output, page)
     except OSError as error:
         raise UserError(f"--output {output}: can't write there ({error.strerror})") from None
-    print(f"\nThe page: {output} ({len(page) / 1e6:.1f} MB)")
+    print(f"\nThe page: {output}")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ metrics.json as train_mnist.py and train_cola.py do.
 import contextlib
 import csv
 import dataclasses
-import os
 import signal
 import sys
 import time
@@ -104,7 +103,7 @@ def last_error(search: Search) -> str:
     if not failed:
         return "all were pruned"
     error = failed[-1].user_attrs["error"]
-    return f"last error: {error} ({search.find_files(failed[-1], '.log')})"
+    return f"last error: {error} ({search.output_dir(failed[-1])}.log)"
 
 
 def outcome(metric: str, trial: FrozenTrial) -> str:
@@ -142,26 +141,21 @@ def report(search: Search) -> None:
         print(outcome(sweep.metric.name, trial))
     best = ranked[0]
     arguments = trials.trial_arguments(sweep, best.user_attrs["parameters"])
-    json_file = str(search.find_files(best, ".json"))
+    json_file = f"{search.output_dir(best)}.json"
     command = trials.trial_command(sweep, arguments, json_file, is_shown=True)
     print(f"to repeat the best run: {shell_command(command).removeprefix('/usr/bin/env ')}")
-    files = f"its files: {search.find_files(best)}"
-    if os.path.isdir("wandb"):
-        files += " | to upload all that ran here: wandb sync wandb/offline-run-*"
-    print(files)
 
 
 def write_trials(search: Search, rows: list[FrozenTrial]) -> None:
     """Write trials.csv, with a row for each trial."""
     names = search.sweep.searched()
     metric = search.sweep.metric.name
-    results = ("epochs", "seconds", "error", "output_dir")
+    results = ("epochs", "error", "output_dir")
     with (search.sweep.directory / "trials.csv").open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(["trial", "state", metric or "unranked", *names, *results])
         for trial in rows:
             attributes = trial.user_attrs
-            seconds = trial.duration and round(trial.duration.total_seconds(), 1)
             table.writerow(
                 [
                     trial.number,
@@ -169,9 +163,8 @@ def write_trials(search: Search, rows: list[FrozenTrial]) -> None:
                     trial.value if metric else None,
                     *[attributes["parameters"][name] for name in names],
                     len(trial.intermediate_values),
-                    seconds,
                     attributes.get("error"),
-                    search.find_files(trial),
+                    search.output_dir(trial),
                 ]
             )
 
@@ -203,7 +196,6 @@ def main(argv: list[str] | None = None) -> None:
         trial_count=trial_count,
         jobs=options.jobs,
         seed=options.seed,
-        directory_id=trials.read_directory_id(directory),
         gpus=trials.visible_gpus() if options.jobs > 1 else [],  # a single run may use all of them
     )
     for number in STOP_SIGNALS[1:]:

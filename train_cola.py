@@ -205,9 +205,11 @@ def make_optimizer(
     Weight decay spares biases, LayerNorm and embeddings.
     """
     embeddings = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
-    weights = list(model.parameters())
-    spared = [weight for weight in weights if weight.ndim == 1 or weight in embeddings]
-    decayed = [weight for weight in weights if weight.ndim > 1 and weight not in embeddings]
+    decayed = []
+    spared = []
+    for weight in model.parameters():
+        group = spared if weight.ndim == 1 or weight in embeddings else decayed
+        group.append(weight)
     groups = [
         {"params": decayed, "weight_decay": settings.weight_decay},
         {"params": spared, "weight_decay": 0.0},
@@ -245,7 +247,7 @@ def evaluate(task: Task, part: TokenSet) -> Evaluation:
 def attributions(task: Task, result: Evaluation) -> str:
     """HTML of the 20 most confident mistakes.
 
-    Each word is shaded by how much it moved the decision.
+    Each token is shaded by how much it moved the decision.
     """
     names = task.corpus.class_names
     page = '<!doctype html><meta charset="utf-8">'
@@ -255,13 +257,12 @@ def attributions(task: Task, result: Evaluation) -> str:
         shades = encoders.attribute(task.model, task.valid, i, prediction, label)
         if shades is None:
             return f"{page}<p>No attributions: this model does not accept embeddings.</p>"
-        sentence = task.corpus.valid.sentences[i]
-        words = encoders.words_of(task.tokenizer, sentence, len(shades))
-        shaded = [(word, float(shades[tokens].sum())) for word, tokens in words]
+        start, end = task.valid.offsets[i : i + 2]
+        tokens = task.tokenizer.batch_decode(task.valid.tokens[start:end, None])
         heading = (
             f"{names[label]} taken for {names[prediction]}, {result.probabilities[i].max():.1%}"
         )
-        page += viz.shaded_words(shaded, heading)
+        page += viz.shaded_tokens(tokens, shades.tolist(), heading)
     return page
 
 
@@ -274,7 +275,7 @@ def log_charts(run: Run, task: Task, result: Evaluation) -> None:
         run.alert("One class only", warning)
     matrix = viz.confusion_matrix_picture(result.confusion.counts, names, "valid")
     calibration = viz.calibration_picture(result, "valid")
-    mistakes = viz.sentence_mistakes_table(result, valid.columns(), names, run.step)
+    mistakes = viz.mistakes_table(result, valid.columns(), names, run.step)
     sources = viz.per_source_table(result, valid.sources)
     sources_chart = wandb.plot.bar(sources, "source", "acc", title="Accuracy per source")
     run.log(
@@ -375,13 +376,12 @@ def train(session: Session, progress: Progress, task: Task) -> Best:
 
         mean = meter.take_epoch()
         results = {"train/loss_epoch": mean["loss"], "train/acc_epoch": mean["acc"]}
-        run.log(results)
         valid = evaluate(task, task.valid)
         progress.check_finite("validation", valid.metrics["loss"])
         log_charts(run, task, valid)
         results |= valid.named("valid")
         results["valid/majority_share"] = valid.confusion.majority_share()
-        run.log(results)  # the training figures are there already, with the same values
+        run.log(results)  # into the row of the last batch, which is still open
         improved = best.offer(epoch, results, model)
         write_curves(session, best.epoch)
         if settings.log_model == "all":
@@ -437,17 +437,17 @@ def conclude(session: Session, task: Task, best: Best) -> dict[str, Any]:
     share = valid.confusion.majority_share()
     run.log({"curves": run.call(wandb.Image, str(output_dir / "curves.png"))})
     run.log(more, commit=True)  # or it would overwrite the summary below
-    run.summary.update(valid.named("best"))
-    run.summary.update({"best/epoch": best.epoch, "best/majority_share": share})
+    run.update_summary(valid.named("best"))
+    run.update_summary({"best/epoch": best.epoch, "best/majority_share": share})
     if session.settings.log_model == "best":
         run.log_model(partial(save_model, task), results, is_best=True)
 
-    low, high = matthews_corrcoef_interval(shown.confusion)
+    confusion = shown.confusion
+    low, high = matthews_corrcoef_interval(confusion)
     print(
-        f"best epoch {best.epoch}: Matthews correlation {shown.confusion.matthews_corrcoef():.3f} "
-        f"(95% interval {low:.3f} to {high:.3f}, {note}), "
-        f"accuracy {shown.confusion.accuracy():.2%} "
-        f"(always the most frequent class: {shown.confusion.majority_share():.2%})"
+        f"best epoch {best.epoch}: Matthews correlation {confusion.matthews_corrcoef():.3f} "
+        f"(95% interval {low:.3f} to {high:.3f}, {note}), accuracy {confusion.accuracy():.2%} "
+        f"(always the most frequent class: {confusion.majority_share():.2%})"
     )
     return {
         "dataset": corpus.name,
@@ -457,7 +457,7 @@ def conclude(session: Session, task: Task, best: Best) -> dict[str, Any]:
         "best/epoch": best.epoch,
         **results,
         "valid/majority_share": share,
-        f"{name}/majority_share": shown.confusion.majority_share(),
+        f"{name}/majority_share": confusion.majority_share(),
         f"{name}/mcc_low": low,
         f"{name}/mcc_high": high,
         "mcc_interval": note,

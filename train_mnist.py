@@ -70,7 +70,6 @@ if __name__ == "__main__":
     script.check_options(Settings)  # before the imports that take seconds
 
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -109,7 +108,7 @@ def log_dataset(run: Run, digits: Digits) -> None:
     run.add_tag(digits.name)
     artifact = wandb.Artifact(digits.name, type="dataset")
     for file in digits.files:
-        artifact.add_reference(file.resolve().as_uri(), name=file.name)  # a checksum, not a copy
+        artifact.add_reference(file.absolute().as_uri())  # a checksum, not a copy
     run.log_artifact(artifact)
 
 
@@ -124,8 +123,8 @@ class ConvNet(nn.Module):
 
     def __init__(self, kernels: list[int], classes: int = 10):
         super().__init__()
-        self.conv1 = nn.Conv2d(1, kernels[0], kernel_size=5, padding=2)
-        self.conv2 = nn.Conv2d(kernels[0], kernels[1], kernel_size=5, padding=2)
+        self.conv1 = nn.Conv2d(1, kernels[0], 5, padding=2)
+        self.conv2 = nn.Conv2d(kernels[0], kernels[1], 5, padding=2)
         self.fc = nn.Linear(7 * 7 * kernels[1], classes)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -179,12 +178,13 @@ def log_charts(run: Run, data: Digits, name: str, result: Evaluation) -> None:
         run.alert("One class only", warning)
     matrix = viz.confusion_matrix_picture(result.confusion.counts, classes, name)
     calibration = viz.calibration_picture(result, name)
+    mistakes = viz.mistakes_table(result, {"image": images}, classes, run.step, most=100)
     run.log(
         {
             f"{name}/confusion_matrix": viz.confusion_matrix_chart(result, classes),
             f"{name}/confusion_matrix_image": wandb.Image(matrix),
             f"{name}/calibration": wandb.Image(calibration),
-            f"{name}/mistakes": viz.digit_mistakes_table(images, result, classes, run.step),
+            f"{name}/mistakes": mistakes,
             f"{name}/logits": wandb.Histogram(result.logits.numpy()),
         }
     )
@@ -197,8 +197,11 @@ def log_inputs(run: Run, model: ConvNet, data: Digits, indices: Tensor) -> None:
     images = data.train.images[indices]
     labels = data.train.labels[indices]
     predictions = type(model).forward(model.eval(), pixels(images)).argmax(1)
-    captioned = viz.captioned_digits(images.cpu(), predictions, labels, data.class_names)
-    run.log({"train/inputs": captioned})
+    inputs = []
+    for image, prediction, label in zip(images.cpu(), predictions, labels):
+        caption = f"Pred: {data.class_names[prediction]} Truth: {data.class_names[label]}"
+        inputs.append(wandb.Image(image[0].numpy(), caption=caption))
+    run.log({"train/inputs": inputs})
 
 
 def write_curves(session: Session, best_epoch: int) -> None:
@@ -210,15 +213,6 @@ def write_curves(session: Session, best_epoch: int) -> None:
     if distributed.rank() == 0:
         picture = viz.curves_picture(session.run.rows, panels, best_epoch)
         files.write_png(session.output_dir / "curves.png", picture)
-
-
-def write_pictures(output_dir: Path, data: Digits, name: str, result: Evaluation) -> None:
-    """Write the confusion matrix and the most confident mistakes as PNG."""
-    matrix = viz.confusion_matrix_picture(result.confusion.counts, data.class_names, name)
-    files.write_png(output_dir / "confusion_matrix.png", matrix)
-    images = getattr(data, name).images.cpu()
-    mistakes = viz.digit_mistakes_picture(images, result, data.class_names, name)
-    files.write_png(output_dir / "mistakes.png", mistakes)
 
 
 # ----------------------------------------------------------------------------- training
@@ -287,14 +281,13 @@ def train(session: Session, progress: Progress, model: ConvNet, data: Digits) ->
 
         mean = meter.take_epoch()
         results = {"train/loss_epoch": mean["loss"], "train/acc_epoch": mean["acc"]}
-        run.log(results)  # into the row of the last batch, like what follows
         log_inputs(run, model, data, batches[-1][:16])
         if len(data.valid.labels):
             valid = evaluate(model, data.valid)
             progress.check_finite("validation", valid.metrics["loss"])
             log_charts(run, data, "valid", valid)
-            run.log(valid.named("valid"))
             results |= valid.named("valid")
+        run.log(results)  # into the row of the last batch, which is still open
         improved = best.offer(epoch, results, model)
         write_curves(session, best.epoch)
         if settings.log_model == "all":
@@ -320,12 +313,16 @@ def conclude(session: Session, progress: Progress, best: Best, data: Digits) -> 
     test = evaluate(model, data.test)
     progress.check_finite("test", test.metrics["loss"])
     name = "valid" if len(data.valid.labels) else "test"
-    shown = evaluate(model, getattr(data, name))
+    part = getattr(data, name)
+    shown = evaluate(model, part)
     if distributed.rank() > 0:
         return {}
 
     files.write_csv(output_dir / "predictions.csv", shown.columns())
-    write_pictures(output_dir, data, name, shown)
+    matrix = viz.confusion_matrix_picture(shown.confusion.counts, data.class_names, name)
+    files.write_png(output_dir / "confusion_matrix.png", matrix)
+    mistakes = viz.digit_mistakes_picture(part.images.cpu(), shown, data.class_names, name)
+    files.write_png(output_dir / "mistakes.png", mistakes)
     files.write_tensors(output_dir / "model.pt", best.weights)
     files.write_onnx(
         output_dir / "model.onnx", model, output="logits", images=torch.zeros(2, 1, 28, 28)
@@ -334,9 +331,9 @@ def conclude(session: Session, progress: Progress, best: Best, data: Digits) -> 
     log_charts(run, data, "test", test)
     run.log({"curves": run.call(wandb.Image, str(output_dir / "curves.png"))})
     run.log(test.named("test"), commit=True)  # or it would overwrite the summary below
-    run.summary["best/epoch"] = best.epoch
+    run.update_summary({"best/epoch": best.epoch})
     if name == "valid":
-        run.summary.update(shown.named("best"))
+        run.update_summary(shown.named("best"))
     run.save(output_dir / "model.pt")
     run.save(output_dir / "model.onnx")
     results = test.named("test") | shown.named(name)

@@ -9,13 +9,13 @@ import functools
 import html
 import math
 import subprocess
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 import wandb
-from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 from wandb.plot import CustomChart
 
@@ -32,7 +32,7 @@ INK = "#141820"
 FAINT = "#969ca6"
 GRID = "#e2e5ea"
 PAPER = "#ffffff"
-DEEP = "#18569c"
+DEEP = "hsl(212, 73%, 35%)"
 WARM = "#ce601e"
 MIDDLE = "#6e829b"
 
@@ -250,9 +250,8 @@ def _font(size: float, text: str) -> ImageFont.FreeTypeFont:
 
 @functools.cache  # prints once
 def _drawable(class_names: tuple[str, ...]) -> Sequence[str]:
-    """The names of the classes; if there is no font for one of them, the numbers of the classes."""
-    has_all = _find_font("".join(class_names)) is not None  # one search for a thousand names
-    if has_all or None not in map(_find_font, class_names):
+    """The names of the classes; their numbers if there is no font for all of the names."""
+    if _find_font("".join(class_names)) is not None:
         return class_names
     legend = dict(enumerate(class_names[:MAX_CLASSES]))
     print(f"No font has the letters of the class names. PNG pictures show numbers: {legend}")
@@ -272,10 +271,9 @@ def _draw_text(
     ImageDraw.Draw(canvas).text((x, y), text, fill=color, font=_font(size, text), anchor=anchor)
 
 
-def _shade(share: float) -> tuple[int, ...]:
+def _shade(share: float) -> str:
     """A color between white at 0 and `DEEP` at 1."""
-    deep = ImageColor.getrgb(DEEP)
-    return tuple(round(255 - (255 - channel) * share) for channel in deep)
+    return f"hsl(212, 73%, {100 - 65 * share:.2f}%)"
 
 
 # -------------------------------------------------------------------------- classifiers
@@ -356,14 +354,13 @@ def confusion_matrix_picture(
     _draw_text(canvas, center, 22, title, 19)
     _draw_text(canvas, center, canvas.height - 20, "prediction", 19)
     _draw_text(canvas, left - 10, top, "label", 19, "rs")
-    row_names = Image.new("RGB", (names_width, side), PAPER)
     for i, name in enumerate(names):
         middle = cell * (i + 0.5)
-        _draw_text(row_names, names_width, middle, name, 15, "rm")
+        _draw_text(canvas, left - 10, top + middle, name, 15, "rm")
         if names_fit:
             _draw_text(canvas, left + middle, bottom + 8, name, 15, "mt")
-    canvas.paste(row_names, (48, top))
     if not names_fit:
+        row_names = canvas.crop((48, top, left - 10, bottom))
         canvas.paste(row_names.rotate(90, expand=True), (left, bottom + 8))
     draw = ImageDraw.Draw(canvas)
     for row, label in enumerate(shown):
@@ -404,7 +401,10 @@ def calibration_picture(result: Evaluation, part: str) -> Image.Image:
     return chart.reduce(2)
 
 
-def roc_chart(result: Evaluation, class_names: list[str]) -> CustomChart:
+def roc_chart(
+    result: Evaluation,
+    class_names: list[str],
+) -> CustomChart:
     """ROC curves: one for the positive class if there are two classes, otherwise one per class."""
     curves = {}
     for label in _classes_with_curves(result):
@@ -413,7 +413,10 @@ def roc_chart(result: Evaluation, class_names: list[str]) -> CustomChart:
     return _line_chart(curves, "ROC: true over false positive rate", "false positive rate")
 
 
-def precision_recall_chart(result: Evaluation, class_names: list[str]) -> CustomChart:
+def precision_recall_chart(
+    result: Evaluation,
+    class_names: list[str],
+) -> CustomChart:
     """Precision-recall curves, for the same classes as `roc_chart`."""
     curves = {}
     for label in _classes_with_curves(result):
@@ -440,36 +443,39 @@ def most_confident_mistakes(result: Evaluation) -> Tensor:
     return order[: is_wrong.sum()]
 
 
-def _named_mistakes(
+def mistakes_table(
     result: Evaluation,
-    mistakes: Tensor,
+    inputs: Mapping[str, Sequence],
     class_names: list[str],
-) -> Iterator[tuple[int, str, str, float]]:
-    """Index, label, prediction and the prediction's probability of some `mistakes`, int64 (n,)."""
-    for i in mistakes.tolist():
-        label = class_names[result.labels[i]]
-        prediction = class_names[result.predictions[i]]
-        yield i, label, prediction, float(result.probabilities[i].max())
+    step: int,
+    most: int = 1000,
+) -> wandb.Table:
+    """The `most` most confident mistakes; "mistakes" is the number of all.
+
+    `inputs`: the first columns, such as "sentence" and "source", with a value per example. Images
+    are uint8 (examples, 1, height, width).
+    """
+    wrong = most_confident_mistakes(result)
+    names = [*inputs, "label", "prediction", "probability", "loss", "step", "mistakes"]
+    table = wandb.Table(columns=names)
+    for i in wrong[:most].tolist():
+        shown = []
+        for column in inputs.values():
+            value = column[i]
+            shown.append(wandb.Image(value[0].numpy()) if isinstance(value, Tensor) else value)
+        table.add_data(
+            *shown,
+            class_names[result.labels[i]],
+            class_names[result.predictions[i]],
+            float(result.probabilities[i].max()),
+            float(result.losses[i]),
+            step,
+            len(wrong),
+        )
+    return table
 
 
 # ------------------------------------------------------------------------------- digits
-
-
-def digit_mistakes_table(
-    images: Tensor,
-    result: Evaluation,
-    class_names: list[str],
-    step: int,
-) -> wandb.Table:
-    """The 100 most confident mistakes; "mistakes" is the number of all.
-
-    `images` is uint8 (examples, 1, height, width).
-    """
-    wrong = most_confident_mistakes(result)
-    table = wandb.Table(columns=["image", "label", "prediction", "probability", "step", "mistakes"])
-    for i, *mistake in _named_mistakes(result, wrong[:100], class_names):
-        table.add_data(wandb.Image(images[i, 0].numpy()), *mistake, step, len(wrong))
-    return table
 
 
 def digit_mistakes_picture(
@@ -485,10 +491,13 @@ def digit_mistakes_picture(
     """
     wrong = most_confident_mistakes(result)
     shown = wrong[:40]
+    names = _drawable(tuple(class_names))
     captions = []
-    mistakes = _named_mistakes(result, shown, _drawable(tuple(class_names)))
-    for _, label, prediction, probability in mistakes:
-        captions.append(f"{label[:14]} as {prediction[:14]}, {100 * probability:.0f} %")
+    for i in shown.tolist():
+        label = names[result.labels[i]]
+        prediction = names[result.predictions[i]]
+        percent = 100 * result.probabilities[i].max()
+        captions.append(f"{label[:14]} as {prediction[:14]}, {percent:.0f} %")
     title = (
         f"{part}: {len(shown)} of {len(wrong):,} mistakes in {len(images):,} examples, "
         "most confident first, label as prediction"
@@ -514,91 +523,41 @@ def digit_mistakes_picture(
     return canvas
 
 
-def captioned_digits(
-    images: Tensor,
-    predictions: Tensor,
-    labels: Tensor,
-    class_names: list[str],
-) -> list[wandb.Image]:
-    """W&B images of uint8 (n, 1, 28, 28) digits, with captions like "Pred: 3 Truth: 8"."""
-    captioned = []
-    for image, prediction, label in zip(images, predictions, labels):
-        caption = f"Pred: {class_names[prediction]} Truth: {class_names[label]}"
-        captioned.append(wandb.Image(image[0].numpy(), caption=caption))
-    return captioned
-
-
 # ---------------------------------------------------------------------------- sentences
 
-MAX_MISTAKES = 1000  # rows of a table
 MAX_SOURCES = 200  # rows of a table
-
-
-def sentence_mistakes_table(
-    result: Evaluation,
-    texts: dict[str, list[str]],
-    class_names: list[str],
-    step: int,
-) -> wandb.Table:
-    """The `MAX_MISTAKES` most confident wrong predictions; "mistakes" is the number of all.
-
-    `texts`: the first columns, such as "sentence" and "source".
-    """
-    wrong = most_confident_mistakes(result)
-    table = wandb.Table(
-        columns=[
-            *texts,
-            "label",
-            "prediction",
-            "probability",
-            "loss",
-            "step",
-            "mistakes",
-        ]
-    )
-    for i, *mistake in _named_mistakes(result, wrong[:MAX_MISTAKES], class_names):
-        shown = [column[i] for column in texts.values()]
-        loss = float(result.losses[i])
-        table.add_data(*shown, *mistake, loss, step, len(wrong))
-    return table
 
 
 def per_source_table(result: Evaluation, sources: list[str]) -> wandb.Table:
     """Accuracy and Matthews correlation per source of sentences, lowest accuracy first.
 
-    Beyond `MAX_SOURCES`, the sources with the fewest sentences share a row.
+    There is a row for each of the `MAX_SOURCES` sources with the most sentences.
     """
-    sentences = Counter(sources)
-    largest = dict(sentences.most_common(MAX_SOURCES))
-    others = f"{len(sentences) - MAX_SOURCES:,} other sources"
-    indices = defaultdict(list)
-    for i, source in enumerate(sources):
-        indices[source if source in largest else others].append(i)
-
+    source_of_each = np.array(sources, dtype=object)
     rows = []
-    for source, chosen in indices.items():
+    for source, sentences in Counter(sources).most_common(MAX_SOURCES):
+        chosen = torch.from_numpy(source_of_each == source)
         # Only the classes that occur here, numbered anew: all of them would be slow if many.
         both = torch.stack([result.predictions[chosen], result.labels[chosen]])
         classes, numbers = both.unique(return_inverse=True)
         confusion = ConfusionMatrix(max(2, len(classes)))
         confusion.update(*numbers)
-        rows.append([source, len(chosen), confusion.accuracy(), confusion.matthews_corrcoef()])
+        rows.append([source, sentences, confusion.accuracy(), confusion.matthews_corrcoef()])
     rows.sort(key=lambda row: row[2])
     return wandb.Table(columns=["source", "sentences", "acc", "mcc"], data=rows)
 
 
-def shaded_words(words: list[tuple[str, float]], heading: str) -> str:
-    """HTML of a sentence: red words pushed the model towards its mistake, blue words away from it.
+def shaded_tokens(tokens: list[str], attributions: list[float], heading: str) -> str:
+    """HTML of a sentence: red tokens pushed the model to its mistake, blue tokens away from it.
 
-    `words` come with their attributions: positive is red, and the largest magnitude gets the full
-    color.
+    A positive attribution is red, and the largest magnitude gets the full color.
     """
-    largest = max((abs(value) for _, value in words), default=0) or 1.0
+    largest = max(map(abs, attributions)) or 1.0
     spans = []
-    for word, value in words:
+    for token, value in zip(tokens, attributions):
         color = "214, 60, 50" if value > 0 else "50, 100, 214"
         style = f"background: rgba({color}, {abs(value) / largest:.2f}); padding: 2px"
-        spans.append(f'<span style="{style}" title="{value:+.4f}">{html.escape(word)}</span>')
+        spans.append(f'<span style="{style}" title="{value:+.4f}">{html.escape(token)}</span>')
     return (
         f'<p style="font: 15px sans-serif"><small>{html.escape(heading)}</small><br>'
         f"{' '.join(spans)}</p>"

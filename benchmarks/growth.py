@@ -59,7 +59,7 @@ def charts(
     viz.confusion_matrix_picture(result.confusion.counts, class_names, "valid")
     viz.calibration_picture(result, "valid")
     texts = {"sentence": sentences, "source": sources}
-    viz.sentence_mistakes_table(result, texts, class_names, step=0)
+    viz.mistakes_table(result, texts, class_names, step=0)
     viz.roc_chart(result, class_names)
     viz.precision_recall_chart(result, class_names)
     viz.per_source_table(result, sources)

@@ -298,8 +298,8 @@ def conclude(session: Session, progress: Progress, best: Best, data: Text) -> di
 
     run.log({"curves": run.call(wandb.Image, str(output_dir / "curves.png"))})
     run.log(test.named("test"), commit=True)  # or it would overwrite the summary below
-    run.summary["best/epoch"] = best.epoch
-    run.summary.update(valid.named("best"))
+    run.update_summary({"best/epoch": best.epoch})
+    run.update_summary(valid.named("best"))
     run.save(output_dir / "model.pt")
     run.save(output_dir / "model.onnx")
     results = test.named("test") | valid.named("valid")

@@ -1,6 +1,5 @@
 """Checkpoints: all that training needs to continue as if it had never been interrupted."""
 
-import io
 import pickle
 import random
 import textwrap
@@ -57,12 +56,16 @@ class Checkpoints:
         if distributed.world_size() > 1:
             layers = [layer for each in models for layer in each.modules()]
             if any(getattr(layer, "track_running_stats", False) for layer in layers):
-                problem = "running statistics, as of BatchNorm, would differ between processes"
-                raise UserError(f"{problem}: use GroupNorm or LayerNorm, or one process")
+                raise UserError(
+                    "running statistics, as of BatchNorm, would differ between processes: "
+                    "use GroupNorm or LayerNorm, or one process"
+                )
             weights = fingerprint([list(each.state_dict().values()) for each in models])
             if len(set(distributed.gather((self._fingerprint, weights)))) > 1:
-                problem = "the processes do not have the same data and model"
-                raise UserError(f"{problem}: give all of them the same files")
+                raise UserError(
+                    "the processes do not have the same data and model: "
+                    "give all of them the same files"
+                )
 
     def restore_or_begin(self) -> None:
         """Restore the checkpoint of a resumed run; save the first one of a new run.
@@ -72,7 +75,6 @@ class Checkpoints:
         checkpoint = self._session.checkpoint
         if checkpoint is None:
             self._session.run.commit()  # a resumed run does not repeat what comes before
-            self._check_state()
             self._save()
             return
         if checkpoint["data"] != self._fingerprint:
@@ -81,27 +83,12 @@ class Checkpoints:
             self._restore(checkpoint)
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             reason = textwrap.shorten(str(error), 200)
-            problem = f"its checkpoint is not of this model or version ({reason})"
-            run = self._session.output_dir
-            raise UserError(f"--resume: {run} can't be resumed: {problem}") from None
+            raise UserError(
+                f"--resume: {self._session.output_dir} can't be resumed: "
+                f"its checkpoint is not of this model or version ({reason})"
+            ) from None
         self._session.stop_requests.saved_step = self._progress.step
         print(f"Resuming {self._session.output_dir} at {self._progress}")
-
-    def _check_state(self) -> None:
-        """Raise `UserError` for a state that could be saved, but not loaded again."""
-        for name, thing in self._stateful.items():
-            if name in RESERVED or name == "model":  # whose state is large, and all tensors
-                continue
-            content = io.BytesIO()
-            try:
-                torch.save(thing.state_dict(), content)
-                content.seek(0)
-                torch.load(content, weights_only=True)
-            except Exception as error:  # of pickle and others
-                reason = textwrap.shorten(str(error), 200)
-                problem = f"the state of {name!r} can't be loaded again from a checkpoint"
-                advice = "its state_dict must hold tensors and plain values only"
-                raise UserError(f"{problem}: {advice} ({reason})") from None
 
     def _restore(self, checkpoint: Mapping[str, Any]) -> None:
         """Raises one of several exceptions if the state does not fit."""
@@ -117,11 +104,14 @@ class Checkpoints:
             _set_random_state(processes[rank]["random"], self._session.device)
             return
         if any(gradient is not None for gradient in processes[0]["gradients"]):
-            problem = "accumulated gradients can't be shared out among other processes"
-            raise UserError(f"--resume: {problem}: start {len(processes)} again")
-        numbers = f"{len(processes)} process(es) and goes on with {distributed.world_size()}"
-        differ = "the batches are the same; rounding and dropout differ"
-        print(f"The run was begun with {numbers}: {differ}.")
+            raise UserError(
+                "--resume: accumulated gradients can't be shared out among other processes: "
+                f"start {len(processes)} again"
+            )
+        print(
+            f"The run was begun with {len(processes)} process(es) and goes on with "
+            f"{distributed.world_size()}: the batches are the same; rounding and dropout differ."
+        )
         if rank == 0:
             self._meter.load_state_dict(*meters)
         else:
@@ -173,9 +163,12 @@ class Checkpoints:
         with session.stop_requests.writing(self._progress.step):
             try:
                 write_tensors(path, state, previous=path.with_name(PREVIOUS_CHECKPOINT))
-            except pickle.UnpicklingError:
-                self._check_state()  # a state has changed: says which
-                raise
+            except (pickle.PickleError, AttributeError, TypeError) as error:
+                reason = textwrap.shorten(str(error), 200)
+                raise UserError(
+                    "the state of training can't be loaded again from a checkpoint: "
+                    f"each state_dict must hold tensors and plain values only ({reason})"
+                ) from None
 
 
 def fingerprint(data: Any, checksum: int = 0) -> int:

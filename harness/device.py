@@ -95,15 +95,18 @@ def find_device(name: str) -> torch.device:
     if name == "auto":
         name = next(kind for kind in available if available[kind])
     if not available[name]:
-        problem = "not available on this machine, or in this torch"
-        raise UserError(f"--device {name}: {problem}: use --device cpu")
+        raise UserError(
+            f"--device {name}: not available on this machine, or in this torch: use --device cpu"
+        )
     if name != "cuda" or alone:
         return torch.device(name)
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     gpus = torch.cuda.device_count()
     if processes > gpus:
-        problem = f"{processes} processes on a machine with {gpus} GPUs"
-        raise UserError(f"{problem}: start {gpus}, or use --device cpu")
+        raise UserError(
+            f"{processes} processes on a machine with {gpus} GPUs: "
+            f"start {gpus}, or use --device cpu"
+        )
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     return torch.device(name, torch.cuda.current_device())
 

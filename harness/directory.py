@@ -22,7 +22,7 @@ from harness.files import (
 CONFIG, JOURNAL, METRICS = "config.json", "history.jsonl", "metrics.json"
 CHECKPOINT, PREVIOUS_CHECKPOINT = "checkpoint.pt", "checkpoint.previous.pt"
 RESULTS = {JOURNAL, CHECKPOINT, PREVIOUS_CHECKPOINT, METRICS}  # of a run that has begun to train
-CONTENT = ("model", "position", "history", "processes", "settings", "data")  # of every checkpoint
+CONTENT = {"model", "position", "history", "processes", "settings", "data"}  # of every checkpoint
 LOCKED: set[int] = set()  # descriptors of the locked directories
 PROBE_BYTES = 8 << 20  # a disk that can't take this much at the start counts as full
 
@@ -41,8 +41,9 @@ def output_directory(path: Path, resume: bool, config: Mapping[str, Any]) -> Ite
             with temporary_beside(path / "probe") as probe:
                 probe.write_bytes(bytes(PROBE_BYTES))
         except OSError as error:
-            problem = f"--output_dir {path}: can't write there ({error.strerror})"
-            raise UserError(problem, 1 if resume else 2) from None
+            raise UserError(
+                f"--output_dir {path}: can't write there ({error.strerror})", 1 if resume else 2
+            ) from None
         for name in before:
             if TEMPORARY.fullmatch(name):  # of a process that was killed while writing
                 remove(path / name)
@@ -53,8 +54,9 @@ def output_directory(path: Path, resume: bool, config: Mapping[str, Any]) -> Ite
             yield
         except BaseException as error:
             if isinstance(error, OSError) and not path.exists():
-                problem = f"--output_dir {path} was removed while the run was using it"
-                raise UserError(problem, 1) from None
+                raise UserError(
+                    f"--output_dir {path} was removed while the run was using it", 1
+                ) from None
             if new_run and not any((path / name).exists() for name in RESULTS - before):
                 (path / CONFIG).unlink(missing_ok=True)
             raise
@@ -62,17 +64,21 @@ def output_directory(path: Path, resume: bool, config: Mapping[str, Any]) -> Ite
 
 def _check_content(path: Path, resume: bool) -> set[str]:
     """The names in the directory. Raises `UserError` if they are not of a run to resume."""
-    names = {file.name for file in path.iterdir()} - {system.LOCK_FILE}
+    names = set(os.listdir(path)) - {system.LOCK_FILE}
     lasting = {name for name in names if not TEMPORARY.fullmatch(name)}
-    has_checkpoint = any((path / name).is_file() for name in (CHECKPOINT, PREVIOUS_CHECKPOINT))
     config = read_json(path / CONFIG) or {}
+    has_checkpoint = {CHECKPOINT, PREVIOUS_CHECKPOINT} & names
     is_run = has_checkpoint or {"id", "output_dir", "resume"} <= config.keys()
     if lasting and not is_run:
-        problem = f"holds files that no run wrote ({list_names(lasting)}); choose another directory"
-        raise UserError(f"--output_dir {path} {problem}")
+        raise UserError(
+            f"--output_dir {path} holds files that no run wrote ({list_names(lasting)}); "
+            "choose another directory"
+        )
     if lasting and not resume:
-        advice = "choose another directory, or continue that run: --resume"
-        raise UserError(f"--output_dir {path} already holds another run ({CONFIG}); {advice}")
+        raise UserError(
+            f"--output_dir {path} already holds another run ({CONFIG}); "
+            "choose another directory, or continue that run: --resume"
+        )
     return names
 
 
@@ -122,9 +128,10 @@ def read_checkpoint(output_dir: Path) -> dict[str, Any] | None:
             continue
         try:
             state = read_tensors(path)
-            for name in CONTENT:
-                if not isinstance(state, dict) or name not in state:
-                    raise ValueError(f"it is not a checkpoint of this script: it has no {name!r}")
+            if missing := CONTENT - set(state):
+                raise ValueError(
+                    f"it is not a checkpoint of this script: it has no {list_names(missing)}"
+                )
         except Exception as error:  # zlib, pickle and others have their own for damaged files
             reason = textwrap.shorten(str(error), 200) or type(error).__name__
             problems.append(f"{path} can't be read: {reason}")
@@ -135,10 +142,8 @@ def read_checkpoint(output_dir: Path) -> dict[str, Any] | None:
         system.replace(path, output_dir / CHECKPOINT)
         return state
     if problems:
-        advice = "to start over, give another --output_dir"
-        raise UserError(f"{'; '.join(problems)}; {advice}", status=1)
+        raise UserError(f"{'; '.join(problems)}; to start over, give another --output_dir", 1)
     journal = output_dir / JOURNAL
     if journal.exists() and journal.stat().st_size and not (output_dir / METRICS).exists():
-        problem = f"{output_dir} has lost its checkpoint"
-        raise UserError(f"{problem}; give another --output_dir", status=1)
+        raise UserError(f"{output_dir} has lost its checkpoint; give another --output_dir", 1)
     return None

@@ -72,14 +72,11 @@ def _check_environment() -> None:
     rank, count, address, port = (os.environ[name] for name in names)
     try:
         socket.getaddrinfo(address, int(port))
-        possible = 0 <= int(rank) < int(count) and int(port) < 2**16
-        problem = "impossible"
+        if not 0 <= int(rank) < int(count) or int(port) >= 2**16:
+            raise ValueError("impossible")
     except (OSError, ValueError) as error:  # UnicodeError is a ValueError
-        possible = False
-        problem = str(error)
-    if not possible:
         given = ", ".join(f"{name}={os.environ[name]}" for name in names)
-        raise UserError(f"{given}: {problem}; start with torchrun, or unset them")
+        raise UserError(f"{given}: {error}; start with torchrun, or unset them") from None
 
 
 @contextlib.contextmanager
@@ -168,8 +165,10 @@ def sum_gradients(model: nn.Module) -> None:
         return
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     if any(hasattr(weight.grad, "is_summed") for weight in weights):
-        advice = "call it only before optimizer.step(), and optimizer.zero_grad() after that"
-        raise ValueError(f"sum_gradients would sum some gradients twice: {advice}")
+        raise ValueError(
+            "sum_gradients would sum some gradients twice: "
+            "call it only before optimizer.step(), and optimizer.zero_grad() after that"
+        )
     # A rank may lack gradients that others have: its share of the batch did not need the weight.
     has = torch.tensor([w.grad is not None for w in weights]).to(weights[0])
     gradients = [torch.zeros_like(w) if w.grad is None else w.grad for w in weights]

@@ -67,11 +67,10 @@ def replacing_directory(path: Path) -> Iterator[Path]:
         for file in filter(Path.is_file, temporary.rglob("*")):
             flush(file)
         if path.exists():
-            ours = {file.name for file in temporary.iterdir()}
-            theirs = {file.name for file in path.iterdir()} if path.is_dir() else {path.name}
-            if others := theirs - ours:
-                problem = f"was not written by this run: move {list_names(others)} away"
-                raise UserError(f"{path} {problem}", status=1)
+            if others := set(os.listdir(path)) - set(os.listdir(temporary)):
+                raise UserError(
+                    f"{path} was not written by this run: move {list_names(others)} away", status=1
+                )
             replace(path, parent / "before")
         replace(temporary, path)
 

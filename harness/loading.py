@@ -104,15 +104,14 @@ def _like_a_worker() -> Iterator[None]:
     threads = torch.get_num_threads()
     python = random.getstate()
     numpy = np.random.get_state()
-    torch_state = torch.get_rng_state()
     torch.set_num_threads(1)
     try:
-        yield
+        with torch.random.fork_rng(devices=()):
+            yield
     finally:
         torch.set_num_threads(threads)
         random.setstate(python)
         np.random.set_state(numpy)
-        torch.set_rng_state(torch_state)
 
 
 @atexit.register

@@ -4,6 +4,7 @@ import itertools
 import math
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -44,8 +45,10 @@ class Progress:
             raise UserError("--patience needs examples to judge by, but none are held out")
         if batches is None:
             if settings.batch_size > examples:
-                problem = f"is more than the {examples} training examples"
-                raise UserError(f"--batch_size {settings.batch_size} {problem}")
+                raise UserError(
+                    f"--batch_size {settings.batch_size} is more than the {examples} training "
+                    "examples"
+                )
             _check_size(examples % settings.batch_size or settings.batch_size)
             batches = math.ceil(examples / settings.batch_size)
         if isinstance(batches, int):
@@ -100,11 +103,15 @@ class Progress:
         epoch alone. Raises `ValueError` if there are not as many as `Progress` was told.
         """
         if not isinstance(batches, Sequence):
-            advice = "a DataLoader is for load_batches"
-            raise ValueError(f"expected a list of batches of indices, not {batches!r}; {advice}")
+            raise ValueError(
+                f"expected a list of batches of indices, not {batches!r}; "
+                "a DataLoader is for load_batches"
+            )
         if len(batches) != self.batches_in_epoch:
-            told = f"Progress was told of {self.batches_in_epoch}: give it `batches`"
-            raise ValueError(f"epoch {self.epoch} has {len(batches)} batches, but {told}")
+            raise ValueError(
+                f"epoch {self.epoch} has {len(batches)} batches, but Progress was told of "
+                f"{self.batches_in_epoch}: give it `batches`"
+            )
         _check_size(min(map(len, batches)))
         done = self.batch - self._ends[self.epoch - 1]
         return batches[done : done + self.total_batches - self.batch]
@@ -155,7 +162,7 @@ class Progress:
 
     def print_epoch(self, results: Mapping[str, float]) -> None:
         """Print the epoch's training figures, the first two metrics and the monitored one."""
-        first = [f"valid/{name}" for name in list(self.session.directions)[:2]]
+        first = [f"valid/{name}" for name in list(self.session.config["metrics"])[:2]]
         shown = [
             f"{name} {value:.4f}"
             for name, value in results.items()
@@ -171,10 +178,12 @@ class Progress:
         """
         if not math.isfinite(loss):
             self.session.run.commit()
-            rate = f"learning rate {self.session.config['learning_rate']:g}"
-            when = f"in epoch {self.epoch} by step {self.step}, {rate}"
-            advice = "a lower --learning_rate may help"
-            raise UserError(f"the {name} loss is {loss} {when}; {advice}", status=1)
+            raise UserError(
+                f"the {name} loss is {loss} in epoch {self.epoch} by step {self.step}, "
+                f"learning rate {self.session.config['learning_rate']:g}; "
+                "a lower --learning_rate may help",
+                status=1,
+            )
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -188,10 +197,7 @@ class Progress:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.epoch = max(1, state["epoch"])
         if state["batches_in_epoch"] != self.batches_in_epoch:
-            before = state["batches_in_epoch"]
-            raise ValueError(
-                f"epoch {self.epoch} had {before} batches, not {self.batches_in_epoch}"
-            )
+            raise ValueError(f"epoch {self.epoch} had {state['batches_in_epoch']} batches")
         self.batch = state["batch"]
         self.step = state["step"]
 
@@ -199,8 +205,10 @@ class Progress:
 def _check_size(batch: int) -> None:
     ranks = distributed.world_size()
     if batch < ranks:
-        problem = f"{ranks} processes can't share a batch of {batch}"
-        raise UserError(f"{problem}: choose another --batch_size, or fewer processes")
+        raise UserError(
+            f"{ranks} processes can't share a batch of {batch}: "
+            "choose another --batch_size, or fewer processes"
+        )
 
 
 class Meter:
@@ -210,21 +218,19 @@ class Meter:
     """
 
     def __init__(self) -> None:
-        self._sums: dict[str, Tensor | float] = {}  # of this rank, since the last row: scalars
-        self._epoch: dict[str, float] = {}  # of all ranks, over the rows of the epoch
+        self._sums = Counter()  # of this rank, since the last row: numbers and scalar tensors
+        self._epoch = Counter()  # of all ranks, over the rows of the epoch: numbers
 
     def add(self, examples: int, /, **sums: Tensor | float) -> None:
         """Add a batch: how many examples this rank had, and sums (not means) over them.
 
         A mean is over the examples that were added with its name.
         """
-        self._add(sums | {f"{name}/examples": examples for name in sums})
-
-    def _add(self, sums: Mapping[str, Tensor | float]) -> None:
         for name, value in sums.items():
             if isinstance(value, Tensor):
                 value = value.detach().float()  # a long sum in bf16 would lose its last terms
-            self._sums[name] = self._sums.get(name, 0.0) + value
+            self._sums[name] = self._sums[name] + value  # += would change the tensor
+            self._sums[f"{name}/examples"] += examples
 
     def take_row(self) -> dict[str, float]:
         """Means over the examples of all ranks since the last call."""
@@ -232,17 +238,17 @@ class Meter:
         device = tensors[0].device if tensors else None
         sums = [torch.as_tensor(value, device=device) for value in self._sums.values()]
         own = dict(zip(self._sums, torch.stack(sums).float().tolist()))
-        self._sums = {}
-        row: dict[str, float] = {}
+        self._sums.clear()
+        row = Counter()
         for rank in distributed.gather(own):  # which may have other names
-            _add_up(row, rank)
-        _add_up(self._epoch, row)
+            row.update(rank)
+        self._epoch.update(row)
         return _means(row)
 
     def take_epoch(self) -> dict[str, float]:
         """Means over the rows since the last call."""
         means = _means(self._epoch)
-        self._epoch = {}
+        self._epoch.clear()
         return means
 
     def state_dict(self) -> dict[str, Any]:
@@ -251,19 +257,14 @@ class Meter:
 
     def load_state_dict(self, *states: Mapping[str, Any]) -> None:
         """Restore the state of a rank, or of several, whose sums are added up."""
-        self._sums = {}
-        self._epoch = dict(states[0]["epoch"])
+        self._sums.clear()
+        self._epoch = Counter(states[0]["epoch"])
         for state in states:
-            self._add(state["sums"])
+            self._sums.update(state["sums"])
 
 
-def _add_up(totals: dict[str, float], sums: Mapping[str, float]) -> None:
-    for name, value in sums.items():
-        totals[name] = totals.get(name, 0.0) + value
-
-
-def _means(sums: Mapping[str, float]) -> dict[str, float]:
-    counts = {name: sums.get(f"{name}/examples") for name in sums}
+def _means(sums: Counter[str]) -> dict[str, float]:
+    counts = {name: sums[f"{name}/examples"] for name in sums}
     return {name: sums[name] / count for name, count in counts.items() if count}
 
 

@@ -120,9 +120,7 @@ def status_of(action: Callable[[], Any]) -> int:
         message = f"process {os.environ['RANK']}: {message}"
     with contextlib.suppress(OSError):
         sys.stdout.flush()  # keeps this line last if both streams go to one file
-    line = re.sub(r"\s*\n\s*", " ", message.strip())
-    if len(line) >= 2000:
-        line = f"{line[:1000]} … {line[-500:]}"
+    line = re.sub(r"\s*\n\s*", " ", message.strip())[:1900]
     print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
     return status
 

@@ -44,10 +44,10 @@ class Session:
     """A run, on each rank; the fields for scripts come first, then those for the harness."""
 
     settings: Any  # final: those requested or, on resuming, those of the run
-    directions: Mapping[str, str]  # of the script's metrics: "min" or "max", for the report too
     stop_requests: StopRequests
     # For W&B, config.json and the checkpoint: the settings, with placeholders such as "auto"
-    # replaced by what was found. The script replaces its own, such as "dataset".
+    # replaced by what was found, and "metrics", the directions of the script's metrics. The script
+    # replaces its own settings, such as "dataset".
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
     device: torch.device | None = None
     checkpoint: Mapping[str, Any] | None = None  # to resume from; None for a new run
@@ -116,8 +116,11 @@ def open_session(
     keep_freed_memory()
     settings = requested
     # How long the other ranks wait for rank 0, which ends the W&B run.
-    finish_limit = tracking.FINISH_TIMEOUT[requested.log_model] + tracking.KILL_AFTER
-    last_wait = finish_limit + tracking.ARTIFACT_TIMEOUT
+    last_wait = (
+        tracking.FINISH_TIMEOUT[requested.log_model]
+        + tracking.KILL_AFTER
+        + tracking.ARTIFACT_TIMEOUT
+    )
     try:
         with (
             restoring_globals(),
@@ -127,7 +130,7 @@ def open_session(
             if distributed.rank() == 0:
                 opened = _open_on_rank_0(requested, task, directions, requests)
             else:
-                opened = _open_on_other_rank(requested, directions, requests)
+                opened = _open_on_other_rank(requested, requests)
             with opened as session:
                 settings = session.settings
                 yield session
@@ -184,14 +187,14 @@ def _open_on_rank_0(
         metrics = _finished_before(output_dir, settings, checkpoint)
         if metrics is not None:
             distributed.broadcast(None)
-            yield Session(settings, directions, requests, metrics=metrics, finished=True)
+            yield Session(settings, requests, metrics=metrics, finished=True)
             return
         device = find_device(settings.device)
         precision = find_precision(settings.precision, device)
         config = dataclasses.asdict(settings)
         config |= {"device": device.type, "precision": precision, "metrics": dict(directions)}
         distributed.broadcast((settings, config, checkpoint))
-        session = Session(settings, directions, requests, config, device, checkpoint, started)
+        session = Session(settings, requests, config, device, checkpoint, started)
         with session.exits:
             yield session
             if session.run is None:
@@ -203,19 +206,17 @@ def _open_on_rank_0(
 
 
 @contextlib.contextmanager
-def _open_on_other_rank(
-    requested: SharedSettings, directions: Mapping[str, str], requests: StopRequests
-) -> Iterator[Session]:
+def _open_on_other_rank(requested: SharedSettings, requests: StopRequests) -> Iterator[Session]:
     """With the settings and the checkpoint of rank 0; nothing is printed, logged or written."""
     with contextlib.redirect_stdout(io.StringIO()), distributed.deferring_to_rank_0():
         _check_leader(requested)
         received = distributed.broadcast()
         if not received:
-            yield Session(requested, directions, requests, finished=True)
+            yield Session(requested, requests, finished=True)
             return
         settings, config, checkpoint = received
         device = find_device(config["device"])
-        yield Session(settings, directions, requests, config, device, checkpoint)
+        yield Session(settings, requests, config, device, checkpoint)
 
 
 def _check_leader(requested: SharedSettings) -> None:
@@ -226,10 +227,11 @@ def _check_leader(requested: SharedSettings) -> None:
     (leader, leader_found), *others = distributed.gather((socket.gethostname(), found))
     hosts = [host for host, host_found in others if host_found]
     if hosts and not leader_found:
-        problem = f"is on {hosts[0]}, and {leader}, which has process 0, can't read it"
-        advice = f"--output_dir belongs on a shared disk, or --node-rank 0 on {hosts[0]}"
-        checkpoint = f"--resume: the checkpoint of {requested.output_dir}"
-        raise UserError(f"{checkpoint} {problem}: {advice}")
+        raise UserError(
+            f"--resume: the checkpoint of {requested.output_dir} is on {hosts[0]}, and {leader}, "
+            "which has process 0, can't read it: "
+            f"--output_dir belongs on a shared disk, or --node-rank 0 on {hosts[0]}"
+        )
 
 
 def _identify(requested: SharedSettings, task: str) -> dict[str, Any]:
@@ -244,13 +246,9 @@ def _identify(requested: SharedSettings, task: str) -> dict[str, Any]:
         "id": run_id,
         "output_dir": requested.output_dir or f"runs/{task}-{run_id}",
     }
-    if "/" in run_id:
-        raise UserError(f"--id: must not contain a slash, got {run_id!r}")
-    if WINDOWS and set(run_id) & set('<>:"\\|?*'):
+    wandb.Settings(run_id=run_id)  # raises wandb.errors.UsageError for what W&B would refuse
+    if WINDOWS and set(run_id) & set('<>"\\|*'):
         raise UserError(f"--id: no file can have this name on Windows: {run_id!r}")
-    for name in ("id", "output_dir"):
-        if identity[name].splitlines() != [identity[name]]:  # they stand in the last line of a run
-            raise UserError(f"--{name}: must be one line, got {identity[name]!r}")
     identity["wandb"] = wandb_service.find_mode(requested.wandb)
     if "WANDB_SWEEP_ID" in os.environ:  # W&B's agent has set them and warns about others
         identity |= {"project": None, "entity": None, "id": None}
@@ -279,8 +277,10 @@ def _settings_of(
             continue
         placeholder = None if name in identity else fields[name]["placeholder"]
         if name == "device" and value not in (used[name], placeholder):
-            change = "rounding and dropout differ"
-            print(f"The run was on {used[name]} and continues on {value}: {change}.")
+            print(
+                f"The run was on {used[name]} and continues on {value}: "
+                "rounding and dropout differ."
+            )
         elif name in identity or not fields[name]["may_change"]:
             taken[name] = used[name]
             if value not in (used[name], placeholder):
@@ -303,8 +303,9 @@ def _finished_before(
         last_step = checkpoint["position"]["step"]
         token = checkpoint["history"].get("token")
         if not wandb_service.is_complete(settings.id, token, settings.wandb, last_step):
-            problem = "is finished, but W&B does not have all of it"
-            print(f"{output_dir} {problem}: the end is repeated.")
+            print(
+                f"{output_dir} is finished, but W&B does not have all of it: the end is repeated."
+            )
             return None
     print(f"{output_dir} is finished: see {output_dir / METRICS}")
     return metrics
@@ -325,20 +326,17 @@ def _log_config(run: tracking.Run, config: Mapping[str, Any]) -> None:
     The token goes into the log of each process, even if the server has it.
     """
     known = run.wandb.config
-    changed = {
-        name: value
-        for name, value in config.items()
-        if name == wandb_service.TOKEN or known.get(name) != value
-    }
+    changed = {name: value for name, value in config.items() if known.get(name) != value}
+    changed[wandb_service.TOKEN] = config[wandb_service.TOKEN]
     known.update(changed, allow_val_change=True)
     if config["save_code"]:
         modules = list(sys.modules.values())
         imported = {os.path.realpath(getattr(module, "__file__", None) or "") for module in modules}
-
-        def included(path: str) -> bool:
-            return os.path.realpath(path) in imported and "site-packages" not in path
-
-        run.wandb.log_code(Path(__file__).parent.parent, include_fn=included)
+        run.wandb.log_code(
+            Path(__file__).parent.parent,
+            include_fn=lambda path: os.path.realpath(path) in imported,
+            exclude_fn=lambda path: "site-packages" in path,
+        )
 
 
 def _where_to_look(run: tracking.Run, output_dir: Path) -> str:

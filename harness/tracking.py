@@ -14,7 +14,6 @@ import tempfile
 import threading
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +104,6 @@ class Run:
         self.wandb = run  # for what this class does not offer
         self._token = token
         self._logs = logs
-        self.summary = _Summary(self)
         self.step = 0  # of the current row
         self.failed = False  # whether a failure of W&B was reported
         self.lost = False  # whether W&B's service is gone
@@ -228,11 +226,12 @@ class Run:
         with self._journal.open("ab") as journal:
             os.fsync(journal.fileno())
             length = journal.tell()
+        row = {name: value for name, value in self._row.items() if _is_plain(value)}
         return {
             "journal": length,
             "checksum": self._checksum,
             "step": self.step,
-            "row": {name: value for name, value in self._row.items() if _is_plain(value)},
+            "row": json.loads(json.dumps(row)),  # no subclasses, which could not be loaded
             "written": bool(self._ended),
             "token": self._token,
         }
@@ -257,18 +256,16 @@ class Run:
         if self.wandb.offline and self._wandb_step >= 0:
             for step in sorted(logged):  # an offline summary starts empty
                 if step <= self._wandb_step:
-                    self.summary.update(_public(logged[step][0]))
-        lost = [row for row in rows if row["step"] > self._wandb_step]
-        if lost and self.wandb.offline and not logged:
-            print("W&B's own log of this run is not in wandb/: its numbers are logged again.")
-        for row in lost:
+                    self.update_summary(_public(logged[step][0]))
+        for row in rows:
+            if row["step"] <= self._wandb_step:
+                continue
             values = row
             if row["step"] in logged:
                 values, directory = logged[row["step"]]
                 self._save_media(values, directory)
             self._send(_public(values), row["step"])
 
-    @logs_to_wandb
     def _save_media(self, values: Mapping[str, Any], directory: Path) -> None:
         """Save the files of a row that an earlier process logged."""
         for value in values.values():
@@ -276,10 +273,7 @@ class Run:
                 continue
             for name in [*value.get("filenames", ()), value.get("path", "")]:
                 if (directory / name).is_file():
-                    copy = Path(self.wandb.dir, name)
-                    copy.parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copyfile(directory / name, copy)
-                    self.wandb.save(copy, base_path=self.wandb.dir, policy="now")
+                    self.save(directory / name, name)
 
     @logs_to_wandb
     def call(self, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
@@ -291,15 +285,25 @@ class Run:
         """Add a tag to those of the run."""
         self.wandb.tags = tuple(dict.fromkeys((*(self.wandb.tags or ()), tag)))
 
+    @logs_to_wandb
+    def update_summary(self, values: Mapping[str, Any]) -> None:
+        """Set values in the summary of the W&B run."""
+        self.wandb.summary.update(values)
+
     def watch(self, model: nn.Module, **options: Any) -> None:
         """`wandb.Run.watch`: histograms of the model's gradients and parameters."""
         self.call(self.wandb.watch, model, **options)
 
     @logs_to_wandb
-    def save(self, path: Path) -> None:
-        """Save a copy of a file to the W&B run; `wandb.Run.save` alone would link to the file."""
+    def save(self, path: Path, name: str | None = None) -> None:
+        """Save a copy of a file to the W&B run; `wandb.Run.save` alone would link to the file.
+
+        `name`: its path in the run, by default its own name.
+        """
         if not self.wandb.disabled:
-            copy = shutil.copy(path, self.wandb.dir)
+            copy = Path(self.wandb.dir, name or path.name)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)
             self.wandb.save(copy, base_path=self.wandb.dir, policy="now", glob=False)
 
     def alert(self, title: str, text: str) -> None:
@@ -334,12 +338,10 @@ class Run:
         self, weights: Mapping[str, Tensor], metadata: Mapping[str, Any], is_best: bool
     ) -> None:
         """Log a state dict, as `log_model` does, in the file model.pt."""
-
-        def save(directory: Path) -> None:
-            on_cpu = {name: weight.cpu() for name, weight in weights.items()}
-            torch.save(on_cpu, directory / "model.pt")
-
-        self.log_model(save, metadata, is_best)
+        on_cpu = {name: weight.cpu() for name, weight in weights.items()}
+        self.log_model(
+            lambda directory: torch.save(on_cpu, directory / "model.pt"), metadata, is_best
+        )
 
     def _log_artifacts(self) -> None:
         while work := self._artifacts.get():
@@ -398,20 +400,6 @@ class Run:
             wandb_service.kill()
 
 
-class _Summary:
-    """The summary of a W&B run, isolated from training."""
-
-    def __init__(self, run: Run):
-        self._run = run
-        self._content = run.wandb.summary
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        self.update({name: value})
-
-    def update(self, values: Mapping[str, Any]) -> None:
-        self._run.call(self._content.update, values)
-
-
 def _plain_values(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Values as they are now, nested ones as outer.inner, as in W&B. Raises `LogError`."""
     plain = {}
@@ -429,24 +417,19 @@ def _plain_values(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]
 
 
 def _plain(value: Any, name: str) -> Any:
-    """A number or a text as Python's own, also from a tensor or an array; a copy of others."""
+    """A number of a tensor or an array as Python's own; a copy of a longer one."""
     if hasattr(value, "shape") and hasattr(value, "item"):
         if math.prod(value.shape) != 1:
             return value.detach().clone() if isinstance(value, Tensor) else value.copy()
         value = value.item()
     if isinstance(value, (list, tuple)):
         return [_plain(item, name) for item in value]
-    if value is None or isinstance(value, bool):
+    if value is None or isinstance(value, (int, float, str)):
         return value
-    if isinstance(value, int):
-        return int(value)
-    if isinstance(value, Real):
-        return float(value)
-    if isinstance(value, str):
-        return str.__str__(value)
     if not any(kind.__module__.startswith("wandb.") for kind in type(value).__mro__):
-        problem = f"{name!r} is of type {type(value).__name__}"
-        raise LogError(f"{problem}: use wandb.Image, wandb.Html or the like")
+        raise LogError(
+            f"{name!r} is of type {type(value).__name__}: use wandb.Image, wandb.Html or the like"
+        )
     return value
 
 
@@ -479,8 +462,11 @@ def rewind(journal: Path, state: Mapping[str, Any]) -> list[dict[str, float]]:
     if journal.is_file():
         content = journal.read_bytes()[: state["journal"]]
     if len(content) != state["journal"] or zlib.crc32(content) != state["checksum"]:
-        problem = "does not go with the checkpoint: rows are missing or damaged"
-        raise UserError(f"{journal} {problem}; choose another --output_dir", status=1)
+        raise UserError(
+            f"{journal} does not go with the checkpoint: "
+            "rows are missing or damaged; choose another --output_dir",
+            status=1,
+        )
     with replacing(journal) as temporary:
         temporary.write_bytes(content)
     return [json.loads(line) for line in content.splitlines()]
@@ -527,8 +513,10 @@ def start(
     if run.resumed:
         if run.config.get(wandb_service.TOKEN, token) != token:
             run.finish()
-            advice = "go on with --wandb offline, and upload with `wandb sync --id` and a new id"
-            raise UserError(f"W&B has another run with --id {settings.id}: {advice}")
+            raise UserError(
+                f"W&B has another run with --id {settings.id}: "
+                "go on with --wandb offline, and upload with `wandb sync --id` and a new id"
+            )
         wandb_step = run.starting_step - 1
     elif resuming and run.offline:
         # Rows of an online process may not have reached the server, unless it confirmed them.

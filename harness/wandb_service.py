@@ -71,9 +71,10 @@ def starting() -> Iterator[None]:
         if not raised_by_wandb(error) or type(error).__module__.startswith(clear):
             raise
         close()
-        problem = f"W&B can't start: {str(error) or type(error).__name__}"
-        advice = "see its environment variables and settings, or use --wandb disabled"
-        raise UserError(f"{problem}; {advice}") from None
+        raise UserError(
+            f"W&B can't start: {str(error) or type(error).__name__}; "
+            "see its environment variables and settings, or use --wandb disabled"
+        ) from None
 
 
 @starting()
@@ -118,9 +119,11 @@ def start() -> None:
     thread.start()
     thread.join(SERVICE_TIMEOUT)
     if thread.is_alive():
-        problem = f"W&B's service did not start within {SERVICE_TIMEOUT} seconds"
-        advice = "is there room in the temporary directory? --wandb disabled does without it"
-        raise UserError(f"{problem}: {advice}", 1)
+        raise UserError(
+            f"W&B's service did not start within {SERVICE_TIMEOUT} seconds: "
+            "is there room in the temporary directory? --wandb disabled does without it",
+            1,
+        )
     if errors:
         raise errors[0]
 
@@ -152,8 +155,10 @@ def find_caches() -> None:
                 probe.write(bytes(CACHE_BYTES))
         except OSError as error:
             os.environ[name] = tempfile.mkdtemp(prefix="wandb-")
-            problem = f"W&B can't write to {directory} ({error.strerror})"
-            print(f"{problem}: {name} is now {os.environ[name]}.")
+            print(
+                f"W&B can't write to {directory} ({error.strerror}): "
+                f"{name} is now {os.environ[name]}."
+            )
 
 
 def log_files(run_id: str, token: str | None) -> list[Path]:

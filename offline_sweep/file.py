@@ -53,11 +53,9 @@ class EarlyTerminate(Mapping):
 
         min_iter, min_iter * eta, ..., or the last s of ..., max_iter / eta^2, max_iter / eta.
         """
-        if self.max_iter is None or self.s is None:
+        if None in (self.max_iter, self.s):
             return [int(self.min_iter * self.eta**index) for index in range(100)]
-        steps = range(1, int(min(self.s, 99)) + 1)
-        rungs = [int(self.max_iter / self.eta**step) for step in steps]
-        return sorted(rung for rung in rungs if rung > 0)
+        return [int(self.max_iter / self.eta**step) for step in range(int(min(self.s, 99)), 0, -1)]
 
 
 class Sweep(Nested):
@@ -65,7 +63,7 @@ class Sweep(Nested):
 
     method: Literal["grid", "random", "bayes"]
     metric: Metric = Metric(name="")  # trials are ranked by nothing
-    early_terminate: EarlyTerminate = EarlyTerminate(type="hyperband", max_iter=0, s=0)  # none
+    early_terminate: EarlyTerminate | None = None
     command: list = DEFAULT_SWEEP_COMMAND
     run_cap: Annotated[int, Gt(0)] | None = None
     program: str | None = None
@@ -99,10 +97,10 @@ def read_sweep(path: Path) -> Sweep:
         # A trial's arguments and the storage hold what JSON can: a date becomes text.
         content = json.loads(json.dumps(content, default=str))
         sweep = Sweep.model_validate(content)
-        if not sweep.metric.name and (sweep.method == "bayes" or "early_terminate" in content):
+        rules = sweep.early_terminate
+        if not sweep.metric.name and (rules or sweep.method == "bayes"):
             raise ValueError("metric: bayes and early_terminate need one")
-        rules = content.get("early_terminate", {"min_iter": 1})
-        if "min_iter" not in rules and not ("max_iter" in rules and "s" in rules):
+        if rules and rules.min_iter is None and None in (rules.max_iter, rules.s):
             raise ValueError("early_terminate: needs min_iter, or max_iter and s")
         sweep.parameters = read_parameters(sweep.parameters, sweep.method)
     except (OSError, yaml.YAMLError, ValueError) as error:

@@ -164,11 +164,9 @@ def _read_parameter(content: dict[str, Any], method: str) -> Parameter:
         weights = parameter.probabilities
         if len(weights) != len(parameter.values) or not math.isclose(sum(weights), 1, rel_tol=1e-5):
             raise ValueError("probabilities: must be one for each value, with the sum 1")
-    elif isinstance(parameter, Choice):
-        values = parameter.values
-        if method != "grid" and len(choices(values)) < len(values):  # W&B draws each alike
-            weights = [1 / len(values)] * len(values)
-            return WeightedChoice(distribution=kind, values=values, probabilities=weights)
+    elif isinstance(parameter, Choice) and method == "grid":
+        distinct = {stored(value): value for value in parameter.values}
+        parameter.values = list(distinct.values())
     elif isinstance(parameter, Range):
         if parameter.min >= parameter.max:
             raise ValueError(f"min: must be below max, got {parameter.min}")
@@ -196,20 +194,17 @@ def _round(value: float) -> float:
     return int(value) if value.is_integer() else value
 
 
-def choices(values: list[Any]) -> dict[Any, Any]:
-    """The different values of a list, by what Optuna stores for them."""
-    stored = {}
-    for value in values:
-        is_plain = value is None or type(value) in (int, float, str)  # true would be equal to 1
-        stored[value if is_plain else json.dumps(value)] = value
-    return stored
+def stored(value: Any) -> Any:
+    """What Optuna stores for a value of a list."""
+    is_plain = value is None or type(value) in (int, float, str)  # true would be equal to 1
+    return value if is_plain else json.dumps(value)
 
 
 def optuna_distribution(parameter: Parameter) -> BaseDistribution:
     """The distribution that Optuna searches, of one value if it can't search the parameter's."""
     kind = parameter.distribution
     if isinstance(parameter, Choice):
-        return CategoricalDistribution(list(choices(parameter.values)))
+        return CategoricalDistribution([stored(value) for value in parameter.values])
     if isinstance(parameter, IntRange):
         return IntDistribution(parameter.min, parameter.max)
     if isinstance(parameter, Range):
@@ -232,8 +227,8 @@ def suggest(trial: Trial, name: str, parameter: Parameter) -> Any:
     if isinstance(parameter, WeightedChoice):
         return random.choices(parameter.values, parameter.probabilities)[0]
     if isinstance(parameter, Choice):
-        stored = trial.suggest_categorical(name, distribution.choices)
-        return choices(parameter.values)[stored]
+        choice = trial.suggest_categorical(name, distribution.choices)
+        return parameter.values[distribution.choices.index(choice)]
     low, high = distribution.low, distribution.high
     if isinstance(parameter, IntRange):
         return trial.suggest_int(name, low, high)

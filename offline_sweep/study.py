@@ -11,7 +11,7 @@ from typing import Any
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
-from optuna.pruners import BasePruner
+from optuna.pruners import BasePruner, NopPruner
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.storages import BaseStorage, RDBStorage, get_storage
 from optuna.study import Study
@@ -20,7 +20,7 @@ from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
 
 from harness.errors import UserError
 from offline_sweep.file import EarlyTerminate, Sweep
-from offline_sweep.parameters import Choice, Parameter, choices
+from offline_sweep.parameters import Choice, Parameter
 
 PATIENCE = 300.0  # seconds that a search waits for a database that does not answer
 FAILURES = (DBAPIError, StorageInternalError)
@@ -30,7 +30,6 @@ POSTGRESQL_LIMITS = {
     "tcp_user_timeout": 10_000,  # milliseconds
     "keepalives_idle": 5,
     "keepalives_interval": 2,
-    "keepalives_count": 3,
 }
 
 
@@ -75,7 +74,7 @@ class RetryingStorage:
 def value_count(parameter: Parameter) -> int:
     """The number of values of a parameter of a grid."""
     if isinstance(parameter, Choice):
-        return len(choices(parameter.values))
+        return len(parameter.values)
     return parameter.max - parameter.min + 1
 
 
@@ -136,7 +135,8 @@ def open_study(sweep: Sweep, url: str) -> tuple[Study, RetryingStorage]:
     """The sweep's study and its storage. Raises `UserError` if the storage can't be used."""
     patience = 0.0 if url.startswith("sqlite") else PATIENCE  # a damaged file does not recover
     storage = RetryingStorage(_connect(sweep, url), patience)
-    pruner = HyperbandPruner(sweep.early_terminate)
+    rules = sweep.early_terminate
+    pruner = HyperbandPruner(rules) if rules else NopPruner()
     study = optuna.load_study(study_name=sweep.name, storage=storage, pruner=pruner)
     definition = sweep.model_dump(
         include={"program", "project", "entity", "method", "early_terminate", "parameters"}

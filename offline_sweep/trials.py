@@ -9,7 +9,6 @@ import re
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -74,9 +73,9 @@ def check_command(sweep: Sweep) -> None:
     """Raise `UserError` if the sweep's command can't be started."""
     command = trial_command(sweep, {}, "")
     words = [word for word in command if word != "/usr/bin/env" and "=" not in word]
-    is_script = "${interpreter} ${program}" in " ".join(sweep.command)
-    is_missing = is_script and not os.path.isfile(str(sweep.program))
-    if is_missing or ("${program}" in sweep.command and sweep.program is None):
+    program = str(sweep.program)
+    is_found = os.path.isfile(program) or shutil.which(program)
+    if "${program}" in sweep.command and not is_found:
         raise UserError(f"program: must be an existing script, not {sweep.program!r}")
     if not words or not shutil.which(words[0]):
         raise UserError(f"command: can't be started: {system.shell_command(sweep.command)}")
@@ -93,18 +92,6 @@ def visible_gpus() -> list[str]:
     except OSError:
         return []
     return re.findall(r"^GPU (\d+):", listing, re.MULTILINE)
-
-
-def read_directory_id(directory: Path) -> str:
-    """The random id by which a storage knows a directory, whatever its host is called.
-
-    The first call creates it.
-    """
-    path = directory / "place"
-    with path.open("a") as file:
-        if not path.stat().st_size:
-            file.write(secrets.token_hex(8))
-    return path.read_text()[:16]  # of the first, if two searches started at the same moment
 
 
 def is_finite(value: Any) -> bool:
@@ -182,7 +169,6 @@ class Search:
     trial_count: int
     jobs: int
     seed: int | None
-    directory_id: str
     gpus: list[str]  # shared by the processes
     running: list[TrialProcess] = dataclasses.field(default_factory=list)
 
@@ -195,31 +181,33 @@ class Search:
         return [
             trial
             for trial in self.trials()[: self.trial_count]
-            if trial.state == TrialState.RUNNING
-            and trial.user_attrs.get("place") == self.directory_id
+            if trial.state == TrialState.RUNNING and self.lock_file(trial).exists()
         ]
 
     def start_next(self) -> bool:
         """Resume an unfinished trial or start a new one; False if there is nothing to start."""
         for trial in self.unfinished():
-            if self._start(trial.number):
+            if self._start(trial):
                 return True
         if len(self.trials()) >= self.trial_count:
             return False
-        # Unlike study.ask(), this creates the trial with its directory, so that no other search
+        # Unlike study.ask(), this creates the trial with its lock, so that no search elsewhere
         # takes it. The next call starts it.
-        attributes = {"place": self.directory_id}
-        self.study.add_trial(optuna.create_trial(state=TrialState.RUNNING, user_attrs=attributes))
+        attributes = {"lock": secrets.token_hex(6)}
+        trial = optuna.create_trial(state=TrialState.RUNNING, user_attrs=attributes)
+        self.lock_file(trial).touch()
+        self.study.add_trial(trial)
         return True
 
-    def _start(self, number: int) -> bool:
+    def _start(self, known: FrozenTrial) -> bool:
         """Start or resume a trial; False if a process runs it already, or if it has ended.
 
         Raises `UserError` if the command can't be started.
         """
         sweep = self.sweep
+        number = known.number
         try:
-            lock = os.fdopen(system.lock(sweep.directory / f"trial-{number}.lock"))
+            lock = os.fdopen(system.lock(self.lock_file(known)))
         except BlockingIOError:  # the process may be left from a search that was killed
             return False
         known = self.trials()[number]
@@ -231,10 +219,6 @@ class Search:
         study_id = self.storage.get_study_id_from_name(sweep.name)
         trial_id = self.storage.get_trial_id_from_study_id_trial_number(study_id, number)
         trial = optuna.Trial(self.study, trial_id)
-        # The W&B run id, and the name of the run's directory.
-        run_id = known.user_attrs.get("run") or f"{secrets.token_hex(3)}-{number}"
-        trial.set_user_attr("run", run_id)
-        trial.set_user_attr("host", f"{socket.gethostname()}:{Path.cwd()}")
         searched = known.user_attrs.get("parameters")
         if searched is None:
             random.seed(seed)
@@ -242,7 +226,8 @@ class Search:
             searched = {name: suggest(trial, name, parameter) for name, parameter in parameters}
             trial.set_user_attr("parameters", searched)
 
-        output_dir = sweep.directory / run_id
+        output_dir = self.output_dir(known)
+        trial.set_user_attr("run", output_dir.name)
         arguments = trial_arguments(sweep, searched)
         json_file = output_dir.with_suffix(".json")
         json_file.write_bytes(json.dumps(arguments).encode())
@@ -316,15 +301,14 @@ class Search:
             return self.study.tell(trial, state=TrialState.FAIL)
         return self.study.tell(trial, result)
 
-    def find_files(self, trial: FrozenTrial, suffix: str = "") -> str | None:
-        """The directory of a trial's run, or its file with a suffix.
+    def output_dir(self, trial: FrozenTrial) -> Path:
+        """The directory of a trial's run, on the machine that has run it."""
+        # A storage that fails may create two trials with the same lock.
+        return self.sweep.directory / f"{trial.user_attrs['lock']}-{trial.number}"
 
-        Prefixed with its host if it is in another directory; None if it is gone.
-        """
-        path = f"{self.sweep.directory / trial.user_attrs['run']}{suffix}"
-        if trial.user_attrs["place"] != self.directory_id:
-            return f"{trial.user_attrs['host']}/{path}"
-        return path if os.path.exists(path) else None
+    def lock_file(self, trial: FrozenTrial) -> Path:
+        """Locked by a trial's run; it exists in the directory in which the trial has started."""
+        return self.sweep.directory / f"{trial.user_attrs['lock']}.lock"
 
     def stop(self) -> None:
         """Ask the runs to write a checkpoint and stop; kill those that do not stop in time."""

@@ -8,18 +8,16 @@ from typing import Any
 
 from torch import Tensor
 
-from metrics import ConfusionMatrix
-from reporting.predictions import Predictions
 from reporting.runs import RunFiles, SeedGroups
 
 MAX_POINTS = 1000  # in a curve or chart
 Figure = dict[str, Any]  # data and layout of a chart, as plotly.js takes them
 
 
-def chart_text(string: str, longest: int = 48) -> str:
+def chart_text(string: str) -> str:
     """Text for plotly.js, which interprets HTML; a long string is shortened in the middle."""
-    if len(string) > longest:
-        string = f"{string[: longest // 2]}…{string[1 - longest // 2 :]}"
+    if len(string) > 48:
+        string = f"{string[:24]}…{string[-23:]}"
     return html.escape(string, quote=False)
 
 
@@ -50,31 +48,17 @@ def curves(runs: list[RunFiles], seed_groups: SeedGroups) -> dict[str, Any]:
         for i, members in enumerate(seed_groups.values()):
             points = band(members, name)
             if points:
-                steps, means, deviations, counts = zip(*points)
-                bands.append(
-                    {
-                        "group": i,
-                        "x": steps,
-                        "y": means,
-                        "sd": deviations,
-                        "n": counts,
-                    }
-                )
+                bands.append({"group": i, "points": points})
         metrics[name] = {"runs": lines, "groups": bands}
     group_names = []
-    group_of = {}
-    for i, (name, members) in enumerate(seed_groups.items()):
+    grouped = set()
+    for name, members in seed_groups.items():
         group_names.append(chart_text(f"{name} (n = {len(members)})"))
-        group_of.update((run.path, i) for run in members)
-    described = []
-    for run in runs:
-        described.append({"name": chart_text(run.label), "group": group_of.get(run.path)})
-    overview = []
-    for name in [*shown_first, *metrics]:
-        if name in metrics and name not in overview:
-            overview.append(name)
+        grouped.update(run.path for run in members)
+    shown = [{"name": chart_text(run.label), "isGrouped": run.path in grouped} for run in runs]
+    overview = [name for name in dict.fromkeys([*shown_first, *metrics]) if name in metrics]
     return {
-        "runs": described,
+        "runs": shown,
         "groups": group_names,
         "metrics": metrics,
         "overview": overview[:4],
@@ -104,36 +88,6 @@ def band(runs: list[RunFiles], name: str) -> list[tuple]:
     return points
 
 
-def titled(title: str, **options: Any) -> dict[str, Any]:
-    """The layout of a chart or an axis."""
-    return {"title": {"text": chart_text(title)}, **options}
-
-
-def confusion(predictions: Predictions) -> Figure:
-    """A confusion matrix with a row per label: shade and hover text give the share of the row."""
-    names = [chart_text(name, 20) for name in predictions.class_names]
-    matrix = ConfusionMatrix(len(names))
-    matrix.update(predictions.predictions, predictions.labels)
-    counts = matrix.counts
-    shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
-    heatmap = {
-        "type": "heatmap",
-        "z": shares.tolist(),
-        "text": counts.tolist(),
-        "x": names,
-        "y": names,
-        "texttemplate": "%{text}" if len(names) <= 20 else "",
-        "showscale": False,
-        "colorscale": [[0, "rgba(47,111,181,0)"], [1, "rgba(47,111,181,1)"]],
-        "hovertemplate": "label %{y}<br>prediction %{x}<br>"
-        "%{text} examples, %{z:.1%} of the label<extra></extra>",
-    }
-    xaxis = titled("prediction", type="category", showgrid=False)
-    yaxis = titled("label", type="category", showgrid=False, autorange="reversed")
-    layout = titled("Confusion matrix", xaxis=xaxis, yaxis=yaxis)
-    return {"data": [heatmap], "layout": layout}
-
-
 def against_diagonal(title: str, axes: dict[str, Tensor]) -> Figure:
     """A chart of one value against another, and a line on which both are equal."""
     (x_name, x), (y_name, y) = axes.items()
@@ -150,10 +104,10 @@ def against_diagonal(title: str, axes: dict[str, Tensor]) -> Figure:
         "y": [finite(value) for value in y.tolist()],
         "mode": "markers",
     }
-    layout = titled(
-        title,
-        showlegend=False,
-        xaxis=titled(x_name),
-        yaxis=titled(y_name),
-    )
+    layout = {
+        "title": {"text": title},
+        "showlegend": False,
+        "xaxis": {"title": {"text": x_name}},
+        "yaxis": {"title": {"text": y_name}},
+    }
     return {"data": [line, points], "layout": layout}

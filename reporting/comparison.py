@@ -11,6 +11,7 @@ from torch import Tensor
 from harness.errors import UserError
 from harness.files import list_names
 from metrics import (
+    COUNT_METRICS,
     EVALUATION_METRICS,
     evaluation,
     holm,
@@ -92,8 +93,7 @@ def difference(a: Predictions, b: Predictions) -> tuple[float, float, float]:
     name = base_name(a.run.monitor)
     positive = int(a.run.metrics.get("positive_label") != a.class_names[0])  # of two classes
 
-    metric = EVALUATION_METRICS.get(name)
-    if metric is None:
+    if name not in EVALUATION_METRICS:
         return UNKNOWN
 
     def figure(rows: Tensor) -> float:
@@ -109,9 +109,9 @@ def difference(a: Predictions, b: Predictions) -> tuple[float, float, float]:
         return UNKNOWN
     if name == "loss":
         return gap, *paired_bootstrap(a.losses, b.losses)
-    if metric.of_counts:
+    if name in COUNT_METRICS:
         predictions = (a.predictions, b.predictions)
-        return gap, *paired_bootstrap_counts(predictions, a.labels, metric.compute)
+        return gap, *paired_bootstrap_counts(predictions, a.labels, COUNT_METRICS[name])
     return gap, *paired_bootstrap(rows_a, rows_b, figure, resamples=200)  # it is slow
 
 
@@ -203,8 +203,6 @@ def disagreements(a: Predictions, b: Predictions) -> str:
             heading = f"{better.run.label} right, {worse.run.label} wrong: "
             chosen = better.correct & ~worse.correct
         chosen = largest_first(gain, chosen)
-        heading += f"{len(chosen):,} examples"
-        if len(chosen) > MOST_SHOWN:
-            heading += f", the {MOST_SHOWN} on which they differ most"
+        heading += f"{len(chosen):,} examples, here up to {MOST_SHOWN}, by how much they differ"
         content += f"<h3>{html.escape(heading)}</h3>{show_examples(worse, chosen, better)}"
     return content

@@ -3,6 +3,7 @@
 import html
 import json
 import secrets
+from collections.abc import Iterable
 from typing import Any
 
 from reporting.runs import format_value, is_number
@@ -15,16 +16,14 @@ def paragraph(content: str, css_class: str = "") -> str:
 
 def cell(value: Any) -> str:
     """A table cell. A number is sorted by its value."""
-    shown = format_value(value)
-    content = html.escape(shown)
+    content = html.escape(format_value(value))
     if is_number(value):
         exact = repr(value).replace("inf", "Infinity")
         return f'<td class="number" data-value="{exact}" title="{exact}">{content}</td>'
-    attribute = ' class="short"' if len(shown) <= 30 else ""
-    return f"<td{attribute}>{content}</td>"
+    return f"<td>{content}</td>"
 
 
-def table(header: list[str], rows: list[list[Any]]) -> str:
+def table(header: list[str], rows: Iterable[Iterable[Any]]) -> str:
     """A table that a click on a column head sorts."""
     head = "".join(f"<th>{html.escape(format_value(name))}</th>" for name in header)
     body = ""

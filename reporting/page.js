@@ -30,6 +30,7 @@ if (chart) {
   const curves = read("curves-data"), choice = document.getElementById("metric");
   const each = document.getElementById("each"), log = document.getElementById("log"), hidden = new Set();
   each.checked = curves.runs.length <= 5;
+  each.parentNode.hidden = !curves.groups.length;
   for (const name of ["Overview", ...Object.keys(curves.metrics)]) choice.add(new Option(name, name));
 
   function show() {
@@ -46,8 +47,9 @@ if (chart) {
       };
       layout["xaxis" + n] = { title: { text: "examples seen" } };
       layout["yaxis" + n] = { title: { text: name }, type: log.checked ? "log" : "linear" };
-      for (const { group, x, y, sd, n } of metric.groups) {
+      for (const { group, points } of metric.groups) {
         const key = "group" + group, color = palette[group % palette.length];
+        const [x, y, sd, n] = [0, 1, 2, 3].map((column) => points.map((point) => point[column]));
         const edge = (sign) => y.map((value, j) => value + sign * sd[j]);
         add(key, "", { x: [...x, ...x.toReversed()], y: [...edge(1), ...edge(-1).reverse()], fill: "toself",
           fillcolor: color + "30", line: { width: 0 }, mode: "lines", hoverinfo: "skip" });
@@ -56,8 +58,8 @@ if (chart) {
           hovertemplate: "%{x:,} examples<br>%{y:.4g} ± %{customdata[0]:.2g} (n = %{customdata[1]})" });
       }
       for (const { run, x, y } of metric.runs) {
-        const { name: label, group } = curves.runs[run];
-        if (group !== null && !each.checked) continue;
+        const { name: label, isGrouped } = curves.runs[run];
+        if (isGrouped && !each.checked) continue;
         const color = palette[(run + curves.groups.length) % palette.length];
         add("run" + run, label, { x, y, line: { color, width: 1.6 }, mode: x.length > 40 ? "lines" : "lines+markers",
           hovertemplate: "%{x:,} examples<br>%{y:.4g}" });

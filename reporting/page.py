@@ -3,7 +3,6 @@
 import base64
 import html
 import secrets
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from plotly.offline import get_plotlyjs
 
 from harness.errors import UserError
 from metrics import calibration
-from reporting.charts import MAX_POINTS, against_diagonal, confusion, curves
+from reporting.charts import MAX_POINTS, against_diagonal, curves
 from reporting.comparison import compare_runs
 from reporting.markup import chart, embedded_json, paragraph, table
 from reporting.predictions import (
@@ -20,7 +19,7 @@ from reporting.predictions import (
     read_predictions,
     show_examples,
 )
-from reporting.runs import RunFiles, SeedGroups, format_value, run_table, seed_table
+from reporting.runs import RunFiles, SeedGroups, run_table, seed_table
 from reporting.sweep import show_sweep
 
 # Only the page's own scripts may run, and nothing is fetched. plotly.js needs 'unsafe-eval' for
@@ -34,26 +33,21 @@ BEGINNING = '<!doctype html>\n<html lang="en"><head><meta name="generator" conte
 
 
 def make_page(
-    runs: list[RunFiles], seed_groups: SeedGroups, studies: dict[Path, Any], problems: list[str]
+    runs: list[RunFiles], seed_groups: SeedGroups, studies: list[Any], problems: list[str]
 ) -> str:
-    """The page on `runs`, the best first, and on the sweeps' Optuna `studies` by directory.
+    """The page on `runs`, the best first, and on the sweeps' Optuna `studies`.
 
     It begins with `problems`, which say what could not be read.
     """
     title = runs[0].label if len(runs) == 1 else f"{len(runs)} runs"
-    if studies:
-        title = ", ".join(f"Sweep {format_value(study.study_name)}" for study in studies.values())
-    states = Counter(run.state for run in runs)
-    counts = [f"{number} {state}" for state, number in states.items()]
-    content = paragraph(f"{', '.join(counts)}.")
+    content = ""
     for problem in problems:
         content += paragraph(problem, "soft")
-    for study in studies.values():
+    for study in studies:
         content += show_sweep(study)
     content += show_runs(runs, seed_groups)
     content += show_curves(runs, seed_groups)
     content += compare_runs(runs, seed_groups) if len(runs) > 1 else show_run(runs[0])
-    content += every_figure(runs)
     style = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
     code = Path(__file__).with_name("page.js").read_text(encoding="utf-8")
     nonce = secrets.token_urlsafe(16)
@@ -75,8 +69,7 @@ def show_runs(runs: list[RunFiles], seed_groups: SeedGroups) -> str:
         "The best by the monitored metric is first. Settings that are the same in all runs, or "
         "concern only logging, are left out. Figures are those of the best epoch; of a run that "
         "has not finished, the best so far; without validation data, of the last epoch. Validation "
-        "data chose the epoch: figures under valid/, and their intervals (_low to _high), are too "
-        "optimistic. A click on a head sorts."
+        "data chose the epoch: figures under valid/ are too optimistic. A click on a head sorts."
     )
     content = f"<h2>Runs</h2>{paragraph(remark, 'soft')}{table(header, rows)}"
     if seed_groups:
@@ -96,16 +89,13 @@ def show_curves(runs: list[RunFiles], seed_groups: SeedGroups) -> str:
         return ""
     remark = (
         "Drag to zoom, double-click to zoom out. A click in the legend hides or shows a run. "
-        f"Of curves of more than {MAX_POINTS:,} points, some at equal distances are drawn."
+        f"Of curves of more than {MAX_POINTS:,} points, some at equal distances are drawn. Lines "
+        "with a band are the mean ± standard deviation over seeds."
     )
-    hidden = " hidden"
-    if seed_groups:
-        remark += " Lines with a band are the mean ± standard deviation over seeds."
-        hidden = ""
     return f"""<h2>Curves</h2>{paragraph(remark, "soft")}
 <div class="controls"><label>Metric <select id="metric"></select></label>
 <label><input type="checkbox" id="log"> log scale</label>
-<label{hidden}><input type="checkbox" id="each"> each seed, too</label></div>
+<label><input type="checkbox" id="each"> each seed, too</label></div>
 <div id="curves"></div>{embedded_json("curves-data", data)}"""
 
 
@@ -115,15 +105,11 @@ def show_run(run: RunFiles) -> str:
         content = show_predictions(read_predictions(run))
     except UserError as reason:
         content = paragraph(f"No predictions to show: {reason}.", "soft")
-    pictures = sorted(run.path.glob("*.png"))
-    if pictures:
-        content += "<h2>Pictures</h2>"
-    for path in pictures:
+    for path in sorted(run.path.glob("*.png")):
         data = base64.b64encode(path.read_bytes()).decode()
         name = html.escape(path.name)
         content += f'<img alt="{name}" title="{name}" src="data:image/png;base64,{data}">'
-    rows = [[name, format_value(value)] for name, value in run.config.items()]
-    settings = table(["setting", "value"], rows)
+    settings = table(["setting", "value"], run.config.items())
     return f"{content}<h2>Settings</h2>{settings}"
 
 
@@ -134,22 +120,16 @@ def show_predictions(predictions: Predictions) -> str:
     if predictions.probabilities is None:
         drawn = slice(MAX_POINTS)
         axes = {"target": labels[drawn], "prediction": predictions.predictions[drawn]}
-        charts = chart(against_diagonal("Predictions", axes))
+        title = "Predictions"
         heading = "Largest errors"
     else:
         counts, confidences, accuracies = calibration(predictions.probabilities, labels)
         drawn = counts > 0
         axes = {"mean probability": confidences[drawn], "accuracy": accuracies[drawn]}
-        charts = chart(confusion(predictions)) + chart(against_diagonal("Calibration", axes))
+        title = "Calibration"
         heading = f"Worst of {len(wrong):,} mistakes in {len(labels):,} examples"
     examples = show_examples(predictions, wrong)
     validated = any(name.startswith("valid/") for name in predictions.run.best)
-    title = f"Predictions of the {'validation' if validated else 'test'} data"
-    return f'<h2>{title}</h2><div class="pair">{charts}</div><h3>{heading}</h3>{examples}'
-
-
-def every_figure(runs: list[RunFiles]) -> str:
-    """All figures of all runs, for those who miss one above."""
-    names = sorted(set().union(*(run.best for run in runs)) - {"epoch", "step"})
-    rows = [[run.label, *(run.best.get(name) for name in names)] for run in runs]
-    return f"<details><summary>Every figure</summary>{table(['run', *names], rows)}</details>"
+    part = "validation" if validated else "test"
+    drawing = chart(against_diagonal(title, axes))
+    return f"<h2>Predictions of the {part} data</h2>{drawing}<h3>{heading}</h3>{examples}"

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from harness.errors import UserError
 from metrics import ConfusionMatrix, calibration
-from reporting.markup import paragraph, table
+from reporting.markup import table
 from reporting.runs import RunFiles, format_value
 
 csv.field_size_limit(2**31 - 1)  # the default is 131,072 characters
@@ -119,8 +119,6 @@ def show_examples(
 
     `other` adds a column: what another run predicts, of classes the probability of the label.
     """
-    if not indices:
-        return paragraph("None.", "soft")
     labels = predictions.labels.tolist()
     columns = dict(predictions.texts) or {"example": range(len(labels))}
     if predictions.probabilities is None:

@@ -17,7 +17,7 @@ from harness.files import read_json
 from harness.options import SharedSettings
 
 KEY_METRICS = 2  # of those that a script declares, shown beside the monitored one
-SEED_AND_REMARKS = ("seed", "name", "notes", "tags")  # may differ within a group of seeds
+SEED_AND_REMARKS = ("seed", "notes", "tags")  # may differ within a group of seeds
 
 
 @dataclasses.dataclass
@@ -30,8 +30,7 @@ class RunFiles:
     rows: list[dict[str, float]]  # of the journal, numbers only
     metrics: dict[str, Any] | None  # None until the run has finished
     notes: list[str]  # what is wrong with the files
-    state: str = "finished"  # or "under way", "died", "pruned", "failed"
-    detail: str = ""  # follows the state in tables: the step it has reached, or the error
+    state: str = "finished"  # or "under way", "died", "pruned", "failed", and a detail
 
     @property
     def monitor(self) -> str:
@@ -82,7 +81,7 @@ class RunFiles:
     @property
     def settings(self) -> dict[str, Any]:
         """The settings that may tell runs apart."""
-        hidden = {"metrics", "run_token"}
+        hidden = {"metrics", "run_token", "name"}
         for option in dataclasses.fields(SharedSettings):
             if not option.metadata["tells_apart"]:
                 hidden.add(option.name)
@@ -144,12 +143,9 @@ def holds_run(directory: Path) -> bool:
 
 def read_run(path: Path) -> RunFiles:
     """The run in a directory; its notes list the files that are missing or unreadable."""
-    config = read_json(path / CONFIG)
+    config = read_json(path / CONFIG) or {}
     metrics = read_json(path / METRICS)
     notes = []
-    if config is None:
-        notes.append(f"no readable {CONFIG}")
-        config = {}
     versions = config.pop("versions", None)
     if isinstance(versions, dict):
         for library, version in versions.items():
@@ -160,9 +156,9 @@ def read_run(path: Path) -> RunFiles:
     label = format_value(config.get("name") or path.resolve().name)
     run = RunFiles(path, label, config, rows, metrics, notes)
     if metrics is None:
-        run.state = "under way" if is_locked(path) else "died"
+        state = "under way" if is_locked(path) else "died"
         last_step = rows[-1]["step"] if rows else 0
-        run.detail = f" at step {last_step:,.0f}"
+        run.state = f"{state} at step {last_step:,.0f}"
     return run
 
 
@@ -193,13 +189,13 @@ def is_locked(directory: Path) -> bool:
     return False
 
 
-def differing(runs: list[RunFiles], ignored: Iterable[str] = ()) -> list[str]:
-    """The names of the settings, save `ignored`, that differ between the runs that have them."""
+def differing(runs: list[RunFiles]) -> list[str]:
+    """The names of the settings that differ between the runs that have them."""
     values = defaultdict(set)
     for run in runs:
         for name, value in run.settings.items():
             values[name].add(json.dumps(value, sort_keys=True))
-    return [name for name, distinct in values.items() if len(distinct) > 1 and name not in ignored]
+    return [name for name, distinct in values.items() if len(distinct) > 1]
 
 
 def groups(runs: list[RunFiles]) -> SeedGroups:
@@ -214,7 +210,8 @@ def groups(runs: list[RunFiles]) -> SeedGroups:
             settings.pop(name, None)
         by_settings[json.dumps(settings, sort_keys=True)][seed] = run
     seeded = [list(members.values()) for members in by_settings.values() if len(members) > 1]
-    names = differing([members[0] for members in seeded], SEED_AND_REMARKS)
+    differences = differing([members[0] for members in seeded])
+    names = [name for name in differences if name not in SEED_AND_REMARKS]
     named = {}
     for members in seeded:
         first = members[0]
@@ -245,11 +242,11 @@ def format_mean(values: list[float]) -> str:
 
 def run_table(runs: list[RunFiles]) -> Table:
     """Header and rows: the settings that differ, and the figures."""
-    settings = differing(runs, ["name"])
+    settings = differing(runs)
     figures = shown_figures(runs)
     rows = []
     for run in runs:
-        row = [run.label, run.state + run.detail]
+        row = [run.label, run.state]
         row += map(run.settings.get, settings)
         row += map(run.best.get, ["epoch", *figures, "seconds"])
         rows.append(row)

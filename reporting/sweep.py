@@ -1,5 +1,6 @@
 """Shows a sweep of sweep_offline.py, from its Optuna study."""
 
+import html
 import json
 from collections import Counter
 from pathlib import Path
@@ -8,16 +9,9 @@ from urllib.parse import quote
 
 from harness.errors import UserError
 from reporting.markup import chart, paragraph
-from reporting.runs import RunFiles, base_name
+from reporting.runs import RunFiles, base_name, format_value
 
 ENOUGH_TRIALS = 20  # complete ones; importances of fewer are chance
-STATES = {
-    "COMPLETE": "complete",
-    "PRUNED": "pruned",
-    "FAIL": "failed",
-    "RUNNING": "under way",
-    "WAITING": "waiting",
-}
 
 
 def open_study(directory: Path, runs: list[RunFiles]) -> Any:
@@ -54,9 +48,8 @@ def open_study(directory: Path, runs: list[RunFiles]) -> Any:
             run.config = trial.user_attrs.get("parameters", {}) | run.config
             if trial.state.name == "PRUNED":
                 run.state = "pruned"
-            elif trial.state.name == "FAIL":
-                run.state = "failed"
-                run.detail = f": {trial.user_attrs.get('error', 'no reason is known')}"
+            elif "error" in trial.user_attrs:
+                run.state = f"failed: {trial.user_attrs['error']}"
     return study
 
 
@@ -65,29 +58,22 @@ def show_sweep(study: Any) -> str:
     from optuna import importance, visualization
 
     metric = study.user_attrs["sweep"]["metric"]
-    states = Counter(trial.state.name for trial in study.trials)
-    counts = [f"{states[state]} {name}" for state, name in STATES.items() if state in states]
-    content = paragraph(f"{len(study.trials)} trials: {', '.join(counts)}.")
-    if not metric or not states["COMPLETE"]:
+    states = Counter(trial.state.name.lower() for trial in study.trials)
+    counts = [f"{count} {state}" for state, count in states.items()]
+    content = f"<h2>Sweep {html.escape(format_value(study.study_name))}</h2>"
+    content += paragraph(f"{len(study.trials)} trials: {', '.join(counts)}.")
+    if not metric or not states["complete"]:
         return content
-    figures = {
-        "Values of the complete trials": visualization.plot_optimization_history(
-            study, target_name=metric
-        ),
-        "Each parameter against the metric, complete trials": visualization.plot_slice(
-            study, target_name=metric
-        ),
-        "Complete trials: a line from each parameter's value to the next": (
-            visualization.plot_parallel_coordinate(study, target_name=metric)
-        ),
-    }
-    if states["COMPLETE"] >= ENOUGH_TRIALS:
+    figures = [
+        visualization.plot_optimization_history(study, target_name=metric),
+        visualization.plot_slice(study, target_name=metric),
+        visualization.plot_parallel_coordinate(study, target_name=metric),
+    ]
+    if states["complete"] >= ENOUGH_TRIALS:
         # Optuna's default is the best tenth: two trials of twenty.
         evaluator = importance.PedAnovaImportanceEvaluator(target_quantile=0.5)
-        title = "Importance: each parameter's share in reaching the better half"
-        figures[title] = visualization.plot_param_importances(study, evaluator=evaluator)
-    for title, figure in figures.items():
-        figure.layout.title = title
+        figures.append(visualization.plot_param_importances(study, evaluator=evaluator))
+    for figure in figures:
         figure.layout.width = None  # that of the page
         content += chart(json.loads(figure.to_json()))
     return content

@@ -1,6 +1,5 @@
 """Find and load an encoder and its tokenizer: from a directory, the Hub, or with random weights."""
 
-import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -289,35 +288,6 @@ def attribute(
     except (NotImplementedError, TypeError, ValueError):  # T5 and BART, Longformer, others
         return None
     return (gradient * embedded).sum(-1)[0].detach().cpu()
-
-
-def words_of(
-    tokenizer: PreTrainedTokenizerBase, sentence: Text, length: int
-) -> list[tuple[str, list[int]]]:
-    """The words of a sentence or a pair as written, each with the indices of its tokens.
-
-    Only the first `length` tokens exist: a word that was truncated has none. Special tokens belong
-    to no word. A tokenizer written in Python gives its tokens instead.
-    """
-    texts = [sentence] if isinstance(sentence, str) else sentence
-    encoded = tokenizer(
-        *texts, truncation=True, max_length=length, return_offsets_mapping=tokenizer.is_fast
-    )
-    if not tokenizer.is_fast:  # it doesn't report which characters a token comes from
-        tokens = tokenizer.convert_ids_to_tokens(encoded["input_ids"])
-        return [(token, [index]) for index, token in enumerate(tokens)]
-    words = []
-    spans = []
-    for sequence, (start, end) in zip(encoded.sequence_ids(), encoded["offset_mapping"]):
-        shift = len(texts[0]) + 1 if sequence == 1 else 0  # the second text follows the first
-        spans.append((start + shift, end + shift))
-    for word in re.finditer(r"\S+", " ".join(texts)):
-        word_start, word_end = word.span()
-        indices = [
-            i for i, (start, end) in enumerate(spans) if start < word_end and end > word_start
-        ]
-        words.append((word.group(), indices))
-    return words
 
 
 def train_used_rows(model: PreTrainedModel, tokens: list[Tensor]) -> None:

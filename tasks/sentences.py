@@ -106,12 +106,11 @@ def _label_order(label: str) -> tuple[bool, float, str]:
 
 def synthetic_sentences(train: int = 12_000, valid: int = 1_000) -> Corpus:
     """Minimal pairs of the built-in grammar; the parts have no sentence in common."""
-    sentences = []
-    rules = []
+    rows = []
     for acceptable, unacceptable, rule in minimal_pairs((train + valid) // 2):
-        sentences += [acceptable, unacceptable]
-        rules += [rule, rule]
-    labels = ["acceptable", "unacceptable"] * (len(rules) // 2)
-    train_part = Sentences(sentences[:train], labels[:train], rules[:train])
-    valid_part = Sentences(sentences[train:], labels[train:], rules[train:])
+        rows.append((acceptable, "acceptable", rule))
+        rows.append((unacceptable, "unacceptable", rule))
+    columns = [list(column) for column in zip(*rows)]
+    train_part = Sentences(*(column[:train] for column in columns))
+    valid_part = Sentences(*(column[train:] for column in columns))
     return Corpus("synthetic", train_part, valid_part, {}, ACCEPTABILITY, [])

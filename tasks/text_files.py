@@ -16,8 +16,16 @@ from harness.options import option
 
 # Names of columns that need no option.
 TEXTS = (
-    *("sentence", "text", "review", "comment", "content"),
-    *("document", "tweet", "message", "title", "v2"),
+    "sentence",
+    "text",
+    "review",
+    "comment",
+    "content",
+    "document",
+    "tweet",
+    "message",
+    "title",
+    "v2",
 )
 LABELS = ("label", "class", "category", "sentiment", "target", "stars", "v1")
 PAIRS = {  # as in the tasks of GLUE
@@ -82,7 +90,7 @@ def read_parts(paths: list[Path], own: OwnFiles) -> list[Sentences]:
         names = [name.strip().casefold() for name in rows[0][1]]
         chosen = _choose_columns(names, own, path)
         columns = list(chosen.values())
-        part = _take_columns(rows[1:], names, columns, path, own.drop_missing, labels, paths[0])
+        part = _take_columns(rows[1:], names, columns, path, own, labels)
         if not parts:
             _check_labels(part.labels, columns[-1], path)
             if columns != ["sentence", "label"]:
@@ -247,9 +255,8 @@ def _take_columns(
     names: list[str],
     chosen: list[str],
     path: Path,
-    drop_missing: bool,
+    own: OwnFiles,
     known_labels: set[str],
-    train_file: Path,
 ) -> Sentences:
     """The sentences of a file; its name is their source if it has no column for that."""
     part = Sentences([], [], [])
@@ -263,7 +270,7 @@ def _take_columns(
             missing.append(line)
             continue
         if known_labels and label not in known_labels:
-            problem = f"the label {label!r} does not occur in {train_file}"
+            problem = f"the label {label!r} does not occur in {own.train_file}"
             raise UserError(f"{path}, row {line}: {problem}")
         part.sentences.append(tuple(texts) if len(texts) == 2 else texts[0])
         part.labels.append(label)
@@ -273,7 +280,7 @@ def _take_columns(
         problem = (
             f"text or label missing in {len(missing)} of {len(rows)} rows, first in row {first}"
         )
-        if not drop_missing or not part.labels:
+        if not own.drop_missing or not part.labels:
             raise UserError(f"{path}: {problem}; --drop_missing leaves them out")
         print(f"{path}: {problem}; left out")
     return part

@@ -489,11 +489,6 @@ def test_pairs_are_tokenised_as_transformers_does():
     tokenizer.model_input_names = ["input_ids", "attention_mask"]  # like RoBERTa's
     tokenised = batching.tokenise(PAIRS, [0, 1, 0], tokenizer, 32, torch.device("cpu"))
     assert "token_type_ids" not in batching.inputs_of(tokenised, torch.arange(3))
-    shown = encoders.words_of(tokenizer, PAIRS[1], 32)
-    assert [word for word, _ in shown] == " ".join(PAIRS[1]).split()
-    tokens = tokenizer.convert_ids_to_tokens(tokenizer(*PAIRS[1])["input_ids"])
-    texts = ["".join(tokens[i] for i in indices).replace("##", "") for _, indices in shown]
-    assert texts == [word.lower() for word, _ in shown]
 
 
 def test_run_on_pairs(tmp_path):
@@ -509,7 +504,7 @@ def test_run_on_pairs(tmp_path):
     assert [(row["sentence"], row["sentence2"]) for row in predictions] == PAIRS * 4
     wrong = [row for row in predictions if row["label"] != row["prediction"]]
     page = (run.files / "attributions.html").read_text()
-    assert page.count(">asleep?</span>") == sum(row["sentence2"] == PAIRS[0][1] for row in wrong)
+    assert page.count(">asleep</span>") == sum(row["sentence2"] == PAIRS[0][1] for row in wrong)
     ends = [row for row in run.history if "valid/mistakes.path" in row]
     mistakes = json.loads(
         (tmp_path / "wandb/latest-run/files" / ends[-1]["valid/mistakes.path"]).read_text()

@@ -180,7 +180,7 @@ from harness import progress
 progress.Best.state_dict = lambda best: {"epoch": 0, "value": np.float64(1), "weights": {}}
 """
     out = start_changed(tmp_path, change).communicate(timeout=100)[0].decode()
-    assert "error: the state of 'best' can't be loaded again from a checkpoint" in out
+    assert "error: the state of training can't be loaded again from a checkpoint" in out
     assert "Traceback" not in out and not (tmp_path / "out/checkpoint.pt").exists()
 
 
@@ -188,7 +188,7 @@ progress.Best.state_dict = lambda best: {"epoch": 0, "value": np.float64(1), "we
     ("content", "message"),
     [
         ([1, 2], "it is not a checkpoint of this script"),
-        ({"model": {}}, "it has no 'position'"),
+        ({"model": {}}, "it has no data, history, position and 2 more"),
         (torch.zeros(3), "it is not a checkpoint of this script"),
     ],
 )

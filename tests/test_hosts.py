@@ -191,4 +191,7 @@ def test_what_ends_a_run_ends_it_on_both_hosts(hosts):
         assert (
             "stopped by a communication failure between processes (Timed out waiting 8000ms" in text
         )
-        assert "--peer_timeout is the limit). To go on: the same command on every host" in text
+        assert (
+            "--peer_timeout is the limit). To go on: on every host, torchrun with the same options"
+            in text
+        )

@@ -416,19 +416,6 @@ def test_page_without_attributions_says_so_once(tmp_path, monkeypatch):
     assert page.count("No attributions") == 1
 
 
-def test_words_are_put_together_from_their_pieces():
-    tokenizer = make_tokenizer()
-    sentence = "Unaffable  boys, don't sleep."
-    words = encoders.words_of(tokenizer, sentence, 32)
-    assert " ".join(word for word, _ in words) == " ".join(sentence.split())
-    pieces = tokenizer.convert_ids_to_tokens(tokenizer(sentence)["input_ids"])
-    assert [place for _, places in words for place in places] == list(
-        range(1, len(pieces) - 1)
-    )  # not [CLS] and [SEP]
-    assert len(words[0][1]) > 1, "choose another word: this one is in one piece"
-    assert [places for _, places in encoders.words_of(tokenizer, sentence, 3)][1:] == [[], [], []]
-
-
 def test_tokenizer_with_neither_padding_nor_end(tmp_path):
     model, tokenizer = make_gpt2()
     tokenizer.eos_token = None

@@ -262,7 +262,7 @@ def test_another_run_in_its_place_on_the_server_is_refused(copied):
     with serving() as server:
         server.run("same")["config"]["run_token"] = {"value": "of another run"}
         server.history["same"] = {0: {"_step": 5000}}
-        refused = resume(copied, **server.environment())
+        refused = resume(copied, "--wandb", "online", **server.environment())
         assert len(server.rows("same")) == 1
     assert refused.status == 2 and "Traceback" not in refused.out
     assert "error: W&B has another run with --id same: go on" in refused.out.splitlines()[-1]

@@ -120,7 +120,7 @@ from wandb.agents import pyagent
 pyagent.Agent.HEARTBEAT_SLEEP_SECONDS = 1
 sweep_id = wandb.sweep(yaml.safe_load(open({str(REPO / "sweep.yaml")!r})), project="cola")
 results, loads, load = [], [], train_cola.load
-train_cola.load = lambda settings: loads.append(settings.seed) or load(settings)
+train_cola.load = lambda session: loads.append(session.settings.seed) or load(session)
 wandb.agent(sweep_id, function=lambda: results.append(train_cola.main([])), count=5, project="cola", entity="tester")
 json.dump([results, loads], open("results.json", "w"))
 """
@@ -439,9 +439,8 @@ def recorded_search(cwd: Path, sweep: str, count: int, state: TrialState) -> opt
             suggest(trial, name, parameter)
         for name, value in {
             "parameters": trial.params,
+            "lock": "r",
             "run": f"r-{number}",
-            "place": "this directory",
-            "host": "this host",
         }.items():
             trial.set_user_attr(name, value)
         complete = state == TrialState.COMPLETE

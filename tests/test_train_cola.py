@@ -570,18 +570,18 @@ def test_attributions_show_the_20_most_confident_mistakes(small_cola):
     mistakes = json.loads(media(small_cola, small_cola.best, "valid/mistakes"))["data"]
     for paragraph, (sentence, _, label, prediction, probability, *_) in zip(paragraphs, mistakes):
         assert f"{label} taken for {prediction}, {100 * probability:.1f}%" in paragraph
-        words = re.findall(r"<span [^>]*>([^<]*)</span>", paragraph)
-        assert " ".join(words) == sentence
+        tokens = re.findall(r"<span [^>]*>([^<]*)</span>", paragraph)
+        assert (tokens[0], tokens[-1]) == ("[CLS]", "[SEP]")
+        text = "".join(tokens[1:-1]).replace("##", "")
+        assert text == sentence.lower().replace(" ", "")
         shades = [float(s) for s in re.findall(r"rgba\(\d+, \d+, \d+, ([\d.]+)\)", paragraph)]
         scores = [float(s) for s in re.findall(r'title="([-+.\d]+)"', paragraph)]
-        assert len(words) == len(shades) == len(scores) and max(shades) == 1
+        assert len(tokens) == len(shades) == len(scores) and max(shades) == 1
         assert shades == pytest.approx([abs(s) / max(map(abs, scores)) for s in scores], abs=0.02)
 
 
 def test_attributions_escape_html():
-    page = train_cola.viz.shaded_words(
-        [("<script>", 1.0), ("&", -2.0), ('"', 0.0)], "<b> taken for a"
-    )
+    page = train_cola.viz.shaded_tokens(["<script>", "&", '"'], [1.0, -2.0, 0.0], "<b> taken for a")
     assert "<script>" not in page and "<b>" not in page
     assert html.unescape(re.sub(r"<[^>]*>", "|", page)).count("<script>") == 1
     assert (

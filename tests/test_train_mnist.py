@@ -21,13 +21,13 @@ from PIL import Image
 
 import train_mnist
 from harness.device import seed_everything
-from metrics import EVALUATION_METRICS
+from metrics import BINARY_METRICS, EVALUATION_METRICS
 from tasks.digits import Digits, split_digits, synthetic_digits
 from tests import forking, killing
 
 QUICK = f"{killing.DIGITS} --slice 4 --valid_size 1000 --epochs 1".split()  # 8 batches
 
-METRICS = {name for name, metric in EVALUATION_METRICS.items() if not metric.two_classes}
+METRICS = EVALUATION_METRICS.keys() - BINARY_METRICS
 CHARTS = {"confusion_matrix_table", "confusion_matrix_image", "mistakes", "logits", "calibration"}
 
 
@@ -198,7 +198,15 @@ def test_metrics_match_the_predictions(small_mnist):
 def test_table_holds_the_most_confident_mistakes(small_mnist):
     last = small_mnist.history[-1]
     table = media(small_mnist, "valid/mistakes", last)
-    assert table["columns"] == ["image", "label", "prediction", "probability", "step", "mistakes"]
+    assert table["columns"] == [
+        "image",
+        "label",
+        "prediction",
+        "probability",
+        "loss",
+        "step",
+        "mistakes",
+    ]
     assert small_mnist.metrics["best/epoch"] == 3, (
         "compares the last epoch's table with the best model's predictions"
     )
@@ -214,7 +222,7 @@ def test_table_holds_the_most_confident_mistakes(small_mnist):
     assert [tuple(row[1:4]) for row in table["data"]] == sorted(wrong, key=lambda row: -row[2])[
         :100
     ]
-    assert {tuple(row[4:]) for row in table["data"]} == {(last["_step"], len(wrong))}
+    assert {tuple(row[5:]) for row in table["data"]} == {(last["_step"], len(wrong))}
 
     # The table's artifact holds the images; the first is that of the most confident mistake.
     tables = (record["artifact"] for record in small_mnist.records if record["type"] == "artifact")
