@@ -93,18 +93,16 @@ def _locked(path: Path) -> Iterator[None]:
         problem = "another process is using it; wait for it, or stop it"
         raise UserError(f"--output_dir {path}: {problem}") from None
     LOCKED.add(descriptor)
-    with contextlib.ExitStack() as stack:
-        stack.callback(system.unlock, path, descriptor)
-        stack.callback(LOCKED.discard, descriptor)
-        try:
-            yield
-        except BaseException:
-            if system.WINDOWS:
-                stack.close()  # its lock is a file in the directory
-            with contextlib.suppress(OSError):  # a directory that is not empty stays
-                for directory in created:
-                    directory.rmdir()
-            raise
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # a directory that is not empty stays
+            for directory in created:
+                directory.rmdir()
+        raise
+    finally:
+        LOCKED.discard(descriptor)
+        system.unlock(path, descriptor)
 
 
 def _unlock_in_child() -> None:

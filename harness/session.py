@@ -34,7 +34,7 @@ from harness.errors import Stopped, UserError
 from harness.files import read_json, write_json
 from harness.options import SharedSettings
 from harness.script import StopRequests, handling_signals, in_ipython, in_main_thread
-from harness.system import WINDOWS, shell_command
+from harness.system import shell_command
 
 LIBRARIES = ("torch", "torchvision", "transformers", "wandb", "numpy")
 
@@ -247,8 +247,6 @@ def _identify(requested: SharedSettings, task: str) -> dict[str, Any]:
         "output_dir": requested.output_dir or f"runs/{task}-{run_id}",
     }
     wandb.Settings(run_id=run_id)  # raises wandb.errors.UsageError for what W&B would refuse
-    if WINDOWS and set(run_id) & set('<>"\\|*'):
-        raise UserError(f"--id: no file can have this name on Windows: {run_id!r}")
     identity["wandb"] = wandb_service.find_mode(requested.wandb)
     if "WANDB_SWEEP_ID" in os.environ:  # W&B's agent has set them and warns about others
         identity |= {"project": None, "entity": None, "id": None}

@@ -66,8 +66,9 @@ def unlock(directory: Path, descriptor: int) -> None:
     """End the lock of a directory."""
     os.close(descriptor)
     if WINDOWS:
-        with contextlib.suppress(OSError):  # another process has been faster
+        with contextlib.suppress(OSError):  # another process uses it, or it is not empty
             os.remove(directory / LOCK_FILE)
+            os.rmdir(directory)
 
 
 def replace(source: Path, target: Path) -> None:

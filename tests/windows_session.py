@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import wandb
 from torch.utils.data import DataLoader
 
 import report
@@ -62,7 +63,7 @@ def do(name: str, action: Callable, *arguments: str) -> None:
         try:
             action(list(arguments))
             end = ""
-        except (UserError, Stopped) as error:
+        except (UserError, Stopped, wandb.errors.UsageError) as error:
             end = str(error)
     results[name] = [out.getvalue(), end]
 
@@ -113,6 +114,7 @@ def main() -> None:
     at_step_3(busy)
     do("late", train_mnist.main, *MNIST, "--output_dir", "late", "--stop_timeout", "0.2")
     do("colon", train_mnist.main, *MNIST, "--id", "a:b")
+    do("unknown", train_mnist.main, *MNIST, "--data_dir", "nowhere", "--dataset", "mnist")
     do("cola", train_cola.main, *COLA, "--output_dir", "cola")
     results["loaded"] = [
         batch.tolist() for batch in loading.iterate(DataLoader(range(4), num_workers=1))
