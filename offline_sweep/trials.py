@@ -114,8 +114,10 @@ class TrialProcess:
 
     def send_signal(self, number: int) -> None:
         """Send a signal to the process group."""
-        with contextlib.suppress(OSError):  # all have ended
+        try:
             system.signal_group(self.popen.pid, number)
+        except OSError:  # it has ended; or, on Windows, no console passes on Ctrl-Break
+            self.popen.kill()
 
     def report_progress(self, metric: str) -> None:
         """Report new values of the metric to Optuna, and stop the run if it should be pruned."""
