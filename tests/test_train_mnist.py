@@ -3,12 +3,10 @@
 import csv
 import json
 import os
-import pty
 import random
 import re
 import subprocess
 import sys
-import termios
 from pathlib import Path
 
 import numpy as np
@@ -518,6 +516,8 @@ def test_output_without_a_terminal_has_a_line_per_epoch(small_mnist):
 
 
 def test_progress_bar_in_a_terminal(tmp_path):
+    pty = pytest.importorskip("pty", reason="Windows has no pseudo-terminals")
+    termios = pytest.importorskip("termios", reason="Windows has no pseudo-terminals")
     screen, terminal = pty.openpty()
     termios.tcsetwinsize(terminal, (30, 100))
     command = [sys.executable, REPO / "train_mnist.py", *QUICK, "--wandb", "disabled"]
