@@ -9,7 +9,6 @@ metrics.json as train_mnist.py and train_cola.py do.
 import contextlib
 import csv
 import dataclasses
-import shlex
 import signal
 import sys
 import time
@@ -18,6 +17,7 @@ from pathlib import Path
 from harness.errors import UserError
 from harness.options import command_line, option, parse
 from harness.script import run_script
+from harness.system import STOP_SIGNALS, shell_command
 
 try:
     import optuna
@@ -143,7 +143,7 @@ def report(search: Search) -> None:
     arguments = trials.trial_arguments(sweep, best.user_attrs["parameters"])
     json_file = f"{search.output_dir(best)}.json"
     command = trials.trial_command(sweep, arguments, json_file, is_shown=True)
-    shown = shlex.join(command).removeprefix("/usr/bin/env ")
+    shown = shell_command(command).removeprefix("/usr/bin/env ")
     if not any("{args" in part for part in sweep.command):  # the program reads wandb.config
         shown = f"WANDB_SWEEP_PARAM_PATH={search.output_dir(best)}.yaml {shown}"
     print(f"to repeat the best run: {shown}")
@@ -201,7 +201,8 @@ def main(argv: list[str] | None = None) -> None:
         seed=options.seed,
         gpus=trials.visible_gpus() if options.jobs > 1 else [],  # a single run may use all of them
     )
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    for number in STOP_SIGNALS[1:]:
+        signal.signal(number, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         run_trials(search)
     except BaseException as error:

@@ -1,13 +1,13 @@
 """The output directory of a run: created, checked, and locked against other processes."""
 
 import contextlib
-import fcntl
 import os
 import textwrap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from harness import system
 from harness.errors import UserError, warn_loudly
 from harness.files import (
     TEMPORARY,
@@ -64,7 +64,7 @@ def output_directory(path: Path, resume: bool, config: Mapping[str, Any]) -> Ite
 
 def _check_content(path: Path, resume: bool) -> set[str]:
     """The names in the directory. Raises `UserError` if they are not of a run to resume."""
-    names = set(os.listdir(path))
+    names = set(os.listdir(path)) - {system.LOCK_FILE}
     lasting = {name for name in names if not TEMPORARY.fullmatch(name)}
     config = read_json(path / CONFIG) or {}
     has_checkpoint = {CHECKPOINT, PREVIOUS_CHECKPOINT} & names
@@ -87,20 +87,22 @@ def _locked(path: Path) -> Iterator[None]:
     """Create the directory and keep other processes out; remove it if the block leaves it empty."""
     created = [directory for directory in (path, *path.parents) if not directory.exists()]
     path.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        descriptor = system.lock(path)
+    except BlockingIOError:
+        problem = "another process is using it; wait for it, or stop it"
+        raise UserError(f"--output_dir {path}: {problem}") from None
     LOCKED.add(descriptor)
     try:
-        _lock(descriptor, path)
-        try:
-            yield
-        except BaseException:
-            with contextlib.suppress(OSError):  # a directory that is not empty stays
-                for directory in created:
-                    directory.rmdir()
-            raise
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # a directory that is not empty stays
+            for directory in created:
+                directory.rmdir()
+        raise
     finally:
         LOCKED.discard(descriptor)
-        os.close(descriptor)
+        system.unlock(path, descriptor)
 
 
 def _unlock_in_child() -> None:
@@ -109,22 +111,8 @@ def _unlock_in_child() -> None:
         os.close(LOCKED.pop())
 
 
-os.register_at_fork(after_in_child=_unlock_in_child)
-
-
-def _lock(descriptor: int, path: Path) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # While this process waited, another one may have removed and created the directory.
-        ours = os.path.samestat(os.fstat(descriptor), path.stat())
-    except BlockingIOError:
-        ours = False
-    except OSError:  # a file system without locks
-        return
-    if not ours:
-        raise UserError(
-            f"--output_dir {path}: another process is using it; wait for it, or stop it"
-        )
+if not system.WINDOWS:
+    os.register_at_fork(after_in_child=_unlock_in_child)
 
 
 def read_checkpoint(output_dir: Path) -> dict[str, Any] | None:
@@ -149,7 +137,7 @@ def read_checkpoint(output_dir: Path) -> dict[str, Any] | None:
         if problems:
             warn_loudly(*problems, f"Going on from {path}, which is older.")
         # The next save must not keep a damaged one as the previous one.
-        os.replace(path, output_dir / CHECKPOINT)
+        system.replace(path, output_dir / CHECKPOINT)
         return state
     if problems:
         raise UserError(f"{'; '.join(problems)}; to start over, give another --output_dir", 1)

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from harness.errors import UserError
+from harness.system import replace
 
 TEMPORARY = re.compile(r"\..+\.\d+\.unfinished")  # .<name>.<process id>.unfinished
 
@@ -44,12 +45,12 @@ def replacing(path: Path) -> Iterator[Path]:
     with temporary_beside(path) as temporary:
         yield temporary
         flush(temporary)
-        os.replace(temporary, path)
+        replace(temporary, path)
 
 
 def flush(path: Path) -> None:
     """Flush a file to disk."""
-    with path.open("rb") as file:
+    with path.open("rb+") as file:  # Windows flushes no file that is only read
         os.fsync(file.fileno())
 
 
@@ -70,8 +71,8 @@ def replacing_directory(path: Path) -> Iterator[Path]:
                 raise UserError(
                     f"{path} was not written by this run: move {list_names(others)} away", status=1
                 )
-            os.replace(path, parent / "before")
-        os.replace(temporary, path)
+            replace(path, parent / "before")
+        replace(temporary, path)
 
 
 def list_names(names: Iterable[str]) -> str:
@@ -129,8 +130,8 @@ def write_tensors(path: Path, content: Mapping[str, Any], previous: Path | None 
         flush(temporary)
         torch.load(temporary, "cpu", mmap=True, weights_only=True)  # reads no tensor
         if previous and path.exists():
-            os.replace(path, previous)
-        os.replace(temporary, path)
+            replace(path, previous)
+        replace(temporary, path)
 
 
 def write_onnx(path: Path, model: nn.Module, output: str, **inputs: Tensor) -> None:

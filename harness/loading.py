@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import ctypes
 import multiprocessing
 import random
 import signal
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from harness import distributed
 from harness.errors import UserError
 from harness.progress import Indices, Progress
+from harness.system import WINDOWS
 
 
 def load_batches(
@@ -80,6 +82,12 @@ class _Seeded(Dataset):
 @contextlib.contextmanager
 def _no_signals(loader: DataLoader) -> Iterator[None]:
     """Workers started in the block inherit that they get no Ctrl-C or SIGTERM."""
+    if WINDOWS:
+        ignore_ctrl_c = ctypes.windll.kernel32.SetConsoleCtrlHandler
+        ignore_ctrl_c(None, True)
+        yield
+        ignore_ctrl_c(None, False)
+        return
     context = loader.multiprocessing_context or multiprocessing
     if loader.num_workers and context.get_start_method() != "fork":
         resource_tracker.ensure_running()  # started in the block, it would let them through again
@@ -109,7 +117,8 @@ def _like_a_worker() -> Iterator[None]:
 @atexit.register
 def _kill_workers() -> None:
     """A traceback may keep a loader; multiprocessing would then wait for its workers forever."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch takes the end of a worker for an error
+    if not WINDOWS:  # torch takes the end of a worker for an error
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()

@@ -17,6 +17,7 @@ from typing import Any
 
 from harness.errors import DISK_ERRORS, Stopped, UserError, disk_error
 from harness.options import SharedSettings, parse
+from harness.system import ALARM, STOP_SIGNALS, interrupt_after
 
 GRACE = 2  # seconds from a signal to the exit if there is nothing to save
 EXIT_TIMEOUT = 30  # seconds
@@ -171,10 +172,11 @@ class StopRequests:
             self.add("the sweep", 0)  # its agent takes any other status for a failure
         else:
             self.add(signal.Signals(number).name, 128 + number)
-        second = signal.default_int_handler if in_ipython() else signal.SIG_DFL
-        signal.signal(signal.SIGINT, second)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.setitimer(signal.ITIMER_REAL, self._timeout if self._training else GRACE)
+        for second in STOP_SIGNALS:
+            signal.signal(second, signal.SIG_DFL)
+        if in_ipython():
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        interrupt_after(self._timeout if self._training else GRACE)
 
     def on_timeout(self, *_: Any) -> None:
         self._late = True
@@ -219,9 +221,9 @@ def handling_signals(timeout: float) -> Iterator[StopRequests]:
     requests = StopRequests(timeout)
     previous = {}
     if in_main_thread():
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in STOP_SIGNALS:
             previous[number] = signal.signal(number, requests.on_signal)
-        previous[signal.SIGALRM] = signal.signal(signal.SIGALRM, requests.on_timeout)
+        previous[ALARM] = signal.signal(ALARM, requests.on_timeout)
     try:
         yield requests
     except BaseException:
@@ -239,7 +241,7 @@ def handling_signals(timeout: float) -> Iterator[StopRequests]:
 def cancel_timeout() -> None:
     """Let the program finish what it is doing, however long that takes."""
     if in_main_thread():
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        interrupt_after(0)
 
 
 def in_ipython() -> bool:

@@ -8,7 +8,6 @@ import json
 import os
 import platform
 import secrets
-import shlex
 import socket
 import sys
 import time
@@ -36,6 +35,7 @@ from harness.errors import Stopped, UserError
 from harness.files import read_json, write_json
 from harness.options import SharedSettings
 from harness.script import StopRequests, handling_signals, in_ipython, in_main_thread
+from harness.system import shell_command
 
 LIBRARIES = ("torch", "torchvision", "transformers", "wandb", "numpy")
 
@@ -158,7 +158,7 @@ def resume_command(settings: SharedSettings) -> str:
     if begun:
         arguments = ["--output_dir", output_dir, "--resume"]
     if distributed.spans_hosts():
-        command = f"{Path(script).name} {shlex.join(arguments)}"
+        command = f"{Path(script).name} {shell_command(arguments)}"
         return f"on every host, torchrun with the same options and {command}"
     if module != "__main__":
         return f"{module}.main({arguments})" if begun else f"the same call of {module}.main"
@@ -167,7 +167,7 @@ def resume_command(settings: SharedSettings) -> str:
         launcher = ["torchrun", "--nproc-per-node", processes]
     elif in_ipython():
         launcher = ["%run"]
-    return shlex.join([*launcher, script, *arguments])
+    return shell_command([*launcher, script, *arguments])
 
 
 @contextlib.contextmanager
@@ -347,7 +347,9 @@ def _where_to_look(run: tracking.Run, output_dir: Path) -> str:
     line = f"Files of this run: {output_dir}"
     if run.wandb.disabled:
         return f"{line} (W&B is disabled)"
-    path = os.path.relpath(Path(run.wandb.dir).parent)
+    path = Path(run.wandb.dir).parent
+    with contextlib.suppress(ValueError):  # on another drive of Windows
+        path = os.path.relpath(path)
     upload = f"on the web: {run.wandb.url}" if run.online else f"upload it: wandb sync {path}"
     if importlib.util.find_spec("wandb.cli.leet"):  # not in older versions
         line += f" | look at it: wandb leet {path}"

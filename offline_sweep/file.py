@@ -1,6 +1,7 @@
 """Reads and checks a W&B sweep file."""
 
 import json
+import zlib
 from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import quote
@@ -10,6 +11,7 @@ from annotated_types import Gt, Lt
 from wandb.sdk.launch.sweeps.utils import DEFAULT_SWEEP_COMMAND
 
 from harness.errors import UserError
+from harness.system import WINDOWS
 from offline_sweep.parameters import (
     Beta,
     Constant,
@@ -78,6 +80,8 @@ class Sweep(Nested):
         """The directory for the files of the sweep's runs."""
         # Names that differ have directories that differ. % would be decoded in the storage's URL.
         name = quote(self.name, safe="").replace("%", "~")
+        if WINDOWS and name != name.lower():  # there, "A" and "a" are one directory
+            name += f"~{zlib.crc32(name.encode()):x}"
         return Path("runs", f"sweep-{name}")
 
     def searched(self) -> dict[str, Parameter]:

@@ -2,13 +2,11 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 import random
 import re
 import secrets
-import shlex
 import shutil
 import signal
 import subprocess
@@ -22,6 +20,7 @@ import yaml
 from optuna.trial import FrozenTrial, TrialState
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
+from harness import system
 from harness.errors import UserError
 from offline_sweep.file import Sweep
 from offline_sweep.parameters import Constant, suggest
@@ -54,7 +53,7 @@ def trial_command(
     macros = create_sweep_command_args({"args": content})
     del macros["args_dict"]
     macros["args_json_file"] = [json_file]
-    macros["env"] = ["/usr/bin/env"]
+    macros["env"] = [] if system.WINDOWS else ["/usr/bin/env"]
     macros["interpreter"] = ["python" if is_shown else sys.executable]
     macros["program"] = [str(sweep.program)]
     command = []
@@ -79,7 +78,7 @@ def check_command(sweep: Sweep) -> None:
     if "${program}" in sweep.command and not is_found:
         raise UserError(f"program: must be an existing script, not {sweep.program!r}")
     if not words or not shutil.which(words[0]):
-        raise UserError(f"command: can't be started: {shlex.join(sweep.command)}")
+        raise UserError(f"command: can't be started: {system.shell_command(sweep.command)}")
 
 
 def visible_gpus() -> list[str]:
@@ -113,10 +112,12 @@ class TrialProcess:
     last_value: Any = None
     pruned: bool = False
 
-    def send_signal(self, number: signal.Signals) -> None:
+    def send_signal(self, number: int) -> None:
         """Send a signal to the process group."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.popen.pid, number)
+        try:
+            system.signal_group(self.popen.pid, number)
+        except OSError:  # it has ended; or, on Windows, no console passes on Ctrl-Break
+            self.popen.kill()
 
     def report_progress(self, metric: str) -> None:
         """Report new values of the metric to Optuna, and stop the run if it should be pruned."""
@@ -136,7 +137,7 @@ class TrialProcess:
                 self.trial.report(value, self.reported)
                 if not self.pruned and self.trial.should_prune():
                     self.pruned = True
-                    self.send_signal(signal.SIGTERM)
+                    self.send_signal(system.STOP)
 
     def read_result(self, metric: str) -> float | str:
         """The final value of the metric, or what is wrong with the run if it failed."""
@@ -207,9 +208,8 @@ class Search:
         """
         sweep = self.sweep
         number = known.number
-        lock = self.lock_file(known).open("a")
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock = os.fdopen(system.lock(self.lock_file(known)))
         except BlockingIOError:  # the process may be left from a search that was killed
             return False
         known = self.trials()[number]
@@ -232,26 +232,26 @@ class Search:
         trial.set_user_attr("run", output_dir.name)
         arguments = trial_arguments(sweep, searched)
         json_file = output_dir.with_suffix(".json")
-        json_file.write_text(json.dumps(arguments), encoding="utf-8")
+        json_file.write_bytes(json.dumps(arguments).encode())
         command = trial_command(sweep, arguments, str(json_file))
         command += ["--output_dir", str(output_dir), "--resume"]
         # As W&B's agent does, for programs that read their parameters from wandb.config.
         content = {"wandb_version": 1}
         for name, value in arguments.items():
             content[name] = {"value": value}
-        output_dir.with_suffix(".yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+        output_dir.with_suffix(".yaml").write_bytes(yaml.safe_dump(content, encoding="utf-8"))
         gpus_in_use = [process.gpu for process in self.running]
         gpu = min(self.gpus, key=gpus_in_use.count, default=None)
         with output_dir.with_suffix(".log").open("ab") as log:
             try:
                 popen = subprocess.Popen(
                     command,
-                    stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,
                     env=self._environment(number, output_dir, gpu),
-                    start_new_session=True,  # Ctrl-C reaches only the search, which stops its runs
-                    pass_fds=(lock.fileno(),),  # a run that outlives the search keeps the lock
+                    # Ctrl-C reaches only the search, which stops its runs. One that outlives the
+                    # search keeps the lock.
+                    **system.group_options(lock),
                 )
             except (OSError, ValueError) as error:  # a script without #!, a NUL in an argument
                 raise UserError(f"command: {error.args[-1]}") from None
@@ -266,6 +266,7 @@ class Search:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // self.jobs)))
         environment.update(
+            PYTHONIOENCODING="utf-8",  # of the log
             WANDB_MODE="offline",
             WANDB_NAME=f"{sweep.name}-{number}",
             WANDB_RUN_ID=output_dir.name,
@@ -315,11 +316,11 @@ class Search:
         """Ask the runs to write a checkpoint and stop; kill those that do not stop in time."""
         try:
             for process in self.running:
-                process.send_signal(signal.SIGTERM)
+                process.send_signal(system.STOP)
             deadline = time.monotonic() + STOP_TIMEOUT
             for process in self.running:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.popen.wait(max(0, deadline - time.monotonic()))
         finally:  # also after a second Ctrl-C
             for process in self.running:
-                process.send_signal(signal.SIGKILL)
+                process.send_signal(system.KILL)

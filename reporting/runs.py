@@ -2,16 +2,15 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import math
-import os
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from harness import system
 from harness.directory import CONFIG, JOURNAL, METRICS
 from harness.errors import UserError
 from harness.files import read_json
@@ -183,14 +182,10 @@ def read_journal(path: Path, notes: list[str]) -> list[dict[str, float]]:
 
 def is_locked(directory: Path) -> bool:
     """Whether a process is using the directory: a run locks it exclusively until it ends."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(directory, os.O_RDONLY)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # released by the close below
-        except BlockingIOError:
-            return True
-        finally:
-            os.close(descriptor)
+    try:
+        system.unlock(directory, system.lock(directory))
+    except OSError as error:  # any other one: the directory can't be opened
+        return isinstance(error, BlockingIOError)
     return False
 
 

@@ -1,6 +1,5 @@
 """Shared helpers: run the scripts as users do, and read what they logged with W&B's own reader."""
 
-import fcntl
 import importlib.util
 import json
 import os
@@ -24,6 +23,7 @@ GPUS = os.environ.setdefault("GPUS_OF_TESTS", os.environ.get("CUDA_VISIBLE_DEVIC
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import torch
+from filelock import FileLock
 
 from tasks.digits import Digits
 from tests import forking
@@ -186,8 +186,7 @@ def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
     if "PYTEST_XDIST_WORKER" in os.environ:
         base = base.parent  # the directory of all workers
     directory, made = base / name, base / f"{name}.pickle"
-    with (base / f"{name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with FileLock(base / f"{name}.lock"):
         if not made.exists():
             shutil.rmtree(directory, ignore_errors=True)  # left by a worker that failed
             directory.mkdir()

@@ -7,7 +7,6 @@ a process of its own, because a child would miss the threads of the tests' proce
 import atexit
 import contextlib
 import ctypes
-import fcntl
 import functools
 import gc
 import importlib
@@ -294,6 +293,8 @@ def serve(listener: socket.socket, lifeline: socket.socket) -> dict[str, Any]:
         reading, writing = os.pipe()
         between = os.fork()
         if not between:  # a process that ends at once, so that the one that asked adopts its child
+            import fcntl  # not on Windows, which starts no server
+
             child = os.fork()
             if child:
                 os.write(writing, str(child).encode())

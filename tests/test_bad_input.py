@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -100,6 +99,7 @@ def test_output_directory_of_another_run(small_mnist):
 
 
 def test_full_disk_at_the_start(tmp_path):
+    resource = pytest.importorskip("resource", reason="Windows has no limits to set")
     """A file size limit stands in for a full disk: both make write() fail."""
     limited = subprocess.run(
         [

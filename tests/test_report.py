@@ -1,7 +1,6 @@
 """report.py: the statistics, the table in the terminal, and the page in a browser."""
 
 import csv
-import fcntl
 import html
 import itertools
 import json
@@ -24,6 +23,7 @@ from PIL import Image
 
 import metrics
 import report
+from harness import system
 from harness.errors import UserError
 from reporting import comparison, runs
 from reporting.predictions import read_predictions
@@ -404,12 +404,11 @@ def test_runs_that_have_not_finished(tmp_path, capsys):
     with (crashed / "history.jsonl").open("a") as journal:
         journal.write('{"step": 5000, "valid/lo')
     begun = make_run(tmp_path / "begun", finished=False, rows=0)
-    lock = os.open(running, os.O_RDONLY)
-    fcntl.flock(lock, fcntl.LOCK_EX)
+    lock = system.lock(running)
     page = page_of(
         crashed, running, begun, make_run(tmp_path / "done"), output=tmp_path / "report.html"
     )
-    os.close(lock)
+    system.unlock(running, lock)
     out = capsys.readouterr().out
     states = {line.split("  ")[0]: line for line in out.splitlines()}
     assert (

@@ -65,7 +65,12 @@ def test_text_is_utf8_whatever_the_locale():
                 continue
             owner, _, name = ast.unparse(node.func).rpartition(".")
             modes = [arg.value for arg in node.args if isinstance(arg, ast.Constant)]
-            if name not in ("open", "read_text", "write_text") or modes in (["rb"], ["wb"], ["ab"]):
+            if name not in ("open", "read_text", "write_text") or modes in (
+                ["rb"],
+                ["rb+"],
+                ["wb"],
+                ["ab"],
+            ):
                 continue
             # These have functions of their own by those names; without an owner, it is harness.files.
             of_text = owner not in ("os", "Image", "files") and (owner or name == "open")

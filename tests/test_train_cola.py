@@ -269,7 +269,7 @@ def test_own_files_are_not_copied_for_wandb(own_files):
 def test_log_data_uploads_the_files(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "data"))
     file = tmp_path / "훈련 #1%.csv"
-    file.write_text(CSV)
+    file.write_bytes(CSV.encode())
     corpus = sentences.synthetic_sentences(4, 2)._replace(name="files", files=[file])
     for upload in (False, True):
         logged = []

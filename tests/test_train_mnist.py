@@ -4,13 +4,11 @@ import csv
 import fcntl
 import json
 import os
-import pty
 import random
 import re
 import struct
 import subprocess
 import sys
-import termios
 from pathlib import Path
 
 import numpy as np
@@ -522,6 +520,8 @@ def test_output_without_a_terminal_has_a_line_per_epoch(small_mnist):
 
 
 def test_progress_bar_in_a_terminal(tmp_path):
+    pty = pytest.importorskip("pty", reason="Windows has no pseudo-terminals")
+    termios = pytest.importorskip("termios", reason="Windows has no pseudo-terminals")
     screen, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 30, 100, 0, 0))
     command = [sys.executable, REPO / "train_mnist.py", *QUICK, "--wandb", "disabled"]

@@ -78,10 +78,10 @@ def test_failures_of_the_server(reference, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("number", "warning"),
-    [(signal.SIGKILL, "!!  W&B has failed:"), (signal.SIGSTOP, "!!  W&B does not answer.")],
+    ("name", "warning"),
+    [("SIGKILL", "!!  W&B has failed:"), ("SIGSTOP", "!!  W&B does not answer.")],
 )
-def test_training_survives_a_wandb_service_that_dies_or_hangs(number, warning, reference, tmp_path):
+def test_training_survives_a_wandb_service_that_dies_or_hangs(name, warning, reference, tmp_path):
     # What a suspended service does not read has to fit into the socket: about 100 KB.
     process = killing.start(SCRIPT, tmp_path, clean_environment(tmp_path), "--watch", "off")
     while not (tmp_path / "out/history.jsonl").exists():
@@ -89,11 +89,11 @@ def test_training_survives_a_wandb_service_that_dies_or_hangs(number, warning, r
         time.sleep(0.02)
     command = ["pgrep", "-P", str(process.pid), "wandb-core"]
     (service,) = subprocess.run(command, capture_output=True, text=True).stdout.split()
-    os.kill(int(service), number)
+    os.kill(int(service), getattr(signal, name))
     out = killing.finish(process)
     assert killing.differences(reference.out, tmp_path / "out") == []
     assert out.count(warning) == out.count("!!  W&B") == 1 and "Traceback" not in out
-    assert number == signal.SIGSTOP or re.search(r"\(train_mnist\.py:\d+\)", out), out
+    assert name == "SIGSTOP" or re.search(r"\(train_mnist\.py:\d+\)", out), out
     killing.finish(killing.start(SCRIPT, tmp_path, clean_environment(tmp_path), "--resume"))
     with serving() as server:
         steps = [
