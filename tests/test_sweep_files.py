@@ -405,9 +405,10 @@ parameters: {x: {value: 1}, label: {values: [긍정]}}
     command = [sys.executable, REPO / "sweep_offline.py", "s.yaml"]
     done = subprocess.run(command, cwd=workdir, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert (
-        "to repeat the best run: python objective.py --fail '${envvar:SECRET}' --x=1" in done.stdout
-    )
+    line = done.stdout.splitlines()[-1]
+    # Without an args macro, the values are in the trial's file only.
+    assert line.startswith("to repeat the best run: WANDB_SWEEP_PARAM_PATH=runs/sweep-s/")
+    assert line.endswith(".yaml python objective.py --fail '${envvar:SECRET}' --x=1")
     assert "hush" not in done.stdout
     table = workdir / "runs/sweep-s/trials.csv"
     assert "긍정" in table.read_text(encoding="utf-8")
