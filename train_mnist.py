@@ -2,10 +2,10 @@
 
 The model and the task are those of the W&B PyTorch tutorial. To make it yours: README, "Start your
 own". `run` wraps the W&B run. `run.log` adds to the row of the current step, the number of training
-examples seen; a row is written when the next one begins, by `end_batch`, or on commit. A key with a
-second value, a smaller step and a row that was written are errors at once. W&B's own errors are
-reported, and never reach training: neither from `run` nor from functions with @logs_to_wandb, which
-run on rank 0 only.
+examples seen; a row is written when the next one begins, by `end_batch`, or on commit. It is an
+error to log a key twice with another value, to a smaller step, or to a row that was written. W&B's
+own errors are reported, and never reach training: neither from `run` nor from functions with
+@logs_to_wandb, which run on rank 0 only.
 """
 
 import dataclasses
@@ -226,7 +226,7 @@ def train(session: Session, progress: Progress, model: ConvNet, data: Digits) ->
     optimizer, schedule = make_optimizer(model, settings, progress.total_batches)
     best = Best(settings.monitor, METRICS)
     meter = Meter()
-    # Also saved: position, meter, random state. At an epoch's end that is before validation.
+    # Also saved: position, meter, random state. An epoch's last save comes before its validation.
     checkpoints = Checkpoints(
         progress,
         [data.train, data.valid, data.test],

@@ -157,17 +157,25 @@ def parse(settings_class: type[Settings], argv: Sequence[str] | None = None) -> 
 
 
 def _read_config(settings_class: type, output_dir: Path) -> dict[str, Any]:
-    """The options of the run in a directory; none if it has no valid configuration."""
+    """The options of the run in a directory, if there is one.
+
+    Raises `UserError` if an option of it is invalid here.
+    """
     from harness.files import read_json  # imports torch, which takes a second
 
-    config = read_json(output_dir / "config.json") or {}
+    path = output_dir / "config.json"
+    config = read_json(path)
+    if config is None and (output_dir / "checkpoint.pt").exists():
+        print(f"{path} can't be read: options that are not given have their defaults.")
+    config = config or {}
     values = {name: config[name] for name in _kinds(settings_class) if name in config}
-    if values.get("wandb") == "online":  # which the machine may no longer be
-        del values["wandb"]
+    # The machine may no longer be online, and W&B's variable decides what is not given.
+    if values.get("wandb") == "online" or os.environ.get("WANDB_MODE"):
+        values.pop("wandb", None)
     try:
         return _check(settings_class, values, prefix="")
-    except UserError:  # of another script: the checkpoint will tell
-        return {}
+    except UserError as error:
+        raise UserError(f"--resume: {path} is of another script, or damaged: {error}") from None
 
 
 def command_line(module: str) -> list[str]:

@@ -40,14 +40,15 @@ def lock(path: Path) -> int:
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # Meanwhile, another process may have removed and created the directory.
-        if not os.path.samestat(os.fstat(descriptor), path.stat()):
-            raise BlockingIOError
     except BlockingIOError:
         os.close(descriptor)
         raise
     except OSError:  # a file system without locks
-        pass
+        return descriptor
+    # Meanwhile, another process may have removed the directory, and created it again.
+    if not path.exists() or not os.path.samestat(os.fstat(descriptor), path.stat()):
+        os.close(descriptor)
+        raise BlockingIOError
     return descriptor
 
 
