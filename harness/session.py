@@ -182,10 +182,10 @@ def _open_on_rank_0(
     identity = _identify(requested, task)
     output_dir = Path(identity["output_dir"])
     begun = dataclasses.asdict(requested) | identity
-    begun |= {"task": task, wandb_service.TOKEN: secrets.token_hex(8)}
+    begun |= {"task_name": task, wandb_service.TOKEN: secrets.token_hex(8)}
     with output_directory(output_dir, requested.resume, begun):
         before = read_json(output_dir / CONFIG) or {}  # it may be damaged
-        if before.get("task", task) != task:
+        if before.get("task_name", task) != task:
             raise UserError(f"--resume: the run in {output_dir} is of another script")
         checkpoint = read_checkpoint(output_dir)
         if checkpoint:
@@ -201,7 +201,7 @@ def _open_on_rank_0(
         precision = find_precision(settings.precision, device)
         config = dataclasses.asdict(settings)
         config |= {"device": device.type, "precision": precision}
-        config |= {"metrics": dict(directions), "task": task}
+        config |= {"metrics": dict(directions), "task_name": task}
         distributed.broadcast((settings, config, checkpoint))
         session = Session(settings, requests, config, device, checkpoint, started)
         with session.exits:

@@ -207,7 +207,10 @@ def killed_and_resumed(
     One kill in five hits a checkpoint write. A run that ends before its first kill starts over.
     """
     killed, times = [], rng.choice([1, 1, 1, 2, 3])
+    starts = 0
     while len(killed) < times:
+        starts += 1
+        assert starts < 30, "the run fails again and again"
         process = start(script, cwd, environment, "--resume")
         if rng.random() < 0.2:
             writes = rng.randint(1, 12)

@@ -234,7 +234,7 @@ def test_the_other_scripts_run_is_refused(unfinished):
 @pytest.mark.parametrize(
     "entry, problem",
     [
-        ({"task": "tabular"}, "the run in out is of another script"),
+        ({"task_name": "tabular"}, "the run in out is of another script"),
         ({"epochs": -2}, "out/config.json is of another script, or damaged: epochs: must be at"),
     ],
 )
