@@ -170,7 +170,7 @@ class Evaluation(NamedTuple):
     losses: Tensor  # float64 (examples,): cross-entropy in nats
     confusion: ConfusionMatrix
     metrics: dict[str, float]  # by name, as in EVALUATION_METRICS
-    positive: int  # of two classes, the one that curves and what follows from them are about
+    positive: int  # the positive class, if there are two
 
     def named(self, prefix: str) -> dict[str, float]:
         """The metrics with prefixed names: "valid/loss", "valid/acc", ... for "valid"."""

@@ -37,7 +37,7 @@ def seed_everything(seed: int, deterministic: bool) -> None:
 
 @contextlib.contextmanager
 def restoring_globals() -> Iterator[None]:
-    """Put back what a run changes for the whole process, of which a notebook goes on."""
+    """Restore the process-wide settings that a run changes: a notebook's kernel outlives it."""
     deterministic = torch.are_deterministic_algorithms_enabled()
     attributes = [
         (torch.utils.deterministic, "fill_uninitialized_memory"),

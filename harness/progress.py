@@ -84,7 +84,7 @@ class Progress:
             total=self.total_batches,
             initial=self.batch,
             unit="batch",
-            disable=None if not in_ipython() else False,
+            disable=False if in_ipython() else None,  # None: without a terminal
             file=sys.stdout,
         )
         with self.session.stop_requests.training(), bar as self.bar:

@@ -247,11 +247,10 @@ def _identify(requested: SharedSettings, task: str) -> dict[str, Any]:
     """Project, entity, run id, output directory and W&B mode. Raises `UserError`."""
     if requested.resume and not requested.output_dir:
         raise UserError("--resume needs --output_dir")
-    variables = os.environ
-    run_id = requested.id or variables.get("WANDB_RUN_ID") or secrets.token_hex(4)
+    run_id = requested.id or os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
     identity = {
-        "project": requested.project or variables.get("WANDB_PROJECT") or task,
-        "entity": requested.entity or variables.get("WANDB_ENTITY") or None,
+        "project": requested.project or os.environ.get("WANDB_PROJECT") or task,
+        "entity": requested.entity or os.environ.get("WANDB_ENTITY") or None,
         "id": run_id,
         "output_dir": requested.output_dir or f"runs/{task}-{run_id}",
     }

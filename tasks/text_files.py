@@ -281,7 +281,8 @@ def _take_columns(
         if not label or not all(map(str.strip, texts)):
             missing.append(line)
             continue
-        if label.casefold() == chosen[-1]:
+        is_like_header = label.casefold() == chosen[-1]  # a class may be called like its column
+        if is_like_header and [cell.strip().casefold() for cell in columns] == names:
             raise UserError(f"{path}, row {line}: repeats the header")
         if known_labels and label not in known_labels:
             problem = f"the label {label!r} does not occur in {own.train_file}"

@@ -439,6 +439,12 @@ def test_files_put_together_have_their_header_twice(tmp_path):
             read(tmp_path, content, content, "csv")
 
 
+def test_a_class_may_have_the_name_of_its_column(tmp_path):
+    content = "text,spam\na,spam\nb,ham\n"
+    corpus = read(tmp_path, content, content, "csv", label_column="spam")
+    assert corpus.class_names == ["ham", "spam"]
+
+
 def test_one_column_can_not_be_text_and_label(tmp_path):
     content = "text,label\na,0\nb,1\n"
     for options in ({"text_column": "label"}, {"text_column": "text", "text_pair_column": "Text"}):
