@@ -90,8 +90,7 @@ class Session:
         self.run = tracking.start(
             init, self.settings, self.stop_requests, journal, token, resuming=bool(state)
         )
-        command = resume_command(self.settings)
-        self.exits.enter_context(tracking.finishing(self.run, command))
+        self.exits.enter_context(tracking.finishing(self.run))
         self.config["id"] = self.run.wandb.id  # W&B's agent may have chosen it
         self.config[wandb_service.TOKEN] = token
         self.config = json.loads(json.dumps(self.config))  # plain values, also of NumPy's
@@ -121,11 +120,7 @@ def open_session(
     keep_freed_memory()
     settings = requested
     # How long the other ranks wait for rank 0, which ends the W&B run.
-    last_wait = (
-        tracking.FINISH_TIMEOUT[requested.log_model]
-        + tracking.KILL_AFTER
-        + tracking.ARTIFACT_TIMEOUT
-    )
+    last_wait = tracking.FINISH_TIMEOUT[requested.log_model] + tracking.ARTIFACT_TIMEOUT
     try:
         with (
             restoring_globals(),

@@ -26,19 +26,15 @@ from harness import distributed, wandb_service
 from harness.errors import DISK_ERRORS, Stopped, UserError, disk_error, script_line, warn_loudly
 from harness.files import replacing
 from harness.options import SharedSettings
-from harness.script import StopRequests, cancel_timeout, in_ipython, in_main_thread
+from harness.script import StopRequests, cancel_timeout, in_main_thread
 
 INIT_TIMEOUT = 8  # seconds; W&B waits up to ten more before that to confirm the API key
-FINISH_TIMEOUT = {"none": 20, "best": 1800, "all": 1800}  # seconds, by --log_model
-KILL_AFTER = 10  # seconds after that until the service is killed
-CLOSE_TIMEOUT = 2  # seconds to close the run after a signal
+# Seconds until a service that has not finished the run is killed, by --log_model.
+FINISH_TIMEOUT = {"none": 30, "best": 1800, "all": 1800}
+CLOSE_TIMEOUT = 2  # the same after a signal
 ARTIFACT_TIMEOUT = 5  # seconds to hand over artifacts at the end; uploading them comes after that
 LOG_METHOD = "_log"  # undocumented: what the hooks of `watch` call
 HOOK_KEYS = ("gradients/", "parameters/")
-NO_ANSWER = (
-    "W&B does not answer.",
-    "The same command with --resume logs the rest once it does.",
-)
 
 
 def logs_to_wandb(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -364,39 +360,37 @@ class Run:
             "the same command with --resume logs them again.",
         )
 
-    def finish(self, status: int) -> None:
-        """Hand over what is left and end the W&B run, within W&B's own limit of time."""
+    def finish(self, status: int, timeout: float | None = None) -> None:
+        """Hand over what is left and end the W&B run; give up after `timeout` seconds."""
         if self._worker:
             self._artifacts.put(None)
             self._worker.join(ARTIFACT_TIMEOUT if status == 0 else 0)
             if self._worker.is_alive():
                 self.failed = True  # later errors are expected, and not reported
-        killer = threading.Timer(self._finish_timeout + KILL_AFTER, self._give_up)
+        killer = threading.Timer(timeout or self._finish_timeout, self.give_up)
         killer.daemon = True
         killer.start()
-        self._finish(status, killer)
+        self._finish(status)
+        killer.cancel()
         if self.lost:
             wandb_service.close()
 
     @logs_to_wandb
-    def _finish(self, status: int, killer: threading.Timer) -> None:
-        try:
-            self.wandb.finish(exit_code=status)
-        except TimeoutError:
-            warn_loudly(*NO_ANSWER)
-            return
-        finally:
-            killer.cancel()
+    def _finish(self, status: int) -> None:
+        self.wandb.finish(exit_code=status)
         if self.online and not self.failed:
             for log in (*self._logs, Path(self.wandb.settings.sync_file)):
                 wandb_service.synced_marker(log).touch()
 
-    def _give_up(self) -> None:
+    def give_up(self) -> None:
         """End W&B's service, which may wait for an upload forever."""
         self.failed = True
         self.lost = True
         try:
-            warn_loudly(*NO_ANSWER)
+            warn_loudly(
+                "W&B does not answer.",
+                "The same command with --resume logs the rest once it does.",
+            )
         finally:
             wandb_service.kill()
 
@@ -496,8 +490,10 @@ def start(
     for log in logs:
         if not wandb_service.synced_marker(log).exists():
             wandb_service.repair_log(log)
+    options = _init_options(settings, requests)
+    resume = "allow" if resuming and settings.wandb == "online" else None
     try:
-        run = init(**_init_options(settings, settings.wandb, requests, resuming))
+        run = init(**options, mode=settings.wandb, resume=resume)
     except wandb.errors.CommError as error:
         if settings.wandb != "online":
             raise
@@ -507,7 +503,7 @@ def start(
             "The run continues offline; wandb sync uploads it later.",
         )
         wandb.teardown()
-        run = init(**_init_options(settings, "offline", requests, resuming))
+        run = init(**options, mode="offline")
     if not run.disabled:
         logging.raiseExceptions = False  # a full disk under wandb/ would flood the terminal
     wandb_step = -1
@@ -527,13 +523,11 @@ def start(
             if log.parent.name.startswith("offline-") or wandb_service.synced_marker(log).exists()
         ]
         wandb_step = max(wandb_service.logged_rows(kept), default=-1)
-    timeout = _finish_timeout(settings, not run.offline)
+    timeout = FINISH_TIMEOUT["none" if run.offline else settings.log_model]
     return Run(run, journal, token, logs, wandb_step, timeout)
 
 
-def _init_options(
-    settings: SharedSettings, mode: str, requests: StopRequests, resuming: bool
-) -> dict[str, Any]:
+def _init_options(settings: SharedSettings, requests: StopRequests) -> dict[str, Any]:
     """Arguments for `wandb.init` beside those of the script."""
     return {
         "entity": settings.entity,
@@ -543,15 +537,11 @@ def _init_options(
         "job_type": settings.job_type,
         "group": settings.group,
         "notes": settings.notes,
-        "mode": mode,
-        "resume": "allow" if resuming and mode == "online" else None,
         "settings": wandb.Settings(
             init_timeout=INIT_TIMEOUT,
             **wandb_service.known_settings(
                 {
                     wandb_service.FLUSH_SETTING: 0.05,  # seconds; by default 15
-                    "finish_timeout": _finish_timeout(settings, mode == "online"),
-                    "finish_timeout_raises": True,
                     "stop_fn": lambda: requests.add("W&B", 0),
                 }
             ),
@@ -559,17 +549,9 @@ def _init_options(
     }
 
 
-def _finish_timeout(settings: SharedSettings, online: bool) -> int:
-    """Seconds in which W&B has to finish the run, which may still upload models."""
-    return FINISH_TIMEOUT[settings.log_model if online else "none"]
-
-
 @contextlib.contextmanager
-def finishing(run: Run, command: str) -> Iterator[None]:
-    """Finish the run with the block, within seconds if it was stopped.
-
-    `command` is what resumes the run.
-    """
+def finishing(run: Run) -> Iterator[None]:
+    """Finish the run with the block, within seconds if it was stopped."""
     closing = False
     try:
         try:
@@ -584,13 +566,10 @@ def finishing(run: Run, command: str) -> Iterator[None]:
     except BaseException as error:
         cancel_timeout()
         status = getattr(error, "status", 1)
-        if status == 128 + signal.SIGTERM and not closing:
-            run.call(run.wandb.mark_preempting)
-        finish = threading.Thread(target=run.finish, args=[status], daemon=True)
-        finish.start()
         hurry = isinstance(error, Stopped) and status != 0  # stopped by W&B, it has half a minute
-        finish.join(CLOSE_TIMEOUT if hurry else None)
-        if hurry and (closing or finish.is_alive()) and not in_ipython():
-            print(f"{error}; W&B does not answer. To go on: {command}", flush=True)
-            os._exit(status)  # every file is written, and W&B would go on waiting
+        if hurry and closing:
+            run.give_up()  # W&B was interrupted, and would go on waiting
+        elif status == 128 + signal.SIGTERM:
+            run.call(run.wandb.mark_preempting)
+        run.finish(status, CLOSE_TIMEOUT if hurry else None)
         raise
