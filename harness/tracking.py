@@ -105,7 +105,7 @@ class Run:
         self.failed = False  # whether a failure of W&B was reported
         self.lost = False  # whether W&B's service is gone
         self._row: dict[str, Any] = {}
-        self._ended = ""  # the line of the script that ended the row and had it written
+        self._ended = False  # whether the row was written
         self._restoring = False  # from `take_over` to `load_state_dict`: nothing is written
         self._rows: list[dict[str, float]] = []  # of the journal
         self._journal = journal
@@ -145,9 +145,9 @@ class Run:
                 raise LogError(f"step {step} comes after step {self.step}")
             self.commit()
             self.step = step
-            self._ended = ""
+            self._ended = False
         if self._ended and values:
-            raise LogError(f"the row of step {self.step} has ended in {self._ended}")
+            raise LogError(f"the row of step {self.step} has ended")
         for name, value in values.items():
             if name in self._row and not _same(value, self._row[name]):
                 raise LogError(f"the row of step {self.step} has another value of {name!r}")
@@ -162,7 +162,7 @@ class Run:
         """
         row = self._row
         self._row = {}
-        self._ended = self._ended or script_line()
+        self._ended = True
         if self._restoring:
             return
         numbers = _numbers(row)
@@ -230,7 +230,7 @@ class Run:
             "checksum": self._checksum,
             "step": self.step,
             "row": json.loads(json.dumps(row)),  # no subclasses, which could not be loaded
-            "written": bool(self._ended),
+            "written": self._ended,
             "token": self._token,
         }
 
@@ -238,7 +238,7 @@ class Run:
         """Continue the row that `state_dict` found."""
         self.step = state["step"]
         self._row = dict(state["row"])
-        self._ended = "an earlier process" if state["written"] else ""
+        self._ended = state["written"]
         self._restoring = False
 
     def take_over(self, rows: list[dict[str, float]], checksum: int) -> None:

@@ -138,7 +138,7 @@ def test_a_row_that_has_ended_stays_as_it_is(tmp_path):
     run.log({"a": 1}, step=20, commit=True)
     run.log({})  # says nothing new
     for step in (None, 20):
-        ended = r"the row of step 20 has ended in test_tracking.py:\d+$"
+        ended = "the row of step 20 has ended$"
         with pytest.raises(ValueError, match=ended):
             run.log({"b": 2}, step=step)
     run.log({"b": 2}, step=40)
