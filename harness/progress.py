@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -234,10 +233,7 @@ class Meter:
 
     def take_row(self) -> dict[str, float]:
         """Means over the examples of all ranks since the last call."""
-        tensors = [value for value in self._sums.values() if isinstance(value, Tensor)]
-        device = tensors[0].device if tensors else None
-        sums = [torch.as_tensor(value, device=device) for value in self._sums.values()]
-        own = dict(zip(self._sums, torch.stack(sums).float().tolist()))
+        own = self.state_dict()["sums"]
         self._sums.clear()
         row = Counter()
         for rank in distributed.gather(own):  # which may have other names
