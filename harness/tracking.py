@@ -112,7 +112,6 @@ class Run:
         self._checksum = 0
         self._wandb_step = wandb_step
         self._finish_timeout = finish_timeout
-        self._handing_over: int | None = None  # the thread that hands over a row
         self._artifacts = queue.SimpleQueue()
         self._worker: threading.Thread | None = None
         if not run.disabled:
@@ -189,19 +188,15 @@ class Run:
     def _hand_over(self, row: Mapping[str, Any], step: int) -> bool:
         if self.lost:
             return False
-        self._handing_over = threading.get_ident()
-        try:
-            if len(_numbers(row)) < len(row):
-                self.wandb.log({}, step=step)  # W&B names media files after the row that is open
-            self.wandb.log(row, step=step, commit=True)
-        finally:
-            self._handing_over = None
+        if len(_numbers(row)) < len(row):
+            self._log_to_wandb({}, step=step)  # W&B names media files after the row that is open
+        self._log_to_wandb(row, step=step, commit=True)
         return True
 
     def _intercept_hooks(self) -> None:
         """Have the hooks of `watch` and W&B's own `log` add to the current row."""
-        log_to_wandb = getattr(self.wandb, LOG_METHOD, None)
-        if log_to_wandb is None:
+        self._log_to_wandb = getattr(self.wandb, LOG_METHOD, self.wandb.log)
+        if self._log_to_wandb == self.wandb.log:
             loss = "the histograms of run.watch may be logged with another step"
             wandb_service.report_change(loss)
             return
@@ -209,9 +204,7 @@ class Run:
         def log(
             data: Mapping[str, Any], step: int | None = None, commit: bool | None = None
         ) -> None:
-            if self._handing_over == threading.get_ident():
-                log_to_wandb(data, step, commit)
-            elif all(name.startswith(HOOK_KEYS) for name in data):
+            if all(name.startswith(HOOK_KEYS) for name in data):
                 if not self._ended:  # a hook may run several times in a step
                     self._row.update(data)
             else:
