@@ -14,13 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from harness import distributed
-from harness.directory import CHECKPOINT, PREVIOUS_CHECKPOINT
+from harness.directory import CHECKPOINT, CONTENT, PREVIOUS_CHECKPOINT
 from harness.errors import Stopped, UserError
 from harness.files import write_tensors
 from harness.progress import Meter, Progress
-
-# What a checkpoint holds beside the state of the script's objects.
-RESERVED = {"position", "history", "processes", "settings", "data", "seconds"}
 
 
 class Checkpoints:
@@ -38,7 +35,7 @@ class Checkpoints:
         `stateful`: whatever else has a `state_dict`: the optimizer, a second model, an average.
         Raises `UserError` if the ranks would differ.
         """
-        if taken := sorted(RESERVED & stateful.keys()):
+        if taken := sorted(CONTENT & stateful.keys()):
             raise ValueError(f"Checkpoints has its own {taken[0]!r}: choose another name")
         session = progress.session
         self._session = session

@@ -22,7 +22,8 @@ from harness.files import (
 CONFIG, JOURNAL, METRICS = "config.json", "history.jsonl", "metrics.json"
 CHECKPOINT, PREVIOUS_CHECKPOINT = "checkpoint.pt", "checkpoint.previous.pt"
 RESULTS = {JOURNAL, CHECKPOINT, PREVIOUS_CHECKPOINT, METRICS}  # of a run that has begun to train
-CONTENT = {"model", "position", "history", "processes", "settings", "data"}  # of every checkpoint
+# What every checkpoint holds, beside the state of the script's other objects.
+CONTENT = {"model", "position", "history", "processes", "settings", "data", "seconds"}
 LOCKED: set[int] = set()  # descriptors of the locked directories
 PROBE_BYTES = 8 << 20  # a disk that can't take this much at the start counts as full
 

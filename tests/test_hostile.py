@@ -188,7 +188,7 @@ progress.Best.state_dict = lambda best: {"epoch": 0, "value": np.float64(1), "we
     ("content", "message"),
     [
         ([1, 2], "it is not a checkpoint of this script"),
-        ({"model": {}}, "it has no data, history, position and 2 more"),
+        ({"model": {}}, "it has no data, history, position and 3 more"),
         (torch.zeros(3), "it is not a checkpoint of this script"),
     ],
 )
