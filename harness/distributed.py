@@ -138,7 +138,7 @@ def rank_0_first() -> Iterator[None]:
 
 def share_of(items: Items) -> Items:
     """This rank's share of a batch, or of a list of batches: every `world_size`-th item."""
-    return items if world_size() == 1 else items[rank() :: world_size()]
+    return items[rank() :: world_size()]
 
 
 def sum_over_ranks(*tensors: Tensor) -> None:
