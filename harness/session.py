@@ -83,8 +83,6 @@ class Session:
             token = state.get("token")  # none in a run that was begun before runs had one
         else:
             token = read_json(self.output_dir / CONFIG).get(wandb_service.TOKEN)
-            if self.settings.resume:
-                print(f"{self.output_dir} has no checkpoint: training begins.")
         if self.settings.wandb != "online":  # online, the server's is compared first
             self.config[wandb_service.TOKEN] = token  # `init` logs it with the first record
         self.run = tracking.start(
@@ -201,8 +199,6 @@ def _open_on_rank_0(
         session = Session(settings, requests, config, device, checkpoint, started)
         with session.exits:
             yield session
-            if session.run is None:
-                raise RuntimeError("the script has not called session.start")
             last_line = _where_to_look(session.run, output_dir)
         session.metrics["seconds"] = time.perf_counter() - started
         write_json(output_dir / METRICS, session.metrics)
