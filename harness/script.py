@@ -140,8 +140,7 @@ def _explained(error: Exception) -> tuple[str | None, int]:
         return f"{path}: {failure.strerror}", 1 if failure.errno in DISK_ERRORS else 2
     if isinstance(error, MemoryError) or ALLOCATION_ERRORS.search(str(error)):
         return "out of memory: a smaller --micro_batch_size, or a smaller model, needs less", 1
-    wandb = sys.modules.get("wandb")  # importing it here would take long
-    if wandb and (isinstance(error, wandb.errors.Error) or re.search("WANDB_[A-Z]+=", str(error))):
+    if type(error).__module__.startswith("wandb.errors"):
         return f"W&B: {error}", 2
     return None, 1
 
