@@ -52,11 +52,11 @@ def report_change(loss: str) -> None:
 
 def known_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings that this version of W&B has; says once what is lost without the others."""
-    missing = settings.keys() - wandb.Settings.model_fields.keys()
-    losses = [loss for name, loss in LOST_WITHOUT.items() if name in missing]
+    known = wandb.Settings.model_fields
+    losses = [LOST_WITHOUT[name] for name in settings if name not in known]
     if losses:
         report_change(", and ".join(losses))
-    return {name: settings[name] for name in settings if name not in missing}
+    return {name: settings[name] for name in settings if name in known}
 
 
 def has_credentials() -> bool:
