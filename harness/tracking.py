@@ -247,15 +247,14 @@ class Run:
         if self.wandb.offline and self._wandb_step >= 0:
             for step in sorted(logged):  # an offline summary starts empty
                 if step <= self._wandb_step:
-                    self.update_summary(_public(logged[step][0]))
+                    self.update_summary(logged[step][0])
         for row in rows:
-            if row["step"] <= self._wandb_step:
-                continue
-            values = row
-            if row["step"] in logged:
-                values, directory = logged[row["step"]]
+            values = dict(row)
+            step = values.pop("step")
+            if step in logged and step > self._wandb_step:
+                values, directory = logged[step]
                 self._save_media(values, directory)
-            self._send(_public(values), row["step"])
+            self._send(values, step)
 
     def _save_media(self, values: Mapping[str, Any], directory: Path) -> None:
         """Save the files of a row that an earlier process logged."""
@@ -434,11 +433,6 @@ def _same(a: Any, b: Any) -> bool:
 
 def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
     return {name: value for name, value in row.items() if isinstance(value, (int, float))}
-
-
-def _public(row: Mapping[str, Any]) -> dict[str, Any]:
-    """What was logged in a row, without the entries of W&B and of the journal."""
-    return {name: row[name] for name in row if name != "step" and not name.startswith("_")}
 
 
 def rewind(journal: Path, state: Mapping[str, Any]) -> list[dict[str, float]]:

@@ -240,7 +240,10 @@ def synced_marker(file: Path) -> Path:
 
 
 def logged_rows(files: list[Path]) -> dict[int, tuple[dict[str, Any], Path]]:
-    """The rows in log files, by step: values as W&B stores them, and the media's directory."""
+    """The rows in log files, by step: values as W&B stores them, and the media's directory.
+
+    Without W&B's own entries, such as the time.
+    """
     rows = {}
     for file in files:
         for _, record in read_log(file):
@@ -253,7 +256,8 @@ def logged_rows(files: list[Path]) -> dict[int, tuple[dict[str, Any], Path]]:
                 for key in outer:
                     mapping = mapping.setdefault(key, {})
                 mapping[name] = json.loads(item.value_json)
-            rows[int(values["_step"])] = values, file.parent / "files"
+            logged = {name: values[name] for name in values if not name.startswith("_")}
+            rows[int(values["_step"])] = logged, file.parent / "files"
     return rows
 
 
