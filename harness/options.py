@@ -203,9 +203,11 @@ def _read_command_line(settings_class: type, argv: Sequence[str] | None) -> dict
     for field in dataclasses.fields(settings_class):
         kind = kinds[field.name]
         default = getattr(defaults, field.name)
-        choices = field.metadata["limits"].get("choices", ())
-        listed = 0 < len(choices) < 6
         text = field.metadata["help"].replace("%", "%%")
+        if choices := field.metadata["limits"].get("choices"):
+            text += f" ({', '.join(choices)})"
+        if default not in (None, []):
+            text += f" [{_as_typed(default)}]"
         nargs = None
         if kind is bool:
             nargs = "?"  # --resume, or as sweeps write it: --resume=True
@@ -217,8 +219,7 @@ def _read_command_line(settings_class: type, argv: Sequence[str] | None) -> dict
             nargs=nargs,
             action="extend" if kind == list[str] else "store",  # --tags a --tags b
             const="true" if kind is bool else None,
-            metavar="{" + ",".join(choices) + "}" if listed else field.name.upper(),
-            help=text if default in (None, []) else f"{text} [{_as_typed(default)}]",
+            help=text,
         )
     given, unknown = parser.parse_known_args(argv)
     if unknown:
