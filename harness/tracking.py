@@ -188,8 +188,7 @@ class Run:
     def _hand_over(self, row: Mapping[str, Any], step: int) -> bool:
         if self.lost:
             return False
-        if len(_numbers(row)) < len(row):
-            self._log_to_wandb({}, step=step)  # W&B names media files after the row that is open
+        self._log_to_wandb({}, step=step)  # W&B names media files after the row that is open
         self._log_to_wandb(row, step=step, commit=True)
         return True
 
