@@ -101,8 +101,10 @@ class Session:
     def describe(self, name: str, model: nn.Module) -> None:
         """Print the size of the model, and its device, precision and seed."""
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        how = f"on {self.device.type} in {self.config['precision']}, seed {self.settings.seed}"
-        print(f"{name}: {parameters:,} parameters {how}")
+        print(
+            f"{name}: {parameters:,} parameters on {self.device.type} "
+            f"in {self.config['precision']}, seed {self.settings.seed}"
+        )
 
 
 @contextlib.contextmanager

@@ -50,8 +50,7 @@ def logs_to_wandb(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return function(run, *arguments, **options)
         except Exception as error:
-            failure = disk_error(error)
-            disk_fails = failure is not None and failure.errno in DISK_ERRORS
+            disk_fails = getattr(disk_error(error), "errno", None) in DISK_ERRORS
             ours = isinstance(error, (LogError, JournalError)) or _is_from_agent(error)
             if ours or not (disk_fails or wandb_service.raised_by_wandb(error)):
                 raise
@@ -321,7 +320,7 @@ class Run:
         with tempfile.TemporaryDirectory() as directory:
             save(Path(directory))
             artifact.add_dir(directory)
-        self.log_artifact(artifact, aliases=["latest", "best"] if is_best else ["latest"])
+        self.log_artifact(artifact, aliases=["latest", "best"] if is_best else None)
 
     def log_weights(
         self, weights: Mapping[str, Tensor], metadata: Mapping[str, Any], is_best: bool
