@@ -188,8 +188,6 @@ class Parser(argparse.ArgumentParser):
     """Raises `UserError` for what is wrong with the command line."""
 
     def error(self, message: str) -> NoReturn:
-        if "expected one argument" in message:
-            message += "; a value that begins with a dash is written --option=-value"
         raise UserError(f"{message} (--help lists the options)")
 
 

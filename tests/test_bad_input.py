@@ -23,7 +23,7 @@ OPTIONS = {
     "--lr 0.1": "unknown option --lr",
     "stray": "unknown option stray",
     "--epochs": "--epochs: expected one argument",
-    "--name -x": "--name: expected one argument; a value that begins with a dash is written --option=-value",
+    "--name -x": "--name: expected one argument",
     "--batch_size=--": "--batch_size: ",  # Python 3.13 takes -- as the value
     "--epochs 0": "--epochs: must be at least 1, got '0'",
     "--epochs -3": "--epochs: must be at least 1, got '-3'",
