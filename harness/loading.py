@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset
 
 from harness import distributed
 from harness.errors import UserError
@@ -29,8 +29,6 @@ def load_batches(
     map-style one, draws from the generators of Python, NumPy and torch for an example follows from
     seed, epoch and index, whatever the number of workers and of ranks.
     """
-    if isinstance(dataset, IterableDataset):
-        raise ValueError("load_batches needs a map-style dataset, which has __getitem__")
     shares = [
         torch.as_tensor(distributed.share_of(batch)).tolist() for batch in progress.left(batches)
     ]

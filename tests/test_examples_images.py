@@ -346,7 +346,7 @@ def test_kinds_of_datasets(drawn):
     assert batches(Several()) == drawn
     subset = batches(Subset(Draws(), range(24)), num_workers=1)
     assert subset == drawn
-    with pytest.raises(ValueError, match="map-style"):
+    with pytest.raises(TypeError, match="'Endless' has no len"):
         batches(Endless())
 
 
