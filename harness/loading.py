@@ -46,10 +46,9 @@ def iterate(loader: DataLoader) -> Iterator[Any]:
     """
     with _no_signals(loader), _like_a_worker():
         loaded = iter(loader)
-    loads_itself = loader.num_workers == 0
     while True:
         try:
-            with _like_a_worker() if loads_itself else contextlib.nullcontext():
+            with _like_a_worker():
                 content = next(loaded)
         except StopIteration:
             return

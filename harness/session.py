@@ -275,14 +275,15 @@ def _settings_of(
             print(f"--{name} is new in the script: the run goes on with {value!r}.")
             continue
         placeholder = None if name in identity else fields[name]["placeholder"]
-        if name == "device" and value not in (used[name], placeholder):
+        same = value in (used[name], placeholder)
+        if name == "device" and not same:
             print(
                 f"The run was on {used[name]} and continues on {value}: "
                 "rounding and dropout differ."
             )
         elif name in identity or not fields[name]["may_change"]:
             taken[name] = used[name]
-            if value not in (used[name], placeholder):
+            if not same:
                 differ.append(f"--{name} was {used[name]!r}, is {value!r}")
     if differ:
         raise UserError(f"{run} was begun with other settings: {'; '.join(differ)}")

@@ -74,14 +74,11 @@ def unlock(directory: Path, descriptor: int) -> None:
 
 def replace(source: Path, target: Path) -> None:
     """`os.replace`; wait up to a second while Windows refuses it: a program has the file open."""
-    deadline = time.monotonic() + 1
-    while True:
-        try:
+    for _ in range(20):
+        with contextlib.suppress(PermissionError):
             return os.replace(source, target)
-        except PermissionError:
-            if time.monotonic() > deadline:
-                raise
         time.sleep(0.05)
+    os.replace(source, target)
 
 
 def interrupt_after(seconds: float) -> None:

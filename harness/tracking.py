@@ -489,8 +489,7 @@ def start(
         )
         wandb.teardown()
         run = init(**options, mode="offline")
-    if not run.disabled:
-        logging.raiseExceptions = False  # a full disk under wandb/ would flood the terminal
+    logging.raiseExceptions = False  # a full disk under wandb/ would flood the terminal
     wandb_step = -1
     if run.resumed:
         if run.config.get(wandb_service.TOKEN, token) != token:
