@@ -360,8 +360,10 @@ class Run:
         killer = threading.Timer(timeout or self._finish_timeout, self.give_up)
         killer.daemon = True
         killer.start()
-        self._finish(status)
-        killer.cancel()
+        try:
+            self._finish(status)
+        finally:
+            killer.cancel()
         if self.lost:
             wandb_service.close()
 
