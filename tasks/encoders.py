@@ -281,10 +281,7 @@ def attribute(
     difference of the two logits by a token's embedding, times that embedding, summed over its
     dimensions. None if the model doesn't accept embeddings.
     """
-    length = int(token_set.lengths[index])
-    inputs = {}
-    for name, padded in inputs_of(token_set, torch.tensor([index])).items():
-        inputs[name] = padded[:, :length]  # GPT-2 would take padding for the last token
+    inputs = inputs_of(token_set, torch.tensor([index]))
     embedded = model.get_input_embeddings()(inputs.pop("input_ids")).detach().requires_grad_()
     try:
         with torch.enable_grad():
