@@ -78,20 +78,19 @@ def value_count(parameter: Parameter) -> int:
     return parameter.max - parameter.min + 1
 
 
+@dataclasses.dataclass
 class GridSampler(RandomSampler):
     """Gives trial n cell n of the grid. Trial numbers are unique, so no cell is repeated."""
 
-    def __init__(self, searched: dict[str, Parameter]) -> None:
-        super().__init__()
-        self._searched = searched
+    searched: dict[str, Parameter]
 
     def sample_independent(
         self, study: Study, trial: FrozenTrial, name: str, space: BaseDistribution
     ) -> Any:
         """The value of one parameter."""
         cell = trial.number
-        for other in sorted(self._searched):
-            cell, index = divmod(cell, value_count(self._searched[other]))
+        for other in sorted(self.searched):
+            cell, index = divmod(cell, value_count(self.searched[other]))
             if other == name:
                 break
         if isinstance(space, CategoricalDistribution):
@@ -117,9 +116,9 @@ class HyperbandPruner(BasePruner):
         for other in study.get_trials(deepcopy=False):
             if rung in other.intermediate_values:
                 losses.append(sign * other.intermediate_values[rung])
-        best = sorted(losses)[: int(1 / self.rules.eta * len(losses)) + 1]
+        worst_kept = sorted(losses)[int(1 / self.rules.eta * len(losses))]
         considered = [values[rung]] if self.rules.strict else values.values()
-        return min(sign * value for value in considered) > best[-1]
+        return min(sign * value for value in considered) > worst_kept
 
 
 def sampler(sweep: Sweep, seed: int | None) -> BaseSampler:
