@@ -90,8 +90,8 @@ def run_trials(search: Search) -> None:
 def target_is_reached(search: Search) -> bool:
     """Whether a trial has the value at which the search should end."""
     metric = search.sweep.metric
-    ranked = ranked_trials(search.study) if metric.target is not None else []
-    if not ranked:
+    ranked = ranked_trials(search.study)
+    if metric.target is None or not ranked:
         return False
     best = ranked[0].value
     return best >= metric.target if metric.goal == "maximize" else best <= metric.target
@@ -143,7 +143,7 @@ def report(search: Search) -> None:
     arguments = trials.trial_arguments(sweep, best.user_attrs["parameters"])
     json_file = f"{search.output_dir(best)}.json"
     command = trials.trial_command(sweep, arguments, json_file, is_shown=True)
-    shown = shell_command(command).removeprefix("/usr/bin/env ")
+    shown = shell_command(command)
     if not any("{args" in part for part in sweep.command):  # the program reads wandb.config
         shown = f"WANDB_SWEEP_PARAM_PATH={search.output_dir(best)}.yaml {shown}"
     print(f"to repeat the best run: {shown}")
@@ -195,7 +195,6 @@ def main(argv: list[str] | None = None) -> None:
     search = Search(
         sweep=sweep,
         study=study,
-        storage=storage,
         trial_count=trial_count,
         jobs=options.jobs,
         seed=options.seed,
