@@ -153,10 +153,13 @@ def write_trials(search: Search, rows: list[FrozenTrial]) -> None:
     """Write trials.csv, with a row for each trial."""
     names = search.sweep.searched()
     metric = search.sweep.metric.name
-    results = ("epochs", "error", "output_dir")
+    first = ["trial", "state", metric or "unranked"]
+    last = ["epochs_done", "error", "output_dir"]
+    # A parameter may have the name of another column.
+    columns = [f"parameters.{name}" if name in first + last else name for name in names]
     with (search.sweep.directory / "trials.csv").open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
-        table.writerow(["trial", "state", metric or "unranked", *names, *results])
+        table.writerow(first + columns + last)
         for trial in rows:
             attributes = trial.user_attrs
             table.writerow(
