@@ -57,7 +57,7 @@ def run_trials(search: Search) -> None:
 
     Raises `UserError` if the first ones fail or none completes.
     """
-    states: list[TrialState] = []
+    states = []
     waiting = False
     while True:
         for trial in search.watch():

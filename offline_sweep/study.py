@@ -33,18 +33,18 @@ POSTGRESQL_LIMITS = {
 }
 
 
+@dataclasses.dataclass
 class RetryingStorage:
     """An Optuna storage that repeats a failed call for up to `patience` seconds.
 
     Then the call raises `UserError`, and later calls are not repeated.
     """
 
-    def __init__(self, storage: BaseStorage, patience: float) -> None:
-        self._storage = storage
-        self.patience = patience
+    storage: BaseStorage
+    patience: float
 
     def __getattr__(self, name: str) -> Any:
-        return functools.partial(self._call, getattr(self._storage, name))
+        return functools.partial(self._call, getattr(self.storage, name))
 
     def _call(self, method: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         start = time.monotonic()
@@ -184,8 +184,7 @@ def _connect(sweep: Sweep, url: str) -> BaseStorage:
             break
         except (*FAILURES, SQLAlchemyError, RuntimeError) as error:
             problem = _reason(error).replace(url, shown_url)
-            is_slow = re.search("timeout|resolve|translate", problem)
-            if is_slow or not isinstance(error, FAILURES):
+            if re.search("timeout|resolve|translate", problem):  # takes long each time
                 break
         time.sleep(1)
     raise UserError(f"--storage {shown_url}: {problem}")

@@ -30,7 +30,7 @@ STOP_TIMEOUT = 30  # seconds; a run takes at most its --stop_timeout, and a litt
 
 def trial_arguments(sweep: Sweep, searched: dict[str, Any]) -> dict[str, Any]:
     """All parameters of a trial, nested ones as mappings, given its values of those searched."""
-    arguments: dict[str, Any] = {}
+    arguments = {}
     for name, parameter in sweep.parameters.items():
         *outer_names, inner_name = name.split("/")
         mapping = arguments
