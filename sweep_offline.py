@@ -90,8 +90,8 @@ def run_trials(search: Search) -> None:
 def target_is_reached(search: Search) -> bool:
     """Whether a trial has the value at which the search should end."""
     metric = search.sweep.metric
-    ranked = ranked_trials(search.study)
-    if metric.target is None or not ranked:
+    ranked = ranked_trials(search.study) if metric.target is not None else []
+    if not ranked:
         return False
     best = ranked[0].value
     return best >= metric.target if metric.goal == "maximize" else best <= metric.target
