@@ -67,7 +67,10 @@ def load_digits(name: str, data_dir: str) -> Digits:
 
 
 def split_digits(
-    digits: Digits, valid_size: int, every: int, device: torch.device | None = None
+    digits: Digits,
+    valid_size: int,
+    every: int,
+    device: torch.device | None = None,
 ) -> Digits:
     """Hold out the last `valid_size` training images, then keep every `every`-th of each part.
 
@@ -117,7 +120,12 @@ def _read_part(name: str, image_file: Path, label_file: Path) -> ImageSet:
     return ImageSet(images, labels)
 
 
-def _read_idx(name: str, file: Path, shape: tuple[int, ...], largest: int) -> Tensor:
+def _read_idx(
+    name: str,
+    file: Path,
+    shape: tuple[int, ...],
+    largest: int,
+) -> Tensor:
     """uint8 (n, *shape), 0 to `largest`, from an IDX file: a magic number, the sizes, the data."""
     header = np.fromfile(file, ">i4", 2 + len(shape)).tolist()
     data = np.fromfile(file, np.uint8, offset=4 * len(header))
@@ -160,7 +168,14 @@ def _draw_glyphs() -> Tensor:
     for name in DIGIT_NAMES:
         canvas = Image.new("L", (56, 56))
         draw = ImageDraw.Draw(canvas)
-        draw.text((28, 28), name, fill=255, font=font, anchor="mm", stroke_width=1)
+        draw.text(
+            (28, 28),
+            name,
+            fill=255,
+            font=font,
+            anchor="mm",
+            stroke_width=1,
+        )
         glyphs.append(np.array(canvas))
     return torch.from_numpy(np.stack(glyphs))[:, None] / 255
 

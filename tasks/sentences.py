@@ -30,7 +30,11 @@ NO_FILES = OwnFiles()
 ACCEPTABILITY = ["unacceptable", "acceptable"]  # CoLA's 0 and 1
 
 
-def load_corpus(name: str, data_dir: str, own: OwnFiles = NO_FILES) -> Corpus:
+def load_corpus(
+    name: str,
+    data_dir: str,
+    own: OwnFiles = NO_FILES,
+) -> Corpus:
     """Load "cola" from `data_dir`, the user's "files", or "synthetic" sentences.
 
     CoLA is downloaded to `data_dir` if it is missing. "auto" means the user's files if they are
