@@ -57,7 +57,7 @@ def run_trials(search: Search) -> None:
 
     Raises `UserError` if the first ones fail or none completes.
     """
-    states: list[TrialState] = []
+    states = []
     waiting = False
     while True:
         for trial in search.watch():
@@ -143,7 +143,7 @@ def report(search: Search) -> None:
     arguments = trials.trial_arguments(sweep, best.user_attrs["parameters"])
     json_file = f"{search.output_dir(best)}.json"
     command = trials.trial_command(sweep, arguments, json_file, is_shown=True)
-    shown = shell_command(command).removeprefix("/usr/bin/env ")
+    shown = shell_command(command)
     if not any("{args" in part for part in sweep.command):  # the program reads wandb.config
         shown = f"WANDB_SWEEP_PARAM_PATH={search.output_dir(best)}.yaml {shown}"
     print(f"to repeat the best run: {shown}")
@@ -153,10 +153,13 @@ def write_trials(search: Search, rows: list[FrozenTrial]) -> None:
     """Write trials.csv, with a row for each trial."""
     names = search.sweep.searched()
     metric = search.sweep.metric.name
-    results = ("epochs", "error", "output_dir")
+    first = ["trial", "state", metric or "unranked"]
+    last = ["epochs_done", "error", "output_dir"]
+    # A parameter may have the name of another column.
+    columns = [f"parameters.{name}" if name in first + last else name for name in names]
     with (search.sweep.directory / "trials.csv").open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
-        table.writerow(["trial", "state", metric or "unranked", *names, *results])
+        table.writerow(first + columns + last)
         for trial in rows:
             attributes = trial.user_attrs
             table.writerow(
@@ -195,7 +198,6 @@ def main(argv: list[str] | None = None) -> None:
     search = Search(
         sweep=sweep,
         study=study,
-        storage=storage,
         trial_count=trial_count,
         jobs=options.jobs,
         seed=options.seed,

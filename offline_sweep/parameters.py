@@ -36,6 +36,7 @@ class Parameter(Mapping):
     """A parameter. Subclasses have the keys of W&B's distributions."""
 
     distribution: str
+    q: Positive = 1.0  # a value of q_uniform and the like is rounded to a multiple
 
 
 class Constant(Parameter):
@@ -61,7 +62,6 @@ class Range(Parameter):
 
     min: float
     max: float
-    q: Positive = 1.0  # a value of q_uniform and the like is rounded to a multiple
 
 
 class IntRange(Range):
@@ -82,7 +82,6 @@ class Normal(Parameter):
 
     mu: float = 0.0
     sigma: Positive = 1.0
-    q: Positive = 1.0
 
 
 class Beta(Parameter):
@@ -90,7 +89,6 @@ class Beta(Parameter):
 
     a: Positive = 1.0
     b: Positive = 1.0
-    q: Positive = 1.0
 
 
 DISTRIBUTIONS = {
@@ -121,7 +119,7 @@ def read_parameters(content: Any, method: str) -> dict[str, Parameter]:
 
     Raises `ValueError`, naming the key and what is wrong with it.
     """
-    parameters: dict[str, Parameter] = {}
+    parameters = {}
     for name, parameter in content.items():
         try:
             if not (PARAMETER_NAME.fullmatch(name) and isinstance(parameter, dict)):

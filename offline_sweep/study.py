@@ -33,18 +33,18 @@ POSTGRESQL_LIMITS = {
 }
 
 
+@dataclasses.dataclass
 class RetryingStorage:
     """An Optuna storage that repeats a failed call for up to `patience` seconds.
 
     Then the call raises `UserError`, and later calls are not repeated.
     """
 
-    def __init__(self, storage: BaseStorage, patience: float) -> None:
-        self._storage = storage
-        self.patience = patience
+    storage: BaseStorage
+    patience: float
 
     def __getattr__(self, name: str) -> Any:
-        return functools.partial(self._call, getattr(self._storage, name))
+        return functools.partial(self._call, getattr(self.storage, name))
 
     def _call(self, method: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         start = time.monotonic()
@@ -78,20 +78,19 @@ def value_count(parameter: Parameter) -> int:
     return parameter.max - parameter.min + 1
 
 
+@dataclasses.dataclass
 class GridSampler(RandomSampler):
     """Gives trial n cell n of the grid. Trial numbers are unique, so no cell is repeated."""
 
-    def __init__(self, searched: dict[str, Parameter]) -> None:
-        super().__init__()
-        self._searched = searched
+    searched: dict[str, Parameter]
 
     def sample_independent(
         self, study: Study, trial: FrozenTrial, name: str, space: BaseDistribution
     ) -> Any:
         """The value of one parameter."""
         cell = trial.number
-        for other in sorted(self._searched):
-            cell, index = divmod(cell, value_count(self._searched[other]))
+        for other in sorted(self.searched):
+            cell, index = divmod(cell, value_count(self.searched[other]))
             if other == name:
                 break
         if isinstance(space, CategoricalDistribution):
@@ -117,9 +116,9 @@ class HyperbandPruner(BasePruner):
         for other in study.get_trials(deepcopy=False):
             if rung in other.intermediate_values:
                 losses.append(sign * other.intermediate_values[rung])
-        best = sorted(losses)[: int(1 / self.rules.eta * len(losses)) + 1]
+        worst_kept = sorted(losses)[int(1 / self.rules.eta * len(losses))]
         considered = [values[rung]] if self.rules.strict else values.values()
-        return min(sign * value for value in considered) > best[-1]
+        return min(sign * value for value in considered) > worst_kept
 
 
 def sampler(sweep: Sweep, seed: int | None) -> BaseSampler:
@@ -185,8 +184,7 @@ def _connect(sweep: Sweep, url: str) -> BaseStorage:
             break
         except (*FAILURES, SQLAlchemyError, RuntimeError) as error:
             problem = _reason(error).replace(url, shown_url)
-            is_slow = re.search("timeout|resolve|translate", problem)
-            if is_slow or not isinstance(error, FAILURES):
+            if re.search("timeout|resolve|translate", problem):  # takes long each time
                 break
         time.sleep(1)
     raise UserError(f"--storage {shown_url}: {problem}")

@@ -11,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -24,14 +23,14 @@ from harness import system
 from harness.errors import UserError
 from offline_sweep.file import Sweep
 from offline_sweep.parameters import Constant, suggest
-from offline_sweep.study import RetryingStorage, sampler
+from offline_sweep.study import sampler
 
 STOP_TIMEOUT = 30  # seconds; a run takes at most its --stop_timeout, and a little to close W&B
 
 
 def trial_arguments(sweep: Sweep, searched: dict[str, Any]) -> dict[str, Any]:
     """All parameters of a trial, nested ones as mappings, given its values of those searched."""
-    arguments: dict[str, Any] = {}
+    arguments = {}
     for name, parameter in sweep.parameters.items():
         *outer_names, inner_name = name.split("/")
         mapping = arguments
@@ -53,7 +52,7 @@ def trial_command(
     macros = create_sweep_command_args({"args": content})
     del macros["args_dict"]
     macros["args_json_file"] = [json_file]
-    macros["env"] = [] if system.WINDOWS else ["/usr/bin/env"]
+    macros["env"] = [] if system.WINDOWS or is_shown else ["/usr/bin/env"]
     macros["interpreter"] = ["python" if is_shown else sys.executable]
     macros["program"] = [str(sweep.program)]
     command = []
@@ -167,7 +166,6 @@ class Search:
 
     sweep: Sweep
     study: optuna.Study
-    storage: RetryingStorage
     trial_count: int
     jobs: int
     seed: int | None
@@ -218,9 +216,7 @@ class Search:
         # With one seed for all trials, a resumed search would draw the same parameters again.
         seed = None if self.seed is None else (self.seed * 1_000_003 + number + 1) % 2**32
         self.study.sampler = sampler(sweep, seed)
-        study_id = self.storage.get_study_id_from_name(sweep.name)
-        trial_id = self.storage.get_trial_id_from_study_id_trial_number(study_id, number)
-        trial = optuna.Trial(self.study, trial_id)
+        trial = optuna.Trial(self.study, known._trial_id)
         searched = known.user_attrs.get("parameters")
         if searched is None:
             random.seed(seed)
@@ -261,25 +257,20 @@ class Search:
 
     def _environment(self, number: int, output_dir: Path, gpu: str | None) -> dict[str, str]:
         """The environment of a run: W&B offline, a GPU, and a share of the processor's threads."""
-        sweep = self.sweep
-        environment = dict(os.environ)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // self.jobs)))
-        environment.update(
-            PYTHONIOENCODING="utf-8",  # of the log
-            WANDB_MODE="offline",
-            WANDB_NAME=f"{sweep.name}-{number}",
-            WANDB_RUN_ID=output_dir.name,
-            WANDB_RUN_GROUP=sweep.name,
-            WANDB_SWEEP_PARAM_PATH=str(output_dir.with_suffix(".yaml").resolve()),
-        )
-        if sweep.project:
-            environment["WANDB_PROJECT"] = sweep.project
-        if sweep.entity:
-            environment["WANDB_ENTITY"] = sweep.entity
-        if gpu:
-            environment["CUDA_VISIBLE_DEVICES"] = gpu
-        return environment
+        environment = {"OMP_NUM_THREADS": str(max(1, cores // self.jobs))} | os.environ
+        values = {
+            "PYTHONIOENCODING": "utf-8",  # of the log
+            "WANDB_MODE": "offline",
+            "WANDB_NAME": f"{self.sweep.name}-{number}",
+            "WANDB_RUN_ID": output_dir.name,
+            "WANDB_RUN_GROUP": self.sweep.name,
+            "WANDB_SWEEP_PARAM_PATH": str(output_dir.with_suffix(".yaml").resolve()),
+            "WANDB_PROJECT": self.sweep.project,
+            "WANDB_ENTITY": self.sweep.entity,
+            "CUDA_VISIBLE_DEVICES": gpu,
+        }
+        return environment | {name: value for name, value in values.items() if value}
 
     def watch(self) -> list[FrozenTrial]:
         """Report the progress of the processes; returns the trials that have ended."""
@@ -317,10 +308,9 @@ class Search:
         try:
             for process in self.running:
                 process.send_signal(system.STOP)
-            deadline = time.monotonic() + STOP_TIMEOUT
             for process in self.running:
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.popen.wait(max(0, deadline - time.monotonic()))
+                    process.popen.wait(STOP_TIMEOUT)
         finally:  # also after a second Ctrl-C
             for process in self.running:
                 process.send_signal(system.KILL)

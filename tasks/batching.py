@@ -1,6 +1,5 @@
 """Tokenise sentences once, then draw batches of similar length, which need little padding."""
 
-import math
 from array import array
 from typing import NamedTuple
 
@@ -18,7 +17,6 @@ class TokenSet(NamedTuple):
     tokens: Tensor  # int32 (1 + all tokens,), on the device; the first is the padding token
     offsets: Tensor  # int64 (sentences + 1,), on the CPU: starts in `tokens`, and the last end
     labels: Tensor  # int64 (sentences,), on the device
-    longest: int  # number of tokens of the longest sentence
     cut: int  # number of truncated sentences
     types: Tensor | None = None  # like `tokens`, of pairs: whether a token is of the second one
 
@@ -58,7 +56,6 @@ def tokenise(
         torch.from_numpy(np.array(tokens)).to(device),
         torch.tensor([1, *lengths]).cumsum(0),
         torch.tensor(labels).to(device),
-        max(lengths),
         cut,
         torch.from_numpy(np.array(types)).to(device) if len(types) > 1 else None,
     )
@@ -88,13 +85,11 @@ def inputs_of(token_set: TokenSet, indices: Tensor) -> dict[str, Tensor]:
     """The model's inputs for a batch: "input_ids" and "attention_mask", int64 (batch, width).
 
     Pairs also have "token_type_ids", if the tokenizer tells their sentences apart. The width is the
-    number of tokens of the longest sentence, rounded up to a multiple of eight:
-    kernels are compiled and cached per shape, and rare shapes cost 60 MB.
+    number of tokens of the longest sentence; in the rows of the others, padding follows.
     """
     starts = token_set.offsets[indices]
     ends = token_set.offsets[indices + 1]
-    longest = int((ends - starts).max())
-    width = min(8 * math.ceil(longest / 8), token_set.longest)
+    width = int((ends - starts).max())
     positions = starts[:, None] + torch.arange(width)
     within_sentence = positions < ends[:, None]
     positions = positions.where(within_sentence, 0)  # the padding token is at position 0

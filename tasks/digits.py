@@ -30,10 +30,10 @@ class Digits(NamedTuple):
 
     name: str  # "mnist", "fashion_mnist", "kmnist" or "synthetic"
     train: ImageSet
-    valid: ImageSet  # empty until `split_digits`
     test: ImageSet
     class_names: list[str]
     files: list[Path]  # what was read, or the code that draws the synthetic digits
+    valid: ImageSet | None = None  # of `split_digits`
 
 
 DIGIT_NAMES = [str(digit) for digit in range(10)]
@@ -107,7 +107,7 @@ def _read_digits(name: str, files: list[Path]) -> Digits:
     train = _read_part(name, train_images, train_labels)
     test = _read_part(name, test_images, test_labels)
     class_names = DIGIT_NAMES if name == "mnist" else _torchvision_class(name).classes
-    return Digits(name, train, train.subset(slice(0)), test, class_names, files)
+    return Digits(name, train, test, class_names, files)
 
 
 def _read_part(name: str, image_file: Path, label_file: Path) -> ImageSet:
@@ -152,7 +152,6 @@ def synthetic_digits(train: int = 20_000, test: int = 4_000, seed: int = 0) -> D
     return Digits(
         "synthetic",
         digits.subset(slice(train)),
-        digits.subset(slice(0)),
         digits.subset(slice(train, None)),
         DIGIT_NAMES,
         [Path(__file__)],

@@ -101,9 +101,14 @@ def load_model(
             model, tokenizer = _load_pretrained(name, class_names)
         _prepare(model, tokenizer, max_length, sentences)
     except Exception as error:
-        raise UserError(
-            f"--model {one_line(name)} can't be used: {_why_unusable(error)[:200]}"
-        ) from None
+        reason = one_line(error)
+        # PyTorch's own message contains unsafe advice.
+        if isinstance(error, SafetensorError) or "Weights only load failed" in reason:
+            damage = "damaged, or only a git LFS pointer: try `git lfs pull`"
+            reason = f"the file of its weights is {damage}"
+        elif " " not in reason:  # KeyError: 'vocab'
+            reason = f"{type(error).__name__}: {reason}"
+        raise UserError(f"--model {one_line(name)} can't be used: {reason[:200]}") from None
     return model, tokenizer
 
 
@@ -129,17 +134,6 @@ def fetch_model(
             except Exception as error:  # W&B raises arbitrary exceptions
                 reason = str(error).replace("--model ", "").replace(str(temporary), "it")
                 raise UserError(f"--model {name} can't be used: {reason}") from None
-
-
-def _why_unusable(error: Exception) -> str:
-    """Why loading a model raised `error`, in one line."""
-    reason = one_line(error)
-    # PyTorch's own message contains unsafe advice.
-    if isinstance(error, SafetensorError) or "Weights only load failed" in reason:
-        return "the file of its weights is damaged, or only a git LFS pointer: try `git lfs pull`"
-    if " " not in reason:  # KeyError: 'vocab'
-        return f"{type(error).__name__}: {reason}"
-    return reason
 
 
 def _prepare(
@@ -281,10 +275,7 @@ def attribute(
     difference of the two logits by a token's embedding, times that embedding, summed over its
     dimensions. None if the model doesn't accept embeddings.
     """
-    length = int(token_set.lengths[index])
-    inputs = {}
-    for name, padded in inputs_of(token_set, torch.tensor([index])).items():
-        inputs[name] = padded[:, :length]  # GPT-2 would take padding for the last token
+    inputs = inputs_of(token_set, torch.tensor([index]))
     embedded = model.get_input_embeddings()(inputs.pop("input_ids")).detach().requires_grad_()
     try:
         with torch.enable_grad():

@@ -93,11 +93,17 @@ def read_parts(paths: list[Path], own: OwnFiles) -> list[Sentences]:
         columns = list(chosen.values())
         part = _take_columns(rows[1:], names, columns, path, own, labels)
         if not parts:
-            _check_labels(part.labels, columns[-1], path)
+            labels = set(part.labels)
+            rows_with_text = len(part.labels)
+            mostly_distinct = rows_with_text >= 20 and len(labels) > rows_with_text / 2
+            if mostly_distinct or not 2 <= len(labels) <= 1000:
+                raise UserError(
+                    f"{path}: column {columns[-1]!r} has {len(labels):,} distinct labels in "
+                    f"{rows_with_text:,} rows; does another column hold the classes?"
+                )
             if columns != ["sentence", "label"]:
                 print(f"{path}: text and label are in the columns {', '.join(columns)}.")
             own = dataclasses.replace(own, **chosen)
-            labels = set(part.labels)
         parts.append(part)
     return parts
 
@@ -299,14 +305,3 @@ def _take_columns(
             raise UserError(f"{path}: {problem}; --drop_missing leaves them out")
         print(f"{path}: {problem}; left out")
     return part
-
-
-def _check_labels(labels: list[str], column: str, path: Path) -> None:
-    rows = len(labels)
-    classes = len(set(labels))
-    mostly_distinct = rows >= 20 and classes > rows / 2
-    if mostly_distinct or not 2 <= classes <= 1000:
-        raise UserError(
-            f"{path}: column {column!r} has {classes:,} distinct labels in {rows:,} rows; "
-            "does another column hold the classes?"
-        )

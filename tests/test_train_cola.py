@@ -612,7 +612,7 @@ def test_attribution_is_gradient_times_input():
     model = Linear()
     tokens = torch.tensor([[1, 2, 3, 4, 5], [7, 8, 7, 0, 0]])
     flat = torch.cat([torch.tensor([0]), tokens[0], tokens[1, :3]]).int()
-    part = batching.TokenSet(flat, torch.tensor([1, 6, 9]), torch.tensor([0, 1]), longest=5, cut=0)
+    part = batching.TokenSet(flat, torch.tensor([1, 6, 9]), torch.tensor([0, 1]), cut=0)
     for index, length in ((0, 5), (1, 3)):
         scores = encoders.attribute(model, part, index, answer=2, label=1)
         weight = model.by_position[:length, :, 2] - model.by_position[:length, :, 1]
@@ -629,7 +629,7 @@ def test_attribution_of_bert_matches_finite_differences(small_cola):
     ).double()
     tokens = torch.tensor([[2, 40, 50, 60, 3, 0, 0]])
     flat = torch.cat([torch.tensor([0]), tokens[0, :5]]).int()
-    part = batching.TokenSet(flat, torch.tensor([1, 6]), torch.tensor([0]), longest=5, cut=0)
+    part = batching.TokenSet(flat, torch.tensor([1, 6]), torch.tensor([0]), cut=0)
     scores = encoders.attribute(model, part, 0, answer=1, label=0)
     embedded = model.get_input_embeddings()(tokens[:, :5]).detach()
     for i in range(5):
@@ -741,7 +741,7 @@ def test_batches_are_padded_and_long_sentences_cost_nothing(small_cola):
     assert stored == rows and part.tokens.dtype == torch.int32
     for indices in (torch.tensor([2499, 2500]), torch.tensor([0, 7])):
         padded = [rows[i == 2500] for i in indices.tolist()]
-        longest = min(-(-max(map(len, padded)) // 8) * 8, part.longest)
+        longest = max(map(len, padded))  # it was rounded up to a multiple of eight
         inputs = batching.inputs_of(part, indices)
         assert inputs["input_ids"].tolist() == [
             ids + [tokenizer.pad_token_id] * (longest - len(ids)) for ids in padded
