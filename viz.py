@@ -174,33 +174,6 @@ def _ticks(low: float, high: float) -> list[float]:
     return [multiple * step for multiple in multiples]
 
 
-def _line_chart(
-    curves: Mapping[str, tuple[Tensor, Tensor]],
-    title: str,
-    x_name: str,
-) -> CustomChart:
-    """W&B's chart of named curves, each x and y, thinned to at most 1,000 points.
-
-    The title names the class of a single curve.
-    """
-    if len(curves) == 1:
-        title += f", positive class: {next(iter(curves))}"
-    xs = []
-    ys = []
-    for x, y in curves.values():
-        kept = torch.linspace(0, len(x) - 1, min(len(x), 1000)).round().long()
-        xs.append(x[kept].tolist())
-        ys.append(y[kept].tolist())
-    # W&B requires a line even if there is no curve.
-    return wandb.plot.line_series(
-        xs=xs or [[]],
-        ys=ys or [[]],
-        keys=list(curves) or [""],
-        title=title,
-        xname=x_name,
-    )
-
-
 # Fonts with many letters on Windows, macOS and Linux; Pillow looks for them in the usual folders.
 KNOWN_FONTS = [
     "malgun",
@@ -406,11 +379,8 @@ def roc_chart(
     class_names: list[str],
 ) -> CustomChart:
     """ROC curves: one for the positive class if there are two classes, otherwise one per class."""
-    curves = {}
-    for label in _classes_with_curves(result):
-        fpr, tpr, _ = roc_curve(*result.one_against_rest(label))
-        curves[class_names[label]] = (fpr, tpr)
-    return _line_chart(curves, "ROC: true over false positive rate", "false positive rate")
+    title = "ROC: true over false positive rate"
+    return _curves_chart(result, class_names, roc_curve, title, "false positive rate")
 
 
 def precision_recall_chart(
@@ -418,21 +388,50 @@ def precision_recall_chart(
     class_names: list[str],
 ) -> CustomChart:
     """Precision-recall curves, for the same classes as `roc_chart`."""
-    curves = {}
-    for label in _classes_with_curves(result):
-        precision, recall, _ = precision_recall_curve(*result.one_against_rest(label))
-        curves[class_names[label]] = (recall, precision)
-    return _line_chart(curves, "Precision over recall", "recall")
+
+    def curve(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        precision, recall, _ = precision_recall_curve(scores, labels)
+        return recall, precision
+
+    return _curves_chart(result, class_names, curve, "Precision over recall", "recall")
 
 
-def _classes_with_curves(result: Evaluation) -> list[int]:
-    """The `MAX_CURVES` most frequent of the classes that have positive and negative examples."""
+def _curves_chart(
+    result: Evaluation,
+    class_names: list[str],
+    curve: Callable[[Tensor, Tensor], tuple[Tensor, ...]],
+    title: str,
+    x_name: str,
+) -> CustomChart:
+    """W&B's chart of a curve per class, each thinned to at most 1,000 points.
+
+    It has the `MAX_CURVES` most frequent of the classes that have positive and negative examples.
+    `curve` turns scores and labels into x and y first. The title names the class of a single curve.
+    """
     frequency = result.confusion.counts.sum(1)
     if len(frequency) == 2:
         frequency[1 - result.positive] = 0  # the curve of the positive class is enough
     order = frequency.argsort(descending=True, stable=True).tolist()
     classes = [label for label in order if 0 < frequency[label] < len(result.labels)]
-    return classes[:MAX_CURVES]
+    xs = []
+    ys = []
+    names = []
+    for label in classes[:MAX_CURVES]:
+        x, y, *_ = curve(*result.one_against_rest(label))
+        kept = torch.linspace(0, len(x) - 1, min(len(x), 1000)).round().long()
+        xs.append(x[kept].tolist())
+        ys.append(y[kept].tolist())
+        names.append(class_names[label])
+    if len(names) == 1:
+        title += f", positive class: {names[0]}"
+    # W&B requires a line even if there is no curve.
+    return wandb.plot.line_series(
+        xs=xs or [[]],
+        ys=ys or [[]],
+        keys=names or [""],
+        title=title,
+        xname=x_name,
+    )
 
 
 def most_confident_mistakes(result: Evaluation) -> Tensor:

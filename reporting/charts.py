@@ -6,12 +6,12 @@ from collections import defaultdict
 from statistics import fmean, stdev
 from typing import Any
 
+from plotly.graph_objects import Figure
 from torch import Tensor
 
 from reporting.runs import RunFiles, SeedGroups
 
 MAX_POINTS = 1000  # in a curve or chart
-Figure = dict[str, Any]  # data and layout of a chart, as plotly.js takes them
 
 
 def chart_text(string: str) -> str:
@@ -91,23 +91,11 @@ def band(runs: list[RunFiles], name: str) -> list[tuple]:
 def against_diagonal(title: str, axes: dict[str, Tensor]) -> Figure:
     """A chart of one value against another, and a line on which both are equal."""
     (x_name, x), (y_name, y) = axes.items()
-    ends = [finite(float(x.min())), finite(float(x.max()))]
-    line = {
-        "x": ends,
-        "y": ends,
-        "mode": "lines",
-        "line": {"dash": "dot", "color": "#888"},
-        "hoverinfo": "skip",
-    }
-    points = {
-        "x": [finite(value) for value in x.tolist()],
-        "y": [finite(value) for value in y.tolist()],
-        "mode": "markers",
-    }
-    layout = {
-        "title": {"text": title},
-        "showlegend": False,
-        "xaxis": {"title": {"text": x_name}},
-        "yaxis": {"title": {"text": y_name}},
-    }
-    return {"data": [line, points], "layout": layout}
+    ends = [float(x.min()), float(x.max())]
+    figure = Figure()
+    figure.add_scatter(
+        x=ends, y=ends, mode="lines", line_dash="dot", line_color="#888", hoverinfo="skip"
+    )
+    figure.add_scatter(x=x.tolist(), y=y.tolist(), mode="markers")
+    figure.update_layout(title=title, showlegend=False, xaxis_title=x_name, yaxis_title=y_name)
+    return figure

@@ -33,10 +33,11 @@ def table(header: list[str], rows: Iterable[Iterable[Any]]) -> str:
     return f'<div class="scroll"><table>{content}</table></div>'
 
 
-def chart(figure: dict[str, Any]) -> str:
-    """The element in which page.js draws a chart, and its data."""
+def chart(figure: Any) -> str:
+    """The element in which page.js draws a figure of plotly, and its data."""
     name = f"figure-{secrets.token_hex(8)}"
-    return f'<div class="chart" data-figure="{name}"></div>{embedded_json(name, figure)}'
+    data = embedded_json(name, json.loads(figure.to_json()))
+    return f'<div class="chart" data-figure="{name}"></div>{data}'
 
 
 def embedded_json(name: str, content: Any) -> str:

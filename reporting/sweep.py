@@ -1,7 +1,6 @@
 """Shows a sweep of sweep_offline.py, from its Optuna study."""
 
 import html
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -75,5 +74,5 @@ def show_sweep(study: Any) -> str:
         figures.append(visualization.plot_param_importances(study, evaluator=evaluator))
     for figure in figures:
         figure.layout.width = None  # that of the page
-        content += chart(json.loads(figure.to_json()))
+        content += chart(figure)
     return content
