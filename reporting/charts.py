@@ -1,6 +1,5 @@
 """The data of the charts, in plotly.js's format; the page's own JavaScript draws them."""
 
-import html
 import math
 from collections import defaultdict
 from statistics import fmean, stdev
@@ -14,13 +13,6 @@ from reporting.runs import RunFiles, SeedGroups
 MAX_POINTS = 1000  # in a curve or chart
 
 
-def chart_text(string: str) -> str:
-    """Text for plotly.js, which interprets HTML; a long string is shortened in the middle."""
-    if len(string) > 48:
-        string = f"{string[:24]}…{string[-23:]}"
-    return html.escape(string, quote=False)
-
-
 def finite(value: float) -> float | None:
     """`value` to six digits; None, which is null in JSON, if it is not finite."""
     return float(f"{value:.6g}") if math.isfinite(value) else None
@@ -28,22 +20,23 @@ def finite(value: float) -> float | None:
 
 def curves(runs: list[RunFiles], seed_groups: SeedGroups) -> dict[str, Any]:
     """For each metric, the curve of every run, and mean ± standard deviation of every group."""
-    names = set()
-    shown_first = [run.monitor for run in runs]
+    logged = set()
+    names = [run.monitor for run in runs]
     for run in runs:
-        names.update(*run.rows)
+        logged.update(*run.rows)
         for name in run.key_metrics:
-            shown_first += [f"valid/{name}", f"train/{name}_step"]
-    names -= {"step", "epoch"}
+            names += [f"valid/{name}", f"train/{name}_step"]
+    logged -= {"step", "epoch"}
+    names += sorted(logged, key=lambda name: (not name.startswith("valid/"), name))
     metrics = {}
-    for name in sorted(names, key=lambda name: (not name.startswith("valid/"), name)):
+    for name in dict.fromkeys(names):
+        if name not in logged:
+            continue
         lines = []
         for i, run in enumerate(runs):
-            rows = thinned([row for row in run.rows if name in row])
-            if rows:
-                steps = [int(row["step"]) for row in rows]
-                values = [finite(row[name]) for row in rows]
-                lines.append({"run": i, "x": steps, "y": values})
+            points = [(row["step"], finite(row[name])) for row in run.rows if name in row]
+            if points:
+                lines.append({"run": i, "points": thinned(points)})
         bands = []
         for i, members in enumerate(seed_groups.values()):
             points = band(members, name)
@@ -51,17 +44,15 @@ def curves(runs: list[RunFiles], seed_groups: SeedGroups) -> dict[str, Any]:
                 bands.append({"group": i, "points": points})
         metrics[name] = {"runs": lines, "groups": bands}
     group_names = []
-    grouped = set()
+    grouped = []
     for name, members in seed_groups.items():
-        group_names.append(chart_text(f"{name} (n = {len(members)})"))
-        grouped.update(run.path for run in members)
-    shown = [{"name": chart_text(run.label), "isGrouped": run.path in grouped} for run in runs]
-    overview = [name for name in dict.fromkeys([*shown_first, *metrics]) if name in metrics]
+        group_names.append(f"{name} (n = {len(members)})")
+        grouped += members
     return {
-        "runs": shown,
+        "runs": [{"name": run.label, "isGrouped": run in grouped} for run in runs],
         "groups": group_names,
         "metrics": metrics,
-        "overview": overview[:4],
+        "overview": list(metrics)[:4],
     }
 
 
@@ -78,7 +69,7 @@ def band(runs: list[RunFiles], name: str) -> list[tuple]:
     for run in runs:
         for row in run.rows:
             if math.isfinite(row.get(name, math.nan)):
-                by_step[int(row["step"])].append(row[name])
+                by_step[row["step"]].append(row[name])
     points = []
     for step, values in thinned(sorted(by_step.items())):
         if len(values) > 1:
@@ -94,7 +85,12 @@ def against_diagonal(title: str, axes: dict[str, Tensor]) -> Figure:
     ends = [float(x.min()), float(x.max())]
     figure = Figure()
     figure.add_scatter(
-        x=ends, y=ends, mode="lines", line_dash="dot", line_color="#888", hoverinfo="skip"
+        x=ends,
+        y=ends,
+        mode="lines",
+        line_dash="dot",
+        line_color="#888",
+        hoverinfo="skip",
     )
     figure.add_scatter(x=x.tolist(), y=y.tolist(), mode="markers")
     figure.update_layout(title=title, showlegend=False, xaxis_title=x_name, yaxis_title=y_name)
