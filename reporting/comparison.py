@@ -144,7 +144,7 @@ def compare_with_best(best: Predictions, others: list[Predictions]) -> str:
         )
     # The interval at 1 - 0.05 / pairs, if the difference has a normal distribution.
     widening = NormalDist().inv_cdf(1 - 0.025 / pairs) / NormalDist().inv_cdf(0.975)
-    rows = []
+    rows = [header]
     for other in others:
         gap, low, high = difference(best, other)
         low = gap - widening * (gap - low)
@@ -159,7 +159,7 @@ def compare_with_best(best: Predictions, others: list[Predictions]) -> str:
         f"{len(best.labels):,} examples:"
     )
     explanation = paragraph(f"{method} {CAUTION}", "soft")
-    return f"{paragraph(introduction)}{table(header, rows)}{explanation}"
+    return f"{paragraph(introduction)}{table(rows)}{explanation}"
 
 
 def compare_seeds(seed_groups: SeedGroups) -> str:

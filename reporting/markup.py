@@ -3,10 +3,9 @@
 import html
 import json
 import secrets
-from collections.abc import Iterable
 from typing import Any
 
-from reporting.runs import format_value, is_number
+from reporting.runs import Table, format_value, is_number
 
 
 def paragraph(content: str, css_class: str = "") -> str:
@@ -23,8 +22,9 @@ def cell(value: Any) -> str:
     return f"<td>{content}</td>"
 
 
-def table(header: list[str], rows: Iterable[Iterable[Any]]) -> str:
+def table(rows: Table) -> str:
     """A table that a click on a column head sorts."""
+    header, *rows = rows
     head = "".join(f"<th>{html.escape(format_value(name))}</th>" for name in header)
     body = ""
     for row in rows:

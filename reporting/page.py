@@ -64,20 +64,19 @@ def make_page(
 
 def show_runs(runs: list[RunFiles], seed_groups: SeedGroups) -> str:
     """The tables of the runs, and of means over seeds."""
-    header, rows = run_table(runs)
     remark = (
         "The best by the monitored metric is first. Settings that are the same in all runs, or "
         "concern only logging, are left out. Figures are those of the best epoch; of a run that "
         "has not finished, the best so far; without validation data, of the last epoch. Validation "
         "data chose the epoch: figures under valid/ are too optimistic. A click on a head sorts."
     )
-    content = f"<h2>Runs</h2>{paragraph(remark, 'soft')}{table(header, rows)}"
+    content = f"<h2>Runs</h2>{paragraph(remark, 'soft')}{table(run_table(runs))}"
     if seed_groups:
         remark = (
             "Mean ± sample standard deviation over finished runs that differ in nothing but the "
             "seed, one per seed."
         )
-        means = table(*seed_table(runs, seed_groups))
+        means = table(seed_table(runs, seed_groups))
         content += f"<h2>Over seeds</h2>{paragraph(remark, 'soft')}{means}"
     return content
 
@@ -109,7 +108,7 @@ def show_run(run: RunFiles) -> str:
         data = base64.b64encode(path.read_bytes()).decode()
         name = html.escape(path.name)
         content += f'<img alt="{name}" title="{name}" src="data:image/png;base64,{data}">'
-    settings = table(["setting", "value"], run.config.items())
+    settings = table([("setting", "value"), *run.config.items()])
     return f"{content}<h2>Settings</h2>{settings}"
 
 

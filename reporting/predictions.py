@@ -144,5 +144,7 @@ def show_examples(
         if other:
             of_label = other.losses.neg().exp()
             columns[f"probability of the label by {other.run.label}"] = of_label.tolist()
-    rows = [[column[i] for column in columns.values()] for i in indices[:MOST_SHOWN]]
-    return table(list(columns), rows)
+    rows = [list(columns)]
+    for i in indices[:MOST_SHOWN]:
+        rows.append([column[i] for column in columns.values()])
+    return table(rows)
