@@ -36,8 +36,6 @@ CAUTION = (
     "The best of several was chosen for its figure, which flatters it. This is about the trained "
     "models as they are: another seed may move each of them as far."
 )
-UNKNOWN = (math.nan, math.nan, math.nan)
-ALONE = "no other run has predicted the same examples and monitors the same metric"
 
 
 def compare_runs(runs: list[RunFiles], seed_groups: SeedGroups) -> str:
@@ -78,7 +76,8 @@ def comparable_runs(
             sets[run.monitor, run.sign, predictions.examples].append(predictions)
     for members in sets.values():
         if len(members) == 1:
-            left_out[ALONE].append(members[0].run.label)
+            reason = "no other run has predicted the same examples and monitors the same metric"
+            left_out[reason].append(members[0].run.label)
     return [members for members in sets.values() if len(members) > 1], left_out
 
 
@@ -91,22 +90,20 @@ def difference(a: Predictions, b: Predictions) -> tuple[float, float, float]:
     if a.probabilities is None:
         return float((a.losses - b.losses).mean()), *paired_bootstrap(a.losses, b.losses)
     name = base_name(a.run.monitor)
+    known = {name} & EVALUATION_METRICS.keys()
     positive = int(a.run.metrics.get("positive_label") != a.class_names[0])  # of two classes
-
-    if name not in EVALUATION_METRICS:
-        return UNKNOWN
 
     def figure(rows: Tensor) -> float:
         log_probabilities = rows[:, :-1].clamp(min=1e-300).log()
         labels = rows[:, -1].long()
-        result = evaluation(log_probabilities, labels, [name], positive)
+        result = evaluation(log_probabilities, labels, known, positive)
         return result.metrics.get(name, math.nan)
 
     rows_a, rows_b = (torch.cat([run.probabilities, run.labels[:, None]], 1) for run in (a, b))
     gap = figure(rows_a) - figure(rows_b)
     reported = a.run.best[a.run.monitor] - b.run.best[b.run.monitor]
     if not math.isclose(gap, reported, rel_tol=0.01, abs_tol=1e-4):
-        return UNKNOWN
+        return math.nan, math.nan, math.nan
     if name == "loss":
         return gap, *paired_bootstrap(a.losses, b.losses)
     if name in COUNT_METRICS:

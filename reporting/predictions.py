@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from harness.errors import UserError
@@ -17,10 +16,6 @@ from reporting.runs import RunFiles, format_value
 
 csv.field_size_limit(2**31 - 1)  # the default is 131,072 characters
 MOST_SHOWN = 24  # examples
-UNKNOWN = (
-    "predictions.csv has neither label, prediction and probability_0, ... nor target and "
-    "prediction as columns of numbers"
-)
 
 
 @dataclass
@@ -87,9 +82,9 @@ def arrange(run: RunFiles, probabilities: Tensor, columns: dict[str, Any]) -> Pr
         ConfusionMatrix(probabilities.shape[1]).update(predictions, labels)  # checks the range
         calibration(probabilities, labels)  # checks the probabilities
         log_probabilities = probabilities.clamp(min=1e-300).log()
-        losses = F.nll_loss(log_probabilities, labels, reduction="none")
+        losses = -log_probabilities[range(len(labels)), labels]
         names = _class_names(run, probabilities.shape[1])
-        order = torch.tensor(sorted(range(len(names)), key=names.__getitem__))
+        order = torch.from_numpy(np.argsort(names))
         rank = order.argsort()
         return Predictions(
             run,
@@ -105,7 +100,10 @@ def arrange(run: RunFiles, probabilities: Tensor, columns: dict[str, Any]) -> Pr
         predictions = numbers["prediction"]
         errors = (predictions - targets).abs()
         return Predictions(run, targets, predictions, None, errors, texts, class_names=[])
-    raise UserError(UNKNOWN)
+    raise UserError(
+        "predictions.csv has neither label, prediction and probability_0, ... nor target and "
+        "prediction as columns of numbers"
+    )
 
 
 def _class_names(run: RunFiles, classes: int) -> list[str]:
