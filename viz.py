@@ -241,7 +241,14 @@ def _draw_text(
     color: str = INK,
 ) -> None:
     """Draw text of `size` pixels with its `anchor`, by default its middle, at (x, y)."""
-    ImageDraw.Draw(canvas).text((x, y), text, fill=color, font=_font(size, text), anchor=anchor)
+    ImageDraw.Draw(canvas).text(
+        (x, y),
+        text,
+        fill=color,
+        font=_font(size, text),
+        anchor=anchor,
+        align="center",
+    )
 
 
 def _shade(share: float) -> str:
@@ -344,12 +351,8 @@ def confusion_matrix_picture(
             share = float(shares[label, prediction])
             draw.rectangle((x, y, x + cell, y + cell), fill=_shade(share**0.5), outline=GRID)
             color = PAPER if share > 0.3 else INK
-            if count:
-                percent = f"{100 * share:.1f} %"
-                _draw_text(canvas, x + cell / 2, y + cell * 0.72, percent, cell * 0.21, color=color)
-            else:
-                color = FAINT
-            _draw_text(canvas, x + cell / 2, y + cell * 0.4, f"{count:,}", cell * 0.27, color=color)
+            text = f"{count:,}\n{100 * share:.1f} %" if count else "0"
+            _draw_text(canvas, x + cell / 2, y + cell / 2, text, cell * 0.22, color=color)
     return canvas
 
 
