@@ -5,9 +5,6 @@ from collections import defaultdict
 from statistics import fmean, stdev
 from typing import Any
 
-from plotly.graph_objects import Figure
-from torch import Tensor
-
 from reporting.runs import RunFiles, SeedGroups
 
 MAX_POINTS = 1000  # in a curve or chart
@@ -77,21 +74,3 @@ def band(runs: list[RunFiles], name: str) -> list[tuple]:
             deviation = finite(stdev(values))
             points.append((step, mean, deviation, len(values)))
     return points
-
-
-def against_diagonal(title: str, axes: dict[str, Tensor]) -> Figure:
-    """A chart of one value against another, and a line on which both are equal."""
-    (x_name, x), (y_name, y) = axes.items()
-    ends = [float(x.min()), float(x.max())]
-    figure = Figure()
-    figure.add_scatter(
-        x=ends,
-        y=ends,
-        mode="lines",
-        line_dash="dot",
-        line_color="#888",
-        hoverinfo="skip",
-    )
-    figure.add_scatter(x=x.tolist(), y=y.tolist(), mode="markers")
-    figure.update_layout(title=title, showlegend=False, xaxis_title=x_name, yaxis_title=y_name)
-    return figure

@@ -9,10 +9,9 @@ from typing import Any
 from plotly.offline import get_plotlyjs
 
 from harness.errors import UserError
-from metrics import calibration
-from reporting.charts import MAX_POINTS, against_diagonal, curves
+from reporting.charts import MAX_POINTS, curves
 from reporting.comparison import compare_runs
-from reporting.markup import chart, embedded_json, paragraph, table
+from reporting.markup import embedded_json, paragraph, table
 from reporting.predictions import (
     Predictions,
     largest_first,
@@ -113,22 +112,12 @@ def show_run(run: RunFiles) -> str:
 
 
 def show_predictions(predictions: Predictions) -> str:
-    """Charts of the predictions, and those that are most wrong."""
-    labels = predictions.labels
+    """The predictions that are most wrong."""
     wrong = largest_first(predictions.losses, ~predictions.correct)
+    heading = f"Worst of {len(wrong):,} mistakes in {len(predictions.labels):,} examples"
     if predictions.probabilities is None:
-        drawn = slice(MAX_POINTS)
-        axes = {"target": labels[drawn], "prediction": predictions.predictions[drawn]}
-        title = "Predictions"
         heading = "Largest errors"
-    else:
-        counts, confidences, accuracies = calibration(predictions.probabilities, labels)
-        drawn = counts > 0
-        axes = {"mean probability": confidences[drawn], "accuracy": accuracies[drawn]}
-        title = "Calibration"
-        heading = f"Worst of {len(wrong):,} mistakes in {len(labels):,} examples"
     examples = show_examples(predictions, wrong)
     validated = any(name.startswith("valid/") for name in predictions.run.best)
     part = "validation" if validated else "test"
-    drawing = chart(against_diagonal(title, axes))
-    return f"<h2>Predictions of the {part} data</h2>{drawing}<h3>{heading}</h3>{examples}"
+    return f"<h2>Predictions of the {part} data</h2><h3>{heading}</h3>{examples}"
