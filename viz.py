@@ -439,10 +439,9 @@ def _curves_chart(
 
 def most_confident_mistakes(result: Evaluation) -> Tensor:
     """Indices of the wrong predictions, int64 (mistakes,): most confident first, ties by index."""
-    is_wrong = result.predictions != result.labels
-    confidence = result.probabilities.max(1).values
-    order = (confidence * is_wrong).argsort(descending=True, stable=True)
-    return order[: is_wrong.sum()]
+    wrong = (result.predictions != result.labels).nonzero().flatten()
+    confidence = result.probabilities[wrong].max(1).values
+    return wrong[confidence.argsort(descending=True, stable=True)]
 
 
 def mistakes_table(

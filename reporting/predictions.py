@@ -125,23 +125,16 @@ def show_examples(
 ) -> str:
     """A table of the first few of some examples: texts or numbers, labels and predictions.
 
-    `other` adds a column: what another run predicts, of classes the probability of the label.
+    The last columns have the loss of the run, and that of the `other` one.
     """
-    labels = predictions.labels.tolist()
-    columns = dict(predictions.texts) or {"example": range(len(labels))}
-    if predictions.probabilities is None:
-        columns["target"] = labels
-        columns["prediction"] = predictions.predictions.tolist()
-        if other:
-            columns[f"prediction of {other.run.label}"] = other.predictions.tolist()
-    else:
-        names = predictions.class_names
-        columns["label"] = [names[label] for label in labels]
-        columns["prediction"] = [names[label] for label in predictions.predictions]
-        columns["its probability"] = predictions.probabilities.max(1).values.tolist()
-        if other:
-            of_label = other.losses.neg().exp()
-            columns[f"probability of the label by {other.run.label}"] = of_label.tolist()
+    columns = dict(predictions.texts) or {"example": range(len(predictions.labels))}
+    columns["label"] = predictions.labels.tolist()
+    columns["prediction"] = predictions.predictions.tolist()
+    if names := predictions.class_names:
+        for column in ("label", "prediction"):
+            columns[column] = [names[label] for label in columns[column]]
+    for run in filter(None, [predictions, other]):
+        columns[f"loss of {run.run.label}"] = run.losses.tolist()
     rows = [list(columns)]
     for i in indices[:MOST_SHOWN]:
         rows.append([column[i] for column in columns.values()])
