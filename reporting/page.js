@@ -1,5 +1,4 @@
 "use strict";
-const read = (id) => JSON.parse(document.getElementById(id).textContent);
 const dark = matchMedia("(prefers-color-scheme: dark)").matches;
 const ink = dark ? "#e4e7ec" : "#1b1f27", grid = dark ? "#363c47" : "#e3e7ec";
 const palette = ["#3b82c4", "#d9662b", "#2e9d6a", "#b8479b", "#a08a1f",
@@ -24,14 +23,14 @@ function draw(chart, data, layout) {
 }
 
 for (const chart of document.querySelectorAll("[data-figure]")) {
-  const figure = read(chart.dataset.figure);
+  const figure = JSON.parse(chart.dataset.figure);
   draw(chart, figure.data, figure.layout);
 }
 
 // The curves: a panel per metric, and one legend for all panels. What is hidden stays hidden when the choice changes.
 const chart = document.getElementById("curves");
 if (chart) {
-  const curves = read("curves-data"), choice = document.getElementById("metric");
+  const curves = JSON.parse(chart.dataset.curves), choice = document.getElementById("metric");
   const each = document.getElementById("each"), log = document.getElementById("log"), hidden = new Set();
   each.checked = curves.runs.length <= 5;
   each.parentNode.hidden = !curves.groups.length;

@@ -2,6 +2,7 @@
 
 import base64
 import html
+import json
 import secrets
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from plotly.offline import get_plotlyjs
 from harness.errors import UserError
 from reporting.charts import MAX_POINTS, curves
 from reporting.comparison import compare_runs
-from reporting.markup import embedded_json, paragraph, table
+from reporting.markup import paragraph, table
 from reporting.predictions import (
     Predictions,
     largest_first,
@@ -94,7 +95,7 @@ def show_curves(runs: list[RunFiles], seed_groups: SeedGroups) -> str:
 <div class="controls"><label>Metric <select id="metric"></select></label>
 <label><input type="checkbox" id="log"> log scale</label>
 <label><input type="checkbox" id="each"> each seed, too</label></div>
-<div id="curves"></div>{embedded_json("curves-data", data)}"""
+<div id="curves" data-curves="{html.escape(json.dumps(data))}"></div>"""
 
 
 def show_run(run: RunFiles) -> str:
