@@ -39,26 +39,13 @@ CAUTION = (
 
 
 def compare_runs(runs: list[RunFiles], seed_groups: SeedGroups) -> str:
-    """The section that compares the best run with the others, and the best group of seeds."""
-    sets, left_out = comparable_runs(runs)
-    content = f"<h2>Is one better than another?</h2>{compare_seeds(seed_groups)}"
-    for best, *others in sets:
-        content += compare_with_best(best, others)
-        content += disagreements(best, others[0])
-    for reason, labels in left_out.items():
-        content += paragraph(f"Not compared: {list_names(labels)} ({reason}).", "soft")
-    return content
+    """The section that compares the best run with the others, and the best group of seeds.
 
-
-def comparable_runs(
-    runs: list[RunFiles],
-) -> tuple[list[list[Predictions]], dict[str, list[str]]]:
-    """Sets of two or more runs, best first, that monitor the same metric on the same examples.
-
-    The second value has the labels of the runs that are in no set, by reason.
+    `runs` are sorted from best to worst. Those that monitor the same metric and have predicted the
+    same examples are compared.
     """
-    sets = defaultdict(list)
-    left_out = defaultdict(list)
+    comparable = defaultdict(list)  # lists of predictions
+    left_out = defaultdict(list)  # labels of runs, by reason
     compared = Counter()  # runs, by metric
     for run in runs:
         try:
@@ -73,12 +60,18 @@ def comparable_runs(
             left_out[str(reason)].append(run.label)
         else:
             compared[run.monitor] += 1
-            sets[run.monitor, run.sign, predictions.examples].append(predictions)
-    for members in sets.values():
-        if len(members) == 1:
+            comparable[run.monitor, run.sign, predictions.examples].append(predictions)
+    content = f"<h2>Is one better than another?</h2>{compare_seeds(seed_groups)}"
+    for best, *others in comparable.values():
+        if others:
+            content += compare_with_best(best, others)
+            content += disagreements(best, others[0])
+        else:
             reason = "no other run has predicted the same examples and monitors the same metric"
-            left_out[reason].append(members[0].run.label)
-    return [members for members in sets.values() if len(members) > 1], left_out
+            left_out[reason].append(best.run.label)
+    for reason, labels in left_out.items():
+        content += paragraph(f"Not compared: {list_names(labels)} ({reason}).", "soft")
+    return content
 
 
 def difference(a: Predictions, b: Predictions) -> tuple[float, float, float]:
