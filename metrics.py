@@ -221,7 +221,7 @@ EVALUATION_METRICS = {  # the others are functions of an `Evaluation`
 def evaluation(
     logits: Tensor,
     labels: Tensor,
-    names: Iterable[str] = tuple(EVALUATION_METRICS),
+    names: Iterable[str] = EVALUATION_METRICS,
     positive: int = 1,
 ) -> Evaluation:
     """Evaluate logits, float (examples, classes), against labels, int64 (examples,).

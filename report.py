@@ -50,12 +50,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def print_table(rows: Table) -> None:
     """Print a table in columns."""
-    cells = []
-    for row in rows:
-        cells.append([format_value(value)[:40] for value in row])
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    for row in cells:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+    columns = []
+    for column in zip(*rows):
+        cells = [format_value(value)[:40] for value in column]
+        width = max(map(len, cells))
+        columns.append([cell.ljust(width) for cell in cells])
+    for row in zip(*columns):
+        print("  ".join(row).rstrip())
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -77,7 +77,10 @@ def _curves_panel(
     best_epoch: int,
 ) -> Image.Image:
     """One panel of `curves_picture`, at twice its final size."""
-    train = _averaged(_points(rows, train_key))
+    train = _points(rows, train_key)
+    if train:
+        parts = np.array_split(train, min(len(train), 150))  # of neighboring points
+        train = [tuple(part.mean(0).tolist()) for part in parts]
     valid = _points(rows, valid_key)
     steep_start = len(train) // 10  # of training: it may be out of range
     values = [y for _, y in train[steep_start:] + valid] or [0.0, 1.0]
@@ -118,12 +121,6 @@ def _curves_panel(
 def _points(rows: History, key: str) -> list[Point]:
     """Step in thousands and value of the rows with a finite `key`, small enough to subtract."""
     return [(row["step"] / 1000, row[key]) for row in rows if abs(row.get(key, math.nan)) < 1e300]
-
-
-def _averaged(points: list[Point]) -> list[Point]:
-    """Averages of neighboring points, at most 150."""
-    parts = np.array_split(points, min(len(points), 150)) if points else []
-    return [tuple(part.mean(0).tolist()) for part in parts]
 
 
 # --------------------------------------------------------------------- drawing, any task

@@ -67,6 +67,7 @@ def read_predictions(run: RunFiles) -> Predictions:
 def arrange(run: RunFiles, probabilities: Tensor, columns: dict[str, Any]) -> Predictions:
     """The predictions from the `probabilities`, float64 (examples, classes), and other columns.
 
+    The classes have their indices as names if the run's metrics.json does not name them.
     Raises `UserError` if some are missing, `ValueError` if they are wrong.
     """
     numbers = {}
@@ -79,11 +80,15 @@ def arrange(run: RunFiles, probabilities: Tensor, columns: dict[str, Any]) -> Pr
     if probabilities.numel() and {"label", "prediction"} <= numbers.keys():
         labels = numbers["label"].long()
         predictions = numbers["prediction"].long()
-        ConfusionMatrix(probabilities.shape[1]).update(predictions, labels)  # checks the range
+        classes = probabilities.shape[1]
+        ConfusionMatrix(classes).update(predictions, labels)  # checks the range
         calibration(probabilities, labels)  # checks the probabilities
         log_probabilities = probabilities.clamp(min=1e-300).log()
         losses = -log_probabilities[range(len(labels)), labels]
-        names = _class_names(run, probabilities.shape[1])
+        names = (run.metrics or {}).get("class_names")
+        if not isinstance(names, list) or len(names) != classes:
+            names = range(classes)
+        names = [format_value(name) for name in names]
         order = torch.from_numpy(np.argsort(names))
         rank = order.argsort()
         return Predictions(
@@ -104,14 +109,6 @@ def arrange(run: RunFiles, probabilities: Tensor, columns: dict[str, Any]) -> Pr
         "predictions.csv has neither label, prediction and probability_0, ... nor target and "
         "prediction as columns of numbers"
     )
-
-
-def _class_names(run: RunFiles, classes: int) -> list[str]:
-    """The names of the classes; their indices if the run's metrics.json does not have them."""
-    names = (run.metrics or {}).get("class_names")
-    if not isinstance(names, list) or len(names) != classes:
-        names = range(classes)
-    return [format_value(name) for name in names]
 
 
 def largest_first(values: Tensor, chosen: Tensor) -> list[int]:

@@ -167,7 +167,7 @@ def read_journal(path: Path, notes: list[str]) -> list[dict[str, float]]:
     lines = []
     with contextlib.suppress(OSError):
         if path.is_file():  # reading a pipe would wait
-            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+            lines = path.read_bytes().splitlines()
     rows = []
     for line in lines:
         with contextlib.suppress(ValueError, AttributeError, KeyError, RecursionError):
@@ -205,10 +205,10 @@ def groups(runs: list[RunFiles]) -> SeedGroups:
         if run.metrics is None:
             continue
         settings = run.settings
-        seed = str(run.config.get("seed"))
         for name in SEED_AND_REMARKS:
             settings.pop(name, None)
-        by_settings[json.dumps(settings, sort_keys=True)][seed] = run
+        members = by_settings[json.dumps(settings, sort_keys=True)]
+        members[str(run.config.get("seed"))] = run
     seeded = [list(members.values()) for members in by_settings.values() if len(members) > 1]
     differences = differing([members[0] for members in seeded])
     names = [name for name in differences if name not in SEED_AND_REMARKS]
