@@ -356,8 +356,7 @@ def confusion_matrix_picture(
 def calibration_picture(result: Evaluation, part: str) -> Image.Image:
     """Draw a reliability diagram: the accuracy of predictions over their confidence.
 
-    `part` is the name of the data split. A calibrated model's bars end at the diagonal. A bar's
-    shade shows how many examples it stands for.
+    `part` is the name of the data split. A calibrated model's bars end at the diagonal.
     """
     counts, _, accuracies = calibration(result.probabilities, result.labels)
     error = expected_calibration_error(result.probabilities, result.labels)
@@ -368,8 +367,7 @@ def calibration_picture(result: Evaluation, part: str) -> Image.Image:
     for i in counts.nonzero().flatten().tolist():
         left, bottom = to_pixels(i / bins, 0)
         right, top = to_pixels((i + 1) / bins, float(accuracies[i]))
-        shade = _shade(0.15 + 0.85 * float(counts[i] / counts.max()))
-        draw.rectangle((left + 2, top, right - 2, bottom), fill=shade)
+        draw.rectangle((left + 2, top, right - 2, bottom), fill=DEEP)
     draw.line((to_pixels(0, 0), to_pixels(1, 1)), fill=WARM, width=4)
     return chart.reduce(2)
 
