@@ -221,7 +221,7 @@ EVALUATION_METRICS = {  # the others are functions of an `Evaluation`
 def evaluation(
     logits: Tensor,
     labels: Tensor,
-    names: Iterable[str] = tuple(EVALUATION_METRICS),
+    names: Iterable[str] = EVALUATION_METRICS,
     positive: int = 1,
 ) -> Evaluation:
     """Evaluate logits, float (examples, classes), against labels, int64 (examples,).
@@ -409,9 +409,9 @@ def matthews_corrcoef_interval(confusion: ConfusionMatrix, resamples: int = 1000
     """
     counts = confusion.counts.cpu()
     labels, predictions = counts.nonzero(as_tuple=True)
-    resampled = _resample(counts[labels, predictions], labels, predictions, resamples)
-    correlations = [totals.matthews_corrcoef() for totals in resampled]
-    return _percentiles(torch.tensor(correlations, dtype=torch.float64))
+    counts = counts[labels, predictions]
+    statistic = ConfusionMatrix.matthews_corrcoef
+    return _percentiles(_resample(statistic, counts, labels, predictions, resamples))
 
 
 class _Totals(ConfusionMatrix):
@@ -425,12 +425,17 @@ class _Totals(ConfusionMatrix):
 
 
 def _resample(
-    counts: Tensor, labels: Tensor, predictions: Tensor, resamples: int
-) -> list[ConfusionMatrix]:
-    """Multinomial draws of as many examples as `counts` has; the same in each call.
+    statistic: Callable[[ConfusionMatrix], float],
+    counts: Tensor,
+    labels: Tensor,
+    predictions: Tensor,
+    resamples: int,
+) -> Tensor:
+    """The statistic, float64 (resamples,), of multinomial draws of as many examples as there are.
 
-    All are int64 (cells,). The number in a cell, given those before it, is binomial. Memory does
-    not grow with the number of cells.
+    The draws are the same in each call. `counts`, `labels` and `predictions` are int64 (cells,).
+    The number in a cell, given those before it, is binomial. Memory does not grow with the number
+    of cells.
     """
     classes = int(torch.cat([labels, predictions]).max()) + 1
     totals = torch.zeros(3, classes, resamples, dtype=torch.float64)
@@ -444,7 +449,8 @@ def _resample(
         totals[0, label] += drawn * (label == prediction)
         totals[1, label] += drawn
         totals[2, prediction] += drawn
-    return [_Totals(resample) for resample in totals.permute(2, 0, 1)]
+    figures = [statistic(_Totals(resample)) for resample in totals.permute(2, 0, 1)]
+    return torch.tensor(figures, dtype=torch.float64)
 
 
 def _percentiles(values: Tensor) -> Interval:
@@ -500,11 +506,8 @@ def paired_bootstrap_counts(
         raise ValueError("expected labels (n,) and two predictions (n,) with classes from 0")
     examples = torch.stack(columns).cpu()
     triples, counts = examples.unique(dim=1, return_counts=True)
-    figures = []
-    for model in (1, 2):
-        resampled = _resample(counts, triples[0], triples[model], resamples)
-        figures.append([statistic(totals) for totals in resampled])
-    a, b = torch.tensor(figures, dtype=torch.float64)
+    labels, *models = triples
+    a, b = (_resample(statistic, counts, labels, model, resamples) for model in models)
     return _percentiles(a - b)
 
 

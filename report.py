@@ -7,7 +7,6 @@ opens from disk.
 import argparse
 import signal
 from pathlib import Path
-from typing import Any
 
 from harness.directory import CONFIG
 from harness.errors import UserError
@@ -21,7 +20,15 @@ if __name__ == "__main__":
 
 import torch
 
-from reporting.runs import find_runs, format_value, groups, run_table, seed_table, sort_runs
+from reporting.runs import (
+    Table,
+    find_runs,
+    format_value,
+    groups,
+    run_table,
+    seed_table,
+    sort_runs,
+)
 from reporting.sweep import open_study
 
 
@@ -41,14 +48,15 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(command_line(__name__) if argv is None else argv)
 
 
-def print_table(header: list[str], rows: list[list[Any]]) -> None:
+def print_table(rows: Table) -> None:
     """Print a table in columns."""
-    cells = []
-    for row in [header, *rows]:
-        cells.append([format_value(value)[:40] for value in row])
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    for row in cells:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+    columns = []
+    for column in zip(*rows):
+        cells = [format_value(value)[:40] for value in column]
+        width = max(map(len, cells))
+        columns.append([cell.ljust(width) for cell in cells])
+    for row in zip(*columns):
+        print("  ".join(row).rstrip())
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -66,10 +74,10 @@ def main(argv: list[str] | None = None) -> None:
                 problems.append(f"{directory}: {error}")
     runs = sort_runs(runs)
     seed_groups = groups(runs)
-    print_table(*run_table(runs))
+    print_table(run_table(runs))
     if seed_groups:
         print()
-        print_table(*seed_table(runs, seed_groups))
+        print_table(seed_table(runs, seed_groups))
     for run in runs:
         problems += [f"{run.label}: {note}" for note in run.notes]
     if undeclared := [run.label for run in runs if run.sign is None]:

@@ -77,7 +77,10 @@ def _curves_panel(
     best_epoch: int,
 ) -> Image.Image:
     """One panel of `curves_picture`, at twice its final size."""
-    train = _averaged(_points(rows, train_key))
+    train = _points(rows, train_key)
+    if train:
+        parts = np.array_split(train, min(len(train), 150))  # of neighboring points
+        train = [tuple(part.mean(0).tolist()) for part in parts]
     valid = _points(rows, valid_key)
     steep_start = len(train) // 10  # of training: it may be out of range
     values = [y for _, y in train[steep_start:] + valid] or [0.0, 1.0]
@@ -118,12 +121,6 @@ def _curves_panel(
 def _points(rows: History, key: str) -> list[Point]:
     """Step in thousands and value of the rows with a finite `key`, small enough to subtract."""
     return [(row["step"] / 1000, row[key]) for row in rows if abs(row.get(key, math.nan)) < 1e300]
-
-
-def _averaged(points: list[Point]) -> list[Point]:
-    """Averages of neighboring points, at most 150."""
-    parts = np.array_split(points, min(len(points), 150)) if points else []
-    return [tuple(part.mean(0).tolist()) for part in parts]
 
 
 # --------------------------------------------------------------------- drawing, any task
@@ -172,33 +169,6 @@ def _ticks(low: float, high: float) -> list[float]:
             break
     multiples = range(math.ceil(low / step), math.floor(high / step) + 1)
     return [multiple * step for multiple in multiples]
-
-
-def _line_chart(
-    curves: Mapping[str, tuple[Tensor, Tensor]],
-    title: str,
-    x_name: str,
-) -> CustomChart:
-    """W&B's chart of named curves, each x and y, thinned to at most 1,000 points.
-
-    The title names the class of a single curve.
-    """
-    if len(curves) == 1:
-        title += f", positive class: {next(iter(curves))}"
-    xs = []
-    ys = []
-    for x, y in curves.values():
-        kept = torch.linspace(0, len(x) - 1, min(len(x), 1000)).round().long()
-        xs.append(x[kept].tolist())
-        ys.append(y[kept].tolist())
-    # W&B requires a line even if there is no curve.
-    return wandb.plot.line_series(
-        xs=xs or [[]],
-        ys=ys or [[]],
-        keys=list(curves) or [""],
-        title=title,
-        xname=x_name,
-    )
 
 
 # Fonts with many letters on Windows, macOS and Linux; Pillow looks for them in the usual folders.
@@ -268,7 +238,14 @@ def _draw_text(
     color: str = INK,
 ) -> None:
     """Draw text of `size` pixels with its `anchor`, by default its middle, at (x, y)."""
-    ImageDraw.Draw(canvas).text((x, y), text, fill=color, font=_font(size, text), anchor=anchor)
+    ImageDraw.Draw(canvas).text(
+        (x, y),
+        text,
+        fill=color,
+        font=_font(size, text),
+        anchor=anchor,
+        align="center",
+    )
 
 
 def _shade(share: float) -> str:
@@ -371,20 +348,15 @@ def confusion_matrix_picture(
             share = float(shares[label, prediction])
             draw.rectangle((x, y, x + cell, y + cell), fill=_shade(share**0.5), outline=GRID)
             color = PAPER if share > 0.3 else INK
-            if count:
-                percent = f"{100 * share:.1f} %"
-                _draw_text(canvas, x + cell / 2, y + cell * 0.72, percent, cell * 0.21, color=color)
-            else:
-                color = FAINT
-            _draw_text(canvas, x + cell / 2, y + cell * 0.4, f"{count:,}", cell * 0.27, color=color)
+            text = f"{count:,}\n{100 * share:.1f} %" if count else "0"
+            _draw_text(canvas, x + cell / 2, y + cell / 2, text, cell * 0.22, color=color)
     return canvas
 
 
 def calibration_picture(result: Evaluation, part: str) -> Image.Image:
     """Draw a reliability diagram: the accuracy of predictions over their confidence.
 
-    `part` is the name of the data split. A calibrated model's bars end at the diagonal. A bar's
-    shade shows how many examples it stands for.
+    `part` is the name of the data split. A calibrated model's bars end at the diagonal.
     """
     counts, _, accuracies = calibration(result.probabilities, result.labels)
     error = expected_calibration_error(result.probabilities, result.labels)
@@ -395,8 +367,7 @@ def calibration_picture(result: Evaluation, part: str) -> Image.Image:
     for i in counts.nonzero().flatten().tolist():
         left, bottom = to_pixels(i / bins, 0)
         right, top = to_pixels((i + 1) / bins, float(accuracies[i]))
-        shade = _shade(0.15 + 0.85 * float(counts[i] / counts.max()))
-        draw.rectangle((left + 2, top, right - 2, bottom), fill=shade)
+        draw.rectangle((left + 2, top, right - 2, bottom), fill=DEEP)
     draw.line((to_pixels(0, 0), to_pixels(1, 1)), fill=WARM, width=4)
     return chart.reduce(2)
 
@@ -406,11 +377,8 @@ def roc_chart(
     class_names: list[str],
 ) -> CustomChart:
     """ROC curves: one for the positive class if there are two classes, otherwise one per class."""
-    curves = {}
-    for label in _classes_with_curves(result):
-        fpr, tpr, _ = roc_curve(*result.one_against_rest(label))
-        curves[class_names[label]] = (fpr, tpr)
-    return _line_chart(curves, "ROC: true over false positive rate", "false positive rate")
+    title = "ROC: true over false positive rate"
+    return _curves_chart(result, class_names, roc_curve, title, "false positive rate")
 
 
 def precision_recall_chart(
@@ -418,29 +386,57 @@ def precision_recall_chart(
     class_names: list[str],
 ) -> CustomChart:
     """Precision-recall curves, for the same classes as `roc_chart`."""
-    curves = {}
-    for label in _classes_with_curves(result):
-        precision, recall, _ = precision_recall_curve(*result.one_against_rest(label))
-        curves[class_names[label]] = (recall, precision)
-    return _line_chart(curves, "Precision over recall", "recall")
+
+    def curve(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        precision, recall, _ = precision_recall_curve(scores, labels)
+        return recall, precision
+
+    return _curves_chart(result, class_names, curve, "Precision over recall", "recall")
 
 
-def _classes_with_curves(result: Evaluation) -> list[int]:
-    """The `MAX_CURVES` most frequent of the classes that have positive and negative examples."""
+def _curves_chart(
+    result: Evaluation,
+    class_names: list[str],
+    curve: Callable[[Tensor, Tensor], tuple[Tensor, ...]],
+    title: str,
+    x_name: str,
+) -> CustomChart:
+    """W&B's chart of a curve per class, each thinned to at most 1,000 points.
+
+    It has the `MAX_CURVES` most frequent of the classes that have positive and negative examples.
+    `curve` turns scores and labels into x and y first. The title names the class of a single curve.
+    """
     frequency = result.confusion.counts.sum(1)
     if len(frequency) == 2:
         frequency[1 - result.positive] = 0  # the curve of the positive class is enough
     order = frequency.argsort(descending=True, stable=True).tolist()
     classes = [label for label in order if 0 < frequency[label] < len(result.labels)]
-    return classes[:MAX_CURVES]
+    xs = []
+    ys = []
+    names = []
+    for label in classes[:MAX_CURVES]:
+        x, y, *_ = curve(*result.one_against_rest(label))
+        kept = torch.linspace(0, len(x) - 1, min(len(x), 1000)).round().long()
+        xs.append(x[kept].tolist())
+        ys.append(y[kept].tolist())
+        names.append(class_names[label])
+    if len(names) == 1:
+        title += f", positive class: {names[0]}"
+    # W&B requires a line even if there is no curve.
+    return wandb.plot.line_series(
+        xs=xs or [[]],
+        ys=ys or [[]],
+        keys=names or [""],
+        title=title,
+        xname=x_name,
+    )
 
 
 def most_confident_mistakes(result: Evaluation) -> Tensor:
     """Indices of the wrong predictions, int64 (mistakes,): most confident first, ties by index."""
-    is_wrong = result.predictions != result.labels
-    confidence = result.probabilities.max(1).values
-    order = (confidence * is_wrong).argsort(descending=True, stable=True)
-    return order[: is_wrong.sum()]
+    wrong = (result.predictions != result.labels).nonzero().flatten()
+    confidence = result.probabilities[wrong].max(1).values
+    return wrong[confidence.argsort(descending=True, stable=True)]
 
 
 def mistakes_table(

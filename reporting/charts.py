@@ -1,24 +1,13 @@
 """The data of the charts, in plotly.js's format; the page's own JavaScript draws them."""
 
-import html
 import math
 from collections import defaultdict
 from statistics import fmean, stdev
 from typing import Any
 
-from torch import Tensor
-
 from reporting.runs import RunFiles, SeedGroups
 
 MAX_POINTS = 1000  # in a curve or chart
-Figure = dict[str, Any]  # data and layout of a chart, as plotly.js takes them
-
-
-def chart_text(string: str) -> str:
-    """Text for plotly.js, which interprets HTML; a long string is shortened in the middle."""
-    if len(string) > 48:
-        string = f"{string[:24]}…{string[-23:]}"
-    return html.escape(string, quote=False)
 
 
 def finite(value: float) -> float | None:
@@ -28,22 +17,23 @@ def finite(value: float) -> float | None:
 
 def curves(runs: list[RunFiles], seed_groups: SeedGroups) -> dict[str, Any]:
     """For each metric, the curve of every run, and mean ± standard deviation of every group."""
-    names = set()
-    shown_first = [run.monitor for run in runs]
+    logged = set()
+    names = [run.monitor for run in runs]
     for run in runs:
-        names.update(*run.rows)
+        logged.update(*run.rows)
         for name in run.key_metrics:
-            shown_first += [f"valid/{name}", f"train/{name}_step"]
-    names -= {"step", "epoch"}
+            names += [f"valid/{name}", f"train/{name}_step"]
+    logged -= {"step", "epoch"}
+    names += sorted(logged, key=lambda name: (not name.startswith("valid/"), name))
     metrics = {}
-    for name in sorted(names, key=lambda name: (not name.startswith("valid/"), name)):
+    for name in dict.fromkeys(names):
+        if name not in logged:
+            continue
         lines = []
         for i, run in enumerate(runs):
-            rows = thinned([row for row in run.rows if name in row])
-            if rows:
-                steps = [int(row["step"]) for row in rows]
-                values = [finite(row[name]) for row in rows]
-                lines.append({"run": i, "x": steps, "y": values})
+            points = [(row["step"], finite(row[name])) for row in run.rows if name in row]
+            if points:
+                lines.append({"run": i, "points": thinned(points)})
         bands = []
         for i, members in enumerate(seed_groups.values()):
             points = band(members, name)
@@ -51,17 +41,15 @@ def curves(runs: list[RunFiles], seed_groups: SeedGroups) -> dict[str, Any]:
                 bands.append({"group": i, "points": points})
         metrics[name] = {"runs": lines, "groups": bands}
     group_names = []
-    grouped = set()
+    grouped = []
     for name, members in seed_groups.items():
-        group_names.append(chart_text(f"{name} (n = {len(members)})"))
-        grouped.update(run.path for run in members)
-    shown = [{"name": chart_text(run.label), "isGrouped": run.path in grouped} for run in runs]
-    overview = [name for name in dict.fromkeys([*shown_first, *metrics]) if name in metrics]
+        group_names.append(f"{name} (n = {len(members)})")
+        grouped += members
     return {
-        "runs": shown,
+        "runs": [{"name": run.label, "isGrouped": run in grouped} for run in runs],
         "groups": group_names,
         "metrics": metrics,
-        "overview": overview[:4],
+        "overview": list(metrics)[:4],
     }
 
 
@@ -78,7 +66,7 @@ def band(runs: list[RunFiles], name: str) -> list[tuple]:
     for run in runs:
         for row in run.rows:
             if math.isfinite(row.get(name, math.nan)):
-                by_step[int(row["step"])].append(row[name])
+                by_step[row["step"]].append(row[name])
     points = []
     for step, values in thinned(sorted(by_step.items())):
         if len(values) > 1:
@@ -86,28 +74,3 @@ def band(runs: list[RunFiles], name: str) -> list[tuple]:
             deviation = finite(stdev(values))
             points.append((step, mean, deviation, len(values)))
     return points
-
-
-def against_diagonal(title: str, axes: dict[str, Tensor]) -> Figure:
-    """A chart of one value against another, and a line on which both are equal."""
-    (x_name, x), (y_name, y) = axes.items()
-    ends = [finite(float(x.min())), finite(float(x.max()))]
-    line = {
-        "x": ends,
-        "y": ends,
-        "mode": "lines",
-        "line": {"dash": "dot", "color": "#888"},
-        "hoverinfo": "skip",
-    }
-    points = {
-        "x": [finite(value) for value in x.tolist()],
-        "y": [finite(value) for value in y.tolist()],
-        "mode": "markers",
-    }
-    layout = {
-        "title": {"text": title},
-        "showlegend": False,
-        "xaxis": {"title": {"text": x_name}},
-        "yaxis": {"title": {"text": y_name}},
-    }
-    return {"data": [line, points], "layout": layout}

@@ -36,31 +36,16 @@ CAUTION = (
     "The best of several was chosen for its figure, which flatters it. This is about the trained "
     "models as they are: another seed may move each of them as far."
 )
-UNKNOWN = (math.nan, math.nan, math.nan)
-ALONE = "no other run has predicted the same examples and monitors the same metric"
 
 
 def compare_runs(runs: list[RunFiles], seed_groups: SeedGroups) -> str:
-    """The section that compares the best run with the others, and the best group of seeds."""
-    sets, left_out = comparable_runs(runs)
-    content = f"<h2>Is one better than another?</h2>{compare_seeds(seed_groups)}"
-    for best, *others in sets:
-        content += compare_with_best(best, others)
-        content += disagreements(best, others[0])
-    for reason, labels in left_out.items():
-        content += paragraph(f"Not compared: {list_names(labels)} ({reason}).", "soft")
-    return content
+    """The section that compares the best run with the others, and the best group of seeds.
 
-
-def comparable_runs(
-    runs: list[RunFiles],
-) -> tuple[list[list[Predictions]], dict[str, list[str]]]:
-    """Sets of two or more runs, best first, that monitor the same metric on the same examples.
-
-    The second value has the labels of the runs that are in no set, by reason.
+    `runs` are sorted from best to worst. Those that monitor the same metric and have predicted the
+    same examples are compared.
     """
-    sets = defaultdict(list)
-    left_out = defaultdict(list)
+    comparable = defaultdict(list)  # lists of predictions
+    left_out = defaultdict(list)  # labels of runs, by reason
     compared = Counter()  # runs, by metric
     for run in runs:
         try:
@@ -75,11 +60,18 @@ def comparable_runs(
             left_out[str(reason)].append(run.label)
         else:
             compared[run.monitor] += 1
-            sets[run.monitor, run.sign, predictions.examples].append(predictions)
-    for members in sets.values():
-        if len(members) == 1:
-            left_out[ALONE].append(members[0].run.label)
-    return [members for members in sets.values() if len(members) > 1], left_out
+            comparable[run.monitor, run.sign, predictions.examples].append(predictions)
+    content = f"<h2>Is one better than another?</h2>{compare_seeds(seed_groups)}"
+    for best, *others in comparable.values():
+        if others:
+            content += compare_with_best(best, others)
+            content += disagreements(best, others[0])
+        else:
+            reason = "no other run has predicted the same examples and monitors the same metric"
+            left_out[reason].append(best.run.label)
+    for reason, labels in left_out.items():
+        content += paragraph(f"Not compared: {list_names(labels)} ({reason}).", "soft")
+    return content
 
 
 def difference(a: Predictions, b: Predictions) -> tuple[float, float, float]:
@@ -91,22 +83,20 @@ def difference(a: Predictions, b: Predictions) -> tuple[float, float, float]:
     if a.probabilities is None:
         return float((a.losses - b.losses).mean()), *paired_bootstrap(a.losses, b.losses)
     name = base_name(a.run.monitor)
+    known = {name} & EVALUATION_METRICS.keys()
     positive = int(a.run.metrics.get("positive_label") != a.class_names[0])  # of two classes
-
-    if name not in EVALUATION_METRICS:
-        return UNKNOWN
 
     def figure(rows: Tensor) -> float:
         log_probabilities = rows[:, :-1].clamp(min=1e-300).log()
         labels = rows[:, -1].long()
-        result = evaluation(log_probabilities, labels, [name], positive)
+        result = evaluation(log_probabilities, labels, known, positive)
         return result.metrics.get(name, math.nan)
 
     rows_a, rows_b = (torch.cat([run.probabilities, run.labels[:, None]], 1) for run in (a, b))
     gap = figure(rows_a) - figure(rows_b)
     reported = a.run.best[a.run.monitor] - b.run.best[b.run.monitor]
     if not math.isclose(gap, reported, rel_tol=0.01, abs_tol=1e-4):
-        return UNKNOWN
+        return math.nan, math.nan, math.nan
     if name == "loss":
         return gap, *paired_bootstrap(a.losses, b.losses)
     if name in COUNT_METRICS:
@@ -144,7 +134,7 @@ def compare_with_best(best: Predictions, others: list[Predictions]) -> str:
         )
     # The interval at 1 - 0.05 / pairs, if the difference has a normal distribution.
     widening = NormalDist().inv_cdf(1 - 0.025 / pairs) / NormalDist().inv_cdf(0.975)
-    rows = []
+    rows = [header]
     for other in others:
         gap, low, high = difference(best, other)
         low = gap - widening * (gap - low)
@@ -159,7 +149,7 @@ def compare_with_best(best: Predictions, others: list[Predictions]) -> str:
         f"{len(best.labels):,} examples:"
     )
     explanation = paragraph(f"{method} {CAUTION}", "soft")
-    return f"{paragraph(introduction)}{table(header, rows)}{explanation}"
+    return f"{paragraph(introduction)}{table(rows)}{explanation}"
 
 
 def compare_seeds(seed_groups: SeedGroups) -> str:

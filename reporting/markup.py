@@ -1,12 +1,9 @@
 """HTML from text: everything that comes from a file is escaped here."""
 
 import html
-import json
-import secrets
-from collections.abc import Iterable
 from typing import Any
 
-from reporting.runs import format_value, is_number
+from reporting.runs import Table, format_value, is_number
 
 
 def paragraph(content: str, css_class: str = "") -> str:
@@ -23,8 +20,9 @@ def cell(value: Any) -> str:
     return f"<td>{content}</td>"
 
 
-def table(header: list[str], rows: Iterable[Iterable[Any]]) -> str:
+def table(rows: Table) -> str:
     """A table that a click on a column head sorts."""
+    header, *rows = rows
     head = "".join(f"<th>{html.escape(format_value(name))}</th>" for name in header)
     body = ""
     for row in rows:
@@ -33,14 +31,6 @@ def table(header: list[str], rows: Iterable[Iterable[Any]]) -> str:
     return f'<div class="scroll"><table>{content}</table></div>'
 
 
-def chart(figure: dict[str, Any]) -> str:
-    """The element in which page.js draws a chart, and its data."""
-    name = f"figure-{secrets.token_hex(8)}"
-    return f'<div class="chart" data-figure="{name}"></div>{embedded_json(name, figure)}'
-
-
-def embedded_json(name: str, content: Any) -> str:
-    """An element that holds data for page.js."""
-    # Escaped, nothing in it can end the script element.
-    data = json.dumps(content, separators=(",", ":")).replace("<", "\\u003c")
-    return f'<script type="application/json" id="{name}">{data}</script>'
+def chart(figure: Any) -> str:
+    """The element in which page.js draws a figure of plotly."""
+    return f'<div class="chart" data-figure="{html.escape(figure.to_json())}"></div>'

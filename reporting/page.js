@@ -1,9 +1,12 @@
 "use strict";
-const read = (id) => JSON.parse(document.getElementById(id).textContent);
 const dark = matchMedia("(prefers-color-scheme: dark)").matches;
 const ink = dark ? "#e4e7ec" : "#1b1f27", grid = dark ? "#363c47" : "#e3e7ec";
 const palette = ["#3b82c4", "#d9662b", "#2e9d6a", "#b8479b", "#a08a1f",
   "#7667d6", "#d14343", "#2ea3b7", "#808792", "#a5703f"];
+// plotly.js interprets HTML in names. A long name is shortened in the middle.
+const plain = (name) => (name.length > 48 ? `${name.slice(0, 24)}…${name.slice(-23)}` : name)
+  .replaceAll("&", "&amp;").replaceAll("<", "&lt;");
+const transposed = (points) => points[0].map((_, column) => points.map((point) => point[column]));
 const axis = { gridcolor: grid, linecolor: grid, zeroline: false, automargin: true, title: { standoff: 8 } };
 const options = { responsive: true, displaylogo: false, modeBarButtons: [["toImage"]] }; // one of the others uploads
 
@@ -20,14 +23,14 @@ function draw(chart, data, layout) {
 }
 
 for (const chart of document.querySelectorAll("[data-figure]")) {
-  const figure = read(chart.dataset.figure);
+  const figure = JSON.parse(chart.dataset.figure);
   draw(chart, figure.data, figure.layout);
 }
 
 // The curves: a panel per metric, and one legend for all panels. What is hidden stays hidden when the choice changes.
 const chart = document.getElementById("curves");
 if (chart) {
-  const curves = read("curves-data"), choice = document.getElementById("metric");
+  const curves = JSON.parse(chart.dataset.curves), choice = document.getElementById("metric");
   const each = document.getElementById("each"), log = document.getElementById("log"), hidden = new Set();
   each.checked = curves.runs.length <= 5;
   each.parentNode.hidden = !curves.groups.length;
@@ -49,19 +52,20 @@ if (chart) {
       layout["yaxis" + n] = { title: { text: name }, type: log.checked ? "log" : "linear" };
       for (const { group, points } of metric.groups) {
         const key = "group" + group, color = palette[group % palette.length];
-        const [x, y, sd, n] = [0, 1, 2, 3].map((column) => points.map((point) => point[column]));
+        const [x, y, sd, n] = transposed(points);
         const edge = (sign) => y.map((value, j) => value + sign * sd[j]);
         add(key, "", { x: [...x, ...x.toReversed()], y: [...edge(1), ...edge(-1).reverse()], fill: "toself",
           fillcolor: color + "30", line: { width: 0 }, mode: "lines", hoverinfo: "skip" });
-        add(key, curves.groups[group], { x, y, customdata: sd.map((s, j) => [s, n[j]]), line: { color, width: 2.2 },
+        add(key, plain(curves.groups[group]), { x, y, customdata: sd.map((s, j) => [s, n[j]]), line: { color, width: 2.2 },
           mode: x.length > 40 ? "lines" : "lines+markers",
           hovertemplate: "%{x:,} examples<br>%{y:.4g} ± %{customdata[0]:.2g} (n = %{customdata[1]})" });
       }
-      for (const { run, x, y } of metric.runs) {
+      for (const { run, points } of metric.runs) {
         const { name: label, isGrouped } = curves.runs[run];
         if (isGrouped && !each.checked) continue;
         const color = palette[(run + curves.groups.length) % palette.length];
-        add("run" + run, label, { x, y, line: { color, width: 1.6 }, mode: x.length > 40 ? "lines" : "lines+markers",
+        const [x, y] = transposed(points);
+        add("run" + run, plain(label), { x, y, line: { color, width: 1.6 }, mode: x.length > 40 ? "lines" : "lines+markers",
           hovertemplate: "%{x:,} examples<br>%{y:.4g}" });
       }
     });

@@ -2,6 +2,7 @@
 
 import base64
 import html
+import json
 import secrets
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,9 @@ from typing import Any
 from plotly.offline import get_plotlyjs
 
 from harness.errors import UserError
-from metrics import calibration
-from reporting.charts import MAX_POINTS, against_diagonal, curves
+from reporting.charts import MAX_POINTS, curves
 from reporting.comparison import compare_runs
-from reporting.markup import chart, embedded_json, paragraph, table
+from reporting.markup import paragraph, table
 from reporting.predictions import (
     Predictions,
     largest_first,
@@ -64,20 +64,19 @@ def make_page(
 
 def show_runs(runs: list[RunFiles], seed_groups: SeedGroups) -> str:
     """The tables of the runs, and of means over seeds."""
-    header, rows = run_table(runs)
     remark = (
         "The best by the monitored metric is first. Settings that are the same in all runs, or "
         "concern only logging, are left out. Figures are those of the best epoch; of a run that "
         "has not finished, the best so far; without validation data, of the last epoch. Validation "
         "data chose the epoch: figures under valid/ are too optimistic. A click on a head sorts."
     )
-    content = f"<h2>Runs</h2>{paragraph(remark, 'soft')}{table(header, rows)}"
+    content = f"<h2>Runs</h2>{paragraph(remark, 'soft')}{table(run_table(runs))}"
     if seed_groups:
         remark = (
             "Mean ± sample standard deviation over finished runs that differ in nothing but the "
             "seed, one per seed."
         )
-        means = table(*seed_table(runs, seed_groups))
+        means = table(seed_table(runs, seed_groups))
         content += f"<h2>Over seeds</h2>{paragraph(remark, 'soft')}{means}"
     return content
 
@@ -96,7 +95,7 @@ def show_curves(runs: list[RunFiles], seed_groups: SeedGroups) -> str:
 <div class="controls"><label>Metric <select id="metric"></select></label>
 <label><input type="checkbox" id="log"> log scale</label>
 <label><input type="checkbox" id="each"> each seed, too</label></div>
-<div id="curves"></div>{embedded_json("curves-data", data)}"""
+<div id="curves" data-curves="{html.escape(json.dumps(data))}"></div>"""
 
 
 def show_run(run: RunFiles) -> str:
@@ -109,27 +108,17 @@ def show_run(run: RunFiles) -> str:
         data = base64.b64encode(path.read_bytes()).decode()
         name = html.escape(path.name)
         content += f'<img alt="{name}" title="{name}" src="data:image/png;base64,{data}">'
-    settings = table(["setting", "value"], run.config.items())
+    settings = table([("setting", "value"), *run.config.items()])
     return f"{content}<h2>Settings</h2>{settings}"
 
 
 def show_predictions(predictions: Predictions) -> str:
-    """Charts of the predictions, and those that are most wrong."""
-    labels = predictions.labels
+    """The predictions that are most wrong."""
     wrong = largest_first(predictions.losses, ~predictions.correct)
+    heading = f"Worst of {len(wrong):,} mistakes in {len(predictions.labels):,} examples"
     if predictions.probabilities is None:
-        drawn = slice(MAX_POINTS)
-        axes = {"target": labels[drawn], "prediction": predictions.predictions[drawn]}
-        title = "Predictions"
         heading = "Largest errors"
-    else:
-        counts, confidences, accuracies = calibration(predictions.probabilities, labels)
-        drawn = counts > 0
-        axes = {"mean probability": confidences[drawn], "accuracy": accuracies[drawn]}
-        title = "Calibration"
-        heading = f"Worst of {len(wrong):,} mistakes in {len(labels):,} examples"
     examples = show_examples(predictions, wrong)
     validated = any(name.startswith("valid/") for name in predictions.run.best)
     part = "validation" if validated else "test"
-    drawing = chart(against_diagonal(title, axes))
-    return f"<h2>Predictions of the {part} data</h2>{drawing}<h3>{heading}</h3>{examples}"
+    return f"<h2>Predictions of the {part} data</h2><h3>{heading}</h3>{examples}"

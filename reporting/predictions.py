@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from harness.errors import UserError
@@ -17,10 +16,6 @@ from reporting.runs import RunFiles, format_value
 
 csv.field_size_limit(2**31 - 1)  # the default is 131,072 characters
 MOST_SHOWN = 24  # examples
-UNKNOWN = (
-    "predictions.csv has neither label, prediction and probability_0, ... nor target and "
-    "prediction as columns of numbers"
-)
 
 
 @dataclass
@@ -72,6 +67,7 @@ def read_predictions(run: RunFiles) -> Predictions:
 def arrange(run: RunFiles, probabilities: Tensor, columns: dict[str, Any]) -> Predictions:
     """The predictions from the `probabilities`, float64 (examples, classes), and other columns.
 
+    The classes have their indices as names if the run's metrics.json does not name them.
     Raises `UserError` if some are missing, `ValueError` if they are wrong.
     """
     numbers = {}
@@ -84,12 +80,16 @@ def arrange(run: RunFiles, probabilities: Tensor, columns: dict[str, Any]) -> Pr
     if probabilities.numel() and {"label", "prediction"} <= numbers.keys():
         labels = numbers["label"].long()
         predictions = numbers["prediction"].long()
-        ConfusionMatrix(probabilities.shape[1]).update(predictions, labels)  # checks the range
+        classes = probabilities.shape[1]
+        ConfusionMatrix(classes).update(predictions, labels)  # checks the range
         calibration(probabilities, labels)  # checks the probabilities
         log_probabilities = probabilities.clamp(min=1e-300).log()
-        losses = F.nll_loss(log_probabilities, labels, reduction="none")
-        names = _class_names(run, probabilities.shape[1])
-        order = torch.tensor(sorted(range(len(names)), key=names.__getitem__))
+        losses = -log_probabilities[range(len(labels)), labels]
+        names = (run.metrics or {}).get("class_names")
+        if not isinstance(names, list) or len(names) != classes:
+            names = range(classes)
+        names = [format_value(name) for name in names]
+        order = torch.from_numpy(np.argsort(names))
         rank = order.argsort()
         return Predictions(
             run,
@@ -105,15 +105,10 @@ def arrange(run: RunFiles, probabilities: Tensor, columns: dict[str, Any]) -> Pr
         predictions = numbers["prediction"]
         errors = (predictions - targets).abs()
         return Predictions(run, targets, predictions, None, errors, texts, class_names=[])
-    raise UserError(UNKNOWN)
-
-
-def _class_names(run: RunFiles, classes: int) -> list[str]:
-    """The names of the classes; their indices if the run's metrics.json does not have them."""
-    names = (run.metrics or {}).get("class_names")
-    if not isinstance(names, list) or len(names) != classes:
-        names = range(classes)
-    return [format_value(name) for name in names]
+    raise UserError(
+        "predictions.csv has neither label, prediction and probability_0, ... nor target and "
+        "prediction as columns of numbers"
+    )
 
 
 def largest_first(values: Tensor, chosen: Tensor) -> list[int]:
@@ -127,22 +122,17 @@ def show_examples(
 ) -> str:
     """A table of the first few of some examples: texts or numbers, labels and predictions.
 
-    `other` adds a column: what another run predicts, of classes the probability of the label.
+    The last columns have the loss of the run, and that of the `other` one.
     """
-    labels = predictions.labels.tolist()
-    columns = dict(predictions.texts) or {"example": range(len(labels))}
-    if predictions.probabilities is None:
-        columns["target"] = labels
-        columns["prediction"] = predictions.predictions.tolist()
-        if other:
-            columns[f"prediction of {other.run.label}"] = other.predictions.tolist()
-    else:
-        names = predictions.class_names
-        columns["label"] = [names[label] for label in labels]
-        columns["prediction"] = [names[label] for label in predictions.predictions]
-        columns["its probability"] = predictions.probabilities.max(1).values.tolist()
-        if other:
-            of_label = other.losses.neg().exp()
-            columns[f"probability of the label by {other.run.label}"] = of_label.tolist()
-    rows = [[column[i] for column in columns.values()] for i in indices[:MOST_SHOWN]]
-    return table(list(columns), rows)
+    columns = dict(predictions.texts) or {"example": range(len(predictions.labels))}
+    columns["label"] = predictions.labels.tolist()
+    columns["prediction"] = predictions.predictions.tolist()
+    if names := predictions.class_names:
+        for column in ("label", "prediction"):
+            columns[column] = [names[label] for label in columns[column]]
+    for run in filter(None, [predictions, other]):
+        columns[f"loss of {run.run.label}"] = run.losses.tolist()
+    rows = [list(columns)]
+    for i in indices[:MOST_SHOWN]:
+        rows.append([column[i] for column in columns.values()])
+    return table(rows)

@@ -89,7 +89,7 @@ class RunFiles:
 
 
 SeedGroups = dict[str, list[RunFiles]]  # by a printable name
-Table = tuple[list[str], list[list[Any]]]  # header and rows
+Table = list[list[Any]]  # rows; the first one is the header
 
 
 def is_number(value: Any) -> bool:
@@ -167,7 +167,7 @@ def read_journal(path: Path, notes: list[str]) -> list[dict[str, float]]:
     lines = []
     with contextlib.suppress(OSError):
         if path.is_file():  # reading a pipe would wait
-            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+            lines = path.read_bytes().splitlines()
     rows = []
     for line in lines:
         with contextlib.suppress(ValueError, AttributeError, KeyError, RecursionError):
@@ -205,10 +205,10 @@ def groups(runs: list[RunFiles]) -> SeedGroups:
         if run.metrics is None:
             continue
         settings = run.settings
-        seed = str(run.config.get("seed"))
         for name in SEED_AND_REMARKS:
             settings.pop(name, None)
-        by_settings[json.dumps(settings, sort_keys=True)][seed] = run
+        members = by_settings[json.dumps(settings, sort_keys=True)]
+        members[str(run.config.get("seed"))] = run
     seeded = [list(members.values()) for members in by_settings.values() if len(members) > 1]
     differences = differing([members[0] for members in seeded])
     names = [name for name in differences if name not in SEED_AND_REMARKS]
@@ -241,16 +241,16 @@ def format_mean(values: list[float]) -> str:
 
 
 def run_table(runs: list[RunFiles]) -> Table:
-    """Header and rows: the settings that differ, and the figures."""
+    """The settings that differ, and the figures."""
     settings = differing(runs)
     figures = shown_figures(runs)
-    rows = []
+    rows = [["run", "state", *settings, "best epoch", *figures, "seconds"]]
     for run in runs:
         row = [run.label, run.state]
         row += map(run.settings.get, settings)
         row += map(run.best.get, ["epoch", *figures, "seconds"])
         rows.append(row)
-    return ["run", "state", *settings, "best epoch", *figures, "seconds"], rows
+    return rows
 
 
 def shown_figures(runs: list[RunFiles]) -> list[str]:
@@ -264,13 +264,13 @@ def shown_figures(runs: list[RunFiles]) -> list[str]:
 
 
 def seed_table(runs: list[RunFiles], seed_groups: SeedGroups) -> Table:
-    """Header and rows: each group's mean ± standard deviation."""
+    """Each group's mean ± standard deviation."""
     figures = shown_figures(runs)
-    rows = []
+    rows = [["runs that differ in the seed only", "n", *figures]]
     for name, members in seed_groups.items():
         row = [name, str(len(members))]
         for figure in figures:
             values = [run.best.get(figure, math.nan) for run in members]
             row.append(format_mean(values) if all(map(math.isfinite, values)) else "–")
         rows.append(row)
-    return ["runs that differ in the seed only", "n", *figures], rows
+    return rows

@@ -1,11 +1,9 @@
 """Shows a sweep of sweep_offline.py, from its Optuna study."""
 
 import html
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 from harness.errors import UserError
 from reporting.markup import chart, paragraph
@@ -25,8 +23,8 @@ def open_study(directory: Path, runs: list[RunFiles]) -> Any:
         raise UserError("Optuna is not installed: pip install -r requirements-sweep.txt") from None
     optuna.logging.disable_default_handler()
     directory = directory.resolve()
-    file = quote(str(directory / "study.db"))
-    url = f"sqlite:///file:{file}?mode=ro&uri=true"  # read-only: the search may be under way
+    file = (directory / "study.db").as_uri()
+    url = f"sqlite:///{file}?mode=ro&uri=true"  # read-only: the search may be under way
     try:
         storage = optuna.storages.RDBStorage(url, skip_table_creation=True)
         study = optuna.load_study(study_name=None, storage=storage)
@@ -75,5 +73,5 @@ def show_sweep(study: Any) -> str:
         figures.append(visualization.plot_param_importances(study, evaluator=evaluator))
     for figure in figures:
         figure.layout.width = None  # that of the page
-        content += chart(json.loads(figure.to_json()))
+        content += chart(figure)
     return content

@@ -655,7 +655,7 @@ def test_numbers_are_compared_by_their_absolute_errors(tmp_path, capsys):
     assert "The best is better in mean absolute error" in page
     assert "1 is closer than 30: " in page and "30 is closer than 1: " in page
     assert "Street 7" in page and "McNemar" not in page and "can&#x27;t be read" not in page
-    curves = json.loads(page.split('id="curves-data">')[1].split("</script>")[0])
+    curves = json.loads(html.unescape(page.split('data-curves="')[1].split('"')[0]))
     assert curves["overview"] == ["valid/mae", "valid/r2", "lr"]
 
     a, b = (comparison.read_predictions(run) for run in runs.find_runs([good, bad]))
