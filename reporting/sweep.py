@@ -23,7 +23,6 @@ def open_study(directory: Path, runs: list[RunFiles]) -> Any:
         import optuna
     except ImportError:
         raise UserError("Optuna is not installed: pip install -r requirements-sweep.txt") from None
-    optuna.logging.disable_default_handler()
     directory = directory.resolve()
     file = quote(str(directory / "study.db"))
     url = f"sqlite:///file:{file}?mode=ro&uri=true"  # read-only: the search may be under way
