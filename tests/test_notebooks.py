@@ -147,11 +147,12 @@ def test_a_report_leaves_the_kernel_as_it_was(notebook):
 def test_a_sweep_leaves_the_kernel_as_it_was(notebook):
     """Its SIGTERM handler and Optuna's log level stayed; in another thread there was an error of `signal.signal`."""
     (notebook.directory / "sweep.yaml").write_text(
-        f"{{program: {REPO}/tests/objective.py, name: left, method: grid, metric: {{name: valid/loss, goal: minimize}}, "
+        f"{{program: {REPO}/tests/objective.py, name: left, method: grid, metric: {{name: score, goal: maximize}}, "
         "parameters: {x: {values: [1, 2]}, y: {value: 0}}}"
     )
     show = "import optuna, signal; print(signal.getsignal(signal.SIGTERM), optuna.logging.get_verbosity())"
     search = "['sweep.yaml', '--count', '{}']"
+    notebook.run("import optuna")  # which may print tqdm's hint to install ipywidgets
     before = notebook.run(show).out
     done = notebook.run(f"import sweep_offline; sweep_offline.main({search.format(1)})")
     assert done.error is None and "1 complete" in done.out
