@@ -12,13 +12,14 @@ from harness.directory import CONFIG
 from harness.errors import UserError
 from harness.files import list_names, write_text
 from harness.options import Parser, command_line
-from harness.script import run_script
+from harness.script import in_ipython, run_script
 
-if __name__ == "__main__":
+if __name__ == "__main__" and not in_ipython():
     # Ctrl-C during the imports ends the process without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    import torch
 
-import torch
+    torch.set_num_threads(1)  # the tensors are small: several threads would wait for each other
 
 from reporting.runs import (
     Table,
@@ -105,5 +106,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)  # the tensors are small: several threads would wait for each other
     run_script(main)

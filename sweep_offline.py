@@ -16,7 +16,7 @@ from pathlib import Path
 
 from harness.errors import UserError
 from harness.options import command_line, option, parse
-from harness.script import run_script
+from harness.script import in_main_thread, run_script
 from harness.system import STOP_SIGNALS, shell_command
 
 try:
@@ -190,32 +190,38 @@ def main(argv: list[str] | None = None) -> None:
     options = parse(Options, rest)
     for note in notes(sweep):
         print(note)
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
     trial_count = count_trials(sweep, options.count)
-    directory = sweep.directory
-    directory.mkdir(parents=True, exist_ok=True)
-    study, storage = open_study(sweep, options.storage or f"sqlite:///{directory}/study.db")
-    search = Search(
-        sweep=sweep,
-        study=study,
-        trial_count=trial_count,
-        jobs=options.jobs,
-        seed=options.seed,
-        gpus=trials.visible_gpus() if options.jobs > 1 else [],  # a single run may use all of them
-    )
-    for number in STOP_SIGNALS[1:]:
-        signal.signal(number, lambda *_: sys.exit(128 + signal.SIGTERM))
-    try:
-        run_trials(search)
-    except BaseException as error:
-        if isinstance(error, (KeyboardInterrupt, SystemExit)):
-            print("Stopping the runs; the same command resumes them.", flush=True)
-        storage.patience = 0.0
-        search.stop()
-        with contextlib.suppress(UserError, OSError):  # the storage or the directory is gone
-            report(search)
-        raise
-    report(search)
+    sweep.directory.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as restored:  # what a notebook would keep
+        restored.callback(optuna.logging.set_verbosity, optuna.logging.get_verbosity())
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        study, storage = open_study(
+            sweep, options.storage or f"sqlite:///{sweep.directory}/study.db"
+        )
+        search = Search(
+            sweep=sweep,
+            study=study,
+            trial_count=trial_count,
+            jobs=options.jobs,
+            seed=options.seed,
+            # A single run may use all GPUs.
+            gpus=trials.visible_gpus() if options.jobs > 1 else [],
+        )
+        if in_main_thread():
+            for number in STOP_SIGNALS[1:]:
+                previous = signal.signal(number, lambda *_: sys.exit(143))  # 128 + SIGTERM
+                restored.callback(signal.signal, number, previous)
+        try:
+            run_trials(search)
+        except BaseException as error:
+            if not isinstance(error, Exception):  # Ctrl-C or SIGTERM
+                print("Stopping the runs; the same command resumes them.", flush=True)
+            storage.patience = 0.0
+            search.stop()
+            with contextlib.suppress(UserError, OSError):  # the storage or the directory is gone
+                report(search)
+            raise
+        report(search)
 
 
 if __name__ == "__main__":

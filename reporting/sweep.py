@@ -21,7 +21,6 @@ def open_study(directory: Path, runs: list[RunFiles]) -> Any:
         import optuna
     except ImportError:
         raise UserError("Optuna is not installed: pip install -r requirements-sweep.txt") from None
-    optuna.logging.disable_default_handler()
     directory = directory.resolve()
     file = (directory / "study.db").as_uri()
     url = f"sqlite:///{file}?mode=ro&uri=true"  # read-only: the search may be under way

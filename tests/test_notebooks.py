@@ -129,3 +129,36 @@ def test_the_handlers_of_an_interrupted_run_are_put_back(notebook):
     notebook.run(f"import train_mnist; train_mnist.main({LONG.split()})", interrupt_at="epoch 1:")
     assert notebook.run(show).out == before
     assert "SIG_IGN" not in before
+
+
+def test_a_report_leaves_the_kernel_as_it_was(notebook):
+    """Ctrl-C killed the kernel until the cell ended, and later runs had one thread."""
+    run = notebook.directory / "reported"
+    run.mkdir()
+    (run / "config.json").write_text("{}")
+    (run / "history.jsonl").write_text('{"step": 1, "epoch": 1, "valid/loss": 0.5}\n')
+    show = "print(signal.getsignal(signal.SIGINT), torch.get_num_threads())"
+    code = f"import signal, torch; torch.set_num_threads(2); {show}\n%run {REPO}/report.py reported\n{show}"
+    done = notebook.run(f"{code}; torch.set_num_threads(1)")
+    before, *_, page, after = [line for line in done.out.splitlines() if line]
+    assert after == before and before.endswith("2") and page == "The page: report.html", done
+
+
+def test_a_sweep_leaves_the_kernel_as_it_was(notebook):
+    """Its SIGTERM handler and Optuna's log level stayed; in another thread there was an error of `signal.signal`."""
+    (notebook.directory / "sweep.yaml").write_text(
+        f"{{program: {REPO}/tests/objective.py, name: left, method: grid, metric: {{name: score, goal: maximize}}, "
+        "parameters: {x: {values: [1, 2]}, y: {value: 0}}}"
+    )
+    show = "import optuna, signal; print(signal.getsignal(signal.SIGTERM), optuna.logging.get_verbosity())"
+    search = "['sweep.yaml', '--count', '{}']"
+    notebook.run("import optuna")  # which may print tqdm's hint to install ipywidgets
+    before = notebook.run(show).out
+    done = notebook.run(f"import sweep_offline; sweep_offline.main({search.format(1)})")
+    assert done.error is None and "1 complete" in done.out
+    assert notebook.run(show).out == before
+    done = notebook.run(
+        f"import asyncio; await asyncio.to_thread(sweep_offline.main, {search.format(2)})"
+    )
+    assert done.error is None and "2 complete" in done.out
+    assert notebook.run(show).out == before
