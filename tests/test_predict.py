@@ -162,8 +162,7 @@ def test_predictions_are_logged_if_asked_for(text_run, tmp_path, monkeypatch):
         if record["type"] == "history":
             items |= record["history"]["item"]
     assert items["test/acc"] == pytest.approx(metric(err, "acc"), abs=1e-4)
-    table = json.loads(
-        (tmp_path / "wandb/latest-run/files" / items["predictions"]["path"]).read_text()
-    )
+    (file,) = (tmp_path / "wandb/latest-run/files/media/table").glob("predictions_*.json")
+    table = json.loads(file.read_text())
     assert table["columns"] == list(rows[0])
     assert [row[0] for row in table["data"]] == ["He ran.", "He run."]
