@@ -111,8 +111,8 @@ def _read_digits(name: str, files: list[Path]) -> Digits:
 
 
 def _read_part(name: str, image_file: Path, label_file: Path) -> ImageSet:
-    images = _read_idx(name, image_file, (28, 28), largest=255)[:, None]
-    labels = _read_idx(name, label_file, (), largest=9).long()
+    images = read_idx(image_file, (28, 28), 255, name)[:, None]
+    labels = read_idx(label_file, (), 9, name).long()
     if len(images) != len(labels):
         raise UserError(
             f"{image_file} contains {len(images):,} images, but {label_file} {len(labels):,} labels"
@@ -120,13 +120,16 @@ def _read_part(name: str, image_file: Path, label_file: Path) -> ImageSet:
     return ImageSet(images, labels)
 
 
-def _read_idx(
-    name: str,
+def read_idx(
     file: Path,
     shape: tuple[int, ...],
     largest: int,
+    name: str | None = None,
 ) -> Tensor:
-    """uint8 (n, *shape), 0 to `largest`, from an IDX file: a magic number, the sizes, the data."""
+    """uint8 (n, *shape), 0 to `largest`, from an IDX file: a magic number, the sizes, the data.
+
+    `name` is that of a published data set. Raises `UserError` if the file is damaged.
+    """
     header = np.fromfile(file, ">i4", 2 + len(shape)).tolist()
     data = np.fromfile(file, np.uint8, offset=4 * len(header))
     count, rest = divmod(len(data), math.prod(shape))
@@ -135,10 +138,12 @@ def _read_idx(
     if intact and name == "mnist" and count in (60_000, 10_000):  # as published
         intact = hashlib.sha256(file.read_bytes()).hexdigest() == MNIST_SHA256[file.name]
     if not intact or data.max() > largest:
-        raise UserError(
-            f"{file} is damaged: it is not an IDX file of 28×28 images or of labels from 0 to 9, "
-            "or differs from the published file (SHA-256); delete it to download it again"
-        )
+        problem = "it is not an IDX file of 28×28 images or of labels from 0 to 9"
+        if name:
+            problem += (
+                ", or differs from the published file (SHA-256); delete it to download it again"
+            )
+        raise UserError(f"{file} is damaged: {problem}")
     return torch.from_numpy(data.reshape(count, *shape))
 
 

@@ -36,6 +36,7 @@ PAIRS = {  # as in the tasks of GLUE
     "question": "sentence",
 }
 Text = str | tuple[str, str]  # a sentence or a pair of sentences
+NO_LABEL = "?"  # instead of the labels of sentences that have none
 Row = tuple[int, list[str]]  # the line in which it begins, and its columns
 csv.field_size_limit(2**31 - 1)  # the default is 131,072 characters
 
@@ -47,11 +48,11 @@ class Sentences(NamedTuple):
     labels: list[str]  # class names
     sources: list[str]  # a publication, a file, or a rule of the built-in grammar, per sentence
 
-    def columns(self) -> dict[str, Iterable[str]]:
+    def columns(self, name: str = "sentence") -> dict[str, Iterable[str]]:
         """The columns of a table that shows the sentences."""
-        columns = {"sentence": self.sentences}
+        columns = {name: self.sentences}
         if isinstance(self.sentences[0], tuple):
-            columns["sentence"], columns["sentence2"] = zip(*self.sentences)
+            columns[name], columns[f"{name}2"] = zip(*self.sentences)
         columns["source"] = self.sources
         return columns
 
@@ -79,15 +80,9 @@ def read_parts(paths: list[Path], own: OwnFiles) -> list[Sentences]:
     """
     parts = []
     labels = set()
+    header = None
     for path in paths:
-        rows = _read_rows(path, own.encoding)
-        if not parts:
-            header = _missing_header(rows)
-        if header:
-            print(f"{path} has no header: its columns are taken as {' and '.join(header)}.")
-            rows.insert(0, (0, header))
-        if len(rows) < 2:
-            raise UserError(f"{path} contains no sentences")
+        rows, header = _with_header(path, own, header)
         names = [name.strip().casefold() for name in rows[0][1]]
         chosen = _choose_columns(names, own, path)
         columns = list(chosen.values())
@@ -106,6 +101,41 @@ def read_parts(paths: list[Path], own: OwnFiles) -> list[Sentences]:
             own = dataclasses.replace(own, **chosen)
         parts.append(part)
     return parts
+
+
+def read_inputs(path: Path, own: OwnFiles, labelled: bool) -> Sentences:
+    """The sentences of a file for a trained model; without labels, .txt files have one per line.
+
+    Raises `UserError`.
+    """
+    if path.suffix == ".txt" and not labelled:
+        text = _decode(path.read_bytes(), path, own.encoding)
+        rows = [(0, ["sentence"])]
+        rows += [(0, [line]) for line in text.splitlines() if line.strip()]
+    else:
+        rows, _ = _with_header(path, own)
+    names = [name.strip().casefold() for name in rows[0][1]]
+    if not labelled:
+        own = dataclasses.replace(own, label_column=NO_LABEL)
+        rows = [(line, [*columns, NO_LABEL]) for line, columns in rows]
+        names.append(NO_LABEL)
+    columns = list(_choose_columns(names, own, path).values())
+    return _take_columns(rows[1:], names, columns, path, own, known_labels=set())
+
+
+def _with_header(
+    path: Path, own: OwnFiles, header: list[str] | None = None
+) -> tuple[list[Row], list[str]]:
+    """The rows of a file, and the `header` put before them; [] if the file has one itself."""
+    rows = _read_rows(path, own.encoding)
+    if header is None:
+        header = _missing_header(rows)
+    if header:
+        print(f"{path} has no header: its columns are taken as {' and '.join(header)}.")
+        rows.insert(0, (0, header))
+    if len(rows) < 2:
+        raise UserError(f"{path} contains no sentences")
+    return rows, header
 
 
 def _read_rows(path: Path, encoding: str | None) -> list[Row]:
@@ -155,10 +185,16 @@ def _split_columns(text: str, path: Path) -> list[Row]:
     if '"' in text:  # CoLA has sentences that begin with a quote
         readings.append(_parse(lines, "\t", csv.QUOTE_NONE))
     readings += [_parse(lines, separator, csv.QUOTE_MINIMAL) for separator in (",", ";", "|")]
-    rows, problem = max(readings, key=lambda reading: len(reading[0]))
+    rows, problem = max(readings, key=_quality)
     if problem:
         raise UserError(f"{path}, {problem}")
     return rows
+
+
+def _quality(reading: tuple[list[Row], str]) -> tuple[bool, int]:
+    """Whether there are several columns, and how many rows."""
+    rows, _ = reading
+    return bool(rows) and len(rows[0][1]) > 1, len(rows)
 
 
 def _parse(lines: io.TextIOWrapper, separator: str, quoting: int) -> tuple[list[Row], str]:
@@ -177,7 +213,7 @@ def _parse(lines: io.TextIOWrapper, separator: str, quoting: int) -> tuple[list[
     try:
         for columns in reader:
             if "".join(columns).strip():
-                width = width or max(2, len(columns))
+                width = width or len(columns)
                 if len(columns) != width:
                     return rows, f"row {line}: expected {width} columns, got {len(columns)}"
                 rows.append((line, columns))

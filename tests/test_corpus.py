@@ -381,7 +381,7 @@ def test_files_are_read_as_they_are(tmp_path, form, capsys):
         b"PAR1...PAR1": "train.x is a Parquet file: pip install pyarrow to read it",
         b'[{"text": "a", "label": 0}]': "train.x, row 1: expected a JSON object in each line",
         b'{"text": "a", "label": 0}\n\n{"text"': "row 3: expected a JSON object in each line",
-        b"just\ntext\n": "train.x, row 1: expected 2 columns, got 1",
+        b"just\ntext\n": "train.x, row 1: the header must name one column 'sentence', not 'just'",
         b"a\t0\nb\t1\n": "must name one column 'sentence', not 'a', '0'",  # no label twice
         b'sentence,label\n"a\nb",0\nc,1,2': "train.x, row 4: expected 2 columns, got 3",
     }.items(),

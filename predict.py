@@ -1,0 +1,228 @@
+"""Apply a run's best model to new data: python predict.py RUN INPUT...
+
+Inputs are sentences or files of them for a run of train_cola.py; image files, folders of them, and
+IDX files for one of train_mnist.py. Writes a CSV: input, label, a probability per class.
+"""
+
+import argparse
+import contextlib
+import csv
+import os
+import re
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from harness import files
+from harness.directory import CONFIG, METRICS
+from harness.errors import UserError
+from harness.files import list_names
+from harness.options import Parser, command_line
+from harness.script import run_script
+from tasks.text_files import OwnFiles, Sentences, read_inputs
+
+if __name__ == "__main__":
+    # Ctrl-C during the imports ends the process without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+import torch
+import wandb
+from torch import Tensor
+from tqdm.auto import tqdm
+
+import viz
+from harness import wandb_service
+from harness.device import find_device
+from metrics import Evaluation, evaluation
+from tasks import encoders
+from tasks.batching import inputs_of, tokenise
+from tasks.image_files import read_images
+from train_mnist import ConvNet, pixels
+
+COLUMN_OPTIONS = ("text_column", "text_pair_column", "label_column", "encoding")
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """The command-line arguments."""
+    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("run", type=Path, metavar="RUN", help="directory of a finished run")
+    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="sentences, files or folders")
+    parser.add_argument("--evaluate", action="store_true", help="compare with the inputs' labels")
+    parser.add_argument("--batch_size", type=int, default=64, help="inputs in a batch [64]")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
+    parser.add_argument("--output", type=Path, help="the CSV file to write [standard output]")
+    parser.add_argument(
+        "--wandb",
+        default="disabled",
+        choices=("auto", "online", "offline", "disabled"),
+        help="log the predictions, as a run of their own [disabled]",
+    )
+    for name in COLUMN_OPTIONS:
+        parser.add_argument(f"--{name}", help="of the inputs, as for train_cola.py")
+    arguments = parser.parse_args(command_line(__name__) if argv is None else argv)
+    if arguments.batch_size < 1:
+        raise UserError("--batch_size must be at least 1")
+    if arguments.output and arguments.output.exists():
+        raise UserError(f"--output {arguments.output} exists already: choose another name")
+    return arguments
+
+
+# --------------------------------------------------------------------------- prediction
+
+
+class Predicted(NamedTuple):
+    """What a model answers for the inputs."""
+
+    inputs: dict[str, Sequence[str]]  # columns that say which input it is
+    truth: list[str]  # the labels of the inputs, if they have some
+    logits: Tensor  # float32 (inputs, classes), on the CPU
+
+
+def predict_sentences(
+    arguments: argparse.Namespace,
+    config: dict[str, Any],
+    class_names: list[str],
+    device: torch.device,
+) -> Predicted:
+    """Apply the model that train_cola.py has saved. Raises `UserError`."""
+    chosen = {name: getattr(arguments, name) or config.get(name) for name in COLUMN_OPTIONS}
+    part = Sentences([], [], [])
+    for text in arguments.inputs:
+        more = Sentences([text], [""], [""])
+        if os.path.isfile(text) or re.search(r"\.\w{2,7}$", text) or arguments.evaluate:
+            more = read_inputs(Path(text), OwnFiles(**chosen), arguments.evaluate)
+        for column, values in zip(part, more):
+            column += values
+    inputs = part.columns("input")
+    with open(arguments.run / "predictions.csv", encoding="utf-8") as file:
+        trained_on_pairs = "sentence2" in next(csv.reader(file))
+    if trained_on_pairs != ("input2" in inputs):
+        wanted = "pairs of sentences" if trained_on_pairs else "single sentences"
+        raise UserError(f"the model of {arguments.run} was trained on {wanted}")
+    limit = config["max_length"]
+    source = str(arguments.run / "model")
+    model, tokenizer = encoders.load_model(source, ["a", "b"], class_names, limit)
+    model.to(device)
+    labels = [0] * len(part.labels)
+    tokens = tokenise(part.sentences, labels, tokenizer, limit, device)
+    if tokens.cut:
+        print(f"{tokens.cut} sentences are longer than {limit} tokens and are truncated.")
+    logits = torch.zeros(len(labels), len(class_names))
+    by_length = tokens.lengths.argsort(stable=True)
+    for indices in tqdm(by_length.split(arguments.batch_size), unit="batch", leave=False):
+        with torch.inference_mode():
+            logits[indices] = model(**inputs_of(tokens, indices)).logits.cpu()
+    del inputs["source"]
+    return Predicted(inputs, part.labels, logits)
+
+
+def predict_images(
+    arguments: argparse.Namespace, class_names: list[str], device: torch.device
+) -> Predicted:
+    """Apply the model that train_mnist.py has saved. Raises `UserError`."""
+    paths = [Path(path) for path in arguments.inputs]
+    part = read_images(paths, class_names, arguments.evaluate)
+    path = arguments.run / "model.pt"
+    try:
+        weights = files.read_tensors(path)
+        kernels = [len(weights["conv1.weight"]), len(weights["conv2.weight"])]
+        model = ConvNet(kernels, len(class_names))
+        model.load_state_dict(weights)
+    except Exception as error:  # torch raises arbitrary exceptions
+        raise UserError(f"{path} can't be loaded as a ConvNet of train_mnist.py: {error}") from None
+    model.eval().to(device)
+    batches = part.images.split(arguments.batch_size)
+    logits = []
+    for batch in tqdm(batches, unit="batch", leave=False):
+        with torch.inference_mode():
+            logits.append(model(pixels(batch.to(device))).cpu())
+    return Predicted({"input": part.names}, part.labels, torch.cat(logits))
+
+
+# ------------------------------------------------------------------------------- results
+
+
+def evaluate(predicted: Predicted, names: list[str], positive: str | None) -> Evaluation:
+    """Compare with the labels of the inputs, and print metrics and confusion matrix."""
+    if unknown := set(predicted.truth) - set(names):
+        raise UserError(
+            f"--evaluate: the model has no class {list_names(unknown)}; it has {list_names(names)}"
+        )
+    labels = torch.tensor([names.index(label) for label in predicted.truth])
+    positive_class = names.index(positive) if positive else 1
+    result = evaluation(predicted.logits, labels, positive=positive_class)
+    for name, value in result.metrics.items():
+        print(f"{name:20}{value:.4f}")
+    print("confusion matrix, rows are labels and columns predictions:")
+    for name, counts in zip(names, result.confusion.counts.tolist()):
+        print(f"{name[:19]:20}", *(f"{count:6}" for count in counts))
+    return result
+
+
+def log_to_wandb(
+    arguments: argparse.Namespace,
+    project: str | None,
+    columns: Mapping[str, Sequence[Any]],
+    result: Evaluation | None,
+    class_names: list[str],
+) -> None:
+    """Log the columns as a table, and the evaluation, as a run of their own."""
+    mode = wandb_service.find_mode(arguments.wandb)
+    config = {"run": str(arguments.run), "inputs": arguments.inputs}
+    rows = [list(row) for row in zip(*columns.values())]
+    with wandb.init(project=project, job_type="predict", mode=mode, config=config) as run:
+        run.log({"predictions": wandb.Table(list(columns), rows)}, commit=False)
+        if result:
+            chart = viz.confusion_matrix_chart(result, class_names)
+            run.log({"test/confusion_matrix": chart, **result.named("test")})
+
+
+def write(columns: Mapping[str, Sequence[Any]], output: Path | None) -> None:
+    """Write columns as a CSV file, or to standard output."""
+    if output is None:
+        writer = csv.writer(sys.stdout, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows(zip(*columns.values()))
+        return
+    output.parent.mkdir(parents=True, exist_ok=True)
+    files.write_csv(output, columns)
+
+
+def predict(arguments: argparse.Namespace) -> dict[str, Sequence[Any]]:
+    """The columns of the CSV file, after evaluating and logging what was asked for."""
+    metrics = files.read_json(arguments.run / METRICS)
+    config = files.read_json(arguments.run / CONFIG)
+    if metrics is None or config is None:
+        raise UserError(f"{arguments.run} holds no finished run: there is no {METRICS}")
+    device = find_device(arguments.device)
+    class_names = metrics["class_names"]
+    if (arguments.run / "model").is_dir():
+        predicted = predict_sentences(arguments, config, class_names, device)
+    else:
+        predicted = predict_images(arguments, class_names, device)
+    columns = dict(predicted.inputs)
+    result = None
+    if arguments.evaluate:
+        result = evaluate(predicted, class_names, metrics.get("positive_label"))
+        columns["truth"] = predicted.truth
+    columns["label"] = [class_names[index] for index in predicted.logits.argmax(1)]
+    for name, probabilities in zip(class_names, predicted.logits.double().softmax(1).T):
+        columns[f"probability_{name}"] = probabilities.tolist()
+    if arguments.wandb != "disabled":
+        log_to_wandb(arguments, config.get("project"), columns, result, class_names)
+    return columns
+
+
+def main(argv: list[str] | None = None) -> dict[str, Sequence[Any]]:
+    """Predict as asked for on the command line; returns the columns of the CSV file."""
+    arguments = parse_arguments(argv)
+    with contextlib.redirect_stdout(sys.stderr):  # standard output is for the CSV
+        columns = predict(arguments)
+    write(columns, arguments.output)
+    return columns
+
+
+if __name__ == "__main__":
+    run_script(main)

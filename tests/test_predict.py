@@ -1,0 +1,168 @@
+"""A run's model on new data: the same answers as in the run, whatever form the data has, and its metrics."""
+
+import contextlib
+import csv
+import io
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import clean_environment, wandb_records, write_mnist
+from PIL import Image, ImageOps
+
+import predict
+from harness.errors import UserError
+from tasks.digits import split_digits, synthetic_digits
+
+
+@pytest.fixture(scope="module")
+def text_run(references) -> Path:
+    return references["train_cola.py"].out
+
+
+@pytest.fixture(scope="module")
+def kept(text_run) -> list[dict[str, str]]:
+    """The sentences that the run was validated on, and what it predicted."""
+    with (text_run / "predictions.csv").open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def answers(*arguments: object) -> tuple[list[dict[str, str]], str]:
+    """The rows on standard output, and what is on standard error."""
+    out = io.StringIO()
+    err = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        predict.main(list(map(str, arguments)))
+    return list(csv.DictReader(io.StringIO(out.getvalue()))), err.getvalue()
+
+
+def refusal(*arguments: object) -> str:
+    with pytest.raises(UserError) as error:
+        answers(*arguments)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def metric(err: str, name: str) -> float:
+    return next(float(line.split()[1]) for line in err.splitlines() if line.startswith(f"{name} "))
+
+
+def test_sentences_have_the_answers_of_the_run(text_run, kept, tmp_path):
+    metrics = json.loads((text_run / "metrics.json").read_text())
+    names = metrics["class_names"]
+    with (tmp_path / "valid.tsv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, delimiter="\t")
+        writer.writerow(["text", "class"])
+        writer.writerows([row["sentence"], names[int(row["label"])]] for row in kept)
+    rows, err = answers(text_run, tmp_path / "valid.tsv", "--evaluate", "--batch_size", 5)
+    assert list(rows[0]) == ["input", "truth", "label", *(f"probability_{name}" for name in names)]
+    for row, before in zip(rows, kept, strict=True):
+        assert row["input"] == before["sentence"]
+        assert row["truth"] == names[int(before["label"])]
+        for index, name in enumerate(names):
+            probability = float(before[f"probability_{index}"])
+            assert float(row[f"probability_{name}"]) == pytest.approx(probability, abs=1e-5)
+        assert row["label"] == max(names, key=lambda name: float(row[f"probability_{name}"]))
+    for name in ("loss", "acc", "mcc", "f1_macro", "roc_auc"):
+        assert metric(err, name) == pytest.approx(metrics[f"valid/{name}"], abs=2e-4)
+
+
+def test_forms_of_sentences(text_run, kept, tmp_path):
+    texts = [row["sentence"] for row in kept[:5]]
+    expected, _ = answers(text_run, *texts)
+    assert [row["input"] for row in expected] == texts
+    with (tmp_path / "one.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["sentence"], *([text] for text in texts)])
+    lines = "".join(f"{text}\n" for text in texts)
+    (tmp_path / "lines.txt").write_text(lines, encoding="utf-8")
+    records = "".join(json.dumps({"id": 1, "sentence": text}) + "\n" for text in texts)
+    (tmp_path / "records.jsonl").write_text(records)
+    table = "".join(f"{number}\t{text}\n" for number, text in enumerate(texts))
+    (tmp_path / "other.tsv").write_text("id\tutterance\n" + table)
+    for given in ("one.csv", "lines.txt", "records.jsonl"):
+        assert answers(text_run, tmp_path / given)[0] == expected
+    column = ("--text_column", "utterance")
+    assert answers(text_run, tmp_path / "other.tsv", *column)[0] == expected
+    assert "choose one with --text_column" in refusal(text_run, tmp_path / "other.tsv")
+
+
+def test_what_can_not_be_predicted(text_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "can't read new.tsv: No such file" in refusal(text_run, "new.tsv")
+    assert "holds no finished run" in refusal(tmp_path, "A sentence.")
+    Path("there.csv").touch()
+    assert "exists already" in refusal(text_run, "A sentence.", "--output", "there.csv")
+    assert "--batch_size must be" in refusal(text_run, "A sentence.", "--batch_size", 0)
+    Path("l.tsv").write_text("sentence\tlabel\nIt is so.\tyes\nIt is.\tno\n")
+    assert "the model has no class no, yes; it has" in refusal(text_run, "l.tsv", "--evaluate")
+    Path("p.csv").write_text("premise,hypothesis\nIt is so.,It is not.\n")
+    assert "was trained on single sentences" in refusal(text_run, "p.csv")
+    copy = tmp_path / "copy"
+    shutil.copytree(text_run, copy)
+    (copy / "model/model.safetensors").write_bytes(b"damaged")
+    assert "damaged" in refusal(copy, "A sentence.")
+
+
+def test_digits_have_the_answers_of_the_run(small_mnist, tmp_path):
+    """As IDX files and as a folder per class."""
+    digits = split_digits(synthetic_digits(), 4000, 5)
+    raw = write_mnist(tmp_path, digits)
+    images = raw / "t10k-images-idx3-ubyte"
+    out = tmp_path / "out/digits.csv"
+    _, err = answers(small_mnist.files, images, "--evaluate", "--output", out)
+    for name in ("loss", "acc", "mcc"):
+        assert metric(err, name) == pytest.approx(small_mnist.metrics[f"test/{name}"], abs=2e-4)
+    with out.open(newline="") as file:
+        from_idx = list(csv.DictReader(file))
+    assert from_idx[7]["input"] == f"{images}:7"
+    folder = tmp_path / "folder"
+    for index in (0, 1, 2):
+        label = digits.test.labels[index]
+        (folder / f"{label}").mkdir(parents=True, exist_ok=True)
+        picture = Image.fromarray(digits.test.images[index, 0].numpy())
+        picture.save(folder / f"{label}/{index}.png")
+    (folder / "notes.md").write_text("not an image")
+    from_folder, _ = answers(small_mnist.files, folder, "--evaluate")
+    before = {row["probability_3"] for row in from_idx[:3]}
+    assert {row["probability_3"] for row in from_folder} == before
+    assert [Path(row["input"]).parent.name for row in from_folder] == [
+        row["truth"] for row in from_folder
+    ]
+    large = ImageOps.invert(picture).resize((56, 56))
+    large.save(tmp_path / "large.png")
+    _, err = answers(small_mnist.files, tmp_path / "large.png")
+    assert "1 of 1 images are not 28×28" in err and "1 of 1 images are mostly light" in err
+
+
+def test_images_that_can_not_be_predicted(small_mnist, tmp_path):
+    (tmp_path / "x.png").write_text("no image")
+    assert "can't be read as an image" in refusal(small_mnist.files, tmp_path / "x.png")
+    (tmp_path / "empty").mkdir()
+    assert "no images in" in refusal(small_mnist.files, tmp_path / "empty")
+    Image.fromarray(np.zeros((28, 28), np.uint8)).save(tmp_path / "y.png")
+    problem = refusal(small_mnist.files, tmp_path / "y.png", "--evaluate")
+    assert f"no class {tmp_path.name}" in problem
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for name in ("metrics.json", "config.json"):
+        shutil.copy(small_mnist.files / name, copy)
+    assert "model.pt can't be loaded" in refusal(copy, tmp_path / "y.png")
+
+
+def test_predictions_are_logged_if_asked_for(text_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, value in clean_environment(tmp_path).items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "l.csv").write_text("sentence,label\nHe ran.,1\nHe run.,0\n")
+    rows, err = answers(text_run, "l.csv", "--evaluate", "--wandb", "offline")
+    items = {}
+    for record in wandb_records(tmp_path):
+        if record["type"] == "history":
+            items |= record["history"]["item"]
+    assert items["test/acc"] == pytest.approx(metric(err, "acc"), abs=1e-4)
+    (file,) = (tmp_path / "wandb/latest-run/files/media/table").glob("predictions_*.json")
+    table = json.loads(file.read_text())
+    assert table["columns"] == list(rows[0])
+    assert [row[0] for row in table["data"]] == ["He ran.", "He run."]
