@@ -47,6 +47,9 @@ class Settings(OwnFiles, options.SharedSettings):  # --train_file and what belon
         placeholder=None,
         path=True,
     )
+    init_from: str | None = option(
+        None, "run whose model to start from, instead of --model", path=True
+    )
     epochs: int = option(10, "passes over the training data", at_least=1, below=10**6)
     batch_size: int = option(64, "sentences in a batch", at_least=1)
     learning_rate: float | None = option(
@@ -387,7 +390,7 @@ def train(session: Session, progress: Progress, task: Task) -> Best:
         if settings.log_model == "all":
             run.log_model(partial(save_model, task), results, is_best=improved)
         progress.print_epoch(results)
-        if 0 < settings.patience <= epoch - best.epoch:
+        if progress.patience_ends(best.epoch):
             break
     return best
 
@@ -479,7 +482,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         with distributed.rank_0_first():  # which downloads the data and the model
             corpus = load(session)
             can_fetch = settings.wandb == "online" or settings.resume
-            source = encoders.find_model(settings.model, can_fetch)
+            source = encoders.find_model(settings.model, can_fetch, settings.init_from)
             is_artifact = source.startswith("wandb:")
             load_source = partial(load_model, settings, corpus)
             if not is_artifact:

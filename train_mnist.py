@@ -59,6 +59,9 @@ class Settings(options.SharedSettings):
     valid_size: int = option(
         5000, "number of training images held out for validation, from the end", at_least=0
     )
+    init_from: str | None = option(
+        None, "run, or file of weights such as its model.pt, to start from", path=True
+    )
     monitor: str = option(
         "valid/loss",
         "metric that selects the best model",
@@ -293,7 +296,7 @@ def train(session: Session, progress: Progress, model: ConvNet, data: Digits) ->
         if settings.log_model == "all":
             run.log_weights(model.state_dict(), results, is_best=improved)
         progress.print_epoch(results)
-        if 0 < settings.patience <= epoch - best.epoch:
+        if progress.patience_ends(best.epoch):
             break
     return best
 
@@ -371,6 +374,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         log_dataset(run, data)
         seed_everything(settings.seed, settings.deterministic)
         model = make_model(settings, data, session.device)
+        if settings.init_from and not session.checkpoint:
+            files.load_weights(model, settings.init_from)
         seed_rank(settings.seed)
         print(
             f"{data.name}: {len(data.train.labels):,} + {len(data.valid.labels):,} + "

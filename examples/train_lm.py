@@ -268,7 +268,7 @@ def train(session: Session, progress: Progress, model: GPT, data: Text) -> Best:
         if settings.log_model == "all":
             run.log_weights(average.module.state_dict(), results, is_best=improved)
         progress.print_epoch(results)
-        if 0 < settings.patience <= epoch - best.epoch:
+        if progress.patience_ends(best.epoch):
             break
     return best
 

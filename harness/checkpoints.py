@@ -4,6 +4,7 @@ import pickle
 import random
 import textwrap
 import time
+import warnings
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,11 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from harness import distributed
-from harness.directory import CHECKPOINT, CONTENT, PREVIOUS_CHECKPOINT
+from harness.directory import CHECKPOINT, CONTENT, METRICS, PREVIOUS_CHECKPOINT
 from harness.errors import Stopped, UserError
-from harness.files import write_tensors
+from harness.files import remove, write_tensors
 from harness.progress import Meter, Progress
 
 
@@ -89,8 +91,19 @@ class Checkpoints:
 
     def _restore(self, checkpoint: Mapping[str, Any]) -> None:
         """Raises one of several exceptions if the state does not fit."""
+        total = self._progress.total_batches
+        grows = checkpoint["position"]["total_batches"] != total
         for name, thing in self._stateful.items():
-            thing.load_state_dict(checkpoint[name])
+            if (
+                grows
+                and isinstance(thing, LRScheduler)
+                and not isinstance(thing, ReduceLROnPlateau)
+            ):
+                _repeat(thing, checkpoint[name]["last_epoch"], total)
+            else:
+                thing.load_state_dict(checkpoint[name])
+        if grows:  # from here on the run is not finished
+            remove(self._session.output_dir / METRICS)
         processes = checkpoint["processes"]
         rank = distributed.rank()
         meters = [process["meter"] for process in processes]
@@ -166,6 +179,20 @@ class Checkpoints:
                     "the state of training can't be loaded again from a checkpoint: "
                     f"each state_dict must hold tensors and plain values only ({reason})"
                 ) from None
+
+
+def _repeat(schedule: LRScheduler, steps: int, batches: int) -> None:
+    """Bring a schedule to where it would be, had it been asked for this many batches at first."""
+    groups = schedule.optimizer.param_groups
+    before = groups[0]["lr"]
+    for group, rate in zip(groups, schedule.get_last_lr()):
+        group["lr"] = rate
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # there are no steps of the optimizer in between
+        for _ in range(steps):
+            schedule.step()
+    now = groups[0]["lr"]
+    print(f"The learning rate was {before:g}, and is {now:g} in a schedule of {batches} batches.")
 
 
 def fingerprint(data: Any, checksum: int = 0) -> int:

@@ -155,6 +155,19 @@ def write_onnx(path: Path, model: nn.Module, output: str, **inputs: Tensor) -> N
         program.save(temporary, external_data=False)
 
 
+def load_weights(model: nn.Module, source: str) -> None:
+    """Load the weights in a file, or in model.pt of a run's directory. Raises `UserError`."""
+    path = Path(source)
+    if path.is_dir():
+        path /= "model.pt"
+    try:
+        content = read_tensors(path)
+        model.load_state_dict(content.get("model", content))  # of a checkpoint, or the file itself
+    except Exception as error:  # torch raises arbitrary exceptions
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{path} does not hold the weights of this model: {reason}") from None
+
+
 def read_tensors(path: Path) -> Any:
     """What `write_tensors` wrote, on the CPU. Raises one of many exceptions if it is damaged."""
     with zipfile.ZipFile(path) as archive:

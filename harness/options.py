@@ -8,6 +8,7 @@ import ast
 import contextlib
 import dataclasses
 import difflib
+import json
 import math
 import os
 import sys
@@ -19,6 +20,19 @@ from harness.errors import UserError
 
 LISTS = (list[int], list[str])
 BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+RECORDS = {  # what config.json holds beside the options
+    "metrics",
+    "task_name",
+    "run_token",
+    "command",
+    "date",
+    "host",
+    "git_commit",
+    "code",
+    "versions",
+    "resumed",
+}
+IDENTITY = {"config", "id", "output_dir", "resume"}  # of a run, not for another one
 SWEEP_FILE = "WANDB_SWEEP_PARAM_PATH"  # both kinds of W&B's agent write a run's values to this file
 
 
@@ -66,6 +80,9 @@ class SharedSettings:
         None, "directory for this run's files [runs/<task>-<run id>]", path=True
     )
     resume: bool = housekeeping(False, "continue the run in --output_dir, if there is one")
+    config: str | None = housekeeping(
+        None, "defaults from a run's config.json, or a YAML file", path=True
+    )
 
     epochs: int = option(5, "passes over the training data", at_least=1, below=10**6)
     batch_size: int = option(128, "examples in a batch", at_least=1)
@@ -140,9 +157,9 @@ Settings = TypeVar("Settings")
 def parse(settings_class: type[Settings], argv: Sequence[str] | None = None) -> Settings:
     """Settings from the command line; the values of a sweep's run override it.
 
-    `argv` None stands for that of the script that declares the settings. On resuming, options that
-    are not given are those of the run. Raises `UserError` if an option is unknown or its value is
-    invalid.
+    `argv` None stands for that of the script that declares the settings. Options that are not given
+    are those of `--config` and, on resuming, those of the run. Raises `UserError` if an option is
+    unknown or its value is invalid.
     """
     if argv is None:
         argv = command_line(settings_class.__module__)
@@ -151,12 +168,29 @@ def parse(settings_class: type[Settings], argv: Sequence[str] | None = None) -> 
         return settings_class(**given)
     given |= _check(settings_class, _read_sweep_file(), prefix="config.")
     used = {}
+    if given.get("config"):
+        used = _read_defaults(settings_class, Path(given["config"]))
     if given.get("resume") and given.get("output_dir"):
-        used = _read_config(settings_class, Path(given["output_dir"]))
+        used |= _read_run(settings_class, Path(given["output_dir"]))
     return settings_class(**used | given)
 
 
-def _read_config(settings_class: type, output_dir: Path) -> dict[str, Any]:
+def _read_defaults(settings_class: type, path: Path) -> dict[str, Any]:
+    """The options in another run's config.json or in a YAML file. Raises `UserError`."""
+    import yaml  # one of W&B's dependencies, and not needed otherwise
+
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        values = {name: content[name] for name in content if name not in RECORDS | IDENTITY}
+        return _check(settings_class, _without_mode(values), prefix="")
+    except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
+        raise UserError(f"--config {path} can't be read: {' '.join(str(error).split())}") from None
+    except UserError as error:
+        raise UserError(f"--config {path}: {error}") from None
+
+
+def _read_run(settings_class: type, output_dir: Path) -> dict[str, Any]:
     """The options of the run in a directory, if there is one.
 
     Raises `UserError` if an option of it is invalid here.
@@ -169,13 +203,32 @@ def _read_config(settings_class: type, output_dir: Path) -> dict[str, Any]:
         print(f"{path} can't be read: options that are not given have their defaults.")
     config = config or {}
     values = {name: config[name] for name in _kinds(settings_class) if name in config}
-    # The machine may no longer be online, and W&B's variable decides what is not given.
-    if values.get("wandb") == "online" or os.environ.get("WANDB_MODE"):
-        values.pop("wandb", None)
     try:
-        return _check(settings_class, values, prefix="")
+        return _check(settings_class, _without_mode(values), prefix="")
     except UserError as error:
         raise UserError(f"--resume: {path} is of another script, or damaged: {error}") from None
+
+
+def _without_mode(values: dict[str, Any]) -> dict[str, Any]:
+    """Without `wandb` if the machine may no longer be online, or W&B's variable decides."""
+    if values.get("wandb") == "online" or os.environ.get("WANDB_MODE"):
+        values.pop("wandb", None)
+    return values
+
+
+def given_options(settings: SharedSettings) -> list[str]:
+    """The arguments that differ from the defaults, as on a command line."""
+    arguments = []
+    for name, default in vars(type(settings)()).items():
+        value = getattr(settings, name)
+        if value == default or name == "config":
+            continue
+        arguments.append(f"--{name}")
+        if isinstance(value, list):
+            arguments += map(str, value)
+        elif value is not True:
+            arguments.append(str(value))
+    return arguments
 
 
 def command_line(module: str) -> list[str]:

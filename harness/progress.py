@@ -62,6 +62,7 @@ class Progress:
         self.watch_every = settings.watch_every or batches[0]
         session.config["watch_every"] = self.watch_every
         self._settings = settings
+        self._patience_from = 0  # the epoch after which patience counts
         self.session = session
 
     def __str__(self) -> str:
@@ -159,6 +160,11 @@ class Progress:
         """Show figures beside the progress bar."""
         self.bar.set_postfix({name: f"{value:.4f}" for name, value in figures.items()})
 
+    def patience_ends(self, best_epoch: int) -> bool:
+        """Whether `--patience` epochs have passed since the best one, or since a run grew."""
+        waited = self.epoch - max(best_epoch, self._patience_from)
+        return 0 < self._settings.patience <= waited
+
     def print_epoch(self, results: Mapping[str, float]) -> None:
         """Print the epoch's training figures, the first two metrics and the monitored one."""
         first = [f"valid/{name}" for name in list(self.session.config["metrics"])[:2]]
@@ -191,6 +197,8 @@ class Progress:
             "step": self.step,
             "epoch_ends": self.epoch_ends,
             "batches_in_epoch": self.batches_in_epoch,
+            "total_batches": self.total_batches,
+            "patience_from": self._patience_from,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -199,6 +207,9 @@ class Progress:
             raise ValueError(f"epoch {self.epoch} had {state['batches_in_epoch']} batches")
         self.batch = state["batch"]
         self.step = state["step"]
+        self._patience_from = state["patience_from"]
+        if state["total_batches"] != self.total_batches:
+            self._patience_from = self.epoch
 
 
 def _check_size(batch: int) -> None:

@@ -9,8 +9,10 @@ import os
 import platform
 import secrets
 import socket
+import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -33,10 +35,11 @@ from harness.directory import (
 )
 from harness.errors import Stopped, UserError
 from harness.files import read_json, write_json
-from harness.options import SharedSettings
+from harness.options import SharedSettings, given_options
 from harness.script import StopRequests, handling_signals, in_ipython, in_main_thread
 from harness.system import shell_command
 
+LENGTHS = ("epochs", "max_steps")  # of a run, which may grow when it is resumed
 LIBRARIES = ("torch", "torchvision", "transformers", "wandb", "numpy")
 
 
@@ -52,6 +55,7 @@ class Session:
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
     device: torch.device | None = None
     checkpoint: Mapping[str, Any] | None = None  # to resume from; None for a new run
+    command: str = ""  # that started this process
     started: float = 0.0  # by `time.perf_counter`, moved back by the time of earlier processes
     run: tracking.Run | None = None  # from `start` on
     metrics: dict[str, Any] = dataclasses.field(default_factory=dict)  # of metrics.json
@@ -92,7 +96,10 @@ class Session:
         self.config["id"] = self.run.wandb.id  # W&B's agent may have chosen it
         self.config[wandb_service.TOKEN] = token
         self.config = json.loads(json.dumps(self.config))  # plain values, also of NumPy's
-        write_json(self.output_dir / CONFIG, self.config | {"versions": _versions()})
+        record = _record_of_process(self.command)
+        if state:
+            record = _add_to_records(record, self.output_dir)
+        write_json(self.output_dir / CONFIG, self.config | record)
         _log_config(self.run, self.config)
         if state:
             self.run.take_over(rows, state["checksum"])
@@ -147,16 +154,20 @@ def open_session(
 def resume_command(settings: SharedSettings) -> str:
     """What to type to resume a run, whose other settings are in its directory."""
     output_dir = settings.output_dir
-    begun = output_dir and Path(output_dir, CONFIG).exists()
+    if output_dir and Path(output_dir, CONFIG).exists():
+        return _command(settings, ["--output_dir", output_dir, "--resume"])
+    return _command(settings, given_options(settings))
+
+
+def _command(settings: SharedSettings, arguments: list[str]) -> str:
+    """What to type to start the script with these arguments."""
     module = type(settings).__module__
-    script, *arguments = sys.argv
-    if begun:
-        arguments = ["--output_dir", output_dir, "--resume"]
+    script = sys.argv[0]
     if distributed.spans_hosts():
         command = f"{Path(script).name} {shell_command(arguments)}"
         return f"on every host, torchrun with the same options and {command}"
     if module != "__main__":
-        return f"{module}.main({arguments})" if begun else f"the same call of {module}.main"
+        return f"{module}.main({arguments})"
     launcher = ["python"]
     if processes := os.environ.get("LOCAL_WORLD_SIZE"):  # set by torchrun
         launcher = ["torchrun", "--nproc-per-node", processes]
@@ -198,7 +209,8 @@ def _open_on_rank_0(
         config |= {"device": device.type, "precision": precision}
         config |= {"metrics": dict(directions), "task_name": task}
         distributed.broadcast((settings, config, checkpoint))
-        session = Session(settings, requests, config, device, checkpoint, started)
+        command = _command(requested, given_options(requested))
+        session = Session(settings, requests, config, device, checkpoint, command, started)
         with session.exits:
             yield session
             last_line = _where_to_look(session.run, output_dir)
@@ -281,6 +293,8 @@ def _settings_of(
                 f"The run was on {used[name]} and continues on {value}: "
                 "rounding and dropout differ."
             )
+        elif name in LENGTHS and used[name] and (value or 0) > used[name]:
+            print(f"--{name} was {used[name]}, is {value}.")
         elif name in identity or not fields[name]["may_change"]:
             taken[name] = used[name]
             if not same:
@@ -298,6 +312,9 @@ def _finished_before(
     if metrics is None:
         return None
     if checkpoint:
+        used = checkpoint["settings"]
+        if any(getattr(settings, name) != used[name] for name in LENGTHS):
+            return None
         if not (output_dir / PREVIOUS_CHECKPOINT).exists():
             return None  # it has replaced the newest one, which was damaged
         last_step = checkpoint["position"]["step"]
@@ -308,15 +325,73 @@ def _finished_before(
             )
             return None
     print(f"{output_dir} is finished: see {output_dir / METRICS}")
+    for field in dataclasses.fields(settings):
+        describes = field.metadata["may_change"] and field.metadata["tells_apart"]
+        if describes and checkpoint and getattr(settings, field.name) != used[field.name]:
+            print(f"--{field.name} changes nothing in a finished run.")
     return metrics
 
 
-def _versions() -> dict[str, str]:
+def _record_of_process(command: str) -> dict[str, Any]:
+    """What config.json holds about a process: how, when and where it was started, and its code."""
     versions = {"python": platform.python_version()}
     for library in LIBRARIES:
         with contextlib.suppress(PackageNotFoundError):
             versions[library] = version(library)
-    return versions
+    checksum = 0
+    for file in sorted(_imported_files()):
+        checksum = zlib.crc32(file.read_bytes(), checksum)
+    return {
+        "command": command,
+        "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "host": socket.gethostname(),
+        "git_commit": _git_commit(),
+        "code": f"{checksum:08x}",
+        "versions": versions,
+    }
+
+
+def _add_to_records(record: dict[str, Any], output_dir: Path) -> dict[str, Any]:
+    """The record of the run's first process with those of its later ones, `record` the last.
+
+    Says if the versions or the code are not those of the first.
+    """
+    before = read_json(output_dir / CONFIG) or {}  # it may be damaged
+    first = {name: before.get(name, record[name]) for name in record}
+    changed = []
+    for library, new in record["versions"].items():
+        old = first["versions"].get(library)
+        if old != new:
+            changed.append(f"{library} {new} instead of {old}")
+    if first["code"] != record["code"]:
+        changed.append("changed code")
+    if changed:
+        print(f"The run goes on with {', '.join(changed)}: results may differ.")
+    return first | {"resumed": [*before.get("resumed", []), record]}
+
+
+def _imported_files() -> set[Path]:
+    """The script, and the modules beside this package that are imported."""
+    root = Path(__file__).parent.parent
+    script = getattr(sys.modules["__main__"], "__file__", None)
+    files = set()
+    for module in list(sys.modules.values()):
+        file = getattr(module, "__file__", None)
+        if file and (file == script or root in Path(file).absolute().parents):
+            files.add(Path(file).resolve())
+    return {file for file in files if "site-packages" not in file.parts and file.suffix == ".py"}
+
+
+def _git_commit() -> str | None:
+    """The commit of the script, "-modified" if files differ from it; None if git knows none."""
+    command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=-modified"]
+    try:
+        done = subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
 
 
 @tracking.logs_to_wandb
@@ -330,13 +405,9 @@ def _log_config(run: tracking.Run, config: Mapping[str, Any]) -> None:
     changed[wandb_service.TOKEN] = config[wandb_service.TOKEN]
     known.update(changed, allow_val_change=True)
     if config["save_code"]:
-        modules = list(sys.modules.values())
-        imported = {os.path.realpath(getattr(module, "__file__", None) or "") for module in modules}
-        run.wandb.log_code(
-            Path(__file__).parent.parent,
-            include_fn=lambda path: os.path.realpath(path) in imported,
-            exclude_fn=lambda path: "site-packages" in path,
-        )
+        imported = _imported_files()
+        root = Path(__file__).parent.parent
+        run.wandb.log_code(root, include_fn=lambda path: Path(path).resolve() in imported)
 
 
 def _where_to_look(run: tracking.Run, output_dir: Path) -> str:
@@ -344,10 +415,21 @@ def _where_to_look(run: tracking.Run, output_dir: Path) -> str:
     line = f"Files of this run: {output_dir}"
     if run.wandb.disabled:
         return f"{line} (W&B is disabled)"
-    path = Path(run.wandb.dir).parent
-    with contextlib.suppress(ValueError):  # on another drive of Windows
-        path = os.path.relpath(path)
-    upload = f"on the web: {run.wandb.url}" if run.online else f"upload it: wandb sync {path}"
+    last = _short(Path(run.wandb.dir).parent)
     if importlib.util.find_spec("wandb.cli.leet"):  # not in older versions
-        line += f" | look at it: wandb leet {path}"
-    return f"{line} | {upload}"
+        since = " (since it was resumed)" if run.earlier_logs else ""
+        line += f" | look at it: wandb leet {last}{since}"
+    if run.online:
+        return f"{line} | on the web: {run.wandb.url}"
+    folders = []
+    for log in run.earlier_logs:
+        if not wandb_service.synced_marker(log).exists():
+            folders.append(str(_short(log.parent)))
+    return f"{line} | upload it: wandb sync {' '.join([*folders, str(last)])}"
+
+
+def _short(path: Path) -> Path:
+    """Relative to the current directory, unless that is on another drive of Windows."""
+    with contextlib.suppress(ValueError):
+        return Path(os.path.relpath(path))
+    return path

@@ -99,7 +99,7 @@ class Run:
         """
         self.wandb = run  # for what this class does not offer
         self._token = token
-        self._logs = logs
+        self.earlier_logs = logs
         self.step = 0  # of the current row
         self.failed = False  # whether a failure of W&B was reported
         self.lost = False  # whether W&B's service is gone
@@ -241,7 +241,7 @@ class Run:
         self._rows = rows
         self._checksum = checksum
         self._restoring = True
-        logged = wandb_service.logged_rows(self._logs)
+        logged = wandb_service.logged_rows(self.earlier_logs)
         if self.wandb.offline and self._wandb_step >= 0:
             for step in sorted(logged):  # an offline summary starts empty
                 if step <= self._wandb_step:
@@ -371,7 +371,7 @@ class Run:
     def _finish(self, status: int) -> None:
         self.wandb.finish(exit_code=status)
         if self.online and not self.failed:
-            for log in (*self._logs, Path(self.wandb.settings.sync_file)):
+            for log in (*self.earlier_logs, Path(self.wandb.settings.sync_file)):
                 wandb_service.synced_marker(log).touch()
 
     def give_up(self) -> None:

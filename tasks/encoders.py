@@ -36,14 +36,21 @@ transformers.logging.set_verbosity_error()  # `_load_pretrained` itself reports 
 transformers.logging.disable_progress_bar()
 
 
-def find_model(name: str | None, can_fetch: bool = False) -> str:
-    """The model to use: `name`, or BERT-tiny if it is None.
+def find_model(name: str | None, can_fetch: bool = False, run: str | None = None) -> str:
+    """The model to use: `name`, that in the directory of a `run`, or by default BERT-tiny.
 
     `can_fetch`: whether the run can fetch an artifact from W&B, or has done so.
 
     A model from the Hub is downloaded unless it is completely cached. If that fails, BERT-tiny is
     replaced by "scratch" with a loud warning; a model named by the user raises `UserError`.
     """
+    if run:
+        path = Path(run, "model")
+        if name not in (None, str(path)):
+            raise UserError("--model and --init_from exclude each other: drop one of them")
+        if not path.is_dir():
+            raise UserError(f"--init_from {run}: there is no {path}")
+        return str(path)
     wanted = name or BERT_TINY
     if wanted.startswith("wandb:") and not can_fetch:
         raise UserError(f"--model {wanted} is fetched from W&B, but this run is not online")
