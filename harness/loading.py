@@ -6,7 +6,8 @@ import ctypes
 import multiprocessing
 import random
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from multiprocessing import resource_tracker
 from typing import Any
 
@@ -85,6 +86,7 @@ def _no_signals(loader: DataLoader) -> Iterator[None]:
     if WINDOWS:
         ignore_ctrl_c = ctypes.windll.kernel32.SetConsoleCtrlHandler
         ignore_ctrl_c(None, True)
+        loader.worker_init_fn = partial(_ignore_ctrl_break, loader.worker_init_fn)
         yield
         ignore_ctrl_c(None, False)
         return
@@ -96,6 +98,12 @@ def _no_signals(loader: DataLoader) -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _ignore_ctrl_break(begin: Callable | None, worker: int) -> None:
+    signal.signal(signal.SIGBREAK, signal.SIG_IGN)
+    if begin:
+        begin(worker)
 
 
 @contextlib.contextmanager
