@@ -22,6 +22,9 @@ import pytest
 GPUS = os.environ.setdefault("GPUS_OF_TESTS", os.environ.get("CUDA_VISIBLE_DEVICES", "0"))
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
+# Where pandas is installed, scikit-learn imports it, and it pyarrow. A thread of pyarrow's allocator crashed workers.
+sys.modules["pyarrow"] = None
+
 import torch
 from filelock import FileLock
 

@@ -2,9 +2,12 @@
 
 import ast
 import graphlib
+import importlib
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 from tests import forking
 from tests.conftest import REPO, clean_environment
@@ -40,6 +43,15 @@ def test_tests_see_no_gpu(tmp_path):
             [sys.executable, "-c", program], popen, cwd=tmp_path, env=environment, text=True
         )
         assert done.stdout == "False 0\n", done.stderr
+
+
+@pytest.mark.quick
+def test_the_process_of_the_tests_has_no_pyarrow(tmp_path, monkeypatch):
+    """Even if it is installed: a thread of its allocator ended one worker in five runs."""
+    (tmp_path / "pyarrow.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ImportError):
+        importlib.import_module("pyarrow")
 
 
 def test_imports_point_downwards():
