@@ -15,7 +15,9 @@ from harness.progress import Best, Progress
 from tests import forking, killing
 from tests.conftest import REPO, clean_environment
 
-ARGUMENTS = "--dataset synthetic --slice 20 --epochs 3 --batch_size 32 --checkpoint_every 3 --watch off".split()
+# Epochs of 22 batches, of which the last is shorter.
+ARGUMENTS = f"{killing.DIGITS} --valid_size 1000 --slice 6 --epochs 3 --batch_size 31 --checkpoint_every 3 --watch off".split()
+IMAGES = len(range(0, 4000, 6))  # for training
 KILL = """            checkpoints.end_batch()
             if os.environ.get("KILL_AT") == str(progress.batch):
                 os.kill(os.getpid(), 9)
@@ -106,11 +108,10 @@ def test_a_changed_copy_is_exact_after_kills(name, tmp_path):
     assert resumed.status == 0 and "Resuming out at epoch" in resumed.out
     assert killing.differences(tmp_path / "whole/out", tmp_path / "killed/out") == []
     position = killing.outcome(tmp_path / "whole/out")["checkpoint.pt"]["position"]
-    images = 15_000 // 20  # of the built-in digits for training, what --slice leaves
     expected = {
-        "drop_last": (3 * (images // 32), 3 * (images // 32) * 32),
-        "a number of batches of its own in each epoch": (27, 3 * images),
-        "gradients accumulated over batches": (3 * -(-images // 32), 3 * images),
+        "drop_last": (3 * 21, 3 * 21 * 31),
+        "a number of batches of its own in each epoch": (27, 3 * IMAGES),
+        "gradients accumulated over batches": (3 * 22, 3 * IMAGES),
     }
     assert (position["batch"], position["step"]) == expected[name]
 
@@ -219,7 +220,8 @@ def test_histograms_come_once_in_watch_every_batches_with_parts(tmp_path):
 
 def test_parts_of_a_batch_give_its_gradient(tmp_path):
     """With SGD-like steps the weights agree up to rounding, whatever the size of the parts."""
-    arguments = "--dataset synthetic --slice 50 --epochs 1 --batch_size 32 --watch off --precision fp32".split()
+    digits = f"{killing.DIGITS} --valid_size 1000 --slice 10 --epochs 1"
+    arguments = f"{digits} --batch_size 32 --watch off --precision fp32".split()
     arguments += ["--schedule", "constant", "--learning_rate", "1e-4"]
     outs = []
     for more in ([], *(["--micro_batch_size", size] for size in ("1", "7", "32", "1000"))):

@@ -469,10 +469,10 @@ def test_learning_rate_rises_and_falls(small_cola):
 
 
 def test_defaults_learn_the_built_in_sentences(tmp_path):
-    """Two of the ten epochs reach 0.45, all ten 0.98; a bag of words reaches 0.03."""
-    arguments = "--dataset synthetic --model scratch --epochs 2 --wandb disabled"
+    """One epoch reaches 0.35 to 0.6, depending on the seed, and ten 0.98; a bag of words reaches 0.03."""
+    arguments = "--dataset synthetic --model scratch --epochs 1 --wandb disabled"
     run = finished_run("train_cola.py", tmp_path, *arguments.split())
-    assert run.metrics["valid/mcc"] >= 0.4
+    assert run.metrics["valid/mcc"] >= 0.2
     assert "WARNING" not in run.out
 
 
