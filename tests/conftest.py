@@ -24,7 +24,7 @@ GPUS = os.environ.setdefault("GPUS_OF_TESTS", os.environ.get("CUDA_VISIBLE_DEVIC
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 # Where pandas is installed, scikit-learn imports it, and it pyarrow. A thread of pyarrow's allocator crashed workers.
-sys.modules["pyarrow"] = None
+os.environ["JE_ARROW_MALLOC_CONF"] = "background_thread:false"
 gc.disable()  # until everything is imported: a quarter of the time of the imports
 
 import torch
