@@ -377,7 +377,7 @@ def test_synthetic_digits_need_more_than_a_linear_model():
         torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 10)), digits, epochs=3
     )
     convolutional = accuracy(train_mnist.ConvNet([16, 32]), digits, epochs=1)
-    assert convolutional > 0.85 and linear < 0.75
+    assert convolutional > 0.7 and linear < 0.5  # 0.86 and 0.37, or nearly, as a processor rounds
 
 
 def test_label_smoothing_changes_the_training_loss_only(tmp_path):
