@@ -1,5 +1,6 @@
 """Shared helpers: run the scripts as users do, and read what they logged with W&B's own reader."""
 
+import gc
 import importlib.util
 import json
 import os
@@ -21,6 +22,10 @@ import pytest
 # inherited by the workers and by all processes that tests start. Those of the marker `gpu` get the GPUs back.
 GPUS = os.environ.setdefault("GPUS_OF_TESTS", os.environ.get("CUDA_VISIBLE_DEVICES", "0"))
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+# Where pandas is installed, scikit-learn imports it, and it pyarrow. A thread of pyarrow's allocator crashed workers.
+os.environ["JE_ARROW_MALLOC_CONF"] = "background_thread:false"
+gc.disable()  # until everything is imported: a quarter of the time of the imports
 
 import torch
 from filelock import FileLock
@@ -61,6 +66,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish() -> None:
     forking.remember_environment()  # the imports of the tests have set variables
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.hookimpl(wrapper=True)

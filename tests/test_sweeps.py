@@ -747,11 +747,10 @@ def test_a_mistake_in_the_file_is_named_in_one_line(mistake, workdir, monkeypatc
 def test_mistakes_on_the_command_line(arguments, expected, workdir):
     (workdir / "s.yaml").write_text(GRID)
     (workdir / "r.yaml").write_text(GRID.replace("grid", "random"))
-    done = subprocess.run(
+    done = forking.run(
         [sys.executable, REPO / "sweep_offline.py", *arguments.split()],
         cwd=workdir,
         env=clean_environment(workdir),
-        capture_output=True,
         text=True,
     )
     assert done.returncode == 2 and expected in done.stderr and done.stderr.count("\n") == 1
@@ -770,9 +769,7 @@ def test_another_file_of_the_same_name_is_refused(workdir):
 def test_a_line_break_does_not_split_the_error(arguments, workdir):
     (workdir / "s.yaml").write_text(GRID)
     command = [sys.executable, REPO / "sweep_offline.py", *arguments]
-    done = subprocess.run(
-        command, cwd=workdir, env=clean_environment(workdir), capture_output=True, text=True
-    )
+    done = forking.run(command, cwd=workdir, env=clean_environment(workdir), text=True)
     assert done.returncode == 2 and re.fullmatch(r"sweep_offline.py: error: .*a b.*\n", done.stderr)
 
 
