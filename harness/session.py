@@ -354,6 +354,9 @@ def _where_to_look(run: tracking.Run, output_dir: Path) -> str:
     with contextlib.suppress(ValueError):  # on another drive of Windows
         path = os.path.relpath(path)
     upload = f"on the web: {run.wandb.url}" if run.online else f"upload it: wandb sync {path}"
+    if not importlib.util.find_spec("wandb.cli.clean"):
+        # W&B before 0.29 would overwrite what earlier processes of the run logged.
+        upload = upload.replace("wandb sync", "wandb sync --append")
     if importlib.util.find_spec("wandb.cli.leet"):  # not in older versions
         line += f" | look at it: wandb leet {path}"
     return f"{line} | {upload}"
