@@ -421,11 +421,13 @@ def _where_to_look(run: tracking.Run, output_dir: Path) -> str:
         line += f" | look at it: wandb leet {last}{since}"
     if run.online:
         return f"{line} | on the web: {run.wandb.url}"
-    folders = []
+    command = ["wandb", "sync"]
+    if not importlib.util.find_spec("wandb.cli.clean"):
+        command.append("--append")  # W&B before 0.29 would overwrite what earlier processes logged
     for log in run.earlier_logs:
         if not wandb_service.synced_marker(log).exists():
-            folders.append(str(_short(log.parent)))
-    return f"{line} | upload it: wandb sync {' '.join([*folders, str(last)])}"
+            command.append(str(_short(log.parent)))
+    return f"{line} | upload it: {shell_command([*command, str(last)])}"
 
 
 def _short(path: Path) -> Path:

@@ -218,6 +218,10 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, SimpleName
     """For each script, an uninterrupted run and its history on the server."""
     from tests import killing  # which imports this module
 
+    if not importlib.util.find_spec("wandb.cli.clean"):
+        pytest.skip(
+            "`wandb sync` before W&B 0.29 asks the tests' server what it can't answer, without end"
+        )
     return {
         script: made_once(
             tmp_path_factory, f"reference-{script}", partial(killing.reference, script)

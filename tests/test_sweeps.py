@@ -578,7 +578,7 @@ def test_trials_of_train_cola_are_synced_as_one_group(tmp_path):
              "metric": {"name": "valid/mcc", "goal": "maximize"}, "parameters": parameters}  # fmt: skip
     assert "2 complete" in run_search(tmp_path, yaml.dump(sweep), "--jobs", "2")
     with serving() as server:
-        command = [Path(sys.executable).with_name("wandb"), "sync", "--yes", tmp_path / "wandb"]
+        command = killing.sync_command(tmp_path)
         assert (
             forking.run(
                 command, cwd=tmp_path, env=clean_environment(tmp_path, **server.environment())

@@ -920,7 +920,7 @@ def test_printed_lines(small_cola):
     for key in ("mcc", "mcc_low", "mcc_high"):
         assert f"{small_cola.metrics[f'valid/{key}']:.3f}" in best
     assert re.search(
-        r"out( \| look at it: wandb leet \S+)? \| upload it: wandb sync \S+$", lines[-1]
+        r"out( \| look at it: wandb leet \S+)? \| upload it: wandb sync( --append)? \S+$", lines[-1]
     )
 
 

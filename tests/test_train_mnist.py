@@ -514,7 +514,7 @@ def test_output_without_a_terminal_has_a_line_per_epoch(small_mnist):
         f"test accuracy {small_mnist.metrics['test/acc']:.2%} of 800 images"
     )
     assert re.search(
-        r"out( \| look at it: wandb leet \S+)? \| upload it: wandb sync \S+$", lines[-1]
+        r"out( \| look at it: wandb leet \S+)? \| upload it: wandb sync( --append)? \S+$", lines[-1]
     )
     assert (small_mnist.cwd / lines[-1].split()[-1]).is_dir()
 
