@@ -202,7 +202,7 @@ def main(argv: list[str] | None = None) -> None:
         gpus=trials.visible_gpus() if options.jobs > 1 else [],  # a single run may use all of them
     )
     for number in STOP_SIGNALS[1:]:
-        signal.signal(number, lambda *_: sys.exit(128 + signal.SIGTERM))
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
         run_trials(search)
     except BaseException as error:

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from harness import distributed
 from harness.errors import UserError
 from harness.progress import Indices, Progress
-from harness.system import WINDOWS
+from harness.system import STOP_SIGNALS, WINDOWS
 
 
 def load_batches(
@@ -41,7 +41,7 @@ def load_batches(
 
 
 def iterate(loader: DataLoader) -> Iterator[Any]:
-    """What a DataLoader yields. Its workers leave Ctrl-C and SIGTERM to the training process.
+    """What a DataLoader yields. Its workers leave requests to stop to the training process.
 
     Loading changes no random state and uses one thread, with workers or without. Raises the
     `UserError` of a dataset.
@@ -81,7 +81,7 @@ class _Seeded(Dataset):
 
 @contextlib.contextmanager
 def _no_signals(loader: DataLoader) -> Iterator[None]:
-    """Workers started in the block inherit that they get no Ctrl-C or SIGTERM."""
+    """Workers started in the block inherit that they get no request to stop."""
     if WINDOWS:
         ignore_ctrl_c = ctypes.windll.kernel32.SetConsoleCtrlHandler
         ignore_ctrl_c(None, True)
@@ -91,7 +91,7 @@ def _no_signals(loader: DataLoader) -> Iterator[None]:
     context = loader.multiprocessing_context or multiprocessing
     if loader.num_workers and context.get_start_method() != "fork":
         resource_tracker.ensure_running()  # started in the block, it would let them through again
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
     finally:

@@ -584,7 +584,7 @@ def finishing(run: Run, command: str) -> Iterator[None]:
     except BaseException as error:
         cancel_timeout()
         status = getattr(error, "status", 1)
-        if status == 128 + signal.SIGTERM and not closing:
+        if status > 128 + signal.SIGINT and not closing:  # SIGTERM, or Slurm's SIGUSR1
             run.call(run.wandb.mark_preempting)
         finish = threading.Thread(target=run.finish, args=[status], daemon=True)
         finish.start()
