@@ -89,9 +89,10 @@ def _no_signals(loader: DataLoader) -> Iterator[None]:
         ignore_ctrl_c(None, False)
         return
     context = loader.multiprocessing_context or multiprocessing
-    if loader.num_workers and context.get_start_method() != "fork":
-        resource_tracker.ensure_running()  # started in the block, it would let them through again
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    if loader.num_workers and context.get_start_method() != "fork":
+        resource_tracker.ensure_running()  # it then lets some of them through again
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
     finally:

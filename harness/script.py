@@ -177,8 +177,7 @@ class StopRequests:
             self.add(signal.Signals(number).name, 128 + number)
         for repeated in STOP_SIGNALS:
             signal.signal(repeated, signal.SIG_IGN)
-        second_ctrl_c = signal.default_int_handler if in_ipython() else signal.SIG_DFL
-        signal.signal(signal.SIGINT, second_ctrl_c)
+        signal.signal(signal.SIGINT, signal.default_int_handler if in_ipython() else signal.SIG_DFL)
         interrupt_after(self._timeout if self._training else GRACE)
 
     def on_timeout(self, *_: Any) -> None:
