@@ -210,7 +210,7 @@ def main(argv: list[str] | None = None) -> None:
         )
         if in_main_thread():
             for number in STOP_SIGNALS[1:]:
-                previous = signal.signal(number, lambda *_: sys.exit(143))  # 128 + SIGTERM
+                previous = signal.signal(number, lambda number, _: sys.exit(128 + number))
                 restored.callback(signal.signal, number, previous)
         try:
             run_trials(search)

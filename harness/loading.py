@@ -40,7 +40,7 @@ def load_batches(
 
 
 def iterate(loader: DataLoader) -> Iterator[Any]:
-    """What a DataLoader yields. Its workers leave Ctrl-C and SIGTERM to the training process.
+    """What a DataLoader yields. Its workers leave requests to stop to the training process.
 
     Loading changes no random state and uses one thread, with workers or without. Raises the
     `UserError` of a dataset.
@@ -80,7 +80,7 @@ class _Seeded(Dataset):
 
 @contextlib.contextmanager
 def _no_signals(loader: DataLoader) -> Iterator[None]:
-    """Workers started in the block inherit that they get no Ctrl-C or SIGTERM."""
+    """Workers started in the block inherit that they get no request to stop."""
     if WINDOWS:
         ignore_ctrl_c = ctypes.windll.kernel32.SetConsoleCtrlHandler
         ignore_ctrl_c(None, True)

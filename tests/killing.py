@@ -121,6 +121,17 @@ def kill(process: subprocess.Popen, seconds: float, everything: bool) -> bool:
     return True
 
 
+def signal_step(process: subprocess.Popen, number: int) -> None:
+    """Send a signal to every process of a Slurm step, as Slurm does: the process, and all that descend from it."""
+    pids = [str(process.pid)]
+    for pid in pids:  # it grows
+        listing = subprocess.run(["pgrep", "-P", pid], capture_output=True, text=True)
+        pids += listing.stdout.split()
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(pid), number)
+
+
 def outcome(out: Path) -> dict[str, Any]:
     """Everything a run left that must be reproducible, by file, without timings."""
     state = torch.load(out / "checkpoint.pt", "cpu", weights_only=True)

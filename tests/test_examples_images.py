@@ -23,6 +23,7 @@ from examples.train_images import Settings, load, load_weights, make_model
 from harness import distributed
 from harness.errors import UserError
 from harness.loading import iterate, load_batches
+from harness.system import STOP_SIGNALS
 from tests import forking, killing
 from tests.conftest import clean_environment, finished_run, made_once
 
@@ -105,7 +106,7 @@ def test_killed_at_random_moments(reference, tmp_path):
 def test_signals_to_the_whole_group(reference, tmp_path):
     rng = random.Random(1)
     statuses = []
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         process = start(tmp_path, "--resume")
         wait_for_rows(process, tmp_path / "out", len(rows(tmp_path / "out")) + 1)
         time.sleep(rng.uniform(0, 0.3))
@@ -369,15 +370,16 @@ import signal, sys
 import torch.multiprocessing
 from torch.utils.data import DataLoader, TensorDataset
 from harness.loading import iterate
+from harness.system import STOP_SIGNALS
 if __name__ == "__main__":
     torch.multiprocessing.set_start_method(sys.argv[1])
     signals = []
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in STOP_SIGNALS:
         signal.signal(number, lambda number, _: signals.append(number))
     print("begun", flush=True)
     for epoch in range(2):
         print([int(number) for number, in iterate(DataLoader(TensorDataset(torch.arange(5)), num_workers=1))], flush=True)
-    print("done", {*signals} == {signal.SIGTERM, signal.SIGINT}, flush=True)
+    print("done", {*signals} == {*STOP_SIGNALS}, flush=True)
 """
 
 
@@ -396,7 +398,7 @@ def test_workers_start_in_spite_of_signals(method, tmp_path):
     while process.poll() is None and not out.read_text():
         time.sleep(0.02)
     while process.poll() is None and "done" not in out.read_text():
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in STOP_SIGNALS:
             os.killpg(process.pid, number)
         time.sleep(0.02)
     process.wait(timeout=100)

@@ -254,15 +254,18 @@ def test_starts_at_the_same_time(workdir):
 
 
 def test_ctrl_c_stops_runs_that_can_be_resumed(workdir):
-    slow = GRID.replace("0.5", "4")
-    for number in (signal.SIGINT, signal.SIGTERM):
+    slow = GRID.replace("0.5", "6").replace("epochs: {value: 3}", "epochs: {value: 6}")
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         seen = len(read_lines(workdir / "starts.txt"))
         process = start_search(workdir, slow, "--count", "2", "--jobs", "2")
         while len(read_lines(workdir / "starts.txt")) < seen + 2:
             assert process.poll() is None
             time.sleep(0.02)
         time.sleep(1.5)
-        process.send_signal(number)
+        if number == signal.SIGUSR1:  # as Slurm warns
+            killing.signal_step(process, number)
+        else:
+            process.send_signal(number)
         out = process.communicate(timeout=100)[0]
         assert process.returncode == 128 + number and "the same command resumes them" in out, out
         assert (
@@ -273,8 +276,8 @@ def test_ctrl_c_stops_runs_that_can_be_resumed(workdir):
         )
     out = run_search(workdir, slow, "--count", "2", "--jobs", "2")
     assert "2 complete" in out and len(read_lines(workdir / "visits.txt")) == 2
-    assert len(read_lines(workdir / "starts.txt")) == 6
-    assert all(row["epochs_done"] == "3" for row in trial_rows(workdir))
+    assert len(read_lines(workdir / "starts.txt")) == 8
+    assert all(row["epochs_done"] == "6" for row in trial_rows(workdir))
 
 
 def test_parameters_and_results_have_different_columns(workdir):
