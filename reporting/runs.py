@@ -17,6 +17,7 @@ from harness.files import read_json
 from harness.options import SharedSettings
 
 KEY_METRICS = 2  # of those that a script declares, shown beside the monitored one
+PROVENANCE = ("command", "date", "host", "git_commit", "code", "resumed")  # no settings
 SEED_AND_REMARKS = ("seed", "notes", "tags")  # may differ within a group of seeds
 
 
@@ -81,7 +82,7 @@ class RunFiles:
     @property
     def settings(self) -> dict[str, Any]:
         """The settings that may tell runs apart."""
-        hidden = {"metrics", "run_token", "name"}
+        hidden = {"metrics", "run_token", "name", *PROVENANCE}
         for option in dataclasses.fields(SharedSettings):
             if not option.metadata["tells_apart"]:
                 hidden.add(option.name)
