@@ -17,7 +17,14 @@ from harness.files import read_json
 from harness.options import SharedSettings
 
 KEY_METRICS = 2  # of those that a script declares, shown beside the monitored one
-PROVENANCE = ("command", "date", "host", "git_commit", "code", "resumed")  # no settings
+PROVENANCE = (  # in config.json, but no settings
+    "command",
+    "date",
+    "host",
+    "git_commit",
+    "code",
+    "resumed",
+)
 SEED_AND_REMARKS = ("seed", "notes", "tags")  # may differ within a group of seeds
 
 

@@ -34,6 +34,7 @@ from metrics import (
     evaluation,
     matthews_corrcoef_interval,
 )
+from reporting.runs import PROVENANCE
 from tasks import batching, encoders, sentences
 from tests import killing
 
@@ -135,9 +136,11 @@ def test_every_file_is_there(small_cola):
         "step": 18_000,
         "epoch_ends": True,
         "batches_in_epoch": 96,
+        "total_batches": 144,
+        "patience_from": 0,
     }
     assert checkpoint["model"].keys() == weights(small_cola.files / "model").keys()
-    config = {k: v for k, v in small_cola.config.items() if k != "versions"}
+    config = {k: v for k, v in small_cola.config.items() if k not in (*PROVENANCE, "versions")}
     assert (config["dataset"], config["model"], config["learning_rate"]) == (
         "synthetic",
         "scratch",
