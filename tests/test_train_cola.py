@@ -763,6 +763,11 @@ def test_batches_are_padded_and_long_sentences_cost_nothing(small_cola):
             [int(i < len(ids)) for i in range(longest)] for ids in padded
         ]
         assert {tensor.dtype for tensor in inputs.values()} == {torch.int64}
+    with torch.autocast("cpu", torch.bfloat16):
+        widths = [
+            batching.inputs_of(part, torch.tensor([i]))["input_ids"].shape[1] for i in (0, 2500)
+        ]
+    assert len(rows[0]) == 6 and widths == [8, len(rows[1])]  # never beyond the longest sentence
     used = sum(t.nbytes for t in part if isinstance(t, torch.Tensor))
     assert used / len(texts) < 60
 
