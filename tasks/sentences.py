@@ -38,18 +38,33 @@ def load_corpus(
     """Load "cola" from `data_dir`, the user's "files", or "synthetic" sentences.
 
     CoLA is downloaded to `data_dir` if it is missing. "auto" means the user's files if they are
-    named, otherwise CoLA, otherwise, with a loud warning, "synthetic". Raises `UserError` if
-    the options contradict each other, or if files are missing or damaged.
+    named, otherwise CoLA, otherwise, with a loud warning, "synthetic". With `own.folds`, training
+    and validation data are put together, and one fold becomes the validation data. Raises
+    `UserError` if the options contradict each other, or if files are missing or damaged.
     """
+    corpus = _find_corpus(name, data_dir, own)
+    if not own.folds:
+        return corpus
+    everything = _joined(corpus.train, corpus.valid)
+    train, valid = map(everything.rows, own.split(everything.labels))
+    return corpus._replace(train=train, valid=valid, domains={})
+
+
+def _joined(first: Sentences, second: Sentences) -> Sentences:
+    return Sentences(*(a + b for a, b in zip(first, second)))
+
+
+def _find_corpus(name: str, data_dir: str, own: OwnFiles) -> Corpus:
+    """The corpus, as `load_corpus`, before folds are made."""
     files = (own.train_file, own.valid_file, own.test_file)
-    if own.train_file and own.valid_file:
+    if own.train_file and (own.valid_file or own.folds):
         if name not in ("auto", "files"):
             raise UserError(
                 f"--dataset {name} and --train_file exclude each other: drop one of them"
             )
         return _read_user_files([Path(file) for file in files if file], own)
     if any(files) or name == "files":
-        raise UserError("--train_file and --valid_file go together: name both")
+        raise UserError("--train_file and --valid_file go together: name both, or make --folds")
     if name != "synthetic":
         path = Path(data_dir) / "cola_public_1.1.zip"
         source = (path, COLA_URL, COLA_SHA256)
@@ -69,7 +84,7 @@ def _read_cola(path: Path) -> Corpus:
         for part in ("in_domain_train", "in_domain_dev", "out_of_domain_dev"):
             parts.append(parse_cola(archive.read(f"cola_public/raw/{part}.tsv")))
     train, in_domain, out_of_domain = parts
-    valid = Sentences(*(first + second for first, second in zip(in_domain, out_of_domain)))
+    valid = _joined(in_domain, out_of_domain)
     boundary = len(in_domain.labels)
     domains = {"in_domain": slice(boundary), "out_of_domain": slice(boundary, None)}
     return Corpus("cola", train, valid, domains, ACCEPTABILITY, [path])
@@ -87,7 +102,8 @@ def parse_cola(content: bytes) -> Sentences:
 
 
 def _read_user_files(files: list[Path], own: OwnFiles) -> Corpus:
-    train, valid, *test = read_parts(files, own)
+    train, *others = read_parts(files, own)
+    valid = others.pop(0) if own.valid_file else Sentences([], [], [])
     order = sorted(_label_order(label) for label in set(train.labels))
     class_names = [label for _, _, label in order]
     has_words, _, last = order[-1]
@@ -98,12 +114,12 @@ def _read_user_files(files: list[Path], own: OwnFiles) -> Corpus:
         print(f"The labels, {class_names[0]} to {last}, look like regression: each is a class.")
     seen = set(train.sentences)
     where = "training"
-    for name, part in zip(("validation", "test"), (valid, *test)):
-        if seen.issuperset(part.sentences):
+    for name, part in zip(("validation", "test"), (valid, *others)):
+        if part.labels and seen.issuperset(part.sentences):
             print(f"All {name} sentences are {where} sentences too: results on them mean little.")
         seen.update(part.sentences)
         where = "training or validation"
-    return Corpus("files", train, valid, {}, class_names, files, *test)
+    return Corpus("files", train, valid, {}, class_names, files, *others)
 
 
 def _label_order(label: str) -> tuple[bool, float, str]:

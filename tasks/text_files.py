@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from harness.errors import UserError
 from harness.options import option
+from tasks.folds import Folds
 
 # Names of columns that need no option.
 TEXTS = (
@@ -48,6 +49,10 @@ class Sentences(NamedTuple):
     labels: list[str]  # class names
     sources: list[str]  # a publication, a file, or a rule of the built-in grammar, per sentence
 
+    def rows(self, indices: list[int]) -> "Sentences":
+        """Some of the sentences."""
+        return Sentences(*([column[i] for i in indices] for column in self))
+
     def columns(self, name: str = "sentence") -> dict[str, Iterable[str]]:
         """The columns of a table that shows the sentences."""
         columns = {name: self.sentences}
@@ -58,8 +63,8 @@ class Sentences(NamedTuple):
 
 
 @dataclasses.dataclass(kw_only=True, frozen=True)
-class OwnFiles:
-    """The options for the user's files."""
+class OwnFiles(Folds):
+    """The options for the user's files, and for cross-validation on any."""
 
     train_file: str | None = option(
         None, "your training data: TSV, CSV, JSON lines or Parquet", path=True
