@@ -6,6 +6,7 @@ If a definition divides by zero or a class never occurs, a metric is scikit-lear
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
+from statistics import fmean, stdev
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Interval = tuple[float, float]  # low, high
+PER_CLASS = ["class", "precision", "recall", "f1", "examples"]
 MAX_SPLITS = 20_000  # of a permutation test
 
 
@@ -129,6 +131,12 @@ class ConfusionMatrix:
             return float(numerator.sum() / denominator.sum())
         raise ValueError(f'average must be "macro", "micro", "weighted" or None, got {average!r}')
 
+    def per_class(self, class_names: Sequence[str]) -> list[list]:
+        """A row for each class, with the columns `PER_CLASS`."""
+        figures = [self.precision(None), self.recall(None), self.f1(None), self.counts.sum(1)]
+        columns = [values.tolist() for values in figures]
+        return [list(row) for row in zip(class_names, *columns)]
+
     def matthews_corrcoef(self) -> float:
         """Correlation of labels and predictions, in -1 .. 1; 0 if either has only one class.
 
@@ -172,9 +180,16 @@ class Evaluation(NamedTuple):
     metrics: dict[str, float]  # by name, as in EVALUATION_METRICS
     positive: int  # the positive class, if there are two
 
-    def named(self, prefix: str) -> dict[str, float]:
-        """The metrics with prefixed names: "valid/loss", "valid/acc", ... for "valid"."""
-        return {f"{prefix}/{name}": value for name, value in self.metrics.items()}
+    def named(self, prefix: str, class_names: Sequence[str] = ()) -> dict[str, float]:
+        """The metrics with prefixed names: "valid/loss", "valid/acc", ... for "valid".
+
+        With `class_names`, also those of each class: "valid/precision/cat", ...
+        """
+        named = {f"{prefix}/{name}": value for name, value in self.metrics.items()}
+        for name, *figures in self.confusion.per_class(class_names):
+            for figure, value in zip(PER_CLASS[1:], figures):
+                named[f"{prefix}/{figure}/{name}"] = value
+        return named
 
     def one_against_rest(self, label: int) -> tuple[Tensor, Tensor]:
         """Scores and labels of a binary problem, as for `roc_curve`: is it the class `label`?"""
@@ -542,6 +557,18 @@ def mcnemar_exact(correct_a: Tensor, correct_b: Tensor) -> McNemar:
         binomial_coefficient = binomial_coefficient * (differing - k) // (k + 1)
     p_value = 2 * tail / 2**differing
     return McNemar(only_a, only_b, min(1.0, p_value))
+
+
+def mean_interval(values: Sequence[float]) -> Interval:
+    """95% interval of the mean of two or more independent values, by Student's t."""
+    freedom = len(values) - 1
+    # t is sqrt(freedom) * tan(angle), with a density of the angle of cos(angle) ** (freedom - 1).
+    angle = torch.linspace(0, math.pi / 2, 1_000_001, dtype=torch.float64)
+    share = (angle.cos() ** (freedom - 1)).cumsum(0)
+    quantile = float(angle[torch.searchsorted(share, 0.95 * share[-1])].tan())
+    # The standard error of the mean is stdev / sqrt(freedom + 1).
+    margin = quantile * stdev(values) * math.sqrt(freedom / len(values))
+    return fmean(values) - margin, fmean(values) + margin
 
 
 def permutation_test(a: Sequence[float], b: Sequence[float]) -> float:

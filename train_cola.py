@@ -286,6 +286,7 @@ def log_charts(run: Run, task: Task, result: Evaluation) -> None:
             "valid/confusion_matrix": viz.confusion_matrix_chart(result, names),
             "valid/confusion_matrix_image": wandb.Image(matrix),
             "valid/mistakes": mistakes,
+            "valid/per_class": viz.per_class_table(result, names),
             "valid/calibration": wandb.Image(calibration),
             "valid/logits": wandb.Histogram(result.logits.numpy()),
             "valid/roc": viz.roc_chart(result, names),
@@ -460,13 +461,14 @@ def conclude(session: Session, task: Task, best: Best) -> dict[str, Any]:
         "class_names": corpus.class_names,
         "positive_label": session.config["positive_label"],
         "best/epoch": best.epoch,
-        **results,
+        **valid.named("valid", corpus.class_names),
         "valid/majority_share": share,
         f"{name}/majority_share": confusion.majority_share(),
         f"{name}/mcc_low": low,
         f"{name}/mcc_high": high,
         "mcc_interval": note,
         **more,
+        **shown.named(name, corpus.class_names),
     }
 
 

@@ -192,6 +192,7 @@ def log_charts(run: Run, data: Digits, name: str, result: Evaluation) -> None:
             f"{name}/confusion_matrix_image": wandb.Image(matrix),
             f"{name}/calibration": wandb.Image(calibration),
             f"{name}/mistakes": mistakes,
+            f"{name}/per_class": viz.per_class_table(result, classes),
             f"{name}/logits": wandb.Histogram(result.logits.numpy()),
         }
     )
@@ -326,6 +327,7 @@ def conclude(session: Session, progress: Progress, best: Best, data: Digits) -> 
         return {}
 
     files.write_csv(output_dir / "predictions.csv", shown.columns())
+    files.write_csv(output_dir / "test_predictions.csv", test.columns())
     matrix = viz.confusion_matrix_picture(shown.confusion.counts, data.class_names, name)
     files.write_png(output_dir / "confusion_matrix.png", matrix)
     mistakes = viz.digit_mistakes_picture(part.images.cpu(), shown, data.class_names, name)
@@ -356,7 +358,8 @@ def conclude(session: Session, progress: Progress, best: Best, data: Digits) -> 
         "model": f"ConvNet {session.settings.kernels}",
         "class_names": data.class_names,
         "best/epoch": best.epoch,
-        **results,
+        **test.named("test", data.class_names),
+        **shown.named(name, data.class_names),
         f"{name}/majority_share": shown.confusion.majority_share(),
     }
 

@@ -3,7 +3,6 @@
 import dataclasses
 import random
 from collections import Counter
-from collections.abc import Sequence
 
 from harness.errors import UserError
 from harness.options import option
@@ -22,7 +21,7 @@ class Folds:
         if self.folds and self.fold > self.folds:
             raise UserError(f"--fold {self.fold}: there are only {self.folds} --folds")
 
-    def split(self, labels: Sequence[int | str]) -> tuple[list[int], list[int]]:
+    def split(self, labels: list) -> tuple[list[int], list[int]]:
         """The examples to train on, and those of the fold: indices in rising order.
 
         They follow from labels and number of folds alone. Folds differ by at most one example, in
