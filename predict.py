@@ -28,6 +28,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
+import transformers
 import wandb
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -36,8 +37,8 @@ import viz
 from harness import wandb_service
 from harness.device import find_device
 from metrics import Evaluation, evaluation
-from tasks import encoders
 from tasks.batching import inputs_of, tokenise
+from tasks.downloads import one_line
 from tasks.image_files import read_images
 from train_mnist import ConvNet, pixels
 
@@ -96,15 +97,23 @@ def predict_sentences(
         for column, values in zip(part, more):
             column += values
     inputs = part.columns("input")
-    with open(arguments.run / "predictions.csv", encoding="utf-8") as file:
-        trained_on_pairs = "sentence2" in next(csv.reader(file))
+    predictions = arguments.run / "predictions.csv"
+    if not predictions.is_file():
+        raise UserError(f"{arguments.run} has no predictions.csv, which tells what was trained on")
+    with predictions.open(encoding="utf-8") as file:
+        trained_on_pairs = "sentence2" in file.readline()
     if trained_on_pairs != ("input2" in inputs):
         wanted = "pairs of sentences" if trained_on_pairs else "single sentences"
         raise UserError(f"the model of {arguments.run} was trained on {wanted}")
+    path = arguments.run / "model"
+    transformers.logging.disable_progress_bar()
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(path)
+    except Exception as error:  # transformers raises arbitrary exceptions
+        raise UserError(f"{path} can't be loaded: {one_line(error)}") from None
+    model.to(device).eval()
     limit = config["max_length"]
-    source = str(arguments.run / "model")
-    model, tokenizer = encoders.load_model(source, ["a", "b"], class_names, limit)
-    model.to(device)
     labels = [0] * len(part.labels)
     tokens = tokenise(part.sentences, labels, tokenizer, limit, device)
     if tokens.cut:
@@ -131,7 +140,8 @@ def predict_images(
         model = ConvNet(kernels, len(class_names))
         model.load_state_dict(weights)
     except Exception as error:  # torch raises arbitrary exceptions
-        raise UserError(f"{path} can't be loaded as a ConvNet of train_mnist.py: {error}") from None
+        problem = f"can't be loaded as a ConvNet of train_mnist.py: {one_line(error)}"
+        raise UserError(f"{path} {problem}") from None
     model.eval().to(device)
     batches = part.images.split(arguments.batch_size)
     logits = []

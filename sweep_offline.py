@@ -17,7 +17,7 @@ from pathlib import Path
 from harness.errors import UserError
 from harness.options import command_line, option, parse
 from harness.script import in_main_thread, run_script
-from harness.system import STOP_SIGNALS, shell_command
+from harness.system import STOP_SIGNALS, WINDOWS, shell_command
 
 try:
     import optuna
@@ -145,7 +145,8 @@ def report(search: Search) -> None:
     command = trials.trial_command(sweep, arguments, json_file, is_shown=True)
     shown = shell_command(command)
     if not any("{args" in part for part in sweep.command):  # the program reads wandb.config
-        shown = f"WANDB_SWEEP_PARAM_PATH={search.output_dir(best)}.yaml {shown}"
+        setting = f"WANDB_SWEEP_PARAM_PATH={search.output_dir(best)}.yaml"
+        shown = f'set "{setting}" && {shown}' if WINDOWS else f"{setting} {shown}"
     print(f"to repeat the best run: {shown}")
 
 
@@ -209,7 +210,7 @@ def main(argv: list[str] | None = None) -> None:
         )
         if in_main_thread():
             for number in STOP_SIGNALS[1:]:
-                previous = signal.signal(number, lambda *_: sys.exit(143))  # 128 + SIGTERM
+                previous = signal.signal(number, lambda number, _: sys.exit(128 + number))
                 restored.callback(signal.signal, number, previous)
         try:
             run_trials(search)

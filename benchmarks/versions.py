@@ -89,9 +89,11 @@ def make_environment(name: str, directory: Path) -> Path:
         return python
     shutil.rmtree(environment, ignore_errors=True)
     subprocess.run([find_python(version), "-m", "venv", environment], check=True)
-    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*pip, "--upgrade", "pip"], check=True)
-    subprocess.run([*pip, *options, *needed], check=True)
+    install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    if uv := shutil.which("uv"):  # several times as fast
+        install = [uv, "pip", "install", "--quiet", "--python", python]
+    subprocess.run([*install, "--upgrade", "pip"], check=True)
+    subprocess.run([*install, *options, *needed], check=True)
     (environment / "complete").touch()
     return python
 

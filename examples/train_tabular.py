@@ -258,7 +258,7 @@ def train(session: Session, progress: Progress, model: nn.Module, data: Table) -
                 progress.show(row)
             schedule.step()
             # Writes the row, except an epoch's last, which stays open for the rest; saves if due.
-            # Ctrl-C or SIGTERM: saves, and raises Stopped. A second one kills.
+            # Ctrl-C or SIGTERM: saves, and raises Stopped. A second Ctrl-C kills.
             checkpoints.end_batch()
 
         mean = meter.take_epoch()

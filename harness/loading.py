@@ -7,6 +7,7 @@ import multiprocessing
 import random
 import signal
 from collections.abc import Iterator, Sequence
+from functools import partial
 from multiprocessing import resource_tracker
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from harness import distributed
 from harness.errors import UserError
 from harness.progress import Indices, Progress
-from harness.system import WINDOWS
+from harness.system import STOP_SIGNALS, WINDOWS
 
 
 def load_batches(
@@ -39,22 +40,23 @@ def load_batches(
 
 
 def iterate(loader: DataLoader) -> Iterator[Any]:
-    """What a DataLoader yields. Its workers leave Ctrl-C and SIGTERM to the training process.
+    """What a DataLoader yields. Its workers leave requests to stop to the training process.
 
     Loading changes no random state and uses one thread, with workers or without. Raises the
     `UserError` of a dataset.
     """
     with _no_signals(loader), _like_a_worker():
         loaded = iter(loader)
+    keep_state = contextlib.nullcontext if loader.num_workers else _like_a_worker
     while True:
         try:
-            with _like_a_worker():
+            with keep_state():
                 content = next(loaded)
         except StopIteration:
             return
         except UserError as error:
-            message = str(error).strip().rpartition("UserError: ")[2]  # no traceback of a worker
-            raise UserError(message) from None
+            # Without the traceback of a worker.
+            raise UserError(str(error).strip().rpartition("UserError: ")[2]) from None
         yield content
 
 
@@ -78,21 +80,28 @@ class _Seeded(Dataset):
 
 @contextlib.contextmanager
 def _no_signals(loader: DataLoader) -> Iterator[None]:
-    """Workers started in the block inherit that they get no Ctrl-C or SIGTERM."""
+    """Workers started in the block inherit that they get no request to stop."""
     if WINDOWS:
         ignore_ctrl_c = ctypes.windll.kernel32.SetConsoleCtrlHandler
         ignore_ctrl_c(None, True)
+        loader.worker_init_fn = partial(_ignore_ctrl_break, loader.worker_init_fn)
         yield
         ignore_ctrl_c(None, False)
         return
-    context = loader.multiprocessing_context or multiprocessing
-    if loader.num_workers and context.get_start_method() != "fork":
+    if loader.num_workers:
         resource_tracker.ensure_running()  # started in the block, it would let them through again
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _ignore_ctrl_break(begin: Any, worker: int) -> None:
+    """What a worker does first on Windows, where it inherits only that it ignores Ctrl-C."""
+    signal.signal(signal.SIGBREAK, signal.SIG_IGN)
+    if begin:
+        begin(worker)
 
 
 @contextlib.contextmanager

@@ -20,18 +20,6 @@ from harness.errors import UserError
 
 LISTS = (list[int], list[str])
 BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-RECORDS = {  # what config.json holds beside the options
-    "metrics",
-    "task_name",
-    "run_token",
-    "command",
-    "date",
-    "host",
-    "git_commit",
-    "code",
-    "versions",
-    "resumed",
-}
 IDENTITY = {"config", "id", "output_dir", "resume"}  # of a run, not for another one
 SWEEP_FILE = "WANDB_SWEEP_PARAM_PATH"  # both kinds of W&B's agent write a run's values to this file
 
@@ -169,51 +157,36 @@ def parse(settings_class: type[Settings], argv: Sequence[str] | None = None) -> 
     given |= _check(settings_class, _read_sweep_file(), prefix="config.")
     used = {}
     if given.get("config"):
-        used = _read_defaults(settings_class, Path(given["config"]))
+        used = _read_config(settings_class, Path(given["config"]), "--config")
+        for name in IDENTITY & used.keys():
+            del used[name]
     if given.get("resume") and given.get("output_dir"):
-        used |= _read_run(settings_class, Path(given["output_dir"]))
+        path = Path(given["output_dir"], "config.json")
+        if path.exists():
+            used |= _read_config(settings_class, path, "--resume")
     return settings_class(**used | given)
 
 
-def _read_defaults(settings_class: type, path: Path) -> dict[str, Any]:
-    """The options in another run's config.json or in a YAML file. Raises `UserError`."""
+def _read_config(settings_class: type, path: Path, source: str) -> dict[str, Any]:
+    """The options in a run's config.json, or in a YAML file. Raises `UserError`."""
     import yaml  # one of W&B's dependencies, and not needed otherwise
 
     try:
         text = path.read_text(encoding="utf-8")
-        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-        values = {name: content[name] for name in content if name not in RECORDS | IDENTITY}
-        return _check(settings_class, _without_mode(values), prefix="")
-    except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
-        raise UserError(f"--config {path} can't be read: {' '.join(str(error).split())}") from None
+        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        if "task_name" in values:  # a run's, which also holds what is no option
+            values = {name: values[name] for name in _kinds(settings_class) if name in values}
+        # The machine may no longer be online, and W&B's variable decides what is not given.
+        if values.get("wandb") == "online" or os.environ.get("WANDB_MODE"):
+            values.pop("wandb", None)
+        return _check(settings_class, values, prefix="")
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        problem = f"can't be read: {error}"
+    except yaml.YAMLError as error:
+        problem = f"is no YAML file: {' '.join(str(error).split())}"
     except UserError as error:
-        raise UserError(f"--config {path}: {error}") from None
-
-
-def _read_run(settings_class: type, output_dir: Path) -> dict[str, Any]:
-    """The options of the run in a directory, if there is one.
-
-    Raises `UserError` if an option of it is invalid here.
-    """
-    from harness.files import read_json  # imports torch, which takes a second
-
-    path = output_dir / "config.json"
-    config = read_json(path)
-    if config is None and (output_dir / "checkpoint.pt").exists():
-        print(f"{path} can't be read: options that are not given have their defaults.")
-    config = config or {}
-    values = {name: config[name] for name in _kinds(settings_class) if name in config}
-    try:
-        return _check(settings_class, _without_mode(values), prefix="")
-    except UserError as error:
-        raise UserError(f"--resume: {path} is of another script, or damaged: {error}") from None
-
-
-def _without_mode(values: dict[str, Any]) -> dict[str, Any]:
-    """Without `wandb` if the machine may no longer be online, or W&B's variable decides."""
-    if values.get("wandb") == "online" or os.environ.get("WANDB_MODE"):
-        values.pop("wandb", None)
-    return values
+        problem = f"is of another script, or damaged: {error}"
+    raise UserError(f"{source}: {path} {problem}")
 
 
 def given_options(settings: SharedSettings) -> list[str]:

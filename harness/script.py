@@ -89,7 +89,8 @@ def run_script(main: Callable[[], Any]) -> None:
         sys.exit(status)
     run_exit_functions()
     for stream in filter(None, (sys.stdout, sys.stderr)):
-        stream.flush()
+        with contextlib.suppress(OSError):
+            stream.flush()
     os._exit(status)  # skips tearing down every module, which takes nearly a second
 
 
@@ -121,7 +122,8 @@ def status_of(action: Callable[[], Any]) -> int:
     with contextlib.suppress(OSError):
         sys.stdout.flush()  # keeps this line last if both streams go to one file
     line = re.sub(r"\s*\n\s*", " ", message.strip())[:1900]
-    print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # the terminal is gone
+        print(f"{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
     return status
 
 
@@ -149,7 +151,8 @@ class StopRequests:
     """Requests to stop, from a signal or from W&B, which training obeys after the current batch.
 
     If saving takes longer than `timeout` seconds after a signal, the request is raised wherever the
-    program is, but never in the middle of a write. A second signal kills the process.
+    program is, but never in the middle of a write. A second Ctrl-C kills the process; other signals
+    are ignored by then, because torchrun, Slurm and a sweep may each send one.
     """
 
     def __init__(self, timeout: float):
@@ -171,10 +174,9 @@ class StopRequests:
             self.add("the sweep", 0)  # its agent takes any other status for a failure
         else:
             self.add(signal.Signals(number).name, 128 + number)
-        for second in STOP_SIGNALS:
-            signal.signal(second, signal.SIG_DFL)
-        if in_ipython():
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+        for repeated in STOP_SIGNALS:
+            signal.signal(repeated, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.default_int_handler if in_ipython() else signal.SIG_DFL)
         interrupt_after(self._timeout if self._training else GRACE)
 
     def on_timeout(self, *_: Any) -> None:
@@ -227,7 +229,8 @@ def handling_signals(timeout: float) -> Iterator[StopRequests]:
         yield requests
     except BaseException:
         if requests.first and previous and not in_ipython():
-            previous[signal.SIGTERM] = signal.SIG_IGN  # the exit is under way
+            for number in STOP_SIGNALS[1:]:
+                previous[number] = signal.SIG_IGN  # the exit is under way
         raise
     finally:
         cancel_timeout()

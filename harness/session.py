@@ -34,11 +34,12 @@ from harness.directory import (
     read_checkpoint,
 )
 from harness.errors import Stopped, UserError
-from harness.files import read_json, write_json
+from harness.files import list_names, read_json, write_json
 from harness.options import SharedSettings, given_options
 from harness.script import StopRequests, handling_signals, in_ipython, in_main_thread
 from harness.system import shell_command
 
+ROOT = Path(__file__).parent.parent
 LENGTHS = ("epochs", "max_steps")  # of a run, which may grow when it is resumed
 LIBRARIES = ("torch", "torchvision", "transformers", "wandb", "numpy")
 
@@ -338,15 +339,17 @@ def _record_of_process(command: str) -> dict[str, Any]:
     for library in LIBRARIES:
         with contextlib.suppress(PackageNotFoundError):
             versions[library] = version(library)
-    checksum = 0
+    code = {}
     for file in sorted(_imported_files()):
-        checksum = zlib.crc32(file.read_bytes(), checksum)
+        name = file.relative_to(ROOT) if file.is_relative_to(ROOT) else file.name
+        with contextlib.suppress(OSError):  # it was removed meanwhile
+            code[Path(name).as_posix()] = f"{zlib.crc32(file.read_bytes()):08x}"
     return {
         "command": command,
         "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "host": socket.gethostname(),
         "git_commit": _git_commit(),
-        "code": f"{checksum:08x}",
+        "code": code,
         "versions": versions,
     }
 
@@ -363,23 +366,24 @@ def _add_to_records(record: dict[str, Any], output_dir: Path) -> dict[str, Any]:
         old = first["versions"].get(library)
         if old != new:
             changed.append(f"{library} {new} instead of {old}")
-    if first["code"] != record["code"]:
-        changed.append("changed code")
+    for name in first["code"].keys() & record["code"].keys():
+        if first["code"][name] != record["code"][name]:
+            changed.append(f"a changed {name}")
     if changed:
-        print(f"The run goes on with {', '.join(changed)}: results may differ.")
+        print(f"The run goes on with {list_names(changed)}: results may differ.")
     return first | {"resumed": [*before.get("resumed", []), record]}
 
 
 def _imported_files() -> set[Path]:
     """The script, and the modules beside this package that are imported."""
-    root = Path(__file__).parent.parent
     script = getattr(sys.modules["__main__"], "__file__", None)
     files = set()
     for module in list(sys.modules.values()):
-        file = getattr(module, "__file__", None)
-        if file and (file == script or root in Path(file).absolute().parents):
-            files.add(Path(file).resolve())
-    return {file for file in files if "site-packages" not in file.parts and file.suffix == ".py"}
+        file = getattr(module, "__file__", None) or ""
+        beside = file.startswith(f"{ROOT}{os.sep}") and "site-packages" not in file
+        if file.endswith(".py") and (beside or file == script):
+            files.add(Path(file))
+    return files
 
 
 def _git_commit() -> str | None:
@@ -406,8 +410,7 @@ def _log_config(run: tracking.Run, config: Mapping[str, Any]) -> None:
     known.update(changed, allow_val_change=True)
     if config["save_code"]:
         imported = _imported_files()
-        root = Path(__file__).parent.parent
-        run.wandb.log_code(root, include_fn=lambda path: Path(path).resolve() in imported)
+        run.wandb.log_code(ROOT, include_fn=lambda path: Path(path) in imported)
 
 
 def _where_to_look(run: tracking.Run, output_dir: Path) -> str:
@@ -421,11 +424,13 @@ def _where_to_look(run: tracking.Run, output_dir: Path) -> str:
         line += f" | look at it: wandb leet {last}{since}"
     if run.online:
         return f"{line} | on the web: {run.wandb.url}"
-    folders = []
+    command = ["wandb", "sync"]
+    if not importlib.util.find_spec("wandb.cli.clean"):
+        command.append("--append")  # W&B before 0.29 would overwrite what earlier processes logged
     for log in run.earlier_logs:
         if not wandb_service.synced_marker(log).exists():
-            folders.append(str(_short(log.parent)))
-    return f"{line} | upload it: wandb sync {' '.join([*folders, str(last)])}"
+            command.append(str(_short(log.parent)))
+    return f"{line} | upload it: {shell_command([*command, str(last)])}"
 
 
 def _short(path: Path) -> Path:

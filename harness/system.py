@@ -25,6 +25,9 @@ else:
 
     ALARM = signal.SIGALRM
     STOP, KILL = signal.SIGTERM, signal.SIGKILL
+    for warning in (signal.SIGUSR1, signal.SIGHUP):  # Slurm's, and a terminal's when it closes
+        if signal.getsignal(warning) != signal.SIG_IGN:  # as it is under nohup
+            STOP_SIGNALS.append(warning)
     signal_group = os.killpg
     shell_command = shlex.join
 _timers: list[threading.Timer] = []  # on Windows, those that may still interrupt

@@ -555,7 +555,7 @@ def finishing(run: Run) -> Iterator[None]:
         hurry = isinstance(error, Stopped) and status != 0  # stopped by W&B, it has half a minute
         if hurry and closing:
             run.give_up()  # W&B was interrupted, and would go on waiting
-        elif status == 128 + signal.SIGTERM:
+        elif status > 128 + signal.SIGINT:  # SIGTERM, or Slurm's SIGUSR1
             run.call(run.wandb.mark_preempting)
         run.finish(status, CLOSE_TIMEOUT if hurry else None)
         raise

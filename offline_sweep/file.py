@@ -80,7 +80,7 @@ class Sweep(Nested):
         """The directory for the files of the sweep's runs."""
         # Names that differ have directories that differ. % would be decoded in the storage's URL.
         name = quote(self.name, safe="").replace("%", "~")
-        if WINDOWS and name != name.lower():  # there, "A" and "a" are one directory
+        if WINDOWS and name != name.lower().rstrip("."):  # there, "A", "a" and "a." are the same
             name += f"~{zlib.crc32(name.encode()):x}"
         return Path("runs", f"sweep-{name}")
 

@@ -80,9 +80,9 @@ def show_runs(runs: list[RunFiles], seed_groups: SeedGroups) -> str:
     content += f"<h3>Commands</h3>{table([('run', 'command'), *commands])}"
     if seed_groups:
         remark = (
-            "Mean ± sample standard deviation over finished runs that differ in nothing but seed or "
-            "fold, one of each; in parentheses the 95% interval of the mean, by Student's t, as if "
-            "they were independent: folds share most of their training data."
+            "Mean ± sample standard deviation over finished runs that differ in nothing but seed "
+            "or fold, one of each; in parentheses the 95% interval of the mean, by Student's t, as "
+            "if they were independent: folds share most of their training data."
         )
         means = table(seed_table(runs, seed_groups))
         content += f"<h2>Over seeds or folds</h2>{paragraph(remark, 'soft')}{means}"

@@ -14,10 +14,11 @@ from harness import system
 from harness.directory import CONFIG, JOURNAL, METRICS
 from harness.errors import UserError
 from harness.files import read_json
-from harness.options import RECORDS, SharedSettings
+from harness.options import SharedSettings
 from metrics import mean_interval
 
 KEY_METRICS = 2  # of those that a script declares, shown beside the monitored one
+PROVENANCE = ("command", "date", "host", "git_commit", "code", "resumed")  # no settings
 SEED_AND_REMARKS = ("seed", "fold", "notes", "tags")  # may differ within a group
 PREDICTIONS = "predictions.csv"
 
@@ -87,7 +88,7 @@ class RunFiles:
     @property
     def settings(self) -> dict[str, Any]:
         """The settings that may tell runs apart."""
-        hidden = RECORDS - {"code"} | {"name"}
+        hidden = {"metrics", "run_token", "name", *PROVENANCE}
         for option in dataclasses.fields(SharedSettings):
             if not option.metadata["tells_apart"]:
                 hidden.add(option.name)

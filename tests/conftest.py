@@ -1,5 +1,6 @@
 """Shared helpers: run the scripts as users do, and read what they logged with W&B's own reader."""
 
+import gc
 import importlib.util
 import json
 import os
@@ -21,6 +22,10 @@ import pytest
 # inherited by the workers and by all processes that tests start. Those of the marker `gpu` get the GPUs back.
 GPUS = os.environ.setdefault("GPUS_OF_TESTS", os.environ.get("CUDA_VISIBLE_DEVICES", "0"))
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+# Where pandas is installed, scikit-learn imports it, and it pyarrow. A thread of pyarrow's allocator crashed workers.
+os.environ["JE_ARROW_MALLOC_CONF"] = "background_thread:false"
+gc.disable()  # until everything is imported: a quarter of the time of the imports
 
 import torch
 from filelock import FileLock
@@ -61,6 +66,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish() -> None:
     forking.remember_environment()  # the imports of the tests have set variables
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.hookimpl(wrapper=True)
@@ -211,6 +218,10 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, SimpleName
     """For each script, an uninterrupted run and its history on the server."""
     from tests import killing  # which imports this module
 
+    if not importlib.util.find_spec("wandb.cli.clean"):
+        pytest.skip(
+            "`wandb sync` before W&B 0.29 asks the tests' server what it can't answer, without end"
+        )
     return {
         script: made_once(
             tmp_path_factory, f"reference-{script}", partial(killing.reference, script)

@@ -31,10 +31,12 @@ from typing import Any
 
 REPO = Path(__file__).parent.parent
 WANDB = Path(sys.executable).with_name("wandb")  # W&B's command line
-# Read by nothing while it is imported. Any other variable may be: OMP_*, HF_*, CUDA_*, LC_*, PYTHON* ...
+# Read by nothing while it is imported, or heeded by `become`. Any other variable may be: OMP_*, HF_*, CUDA_*, LC_*,
+# PYTHON* ...
 HARMLESS = re.compile(
     r"WANDB_\w+|PYTEST_\w+|\w+_proxy|PATH|NETRC|CI|CUBLAS_WORKSPACE_CONFIG|RAYON_NUM_THREADS|TMPDIR"
     r"|(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_\w+|TORCHELASTIC_\w+|TORCH_NCCL_\w+"  # torchrun's
+    r"|PYTHONIOENCODING|SEED|KILL|KILL_AT|RAISES"  # of a sweep's trials, and of programs in the tests
 )
 TORCHRUN = ["-m", "torch.distributed.run"]
 HOME = "/proc/self/cwd"  # the server's: paths that imports derive from it become those of a child
@@ -351,9 +353,9 @@ def become(
             shutil.rmtree
         )  # of the parent's, if this is a run of torchrun or of a sweep
         atexit.register(shutil.rmtree, media.MEDIA_TMP.name, ignore_errors=True)
-    sys.stdout.reconfigure(
-        line_buffering=os.isatty(1)
-    )  # not replaced: W&B captures what it found on import
+    # Not replaced: W&B captures what it found on import.
+    encoding = environment.get("PYTHONIOENCODING")
+    sys.stdout.reconfigure(encoding=encoding, line_buffering=os.isatty(1))
     if arguments[0] == "-u":  # as torchrun starts Python
         arguments = arguments[1:]
         sys.stdout.reconfigure(write_through=True)

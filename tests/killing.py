@@ -1,6 +1,7 @@
 """Kill a run at random moments, resume it, and compare its results with those of an uninterrupted run."""
 
 import contextlib
+import importlib.util
 import json
 import os
 import random
@@ -120,6 +121,17 @@ def kill(process: subprocess.Popen, seconds: float, everything: bool) -> bool:
     return True
 
 
+def signal_step(process: subprocess.Popen, number: int) -> None:
+    """Send a signal to every process of a Slurm step, as Slurm does: the process, and all that descend from it."""
+    pids = [str(process.pid)]
+    for pid in pids:  # it grows
+        listing = subprocess.run(["pgrep", "-P", pid], capture_output=True, text=True)
+        pids += listing.stdout.split()
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(pid), number)
+
+
 def outcome(out: Path) -> dict[str, Any]:
     """Everything a run left that must be reproducible, by file, without timings."""
     state = torch.load(out / "checkpoint.pt", "cpu", weights_only=True)
@@ -175,10 +187,17 @@ def curve(rows: list[dict]) -> list[dict]:
     return kept
 
 
+def sync_command(cwd: Path) -> list[str | Path]:
+    """How to upload all logs in `cwd/wandb` without a question; before W&B 0.29 as docs/resume.md says."""
+    wandb = Path(sys.executable).with_name("wandb")
+    if importlib.util.find_spec("wandb.cli.clean"):
+        return [wandb, "sync", "--yes", cwd / "wandb"]
+    return [wandb, "sync", "--append", *sorted((cwd / "wandb").glob("offline-run-*"))]
+
+
 def sync(cwd: Path, environment: dict[str, str], server: WandbServer, *options: str) -> list[dict]:
     """`wandb sync` everything in `cwd/wandb`; return what the server then has."""
-    wandb = Path(sys.executable).with_name("wandb")
-    command = [wandb, "sync", "--yes", *options, cwd / "wandb"]
+    command = [*sync_command(cwd), *options]
     done = forking.run(command, cwd=cwd, env={**environment, **server.environment()}, text=True)
     assert done.returncode == 0 and "ERROR" not in done.stderr, done.stderr
     return on_server(server)

@@ -1,6 +1,6 @@
 """A fast stand-in for a training script: a known function of x and y, with one value per epoch.
 
-It does what sweep_offline.py requires of a program: --output_dir, --resume, history.jsonl, metrics.json, SIGTERM. Each
+It does what sweep_offline.py requires of a program: --output_dir, --resume, history.jsonl, metrics.json, SIGTERM, SIGUSR1. Each
 start appends a line to starts.txt and gpus.txt, each completed run a line to visits.txt.
 """
 
@@ -36,7 +36,8 @@ if options.fail == "stop":
 options.output_dir.mkdir(parents=True, exist_ok=True)
 lock = os.open(options.output_dir, os.O_RDONLY)
 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+for number in (signal.SIGTERM, signal.SIGUSR1):
+    signal.signal(number, lambda number, _: sys.exit(128 + number))
 journal = options.output_dir / "history.jsonl"
 done = len(journal.read_text().splitlines()) if journal.exists() else 0
 value = math.nan if options.fail == "nan" else -((options.x - 3) ** 2) - (options.y + 1) ** 2

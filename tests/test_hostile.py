@@ -114,14 +114,17 @@ def test_a_batch_that_outlasts_the_timeout_is_repeated(reference, tmp_path):
     assert killing.differences(reference.out, tmp_path / "out") == []
 
 
-def test_a_second_signal_stops_at_once(tmp_path):
+def test_a_second_ctrl_c_stops_at_once(tmp_path):
+    """A second SIGTERM did, too: that of torchrun or of a sweep which Slurm had signaled with all its processes."""
     process = start_changed(tmp_path, SLOW_BATCHES)
     wait_for(process, "computing")
-    process.terminate()
-    time.sleep(0.2)
-    process.terminate()
+    for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1):
+        process.send_signal(number)
+        time.sleep(0.2)
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
     process.communicate(timeout=100)
-    assert process.returncode == -signal.SIGTERM
+    assert process.returncode == -signal.SIGINT
 
 
 # ------------------------------------------------------------------------------------------ damaged state

@@ -31,7 +31,7 @@ def stop(process: subprocess.Popen, cwd: Path, number: signal.Signals = signal.S
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(number)
-    err = process.communicate(timeout=60)[1]
+    err = process.communicate(timeout=100)[1]
     assert process.returncode == 128 + number, err
     return err.splitlines()[-1]
 

@@ -98,17 +98,17 @@ def test_another_runs_settings_as_defaults(cwd):
     found = [config[name] for name in ("epochs", "learning_rate", "kernels")]
     assert found == [1, 0.002, [4, 8]]
     for content, problem in {
-        "epoch: 1": "--config x.yaml: epoch: no such option; did you mean epochs?",
-        "epochs: [1": "--config x.yaml can't be read: while parsing",
-        "epochs: many": "--config x.yaml: epochs: must be a whole number",
-        "- epochs": "--config x.yaml can't be read: ",
+        "epoch: 1": "is of another script, or damaged: epoch: no such option; did you mean epochs?",
+        "epochs: [1": "is no YAML file: while parsing",
+        "epochs: many": "is of another script, or damaged: epochs: must be a whole number",
+        "- epochs": "can't be read: ",
     }.items():
         (cwd / "x.yaml").write_text(content)
         err = train(cwd, "--config", "x.yaml", expected=2)
-        assert problem in err and err.count("\n") == 1
+        assert f"--config: x.yaml {problem}" in err and err.count("\n") == 1
     assert "can't be read" in train(cwd, "--config", "missing.json", expected=2)
     other = train(cwd, "--config", "own/config.json", expected=2, script="train_cola.py")
-    assert "--config own/config.json: " in other
+    assert "--config: own/config.json is of another script" in other
 
 
 def test_config_tells_how_it_was_made(cwd):
@@ -128,14 +128,16 @@ def test_other_versions_and_changed_code_are_named(cwd):
     file = cwd / "moved/config.json"
     config = json.loads(file.read_text())
     config["versions"]["torch"] = "2.0.1"
-    config["code"] = "0"
+    config["code"]["viz.py"] = "0"
     file.write_text(json.dumps(config))
     (cwd / "moved/metrics.json").unlink()
     out = train(cwd, "--output_dir", "moved", "--resume", "--wandb", "disabled")
-    assert re.search(r"The run goes on with torch \S+ instead of 2.0.1, changed code: results", out)
+    expected = r"The run goes on with a changed viz.py, torch \S+ instead of 2.0.1: results may"
+    assert re.search(expected, out)
     kept = json.loads(file.read_text())
     assert kept["versions"]["torch"] == "2.0.1"
-    assert kept["resumed"][0]["versions"]["torch"] != "2.0.1" and kept["resumed"][0]["code"] != "0"
+    assert kept["resumed"][0]["versions"]["torch"] != "2.0.1"
+    assert kept["resumed"][0]["code"]["viz.py"] != "0"
 
 
 def test_a_name_for_a_finished_run_is_not_ignored_in_silence(cwd):

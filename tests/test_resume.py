@@ -5,6 +5,8 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -124,6 +126,65 @@ def test_signals_stop_a_run_promptly_and_it_resumes(script, references, tmp_path
         max(seconds, duration) < total < seconds + duration
     )  # its own time is shorter than `duration`
     assert killing.differences(references[script].out, tmp_path / "out") == []
+
+
+def numbers(history: list[dict]) -> list[dict]:
+    return [
+        {key: value for key, value in row.items() if isinstance(value, (int, float))}
+        for row in history
+    ]
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGHUP])
+def test_a_signal_to_all_processes_of_a_slurm_step(number, references, tmp_path):
+    """SIGUSR1, Slurm's usual warning, and SIGHUP ended a run without a checkpoint. W&B's service survives only the first."""
+    reference = references["train_mnist.py"]
+    with serving() as server:
+        environment = clean_environment(tmp_path, **server.environment())
+        process = killing.start(
+            "train_mnist.py", tmp_path, environment, "--checkpoint_every", "1000"
+        )
+        wait_for_rows(tmp_path, 3)
+        killing.signal_step(process, number)
+        out = process.communicate(timeout=100)[0].decode()
+        assert process.returncode == 128 + number, out
+        assert f"stopped by {number.name} at step " in out and "To go on: python " in out
+        survives = number == signal.SIGUSR1
+        assert ("W&B has failed" not in out) == survives and "Traceback" not in out
+        assert ("preempting" in server.runs["same"]["states"]) == survives
+        step = read_checkpoint(tmp_path / "out")["position"]["step"]
+        assert f" at step {step}, saved" in out
+        killing.finish(killing.start("train_mnist.py", tmp_path, environment, "--resume"))
+        history = killing.on_server(server)
+    if survives:
+        assert history == reference.history
+    else:  # pictures are lost with the service
+        assert numbers(history) == numbers(reference.history)
+    assert killing.differences(reference.out, tmp_path / "out") == []
+
+
+CLOSED_TERMINAL = """
+import os, signal
+from harness.script import handling_signals
+with handling_signals(60) as requests:
+    for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGHUP):
+        os.kill(os.getpid(), number)
+        print(requests.first, flush=True)
+    os._exit(0)
+"""
+
+
+@pytest.mark.quick
+def test_nohup_outlives_the_terminal():
+    """SIGHUP is a request to stop unless it is ignored, and stays ignored."""
+    printed = {}
+    for prefix in ([], ["nohup"]):
+        command = [*prefix, sys.executable, "-c", CLOSED_TERMINAL]
+        done = subprocess.run(command, cwd=killing.REPO, capture_output=True, text=True)
+        printed[len(prefix)] = done.stdout.splitlines()
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # the tests may run under nohup
+        assert printed[0] == ["stopped by SIGHUP"] * 3
+    assert printed[1] == ["None", "stopped by SIGUSR1", "stopped by SIGUSR1"]
 
 
 def test_stop_at_the_end_of_an_epoch_repeats_its_validation(tmp_path):

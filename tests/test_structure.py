@@ -2,9 +2,13 @@
 
 import ast
 import graphlib
+import importlib
+import os
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 from tests import forking
 from tests.conftest import REPO, clean_environment
@@ -40,6 +44,16 @@ def test_tests_see_no_gpu(tmp_path):
             [sys.executable, "-c", program], popen, cwd=tmp_path, env=environment, text=True
         )
         assert done.stdout == "False 0\n", done.stderr
+
+
+@pytest.mark.quick
+def test_the_process_of_the_tests_has_no_thread_of_an_allocator():
+    """pyarrow's ended one worker in five runs, where pandas is installed. The processes of the tests inherit the variable."""
+    importlib.import_module("sklearn.metrics")  # which imports pandas, and that pyarrow
+    names = [file.read_text() for file in Path("/proc/self/task").glob("*/comm")]  # on Linux
+    assert not [name for name in names if "jemalloc" in name]
+    for process in (dict(os.environ), clean_environment(Path())):
+        assert process["JE_ARROW_MALLOC_CONF"] == "background_thread:false"
 
 
 def test_imports_point_downwards():

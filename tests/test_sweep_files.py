@@ -432,7 +432,7 @@ parameters:
         assert process.poll() is None
         time.sleep(0.02)
     process.terminate()
-    process.communicate(timeout=60)
+    process.communicate(timeout=100)
     assert "1 complete" in run_search(workdir, sweep, "--count", "1")
     first, second = read_lines(workdir / "starts.txt")
     assert first == second

@@ -254,15 +254,18 @@ def test_starts_at_the_same_time(workdir):
 
 
 def test_ctrl_c_stops_runs_that_can_be_resumed(workdir):
-    slow = GRID.replace("0.5", "4")
-    for number in (signal.SIGINT, signal.SIGTERM):
+    slow = GRID.replace("0.5", "6").replace("epochs: {value: 3}", "epochs: {value: 6}")
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         seen = len(read_lines(workdir / "starts.txt"))
         process = start_search(workdir, slow, "--count", "2", "--jobs", "2")
         while len(read_lines(workdir / "starts.txt")) < seen + 2:
             assert process.poll() is None
             time.sleep(0.02)
         time.sleep(1.5)
-        process.send_signal(number)
+        if number == signal.SIGUSR1:  # as Slurm warns
+            killing.signal_step(process, number)
+        else:
+            process.send_signal(number)
         out = process.communicate(timeout=100)[0]
         assert process.returncode == 128 + number and "the same command resumes them" in out, out
         assert (
@@ -273,8 +276,8 @@ def test_ctrl_c_stops_runs_that_can_be_resumed(workdir):
         )
     out = run_search(workdir, slow, "--count", "2", "--jobs", "2")
     assert "2 complete" in out and len(read_lines(workdir / "visits.txt")) == 2
-    assert len(read_lines(workdir / "starts.txt")) == 6
-    assert all(row["epochs_done"] == "3" for row in trial_rows(workdir))
+    assert len(read_lines(workdir / "starts.txt")) == 8
+    assert all(row["epochs_done"] == "6" for row in trial_rows(workdir))
 
 
 def test_parameters_and_results_have_different_columns(workdir):
@@ -578,7 +581,7 @@ def test_trials_of_train_cola_are_synced_as_one_group(tmp_path):
              "metric": {"name": "valid/mcc", "goal": "maximize"}, "parameters": parameters}  # fmt: skip
     assert "2 complete" in run_search(tmp_path, yaml.dump(sweep), "--jobs", "2")
     with serving() as server:
-        command = [Path(sys.executable).with_name("wandb"), "sync", "--yes", tmp_path / "wandb"]
+        command = killing.sync_command(tmp_path)
         assert (
             forking.run(
                 command, cwd=tmp_path, env=clean_environment(tmp_path, **server.environment())
@@ -747,11 +750,10 @@ def test_a_mistake_in_the_file_is_named_in_one_line(mistake, workdir, monkeypatc
 def test_mistakes_on_the_command_line(arguments, expected, workdir):
     (workdir / "s.yaml").write_text(GRID)
     (workdir / "r.yaml").write_text(GRID.replace("grid", "random"))
-    done = subprocess.run(
+    done = forking.run(
         [sys.executable, REPO / "sweep_offline.py", *arguments.split()],
         cwd=workdir,
         env=clean_environment(workdir),
-        capture_output=True,
         text=True,
     )
     assert done.returncode == 2 and expected in done.stderr and done.stderr.count("\n") == 1
@@ -770,9 +772,7 @@ def test_another_file_of_the_same_name_is_refused(workdir):
 def test_a_line_break_does_not_split_the_error(arguments, workdir):
     (workdir / "s.yaml").write_text(GRID)
     command = [sys.executable, REPO / "sweep_offline.py", *arguments]
-    done = subprocess.run(
-        command, cwd=workdir, env=clean_environment(workdir), capture_output=True, text=True
-    )
+    done = forking.run(command, cwd=workdir, env=clean_environment(workdir), text=True)
     assert done.returncode == 2 and re.fullmatch(r"sweep_offline.py: error: .*a b.*\n", done.stderr)
 
 

@@ -27,7 +27,13 @@ from conftest import call, clean_environment, finished_run, made_once, merged
 import train_cola
 import viz
 from harness import script
-from metrics import EVALUATION_METRICS, evaluation
+from metrics import (
+    EVALUATION_METRICS,
+    ConfusionMatrix,
+    Evaluation,
+    evaluation,
+    matthews_corrcoef_interval,
+)
 from tasks import batching, encoders, sentences
 from tests import killing
 
@@ -369,20 +375,17 @@ def test_predictions_are_in_corpus_order(small_cola):
     assert [names[int(row["label"])] for row in small_cola.rows] == valid.labels
 
 
-def test_bootstrap_interval_matches_numpy(small_cola):
+def test_interval_is_that_of_the_predictions(small_cola):
+    """Which is compared with NumPy's in test_metrics.py, on fixed predictions."""
     labels, predicted, _ = as_arrays(small_cola.rows, 2)
-    random = np.random.default_rng(1)
-    draws = (random.integers(0, len(labels), len(labels)) for _ in range(2000))
-    found = [
-        np.corrcoef(labels[draw], predicted[draw])[0, 1] for draw in draws
-    ]  # equals MCC for two classes
-    low, high = small_cola.metrics["valid/mcc_low"], small_cola.metrics["valid/mcc_high"]
-    assert (low, high) == pytest.approx(np.quantile(found, [0.025, 0.975]), abs=0.008)
-    assert low < small_cola.metrics["valid/mcc"] < high
+    confusion = ConfusionMatrix(2)
+    confusion.update(torch.from_numpy(predicted), torch.from_numpy(labels))
+    figures = (small_cola.metrics["valid/mcc_low"], small_cola.metrics["valid/mcc_high"])
+    assert figures == matthews_corrcoef_interval(confusion)
 
 
 def test_best_model_is_kept_and_domains_are_reported_separately(tmp_path, monkeypatch):
-    """A small archive stands in for CoLA; the learning rate makes the metrics go up and down."""
+    """A small archive stands in for CoLA. The predictions are made up: which epoch is the best depended on rounding."""
     valid = sentences.synthetic_sentences(16, 60).valid
     domains = {"in_domain": slice(0, 25), "out_of_domain": slice(25, 60)}
     with zipfile.ZipFile(tmp_path / "cola_public_1.1.zip", "w") as archive:
@@ -396,11 +399,21 @@ def test_best_model_is_kept_and_domains_are_reported_separately(tmp_path, monkey
     content = (tmp_path / "cola_public_1.1.zip").read_bytes()
     monkeypatch.setattr(sentences, "COLA_SHA256", hashlib.sha256(content).hexdigest())
     monkeypatch.chdir(tmp_path)
+    seen = {}  # the epoch of each state of the model
+
+    def evaluate(task: train_cola.Task, part: train_cola.TokenSet) -> Evaluation:
+        """The model of an epoch takes so many sentences, from the first one, for the other class."""
+        weights = tuple(task.model.classifier.weight.flatten().tolist())
+        mistakes = (20, 5, 10)[seen.setdefault(weights, len(seen))]
+        predicted = torch.where(torch.arange(60) < mistakes, 1 - part.labels, part.labels)
+        logits = torch.nn.functional.one_hot(predicted, 2).float()
+        return evaluation(logits, part.labels, train_cola.METRICS, task.positive)
+
+    monkeypatch.setattr(train_cola, "evaluate", evaluate)
     arguments = (
-        "--dataset cola --data_dir . --model scratch --wandb disabled --output_dir out --epochs 12"
+        "--dataset cola --data_dir . --model scratch --wandb disabled --output_dir out --epochs 3"
     )
-    more = "--batch_size 4 --schedule constant --seed 1 --precision fp32"
-    metrics = train_cola.main([*arguments.split(), *more.split()])
+    metrics = train_cola.main([*arguments.split(), "--batch_size", "4"])
     assert (
         metrics == json.loads((tmp_path / "out/metrics.json").read_text())
         and metrics["dataset"] == "cola"
@@ -411,12 +424,9 @@ def test_best_model_is_kept_and_domains_are_reported_separately(tmp_path, monkey
         json.loads(line) for line in (tmp_path / "out/history.jsonl").read_text().splitlines()
     ]
     mcc = [row["valid/mcc"] for row in rows if "valid/mcc" in row]
-    assert max(mcc) > mcc[-1], "choose another seed: this one can't tell best from last"
-    assert (metrics["best/epoch"], metrics["valid/mcc"]) == (1 + mcc.index(max(mcc)), max(mcc))
+    assert (metrics["best/epoch"], metrics["valid/mcc"]) == (2, mcc[1])
     labels, predicted, _ = as_arrays(predictions(SimpleNamespace(files=tmp_path / "out")), 2)
-    assert sklearn.metrics.matthews_corrcoef(labels, predicted) == pytest.approx(
-        max(mcc), abs=1e-12
-    )
+    assert sklearn.metrics.matthews_corrcoef(labels, predicted) == pytest.approx(mcc[1], abs=1e-12)
     by_domain = {
         d: sklearn.metrics.matthews_corrcoef(labels[part], predicted[part])
         for d, part in domains.items()
@@ -459,10 +469,10 @@ def test_learning_rate_rises_and_falls(small_cola):
 
 
 def test_defaults_learn_the_built_in_sentences(tmp_path):
-    """Two of the ten epochs reach 0.45, all ten 0.98; a bag of words reaches 0.03."""
-    arguments = "--dataset synthetic --model scratch --epochs 2 --wandb disabled"
+    """One epoch reaches 0.35 to 0.6, depending on the seed, and ten 0.98; a bag of words reaches 0.03."""
+    arguments = "--dataset synthetic --model scratch --epochs 1 --wandb disabled"
     run = finished_run("train_cola.py", tmp_path, *arguments.split())
-    assert run.metrics["valid/mcc"] >= 0.4
+    assert run.metrics["valid/mcc"] >= 0.2
     assert "WARNING" not in run.out
 
 
@@ -824,6 +834,10 @@ def test_label_smoothing_changes_the_training_loss_only(small_cola, tmp_path):
     config = json.loads((model / "config.json").read_text())
     config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     (model / "config.json").write_text(json.dumps(config))
+    changed = weights(model)
+    changed["classifier.weight"] *= 0.1
+    changed["classifier.bias"] = torch.tensor([0.0, 2.0])  # sure, however it was trained
+    safetensors.torch.save_file(changed, model / "model.safetensors", {"format": "pt"})
     lines = [
         "sentence\tlabel",
         "The boy sleeps.\tacceptable",
@@ -906,7 +920,7 @@ def test_printed_lines(small_cola):
     for key in ("mcc", "mcc_low", "mcc_high"):
         assert f"{small_cola.metrics[f'valid/{key}']:.3f}" in best
     assert re.search(
-        r"out( \| look at it: wandb leet \S+)? \| upload it: wandb sync \S+$", lines[-1]
+        r"out( \| look at it: wandb leet \S+)? \| upload it: wandb sync( --append)? \S+$", lines[-1]
     )
 
 

@@ -16,7 +16,7 @@ import onnxruntime
 import pytest
 import sklearn.metrics
 import torch
-from conftest import REPO, call, clean_environment, finished_run, merged
+from conftest import REPO, call, clean_environment, finished_run, merged, write_mnist
 from PIL import Image
 
 import train_mnist
@@ -138,14 +138,15 @@ def test_watch_between_rows_keeps_its_own_step(tmp_path):
 
 
 def test_best_is_the_epoch_with_the_lowest_validation_loss(tmp_path):
-    # The learning rate is high enough to make the loss go up and down.
-    noisy = "--dataset synthetic --slice 20 --valid_size 2000 --epochs 5 --schedule constant --learning_rate 0.03"
-    run = finished_run(
-        "train_mnist.py", tmp_path, *noisy.split(), "--seed", 4, "--log_model", "best"
-    )
+    # The labels for validation are wrong, so that its loss rises while the model learns, however a processor rounds.
+    digits = synthetic_digits(train=2500, test=500)
+    digits.train.labels[-1000:] = (digits.train.labels[-1000:] + 1) % 10
+    write_mnist(tmp_path, digits)
+    data = "--dataset mnist --data_dir . --valid_size 1000 --epochs 3 --log_model best"
+    run = finished_run("train_mnist.py", tmp_path, *data.split())
     epochs = [row for row in run.journal if "valid/loss" in row]
     best = min(epochs, key=lambda row: row["valid/loss"])
-    assert best is not epochs[-1], "choose another seed: this one can't tell best from last"
+    assert best is not epochs[-1]
     assert run.metrics["best/epoch"] == run.summary["best/epoch"] == best["epoch"]
     for name in METRICS:
         assert run.metrics[f"valid/{name}"] == run.summary[f"best/{name}"] == best[f"valid/{name}"]
@@ -156,8 +157,7 @@ def test_best_is_the_epoch_with_the_lowest_validation_loss(tmp_path):
     # The same model is tested, exported and logged.
     model = train_mnist.ConvNet([16, 32])
     model.load_state_dict(weights)
-    digits = synthetic_digits()
-    images, labels = digits.test.images[::20] / 255, digits.test.labels[::20]
+    images, labels = digits.test.images / 255, digits.test.labels
     with torch.inference_mode():
         logits = model(images)
     assert run.metrics["test/acc"] == pytest.approx(
@@ -377,7 +377,7 @@ def test_synthetic_digits_need_more_than_a_linear_model():
         torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 10)), digits, epochs=3
     )
     convolutional = accuracy(train_mnist.ConvNet([16, 32]), digits, epochs=1)
-    assert convolutional > 0.85 and linear < 0.75
+    assert convolutional > 0.7 and linear < 0.5  # 0.86 and 0.37, or nearly, as a processor rounds
 
 
 def test_label_smoothing_changes_the_training_loss_only(tmp_path):
@@ -514,7 +514,7 @@ def test_output_without_a_terminal_has_a_line_per_epoch(small_mnist):
         f"test accuracy {small_mnist.metrics['test/acc']:.2%} of 800 images"
     )
     assert re.search(
-        r"out( \| look at it: wandb leet \S+)? \| upload it: wandb sync \S+$", lines[-1]
+        r"out( \| look at it: wandb leet \S+)? \| upload it: wandb sync( --append)? \S+$", lines[-1]
     )
     assert (small_mnist.cwd / lines[-1].split()[-1]).is_dir()
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -103,11 +104,42 @@ def test_a_sweep_starts_prunes_and_records_its_trials(session, out):
     lines = out("sweep").splitlines()
     assert lines[0].startswith("trial 0: complete, score 3.0000")
     assert lines[2].startswith("trial 2: pruned after 2 epochs")
-    (directory,) = (session.cwd / "runs").iterdir()
+    (directory,) = (session.cwd / "runs").glob("sweep-Mixed*")
     # "mixed case" would be the same directory.
     assert directory.name.startswith("sweep-Mixed~20Case~")
     for file in [*directory.glob("*.json"), *directory.glob("*.yaml")]:
         assert b"\r" not in file.read_bytes()
+
+
+def test_names_that_differ_have_directories_that_differ(session, out):
+    """The sweeps "a" and "a.": Windows leaves out a dot at the end of a name."""
+    out("no console")
+    directories = [path.name for path in (session.cwd / "runs").glob("sweep-a*")]
+    assert len(directories) == len({name.rstrip(".").lower() for name in directories}) == 2
+
+
+def test_trials_that_do_not_react_to_ctrl_break_are_killed(session, out):
+    """Those that ignore it when the search stops, and one to prune where no console passes it on."""
+    assert end(session, "deaf") == "143"
+    assert session.results["deaf trial ended"] is True  # it would have slept for a minute
+    lines = out("no console").splitlines()
+    assert lines[0].startswith("trial 0: complete, score 3.0000")
+    assert lines[2].startswith("trial 2: pruned after 2 epochs")
+
+
+def test_ctrl_break_is_left_to_the_training_process(session):
+    """It ended the workers of a DataLoader, so that a run could not go on to its checkpoint."""
+    assert session.results["worker"] == {"ignores Ctrl-Break": True, "begun": True}
+
+
+def test_the_printed_command_sets_a_variable_as_the_prompt_does(out):
+    """`X=1 python ...` is no command there."""
+    shown = out("no console").splitlines()[-1]
+    assert re.fullmatch(
+        r'to repeat the best run: set "WANDB_SWEEP_PARAM_PATH=runs.sweep-a.\w+-0.yaml" && '
+        r"python deaf.py",
+        shown,
+    )
 
 
 def test_the_printed_command_has_quotes_that_the_prompt_knows(out):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 import wandb
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 import report
 import sweep_offline
@@ -24,6 +24,7 @@ import train_cola
 import train_mnist
 from harness import files, loading, system, tracking
 from harness.errors import Stopped, UserError
+from offline_sweep import trials
 
 MNIST = (
     "--dataset synthetic --slice 60 --epochs 2 --log_every 1 --watch off --wandb disabled".split()
@@ -53,6 +54,26 @@ for epoch in range(3):
         time.sleep(1)
 (out / "metrics.json").write_text(json.dumps({"score": float(options["x"])}))
 """
+# A trial that Ctrl-Break does not stop, and that takes a minute unless its x is good.
+DEAF = """
+import json, os, pathlib, re, signal, sys, time
+signal.signal(signal.SIGBREAK if sys.platform == "win32" else signal.SIGUSR2, signal.SIG_IGN)
+x = int(re.search("x:\\s+value: (.)", pathlib.Path(os.environ["WANDB_SWEEP_PARAM_PATH"]).read_text())[1])
+out = pathlib.Path(sys.argv[sys.argv.index("--output_dir") + 1])
+out.mkdir()
+(out / "history.jsonl").write_text("".join(json.dumps({"step": i, "score": x}) + "\\n" for i in range(2)))
+time.sleep(60 if x == 1 else 0)
+(out / "metrics.json").write_text(json.dumps({"score": x}))
+"""
+DEAF_SWEEP = """
+name: NAME
+program: deaf.py
+command: ['${interpreter}', '${program}']
+method: grid
+metric: {name: score, goal: maximize}
+early_terminate: {type: hyperband, min_iter: 1, eta: 2}
+parameters: {x: {values: VALUES}}
+"""
 results = {}
 log = tracking.Run.log
 
@@ -63,7 +84,7 @@ def do(name: str, action: Callable, *arguments: str) -> None:
         try:
             action(list(arguments))
             end = ""
-        except (UserError, Stopped, wandb.errors.UsageError) as error:
+        except (UserError, Stopped, SystemExit, wandb.errors.UsageError) as error:
             end = str(error)
     results[name] = [out.getvalue(), end]
 
@@ -98,6 +119,55 @@ def busy() -> None:
         time.sleep(0.01)
 
 
+class IgnoresBreak(Dataset):
+    """Whether the process that loads an example ignores Ctrl-Break, and what it was told when it began."""
+
+    begun = False
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> tuple[bool, bool]:
+        return signal.getsignal(signal.SIGBREAK) == signal.SIG_IGN, IgnoresBreak.begun
+
+
+def begin_worker(number: int) -> None:
+    IgnoresBreak.begun = True
+
+
+def deaf_trials() -> None:
+    """Ctrl-Break while a trial ignores it, and the end of a trial that no console can reach."""
+    watch, signal_group = trials.Search.watch, system.signal_group
+    Path("deaf.py").write_bytes(DEAF.encode())
+
+    def stopping(search: trials.Search) -> list:
+        if any((process.output_dir / "history.jsonl").exists() for process in search.running):
+            signal.raise_signal(signal.SIGBREAK)
+        return watch(search)
+
+    def no_console(pid: int, number: int) -> None:
+        if number == system.STOP:
+            raise OSError("The handle is invalid")
+        signal_group(pid, number)
+
+    trials.Search.watch, trials.STOP_TIMEOUT = stopping, 0.5
+    Path("deaf.yaml").write_text(DEAF_SWEEP.replace("NAME", "a.").replace("VALUES", "[1]"))
+    do("deaf", sweep_offline.main, "deaf.yaml")
+    trials.Search.watch = watch
+    (lock_file,) = Path("runs").glob("sweep-a*/*.lock")
+    deadline = time.monotonic() + 30
+    while "deaf trial ended" not in results and time.monotonic() < deadline:
+        with contextlib.suppress(BlockingIOError):
+            os.close(system.lock(lock_file))
+            results["deaf trial ended"] = True
+        time.sleep(0.05)
+
+    system.signal_group = no_console
+    Path("deaf.yaml").write_text(DEAF_SWEEP.replace("NAME", "a").replace("VALUES", "[3, 2, 1]"))
+    do("no console", sweep_offline.main, "deaf.yaml", "--seed", "1")
+    system.signal_group = signal_group
+
+
 def main() -> None:
     at_step_3(looked_at)
     do("plain", train_mnist.main, *MNIST, "--output_dir", "plain")
@@ -119,10 +189,14 @@ def main() -> None:
     results["loaded"] = [
         batch.tolist() for batch in loading.iterate(DataLoader(range(4), num_workers=1))
     ]
+    loader = DataLoader(IgnoresBreak(), num_workers=1, worker_init_fn=begin_worker)
+    ((ignored, begun),) = loading.iterate(loader)
+    results["worker"] = {"ignores Ctrl-Break": ignored.item(), "begun": begun.item()}
 
     Path("trial.py").write_bytes(TRIAL.encode())
     Path("sweep.yaml").write_bytes(SWEEP.encode())
     do("sweep", sweep_offline.main, "sweep.yaml", "--seed", "1")
+    deaf_trials()
     do("report", report.main, "plain", "stopped")
 
     with open("lock", "w") as lock_file:
