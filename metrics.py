@@ -131,11 +131,10 @@ class ConfusionMatrix:
             return float(numerator.sum() / denominator.sum())
         raise ValueError(f'average must be "macro", "micro", "weighted" or None, got {average!r}')
 
-    def per_class(self, class_names: Sequence[str]) -> list[list]:
-        """A row for each class, with the columns `PER_CLASS`."""
+    def per_class(self, class_names: Sequence[str]) -> list[tuple]:
+        """A row for each class: its name and the other columns in `PER_CLASS`."""
         figures = [self.precision(None), self.recall(None), self.f1(None), self.counts.sum(1)]
-        columns = [values.tolist() for values in figures]
-        return [list(row) for row in zip(class_names, *columns)]
+        return list(zip(class_names, *(values.tolist() for values in figures)))
 
     def matthews_corrcoef(self) -> float:
         """Correlation of labels and predictions, in -1 .. 1; 0 if either has only one class.
@@ -183,9 +182,12 @@ class Evaluation(NamedTuple):
     def named(self, prefix: str, class_names: Sequence[str] = ()) -> dict[str, float]:
         """The metrics with prefixed names: "valid/loss", "valid/acc", ... for "valid".
 
-        With `class_names`, also those of each class: "valid/precision/cat", ...
+        With `class_names`, also the share of the most frequent class, "valid/majority_share", and
+        the figures of each class, "valid/precision/cat", ...
         """
         named = {f"{prefix}/{name}": value for name, value in self.metrics.items()}
+        if class_names:
+            named[f"{prefix}/majority_share"] = self.confusion.majority_share()
         for name, *figures in self.confusion.per_class(class_names):
             for figure, value in zip(PER_CLASS[1:], figures):
                 named[f"{prefix}/{figure}/{name}"] = value

@@ -440,10 +440,10 @@ def conclude(session: Session, task: Task, best: Best) -> dict[str, Any]:
     with files.replacing_directory(output_dir / "model") as directory:
         save_model(task, directory)
 
-    share = valid.confusion.majority_share()
     run.log({"curves": run.call(wandb.Image, str(output_dir / "curves.png"))})
     run.log(more, commit=True)  # or it would overwrite the summary below
     run.update_summary(valid.named("best"))
+    share = valid.confusion.majority_share()
     run.update_summary({"best/epoch": best.epoch, "best/majority_share": share})
     if session.settings.log_model == "best":
         run.log_model(partial(save_model, task), results, is_best=True)
@@ -462,8 +462,6 @@ def conclude(session: Session, task: Task, best: Best) -> dict[str, Any]:
         "positive_label": session.config["positive_label"],
         "best/epoch": best.epoch,
         **valid.named("valid", corpus.class_names),
-        "valid/majority_share": share,
-        f"{name}/majority_share": confusion.majority_share(),
         f"{name}/mcc_low": low,
         f"{name}/mcc_high": high,
         "mcc_interval": note,

@@ -360,7 +360,6 @@ def conclude(session: Session, progress: Progress, best: Best, data: Digits) -> 
         "best/epoch": best.epoch,
         **test.named("test", data.class_names),
         **shown.named(name, data.class_names),
-        f"{name}/majority_share": shown.confusion.majority_share(),
     }
 
 

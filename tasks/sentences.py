@@ -42,7 +42,23 @@ def load_corpus(
     and validation data are put together, and one fold becomes the validation data. Raises
     `UserError` if the options contradict each other, or if files are missing or damaged.
     """
-    corpus = _find_corpus(name, data_dir, own)
+    files = (own.train_file, own.valid_file, own.test_file)
+    path = Path(data_dir) / "cola_public_1.1.zip"
+    source = (path, COLA_URL, COLA_SHA256)
+    if own.train_file and (own.valid_file or own.folds):
+        if name not in ("auto", "files"):
+            raise UserError(
+                f"--dataset {name} and --train_file exclude each other: drop one of them"
+            )
+        corpus = _read_user_files([Path(file) for file in files if file], own)
+    elif any(files) or name == "files":
+        raise UserError("--train_file and --valid_file go together: name both, or make --folds")
+    elif name != "synthetic" and has_files(
+        "cola", [path], data_dir, lambda: [source], optional=name == "auto"
+    ):
+        corpus = _read_cola(path)
+    else:
+        corpus = synthetic_sentences()
     if not own.folds:
         return corpus
     everything = _joined(corpus.train, corpus.valid)
@@ -52,25 +68,6 @@ def load_corpus(
 
 def _joined(first: Sentences, second: Sentences) -> Sentences:
     return Sentences(*(a + b for a, b in zip(first, second)))
-
-
-def _find_corpus(name: str, data_dir: str, own: OwnFiles) -> Corpus:
-    """The corpus, as `load_corpus`, before folds are made."""
-    files = (own.train_file, own.valid_file, own.test_file)
-    if own.train_file and (own.valid_file or own.folds):
-        if name not in ("auto", "files"):
-            raise UserError(
-                f"--dataset {name} and --train_file exclude each other: drop one of them"
-            )
-        return _read_user_files([Path(file) for file in files if file], own)
-    if any(files) or name == "files":
-        raise UserError("--train_file and --valid_file go together: name both, or make --folds")
-    if name != "synthetic":
-        path = Path(data_dir) / "cola_public_1.1.zip"
-        source = (path, COLA_URL, COLA_SHA256)
-        if has_files("cola", [path], data_dir, lambda: [source], optional=name == "auto"):
-            return _read_cola(path)
-    return synthetic_sentences()
 
 
 def _read_cola(path: Path) -> Corpus:
