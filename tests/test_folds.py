@@ -9,6 +9,7 @@ from collections import Counter
 import pytest
 import scipy.stats
 import torch
+import yaml
 
 import report
 import train_cola
@@ -22,6 +23,7 @@ from tasks.text_files import OwnFiles
 from tests import killing
 from tests.conftest import REPO, call, finished_run
 from tests.test_corpus import cola_zip
+from tests.test_sweep_files import engine_accepts
 
 
 @pytest.mark.quick
@@ -213,3 +215,4 @@ def test_seeds_yaml_is_a_grid_over_five_seeds(tmp_path):
     assert (sweep.method, sweep.name) == ("grid", "seeds")
     assert list(sweep.searched()) == ["seed"]
     assert sweep.searched()["seed"].values == [1, 2, 3, 4, 5]
+    assert engine_accepts(yaml.safe_load((REPO / "seeds.yaml").read_text()))
