@@ -61,13 +61,12 @@ def load_corpus(
         corpus = synthetic_sentences()
     if not own.folds:
         return corpus
-    everything = _joined(corpus.train, corpus.valid)
-    train, valid = map(everything.rows, own.split(everything.labels))
+    everything = [a + b for a, b in zip(corpus.train, corpus.valid)]
+    parts = []
+    for indices in own.split(everything[1]):  # by label
+        parts.append(Sentences(*([column[i] for i in indices] for column in everything)))
+    train, valid = parts
     return corpus._replace(train=train, valid=valid, domains={})
-
-
-def _joined(first: Sentences, second: Sentences) -> Sentences:
-    return Sentences(*(a + b for a, b in zip(first, second)))
 
 
 def _read_cola(path: Path) -> Corpus:
@@ -81,7 +80,7 @@ def _read_cola(path: Path) -> Corpus:
         for part in ("in_domain_train", "in_domain_dev", "out_of_domain_dev"):
             parts.append(parse_cola(archive.read(f"cola_public/raw/{part}.tsv")))
     train, in_domain, out_of_domain = parts
-    valid = _joined(in_domain, out_of_domain)
+    valid = Sentences(*(first + second for first, second in zip(in_domain, out_of_domain)))
     boundary = len(in_domain.labels)
     domains = {"in_domain": slice(boundary), "out_of_domain": slice(boundary, None)}
     return Corpus("cola", train, valid, domains, ACCEPTABILITY, [path])

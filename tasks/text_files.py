@@ -49,10 +49,6 @@ class Sentences(NamedTuple):
     labels: list[str]  # class names
     sources: list[str]  # a publication, a file, or a rule of the built-in grammar, per sentence
 
-    def rows(self, indices: list[int]) -> "Sentences":
-        """Some of the sentences."""
-        return Sentences(*([column[i] for i in indices] for column in self))
-
     def columns(self, name: str = "sentence") -> dict[str, Iterable[str]]:
         """The columns of a table that shows the sentences."""
         columns = {name: self.sentences}
