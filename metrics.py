@@ -14,7 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Interval = tuple[float, float]  # low, high
-PER_CLASS = ["class", "precision", "recall", "f1", "examples"]
+PER_CLASS = [  # columns of a table
+    "class",
+    "precision",
+    "recall",
+    "f1",
+    "examples",
+]
 MAX_SPLITS = 20_000  # of a permutation test
 
 
@@ -564,7 +570,7 @@ def mcnemar_exact(correct_a: Tensor, correct_b: Tensor) -> McNemar:
 def mean_interval(values: Sequence[float]) -> Interval:
     """95% interval of the mean of two or more independent values, by Student's t."""
     density = torch.distributions.StudentT(torch.tensor(len(values) - 1).double())
-    t = torch.linspace(0, 13, 1_300_001, dtype=torch.float64)  # the quantile of two values is 12.7
+    t = torch.linspace(0, 13, 130_001, dtype=torch.float64)  # the quantile of two values is 12.7
     share = torch.cumulative_trapezoid(density.log_prob(t).exp(), t)  # of the values in 0 .. t
     quantile = float(t[torch.searchsorted(share, 0.95 / 2)])
     margin = quantile * stdev(values) / math.sqrt(len(values))
