@@ -82,7 +82,10 @@ def split_digits(
     """
     if folds.folds:
         if valid_size is not None:
-            raise UserError("--valid_size and --folds exclude each other: drop one of them")
+            raise UserError(
+                "--valid_size and --folds exclude each other: drop one of them "
+                "(--valid_size None, if --config has it)"
+            )
         train_rows, valid_rows = folds.split(digits.train.labels.tolist())
     else:
         valid_size = 5000 if valid_size is None else valid_size
