@@ -88,9 +88,10 @@ def _no_signals(loader: DataLoader) -> Iterator[None]:
         yield
         ignore_ctrl_c(None, False)
         return
-    if loader.num_workers:
-        resource_tracker.ensure_running()  # started in the block, it would let them through again
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    if loader.num_workers:
+        resource_tracker.ensure_running()  # it lets some of them through again
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
     finally:

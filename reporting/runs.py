@@ -18,7 +18,14 @@ from harness.options import SharedSettings
 from metrics import mean_interval
 
 KEY_METRICS = 2  # of those that a script declares, shown beside the monitored one
-PROVENANCE = ("command", "date", "host", "git_commit", "code", "resumed")  # no settings
+PROVENANCE = (  # in config.json, but no settings
+    "command",
+    "date",
+    "host",
+    "git_commit",
+    "code",
+    "resumed",
+)
 SEED_AND_REMARKS = ("seed", "fold", "notes", "tags")  # may differ within a group
 PREDICTIONS = "predictions.csv"
 

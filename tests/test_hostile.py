@@ -586,10 +586,10 @@ def test_a_process_that_waits_alone_says_what_to_type(tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         environment = TORCHRUN | {"MASTER_PORT": str(free.getsockname()[1])}
-    done = call("train_mnist.py", "--peer_timeout", "1", cwd=tmp_path, **environment)
+    done = call("train_mnist.py", "--peer_timeout", "1.5", cwd=tmp_path, **environment)
     assert done.status == 1 and not list(tmp_path.iterdir())
     command = shlex.split(done.err.splitlines()[-1].partition("To go on: ")[2])
-    assert command == ["python", str(REPO / "train_mnist.py"), "--peer_timeout", "1"]
+    assert command == ["python", str(REPO / "train_mnist.py"), "--peer_timeout", "1.5"]
 
 
 def test_names_need_not_be_ascii(tmp_path):

@@ -1,6 +1,7 @@
 """Sweeps: the real `wandb sweep` and `wandb agent` against a fake server, and the same files without a server."""
 
 import csv
+import html
 import json
 import os
 import random
@@ -474,12 +475,10 @@ def test_importances_of_a_known_function(workdir, monkeypatch):
     monkeypatch.chdir(workdir)
     for count in (19, 100):
         study = recorded_search(workdir, THREE, count, TrialState.COMPLETE)
-        figures = re.findall(
-            r'<script type="application/json".*?>(.*?)</script>', show_sweep(study)
-        )
+        figures = re.findall(r'data-figure="(.*?)"', show_sweep(study))
         assert len(figures) == (3 if count == 19 else 4)
         shutil.rmtree(workdir / "runs")
-    (bars,) = json.loads(figures[3])["data"]
+    (bars,) = json.loads(html.unescape(figures[3]))["data"]
     shares = dict(zip(bars["y"], bars["x"]))
     assert sum(shares.values()) == pytest.approx(1)
     assert shares["a"] == pytest.approx(0.9, abs=0.1) and shares["b"] == pytest.approx(0.1, abs=0.1)

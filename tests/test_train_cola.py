@@ -34,6 +34,7 @@ from metrics import (
     evaluation,
     matthews_corrcoef_interval,
 )
+from reporting.runs import PROVENANCE
 from tasks import batching, encoders, sentences
 from tests import killing
 
@@ -135,9 +136,11 @@ def test_every_file_is_there(small_cola):
         "step": 18_000,
         "epoch_ends": True,
         "batches_in_epoch": 96,
+        "total_batches": 144,
+        "patience_from": 0,
     }
     assert checkpoint["model"].keys() == weights(small_cola.files / "model").keys()
-    config = {k: v for k, v in small_cola.config.items() if k != "versions"}
+    config = {k: v for k, v in small_cola.config.items() if k not in (*PROVENANCE, "versions")}
     assert (config["dataset"], config["model"], config["learning_rate"]) == (
         "synthetic",
         "scratch",
@@ -768,6 +771,11 @@ def test_batches_are_padded_and_long_sentences_cost_nothing(small_cola):
             [int(i < len(ids)) for i in range(longest)] for ids in padded
         ]
         assert {tensor.dtype for tensor in inputs.values()} == {torch.int64}
+    with torch.autocast("cpu", torch.bfloat16):
+        widths = [
+            batching.inputs_of(part, torch.tensor([i]))["input_ids"].shape[1] for i in (0, 2500)
+        ]
+    assert len(rows[0]) == 6 and widths == [8, len(rows[1])]  # never beyond the longest sentence
     used = sum(t.nbytes for t in part if isinstance(t, torch.Tensor))
     assert used / len(texts) < 60
 

@@ -22,6 +22,7 @@ from PIL import Image
 import train_mnist
 from harness.device import seed_everything
 from metrics import BINARY_METRICS, EVALUATION_METRICS
+from reporting.runs import PROVENANCE
 from tasks.digits import Digits, split_digits, synthetic_digits
 from tests import forking, killing
 
@@ -319,9 +320,8 @@ def test_tags_config_and_saved_files(small_mnist):
     )
     config = run["config"]["update"] | merged(small_mnist.records, "config")
     assert config["dataset"] == small_mnist.config["dataset"] == "synthetic"
-    assert {key: config[key] for key in small_mnist.config if key != "versions"} == {
-        key: value for key, value in small_mnist.config.items() if key != "versions"
-    }
+    expected = {k: v for k, v in small_mnist.config.items() if k not in (*PROVENANCE, "versions")}
+    assert {key: config[key] for key in expected} == expected
     saved = small_mnist.cwd / "wandb/latest-run/files"
     for name in ("model.onnx", "model.pt"):
         assert (saved / name).read_bytes() == (small_mnist.files / name).read_bytes()
@@ -347,6 +347,8 @@ def test_checkpoint_loads_safely(small_mnist):
         "step": 9600,
         "epoch_ends": True,
         "batches_in_epoch": 25,
+        "total_batches": 75,
+        "patience_from": 0,
     }
     losses = [row["valid/loss"] for row in small_mnist.journal if "valid/loss" in row][
         :2
