@@ -6,6 +6,7 @@ If a definition divides by zero or a class never occurs, a metric is scikit-lear
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
+from statistics import fmean, stdev
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Interval = tuple[float, float]  # low, high
+PER_CLASS = [  # columns of a table
+    "class",
+    "precision",
+    "recall",
+    "f1",
+    "examples",
+]
 MAX_SPLITS = 20_000  # of a permutation test
 
 
@@ -129,6 +137,11 @@ class ConfusionMatrix:
             return float(numerator.sum() / denominator.sum())
         raise ValueError(f'average must be "macro", "micro", "weighted" or None, got {average!r}')
 
+    def per_class(self, class_names: Sequence[str]) -> list[tuple]:
+        """A row for each class: its name and the other columns in `PER_CLASS`."""
+        figures = [self.precision(None), self.recall(None), self.f1(None), self.counts.sum(1)]
+        return list(zip(class_names, *(values.tolist() for values in figures)))
+
     def matthews_corrcoef(self) -> float:
         """Correlation of labels and predictions, in -1 .. 1; 0 if either has only one class.
 
@@ -172,9 +185,19 @@ class Evaluation(NamedTuple):
     metrics: dict[str, float]  # by name, as in EVALUATION_METRICS
     positive: int  # the positive class, if there are two
 
-    def named(self, prefix: str) -> dict[str, float]:
-        """The metrics with prefixed names: "valid/loss", "valid/acc", ... for "valid"."""
-        return {f"{prefix}/{name}": value for name, value in self.metrics.items()}
+    def named(self, prefix: str, class_names: Sequence[str] = ()) -> dict[str, float]:
+        """The metrics with prefixed names: "valid/loss", "valid/acc", ... for "valid".
+
+        With `class_names`, also the share of the most frequent class, "valid/majority_share", and
+        the figures of each class, "valid/precision/cat", ...
+        """
+        named = {f"{prefix}/{name}": value for name, value in self.metrics.items()}
+        if class_names:
+            named[f"{prefix}/majority_share"] = self.confusion.majority_share()
+        for name, *figures in self.confusion.per_class(class_names):
+            for figure, value in zip(PER_CLASS[1:], figures):
+                named[f"{prefix}/{figure}/{name}"] = value
+        return named
 
     def one_against_rest(self, label: int) -> tuple[Tensor, Tensor]:
         """Scores and labels of a binary problem, as for `roc_curve`: is it the class `label`?"""
@@ -542,6 +565,16 @@ def mcnemar_exact(correct_a: Tensor, correct_b: Tensor) -> McNemar:
         binomial_coefficient = binomial_coefficient * (differing - k) // (k + 1)
     p_value = 2 * tail / 2**differing
     return McNemar(only_a, only_b, min(1.0, p_value))
+
+
+def mean_interval(values: Sequence[float]) -> Interval:
+    """95% interval of the mean of two or more independent values, by Student's t."""
+    density = torch.distributions.StudentT(torch.tensor(len(values) - 1).double())
+    t = torch.linspace(0, 13, 130_001, dtype=torch.float64)  # the quantile of two values is 12.7
+    share = torch.cumulative_trapezoid(density.log_prob(t).exp(), t)  # of the values in 0 .. t
+    quantile = float(t[torch.searchsorted(share, 0.95 / 2)])
+    margin = quantile * stdev(values) / math.sqrt(len(values))
+    return fmean(values) - margin, fmean(values) + margin
 
 
 def permutation_test(a: Sequence[float], b: Sequence[float]) -> float:

@@ -53,7 +53,7 @@ def print_table(rows: Table) -> None:
     """Print a table in columns."""
     columns = []
     for column in zip(*rows):
-        cells = [format_value(value)[:40] for value in column]
+        cells = [format_value(value)[:50] for value in column]
         width = max(map(len, cells))
         columns.append([cell.ljust(width) for cell in cells])
     for row in zip(*columns):
@@ -79,6 +79,8 @@ def main(argv: list[str] | None = None) -> None:
     if seed_groups:
         print()
         print_table(seed_table(runs, seed_groups))
+    if len(runs) == 1:
+        print(f"command: {format_value(runs[0].config.get('command'))}")
     for run in runs:
         problems += [f"{run.label}: {note}" for note in run.notes]
     if undeclared := [run.label for run in runs if run.sign is None]:

@@ -286,6 +286,7 @@ def log_charts(run: Run, task: Task, result: Evaluation) -> None:
             "valid/confusion_matrix": viz.confusion_matrix_chart(result, names),
             "valid/confusion_matrix_image": wandb.Image(matrix),
             "valid/mistakes": mistakes,
+            "valid/per_class": viz.per_class_table(result, names),
             "valid/calibration": wandb.Image(calibration),
             "valid/logits": wandb.Histogram(result.logits.numpy()),
             "valid/roc": viz.roc_chart(result, names),
@@ -439,10 +440,10 @@ def conclude(session: Session, task: Task, best: Best) -> dict[str, Any]:
     with files.replacing_directory(output_dir / "model") as directory:
         save_model(task, directory)
 
-    share = valid.confusion.majority_share()
     run.log({"curves": run.call(wandb.Image, str(output_dir / "curves.png"))})
     run.log(more, commit=True)  # or it would overwrite the summary below
     run.update_summary(valid.named("best"))
+    share = valid.confusion.majority_share()
     run.update_summary({"best/epoch": best.epoch, "best/majority_share": share})
     if session.settings.log_model == "best":
         run.log_model(partial(save_model, task), results, is_best=True)
@@ -460,13 +461,12 @@ def conclude(session: Session, task: Task, best: Best) -> dict[str, Any]:
         "class_names": corpus.class_names,
         "positive_label": session.config["positive_label"],
         "best/epoch": best.epoch,
-        **results,
-        "valid/majority_share": share,
-        f"{name}/majority_share": confusion.majority_share(),
+        **valid.named("valid", corpus.class_names),
         f"{name}/mcc_low": low,
         f"{name}/mcc_high": high,
         "mcc_interval": note,
         **more,
+        **shown.named(name, corpus.class_names),
     }
 
 

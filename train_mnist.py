@@ -12,6 +12,7 @@ import dataclasses
 
 from harness import options, script
 from harness.options import option
+from tasks.folds import Folds
 
 # ----------------------------------------------------------------------------- settings
 
@@ -31,7 +32,7 @@ METRICS = {  # of an evaluation, and which way each is better
 
 
 @dataclasses.dataclass(kw_only=True, frozen=True)
-class Settings(options.SharedSettings):
+class Settings(Folds, options.SharedSettings):
     dataset: str = option(
         "auto",
         "auto: MNIST, or built-in digits if it is not available",
@@ -56,8 +57,11 @@ class Settings(options.SharedSettings):
         at_least=1,
     )
     slice: int = option(1, "use every n-th image of each part", at_least=1, below=10**6)
-    valid_size: int = option(
-        5000, "number of training images held out for validation, from the end", at_least=0
+    valid_size: int | None = option(
+        None,
+        "training images held out for validation, from the end [5000, or a fold]",
+        placeholder=None,
+        at_least=0,
     )
     init_from: str | None = option(
         None, "run, or file of weights such as its model.pt, to start from", path=True
@@ -98,7 +102,7 @@ from tasks.digits import Digits, ImageSet, load_digits, split_digits
 def load(settings: Settings, device: torch.device) -> Digits:
     """The data on the device, in three parts. Raises `UserError`."""
     digits = load_digits(settings.dataset, settings.data_dir)
-    return split_digits(digits, settings.valid_size, settings.slice, device)
+    return split_digits(digits, settings.valid_size, settings.slice, device, settings)
 
 
 def pixels(images: Tensor) -> Tensor:
@@ -188,6 +192,7 @@ def log_charts(run: Run, data: Digits, name: str, result: Evaluation) -> None:
             f"{name}/confusion_matrix_image": wandb.Image(matrix),
             f"{name}/calibration": wandb.Image(calibration),
             f"{name}/mistakes": mistakes,
+            f"{name}/per_class": viz.per_class_table(result, classes),
             f"{name}/logits": wandb.Histogram(result.logits.numpy()),
         }
     )
@@ -322,6 +327,7 @@ def conclude(session: Session, progress: Progress, best: Best, data: Digits) -> 
         return {}
 
     files.write_csv(output_dir / "predictions.csv", shown.columns())
+    files.write_csv(output_dir / "test_predictions.csv", test.columns())
     matrix = viz.confusion_matrix_picture(shown.confusion.counts, data.class_names, name)
     files.write_png(output_dir / "confusion_matrix.png", matrix)
     mistakes = viz.digit_mistakes_picture(part.images.cpu(), shown, data.class_names, name)
@@ -352,8 +358,8 @@ def conclude(session: Session, progress: Progress, best: Best, data: Digits) -> 
         "model": f"ConvNet {session.settings.kernels}",
         "class_names": data.class_names,
         "best/epoch": best.epoch,
-        **results,
-        f"{name}/majority_share": shown.confusion.majority_share(),
+        **test.named("test", data.class_names),
+        **shown.named(name, data.class_names),
     }
 
 
@@ -369,6 +375,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         with distributed.rank_0_first():  # which downloads the data
             data = load(settings, session.device)
         session.config["dataset"] = data.name  # what "auto" has found
+        session.config["valid_size"] = data.valid_size
         progress = Progress(session, len(data.train.labels), held_out=len(data.valid.labels))
         run = session.start(partial(wandb.init, project=settings.project, config=session.config))
         log_dataset(run, data)

@@ -20,6 +20,7 @@ from torch import Tensor
 from wandb.plot import CustomChart
 
 from metrics import (
+    PER_CLASS,
     ConfusionMatrix,
     Evaluation,
     calibration,
@@ -282,21 +283,25 @@ def most_confused_classes(counts: Tensor) -> list[int]:
 
 def confusion_matrix_chart(result: Evaluation, class_names: list[str]) -> CustomChart:
     """W&B's confusion matrix, of the most confused classes if there are many."""
-    shown = most_confused_classes(result.confusion.counts)
+    counts = result.confusion.counts
+    shown = most_confused_classes(counts)
     title = "Confusion matrix"
     if len(shown) < len(class_names):
         title += f" of the {MAX_CLASSES} most confused classes"
-    classes = torch.tensor(shown)
-    kept = torch.isin(result.labels, classes) & torch.isin(result.predictions, classes)
-    # Positions in `shown`, which is sorted.
-    labels = torch.searchsorted(classes, result.labels[kept])
-    predictions = torch.searchsorted(classes, result.predictions[kept])
+    counts = counts[shown][:, shown]
+    pairs = counts.nonzero().repeat_interleave(counts[counts > 0], 0)
+    labels, predictions = pairs.T.tolist()
     return wandb.plot.confusion_matrix(
-        y_true=labels.tolist(),
-        preds=predictions.tolist(),
+        y_true=labels,
+        preds=predictions,
         class_names=[class_names[label] for label in shown],
         title=title,
     )
+
+
+def per_class_table(result: Evaluation, class_names: list[str]) -> wandb.Table:
+    """Precision, recall, F1 and number of examples of each class."""
+    return wandb.Table(columns=PER_CLASS, data=result.confusion.per_class(class_names))
 
 
 def confusion_matrix_picture(

@@ -28,7 +28,13 @@ from reporting.predictions import (
     read_predictions,
     show_examples,
 )
-from reporting.runs import RunFiles, SeedGroups, base_name, format_mean
+from reporting.runs import (
+    PREDICTIONS,
+    RunFiles,
+    SeedGroups,
+    base_name,
+    format_mean,
+)
 
 MOST_COMPARED = 20  # runs per metric: each comparison takes about half a second
 MOST_GROUPS = 5  # of seeds
@@ -38,11 +44,11 @@ CAUTION = (
 )
 
 
-def compare_runs(runs: list[RunFiles], seed_groups: SeedGroups) -> str:
+def compare_runs(runs: list[RunFiles], seed_groups: SeedGroups, file: str = PREDICTIONS) -> str:
     """The section that compares the best run with the others, and the best group of seeds.
 
     `runs` are sorted from best to worst. Those that monitor the same metric and have predicted the
-    same examples are compared.
+    same examples are compared. There is none if no run has a `file` of test data.
     """
     comparable = defaultdict(list)  # lists of predictions
     left_out = defaultdict(list)  # labels of runs, by reason
@@ -55,13 +61,15 @@ def compare_runs(runs: list[RunFiles], seed_groups: SeedGroups) -> str:
                 raise UserError(f"not ranked by {run.monitor}")
             if compared[run.monitor] == MOST_COMPARED:
                 raise UserError(f"not among the {MOST_COMPARED} best by {run.monitor}")
-            predictions = read_predictions(run)
+            predictions = read_predictions(run, file)
         except UserError as reason:
             left_out[str(reason)].append(run.label)
         else:
             compared[run.monitor] += 1
             comparable[run.monitor, run.sign, predictions.examples].append(predictions)
-    content = f"<h2>Is one better than another?</h2>{compare_seeds(seed_groups)}"
+    if file != PREDICTIONS and not comparable:
+        return ""
+    content = f"<h2>Is one better than another? ({file})</h2>{compare_seeds(seed_groups, file)}"
     for best, *others in comparable.values():
         if others:
             content += compare_with_best(best, others)
@@ -94,7 +102,7 @@ def difference(a: Predictions, b: Predictions) -> tuple[float, float, float]:
 
     rows_a, rows_b = (torch.cat([run.probabilities, run.labels[:, None]], 1) for run in (a, b))
     gap = figure(rows_a) - figure(rows_b)
-    reported = a.run.best[a.run.monitor] - b.run.best[b.run.monitor]
+    reported = a.run.best.get(a.metric, math.nan) - b.run.best.get(b.metric, math.nan)
     if not math.isclose(gap, reported, rel_tol=0.01, abs_tol=1e-4):
         return math.nan, math.nan, math.nan
     if name == "loss":
@@ -108,7 +116,7 @@ def difference(a: Predictions, b: Predictions) -> tuple[float, float, float]:
 def verdict(metric: str, sign: int, low: float, high: float) -> str:
     """What the interval of the difference, best run minus this one, says."""
     if not math.isfinite(low + high):
-        return f"{metric} can't be computed from predictions.csv"
+        return f"{metric} can't be computed from the predictions"
     if low <= 0 <= high:
         return f"No evidence of a difference in {metric}"
     better = "The best" if sign * low < 0 else "This one"
@@ -117,9 +125,8 @@ def verdict(metric: str, sign: int, low: float, high: float) -> str:
 
 def compare_with_best(best: Predictions, others: list[Predictions]) -> str:
     """A table that compares the best run with each other one."""
-    monitor = best.run.monitor
     has_classes = best.probabilities is not None
-    metric = monitor if has_classes else "mean absolute error"
+    metric = best.metric if has_classes else "mean absolute error"
     sign = best.run.sign if has_classes else 1
     header = ["run", f"{metric}, best minus this", "95% interval from", "to", "in words"]
     method = "Intervals are by paired bootstrap over the examples."
@@ -145,25 +152,26 @@ def compare_with_best(best: Predictions, others: list[Predictions]) -> str:
             row += [only_best, only_this, min(1.0, pairs * p)]
         rows.append(row)
     introduction = (
-        f"The best by {monitor}, {best.run.label}, beside each other run on the same "
+        f"The best by {best.run.monitor}, {best.run.label}, beside each other run on the same "
         f"{len(best.labels):,} examples:"
     )
     explanation = paragraph(f"{method} {CAUTION}", "soft")
     return f"{paragraph(introduction)}{table(rows)}{explanation}"
 
 
-def compare_seeds(seed_groups: SeedGroups) -> str:
+def compare_seeds(seed_groups: SeedGroups, file: str = PREDICTIONS) -> str:
     """Paragraphs on the best group of seeds against others with the same examples and metric."""
     comparable = defaultdict(list)
     for name, members in seed_groups.items():
         first = members[0]
-        values = [run.best.get(first.monitor, math.nan) for run in members]
+        metric = first.metric_in(file)
+        values = [run.best.get(metric, math.nan) for run in members]
         if first.sign and all(map(math.isfinite, values)):
             try:
-                examples = read_predictions(first).examples
+                examples = read_predictions(first, file).examples
             except UserError:
                 examples = str(first.config.get("dataset"))
-            comparable[first.monitor, first.sign, examples].append((name, values))
+            comparable[metric, first.sign, examples].append((name, values))
     content = ""
     for (metric, sign, _), ranked in comparable.items():
         ranked.sort(key=lambda group: sign * mean(group[1]))
@@ -176,10 +184,10 @@ def compare_seeds(seed_groups: SeedGroups) -> str:
             else:
                 found = f"no evidence of a difference in {metric} between {best} and {name}"
             content += paragraph(
-                f"Over seeds, {found}: {format_mean(values)} (n = {len(values)}) and "
+                f"Over seeds or folds, {found}: {format_mean(values)} (n = {len(values)}) and "
                 f"{format_mean(other_values)} (n = {len(other_values)}), permutation test of the "
                 f"means, p = {p:.2g} with Holm's correction for all pairs of groups ({pairs}). "
-                "With three seeds each, p can't be below 0.1."
+                "With three runs each, p can't be below 0.1."
             )
     return content
 

@@ -10,6 +10,7 @@ from typing import Any
 from plotly.offline import get_plotlyjs
 
 from harness.errors import UserError
+from metrics import PER_CLASS, ConfusionMatrix
 from reporting.charts import MAX_POINTS, curves
 from reporting.comparison import compare_runs
 from reporting.markup import paragraph, table
@@ -47,7 +48,11 @@ def make_page(
         content += show_sweep(study)
     content += show_runs(runs, seed_groups)
     content += show_curves(runs, seed_groups)
-    content += compare_runs(runs, seed_groups) if len(runs) > 1 else show_run(runs[0])
+    if len(runs) > 1:
+        content += compare_runs(runs, seed_groups)
+        content += compare_runs(runs, seed_groups, "test_predictions.csv")
+    else:
+        content += show_run(runs[0])
     style = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
     code = Path(__file__).with_name("page.js").read_text(encoding="utf-8")
     nonce = secrets.token_urlsafe(16)
@@ -63,7 +68,7 @@ def make_page(
 
 
 def show_runs(runs: list[RunFiles], seed_groups: SeedGroups) -> str:
-    """The tables of the runs, and of means over seeds."""
+    """The tables of the runs, and of means over seeds or folds."""
     remark = (
         "The best by the monitored metric is first. Settings that are the same in all runs, or "
         "concern only logging, are left out. Figures are those of the best epoch; of a run that "
@@ -71,13 +76,17 @@ def show_runs(runs: list[RunFiles], seed_groups: SeedGroups) -> str:
         "data chose the epoch: figures under valid/ are too optimistic. A click on a head sorts."
     )
     content = f"<h2>Runs</h2>{paragraph(remark, 'soft')}{table(run_table(runs))}"
+    commands = [("run", "command")]
+    commands += [(run.label, run.config.get("command")) for run in runs]
+    content += f"<h3>Commands</h3>{table(commands)}"
     if seed_groups:
         remark = (
-            "Mean ± sample standard deviation over finished runs that differ in nothing but the "
-            "seed, one per seed."
+            "Mean ± sample standard deviation over finished runs that differ in nothing but seed "
+            "or fold, one of each; in parentheses the 95% interval of the mean, by Student's t, as "
+            "if they were independent: folds share most of their training data."
         )
         means = table(seed_table(runs, seed_groups))
-        content += f"<h2>Over seeds</h2>{paragraph(remark, 'soft')}{means}"
+        content += f"<h2>Over seeds or folds</h2>{paragraph(remark, 'soft')}{means}"
     return content
 
 
@@ -89,12 +98,12 @@ def show_curves(runs: list[RunFiles], seed_groups: SeedGroups) -> str:
     remark = (
         "Drag to zoom, double-click to zoom out. A click in the legend hides or shows a run. "
         f"Of curves of more than {MAX_POINTS:,} points, some at equal distances are drawn. Lines "
-        "with a band are the mean ± standard deviation over seeds."
+        "with a band are the mean ± standard deviation over seeds or folds."
     )
     return f"""<h2>Curves</h2>{paragraph(remark, "soft")}
 <div class="controls"><label>Metric <select id="metric"></select></label>
 <label><input type="checkbox" id="log"> log scale</label>
-<label><input type="checkbox" id="each"> each seed, too</label></div>
+<label><input type="checkbox" id="each"> each run, too</label></div>
 <div id="curves" data-curves="{html.escape(json.dumps(data))}"></div>"""
 
 
@@ -113,12 +122,17 @@ def show_run(run: RunFiles) -> str:
 
 
 def show_predictions(predictions: Predictions) -> str:
-    """The predictions that are most wrong."""
+    """Figures of each class, and the predictions that are most wrong."""
     wrong = largest_first(predictions.losses, ~predictions.correct)
+    per_class = ""
+    if names := predictions.class_names:
+        confusion = ConfusionMatrix(len(names))
+        confusion.update(predictions.predictions, predictions.labels)
+        per_class = f"<h3>Per class</h3>{table([PER_CLASS, *confusion.per_class(names)])}"
     heading = f"Worst of {len(wrong):,} mistakes in {len(predictions.labels):,} examples"
     if predictions.probabilities is None:
         heading = "Largest errors"
     examples = show_examples(predictions, wrong)
     validated = any(name.startswith("valid/") for name in predictions.run.best)
     part = "validation" if validated else "test"
-    return f"<h2>Predictions of the {part} data</h2><h3>{heading}</h3>{examples}"
+    return f"<h2>Predictions of the {part} data</h2>{per_class}<h3>{heading}</h3>{examples}"

@@ -12,7 +12,7 @@ from torch import Tensor
 from harness.errors import UserError
 from metrics import ConfusionMatrix, calibration
 from reporting.markup import table
-from reporting.runs import RunFiles, format_value
+from reporting.runs import PREDICTIONS, RunFiles, format_value
 
 csv.field_size_limit(2**31 - 1)  # the default is 131,072 characters
 MOST_SHOWN = 24  # examples
@@ -20,7 +20,7 @@ MOST_SHOWN = 24  # examples
 
 @dataclass
 class Predictions:
-    """The content of a run's predictions.csv: of classes, or of numbers."""
+    """The content of a run's predictions.csv or test_predictions.csv: classes, or numbers."""
 
     run: RunFiles
     labels: Tensor  # int64 (examples,), or the targets: float64 (examples,)
@@ -29,6 +29,7 @@ class Predictions:
     losses: Tensor  # float64 (examples,): cross-entropy in nats, or the absolute error
     texts: dict[str, tuple[str, ...]]  # the columns that are not numbers, such as "sentence"
     class_names: list[str]  # in alphabetical order, whatever that of the model is
+    metric: str = ""  # the monitored one, of these data
 
     @property
     def correct(self) -> Tensor:
@@ -41,16 +42,16 @@ class Predictions:
         return repr((self.class_names, self.labels.tolist(), self.texts))
 
 
-def read_predictions(run: RunFiles) -> Predictions:
+def read_predictions(run: RunFiles, file: str = PREDICTIONS) -> Predictions:
     """The predictions of a run. Raises `UserError` if they are missing or of another kind."""
-    path = run.path / "predictions.csv"
+    path = run.path / file
     if not path.is_file():
-        raise UserError("no predictions.csv")
+        raise UserError(f"no {file}")
     probabilities = []
     others = []
     try:
-        with path.open(newline="", encoding="utf-8", errors="replace") as file:
-            table = csv.reader(file)
+        with path.open(newline="", encoding="utf-8", errors="replace") as lines:
+            table = csv.reader(lines)
             header = next(table)
             is_probability = [name.startswith("probability_") for name in header]
             is_other = [not probability for probability in is_probability]
@@ -59,9 +60,11 @@ def read_predictions(run: RunFiles) -> Predictions:
                 probabilities.append(np.fromiter(compress(row, is_probability), float))
                 others.append(list(compress(row, is_other)))
         columns = dict(zip(compress(header, is_other), zip(*others, strict=True)))
-        return arrange(run, torch.from_numpy(np.array(probabilities)), columns)
+        predictions = arrange(run, torch.from_numpy(np.array(probabilities)), columns)
+        predictions.metric = run.metric_in(file)
+        return predictions
     except (OSError, StopIteration, ValueError, csv.Error):
-        raise UserError("predictions.csv can't be read") from None
+        raise UserError(f"{file} can't be read") from None
 
 
 def arrange(run: RunFiles, probabilities: Tensor, columns: dict[str, Any]) -> Predictions:
@@ -106,7 +109,7 @@ def arrange(run: RunFiles, probabilities: Tensor, columns: dict[str, Any]) -> Pr
         errors = (predictions - targets).abs()
         return Predictions(run, targets, predictions, None, errors, texts, class_names=[])
     raise UserError(
-        "predictions.csv has neither label, prediction and probability_0, ... nor target and "
+        "the predictions have neither label, prediction and probability_0, ... nor target and "
         "prediction as columns of numbers"
     )
 

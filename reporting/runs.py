@@ -15,6 +15,7 @@ from harness.directory import CONFIG, JOURNAL, METRICS
 from harness.errors import UserError
 from harness.files import read_json
 from harness.options import SharedSettings
+from metrics import mean_interval
 
 KEY_METRICS = 2  # of those that a script declares, shown beside the monitored one
 PROVENANCE = (  # in config.json, but no settings
@@ -25,7 +26,8 @@ PROVENANCE = (  # in config.json, but no settings
     "code",
     "resumed",
 )
-SEED_AND_REMARKS = ("seed", "notes", "tags")  # may differ within a group of seeds
+SEED_AND_REMARKS = ("seed", "fold", "notes", "tags")  # may differ within a group
+PREDICTIONS = "predictions.csv"
 
 
 @dataclasses.dataclass
@@ -77,6 +79,10 @@ class RunFiles:
             key=lambda row: (self.sign * row[self.monitor], row.get("valid/loss", 0)),  # as `Best`
             default={},
         )
+
+    def metric_in(self, file: str) -> str:
+        """The monitored metric of the data in a file: `PREDICTIONS`, or that of the test data."""
+        return self.monitor if file == PREDICTIONS else f"test/{base_name(self.monitor)}"
 
     @property
     def score(self) -> float | None:
@@ -207,7 +213,7 @@ def differing(runs: list[RunFiles]) -> list[str]:
 
 
 def groups(runs: list[RunFiles]) -> SeedGroups:
-    """Groups of two or more finished runs that differ only in the seed, one per seed."""
+    """Groups of two or more finished runs that differ only in seed or fold, one of each."""
     by_settings = defaultdict(dict)
     for run in sorted(runs, key=lambda run: run.path):  # of a repeated run, the last one counts
         if run.metrics is None:
@@ -216,7 +222,7 @@ def groups(runs: list[RunFiles]) -> SeedGroups:
         for name in SEED_AND_REMARKS:
             settings.pop(name, None)
         members = by_settings[json.dumps(settings, sort_keys=True)]
-        members[str(run.config.get("seed"))] = run
+        members[str((run.config.get("seed"), run.config.get("fold")))] = run
     seeded = [list(members.values()) for members in by_settings.values() if len(members) > 1]
     differences = differing([members[0] for members in seeded])
     names = [name for name in differences if name not in SEED_AND_REMARKS]
@@ -224,7 +230,7 @@ def groups(runs: list[RunFiles]) -> SeedGroups:
     for members in seeded:
         first = members[0]
         parts = [f"{name} {format_value(first.settings.get(name))}" for name in names]
-        label = ", ".join(parts) or "all but the seed alike"
+        label = ", ".join(parts) or "all but seed and fold alike"
         if label in named:
             label += f", {first.label}"
         named[format_value(label)] = members
@@ -272,13 +278,17 @@ def shown_figures(runs: list[RunFiles]) -> list[str]:
 
 
 def seed_table(runs: list[RunFiles], seed_groups: SeedGroups) -> Table:
-    """Each group's mean ± standard deviation."""
+    """Each group's mean ± standard deviation, and the 95% interval of the mean."""
     figures = shown_figures(runs)
-    rows = [["runs that differ in the seed only", "n", *figures]]
+    rows = [["runs that differ in seed or fold only", "n", *figures]]
     for name, members in seed_groups.items():
         row = [name, str(len(members))]
         for figure in figures:
             values = [run.best.get(figure, math.nan) for run in members]
-            row.append(format_mean(values) if all(map(math.isfinite, values)) else "–")
+            cell = "–"
+            if all(map(math.isfinite, values)):
+                low, high = map(format_value, mean_interval(values))
+                cell = f"{format_mean(values)} (95%: {low} to {high})"
+            row.append(cell)
         rows.append(row)
     return rows

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from harness.errors import UserError
 from tasks.downloads import Sources, has_files
+from tasks.folds import Folds
 
 
 class ImageSet(NamedTuple):
@@ -21,7 +22,7 @@ class ImageSet(NamedTuple):
     images: Tensor  # uint8 (examples, 1, 28, 28)
     labels: Tensor  # int64 (examples,), 0 to 9
 
-    def subset(self, rows: slice, device: torch.device | None = None) -> "ImageSet":
+    def subset(self, rows: slice | list[int], device: torch.device | None = None) -> "ImageSet":
         return ImageSet(self.images[rows].to(device), self.labels[rows].to(device))
 
 
@@ -33,9 +34,11 @@ class Digits(NamedTuple):
     test: ImageSet
     class_names: list[str]
     files: list[Path]  # what was read, or the code that draws the synthetic digits
-    valid: ImageSet | None = None  # of `split_digits`
+    valid: ImageSet | None = None  # this and the rest by `split_digits`
+    valid_size: int | None = None  # before images are left out; None if `valid` is a fold
 
 
+NO_FOLDS = Folds()
 DIGIT_NAMES = [str(digit) for digit in range(10)]
 MNIST_SHA256 = {  # of the published files, uncompressed
     "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
@@ -68,22 +71,36 @@ def load_digits(name: str, data_dir: str) -> Digits:
 
 def split_digits(
     digits: Digits,
-    valid_size: int,
+    valid_size: int | None,
     every: int,
     device: torch.device | None = None,
+    folds: Folds = NO_FOLDS,
 ) -> Digits:
     """Hold out the last `valid_size` training images, then keep every `every`-th of each part.
 
-    The images kept are moved to `device`.
+    With `folds`, one of them is held out instead. The images kept are moved to `device`.
     """
-    total = len(digits.train.labels)
-    kept = total - valid_size
-    if kept < 1:
-        raise UserError(f"--valid_size {valid_size} leaves no training image of {total}")
+    if folds.folds:
+        if valid_size is not None:
+            raise UserError(
+                "--valid_size and --folds exclude each other: drop one of them "
+                "(--valid_size None, if --config has it)"
+            )
+        train_rows, valid_rows = folds.split(digits.train.labels.tolist())
+    else:
+        valid_size = 5000 if valid_size is None else valid_size
+        total = len(digits.train.labels)
+        kept = total - valid_size
+        if kept < 1:
+            raise UserError(f"--valid_size {valid_size} leaves no training image of {total}")
+        train_rows = slice(kept)
+        valid_rows = slice(kept, None)
+    thinned = slice(None, None, every)
     return digits._replace(
-        train=digits.train.subset(slice(0, kept, every), device),
-        valid=digits.train.subset(slice(kept, total, every), device),
-        test=digits.test.subset(slice(None, None, every), device),
+        train=digits.train.subset(train_rows).subset(thinned, device),
+        valid=digits.train.subset(valid_rows).subset(thinned, device),
+        test=digits.test.subset(thinned, device),
+        valid_size=valid_size,
     )
 
 

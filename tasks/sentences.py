@@ -38,24 +38,35 @@ def load_corpus(
     """Load "cola" from `data_dir`, the user's "files", or "synthetic" sentences.
 
     CoLA is downloaded to `data_dir` if it is missing. "auto" means the user's files if they are
-    named, otherwise CoLA, otherwise, with a loud warning, "synthetic". Raises `UserError` if
-    the options contradict each other, or if files are missing or damaged.
+    named, otherwise CoLA, otherwise, with a loud warning, "synthetic". With `own.folds`, training
+    and validation data are put together, and one fold becomes the validation data. Raises
+    `UserError` if the options contradict each other, or if files are missing or damaged.
     """
     files = (own.train_file, own.valid_file, own.test_file)
-    if own.train_file and own.valid_file:
+    path = Path(data_dir) / "cola_public_1.1.zip"
+    source = (path, COLA_URL, COLA_SHA256)
+    if own.train_file and (own.valid_file or own.folds):
         if name not in ("auto", "files"):
             raise UserError(
                 f"--dataset {name} and --train_file exclude each other: drop one of them"
             )
-        return _read_user_files([Path(file) for file in files if file], own)
-    if any(files) or name == "files":
-        raise UserError("--train_file and --valid_file go together: name both")
-    if name != "synthetic":
-        path = Path(data_dir) / "cola_public_1.1.zip"
-        source = (path, COLA_URL, COLA_SHA256)
-        if has_files("cola", [path], data_dir, lambda: [source], optional=name == "auto"):
-            return _read_cola(path)
-    return synthetic_sentences()
+        corpus = _read_user_files([Path(file) for file in files if file], own)
+    elif any(files) or name == "files":
+        raise UserError("--train_file and --valid_file go together: name both, or make --folds")
+    elif name != "synthetic" and has_files(
+        "cola", [path], data_dir, lambda: [source], optional=name == "auto"
+    ):
+        corpus = _read_cola(path)
+    else:
+        corpus = synthetic_sentences()
+    if not own.folds:
+        return corpus
+    everything = [a + b for a, b in zip(corpus.train, corpus.valid)]
+    parts = []
+    for indices in own.split(everything[1]):  # by label
+        parts.append(Sentences(*([column[i] for i in indices] for column in everything)))
+    train, valid = parts
+    return corpus._replace(train=train, valid=valid, domains={})
 
 
 def _read_cola(path: Path) -> Corpus:
@@ -87,7 +98,8 @@ def parse_cola(content: bytes) -> Sentences:
 
 
 def _read_user_files(files: list[Path], own: OwnFiles) -> Corpus:
-    train, valid, *test = read_parts(files, own)
+    train, *others = read_parts(files, own)
+    valid = others.pop(0) if own.valid_file else Sentences([], [], [])
     order = sorted(_label_order(label) for label in set(train.labels))
     class_names = [label for _, _, label in order]
     has_words, _, last = order[-1]
@@ -98,12 +110,12 @@ def _read_user_files(files: list[Path], own: OwnFiles) -> Corpus:
         print(f"The labels, {class_names[0]} to {last}, look like regression: each is a class.")
     seen = set(train.sentences)
     where = "training"
-    for name, part in zip(("validation", "test"), (valid, *test)):
-        if seen.issuperset(part.sentences):
+    for name, part in zip(("validation", "test"), (valid, *others)):
+        if part.labels and seen.issuperset(part.sentences):
             print(f"All {name} sentences are {where} sentences too: results on them mean little.")
         seen.update(part.sentences)
         where = "training or validation"
-    return Corpus("files", train, valid, {}, class_names, files, *test)
+    return Corpus("files", train, valid, {}, class_names, files, *others)
 
 
 def _label_order(label: str) -> tuple[bool, float, str]:

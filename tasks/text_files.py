@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from harness.errors import UserError
 from harness.options import option
+from tasks.folds import Folds
 
 # Names of columns that need no option.
 TEXTS = (
@@ -58,8 +59,8 @@ class Sentences(NamedTuple):
 
 
 @dataclasses.dataclass(kw_only=True, frozen=True)
-class OwnFiles:
-    """The options for the user's files."""
+class OwnFiles(Folds):
+    """The options for the user's files, and for cross-validation on any."""
 
     train_file: str | None = option(
         None, "your training data: TSV, CSV, JSON lines or Parquet", path=True

@@ -5,6 +5,7 @@ import pickle
 
 import numpy as np
 import pytest
+import scipy.stats
 import sklearn.metrics as reference
 import torch
 import torch.nn.functional as F
@@ -268,6 +269,31 @@ def test_random_calibration_error_against_a_loop(bins):
                 expected += inside.mean() * abs(accuracy - confidence[inside].mean())
         ours = torch.from_numpy(probabilities), torch.from_numpy(labels)
         close(metrics.expected_calibration_error(*ours, bins), expected, seed)
+
+
+@pytest.mark.quick
+def test_figures_of_a_thousand_classes_against_scikit_learn():
+    """There were only averages."""
+    rng = np.random.default_rng(0)
+    labels, predictions = rng.integers(990, size=(2, 5000))  # the last ten classes don't occur
+    names = [f"class {label}" for label in range(1000)]
+    logits = torch.nn.functional.one_hot(torch.from_numpy(predictions), 1000).float()
+    named = metrics.evaluation(logits, torch.from_numpy(labels), ["acc"]).named("valid", names)
+    expected = reference.precision_recall_fscore_support(
+        labels, predictions, labels=range(1000), zero_division=0
+    )
+    for figure, values in zip(metrics.PER_CLASS[1:], expected):
+        found = [named.pop(f"valid/{figure}/{name}") for name in names]
+        close(np.array(found), values, figure)
+    assert set(named) == {"valid/acc", "valid/majority_share"}
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("size", [2, 3, 5, 30, 2000])
+def test_interval_of_a_mean_against_scipy(size):
+    values = np.random.default_rng(size).normal(3, 0.1, size)
+    expected = scipy.stats.t.interval(0.95, size - 1, values.mean(), scipy.stats.sem(values))
+    assert metrics.mean_interval(values.tolist()) == pytest.approx(expected, rel=1e-5)
 
 
 def test_counts_do_not_depend_on_batching():

@@ -271,7 +271,7 @@ def test_of_six_equal_groups_few_reports_name_a_winner():
     """34% did: the best of six was compared with each other one as if it had not been chosen."""
     rng = random.Random(0)
     reports = [comparison.compare_seeds(seed_groups([0.0] * 6, rng)) for _ in range(200)]
-    assert all(report.count("Over seeds, ") == 5 for report in reports)
+    assert all(report.count("Over seeds or folds, ") == 5 for report in reports)
     assert sum("is better in" in report for report in reports) <= 0.05 * 200
     assert "all pairs of groups (15)" in reports[0]
     clear = comparison.compare_seeds(seed_groups([0, 9, 0, 0, 0, 0], rng))
@@ -525,6 +525,53 @@ def test_classes_are_compared_by_name(tmp_path):
     assert torch.equal(a.probabilities, b.probabilities)
 
 
+@pytest.mark.quick
+def test_test_metrics_are_compared_where_their_predictions_are_kept(tmp_path):
+    """Only validation metrics were; the best by validation need not be the best on test data."""
+    paths = []
+    for name, seed in (("a", 1), ("b", 2), ("c", 3)):
+        path = make_run(tmp_path / name, seed=seed, monitor="valid/acc", examples=90)
+        other = make_run(tmp_path / f"other {name}", seed=seed + 10, examples=50)
+        (other / "predictions.csv").rename(path / "test_predictions.csv")
+        figures = json.loads((other / "metrics.json").read_text())
+        change(path / "metrics.json", {"test/acc": figures["valid/acc"]})
+        paths.append(path)
+    (paths[2] / "test_predictions.csv").unlink()
+    best, other, without = runs.sort_runs(runs.find_runs(paths))
+    if without.label != "c":
+        best, other = [run for run in (best, other, without) if run.label != "c"]
+    page = page_of(*paths, output=tmp_path / "report.html")
+    valid, test = page.split("<h2>Is one better than another? (test_predictions.csv)</h2>")
+    assert "on the same 90 examples" in valid and "valid/acc, best minus this" in valid
+    assert "on the same 50 examples" in test and "test/acc, best minus this" in test
+    assert "Not compared: c (no test_predictions.csv)" in test
+    pair = [read_predictions(run, "test_predictions.csv") for run in (best, other)]
+    gap, low, high = comparison.difference(*pair)
+    assert gap == pytest.approx(best.metrics["test/acc"] - other.metrics["test/acc"])
+    assert low <= gap <= high
+    for value in (gap, low, high, metrics.mcnemar_exact(*(p.correct for p in pair)).p_value):
+        assert runs.format_value(value) in test
+
+
+@pytest.mark.quick
+def test_runs_of_folds_are_a_group_and_those_of_seeds_and_folds_too(tmp_path):
+    """Only runs of several seeds were a group."""
+    for seed, fold in itertools.product((1, 2), (1, 2, 3)):
+        make_run(tmp_path / f"{seed}{fold}", seed=seed, fold=fold, folds=3)
+    make_run(tmp_path / "again", seed=1, fold=1, folds=3)
+    make_run(tmp_path / "other", seed=1, fold=1, folds=2)
+    found = runs.find_runs([tmp_path])
+    (members,) = runs.groups(found).values()
+    assert len(members) == 6
+    header, row = runs.seed_table(found, runs.groups(found))
+    values = [run.metrics["valid/loss"] for run in members]
+    low, high = scipy.stats.t.interval(0.95, 5, np.mean(values), scipy.stats.sem(values))
+    expected = (
+        f"{np.mean(values):.4g} ± {np.std(values, ddof=1):.4g} (95%: {low:.4g} to {high:.4g})"
+    )
+    assert row[1] == "6" and row[header.index("valid/loss")] == expected
+
+
 def test_seeds_on_other_examples_are_not_compared(tmp_path):
     """Runs on two validation files were ranked against each other: both are called "files"."""
     paths = [
@@ -609,7 +656,7 @@ def test_a_figure_that_does_not_follow_from_the_predictions_is_not_compared(tmp_
     a, b = (make_run(tmp_path / str(seed), seed=seed) for seed in (1, 2))
     change(a / "metrics.json", {"valid/loss": 0.01})
     page = page_of(a, b, output=tmp_path / "report.html")
-    assert html.escape("valid/loss can't be computed from predictions.csv") in page
+    assert html.escape("valid/loss can't be computed from the predictions") in page
 
 
 def change(path: Path, values: dict[str, Any]) -> None:
@@ -687,7 +734,7 @@ def test_runs_without_a_direction_are_not_ranked(declared, tmp_path, capsys):
     assert lines[2].split()[:6] == ["1", "finished", "1", "3", "1", "2"]  # its best is shown
     (line,) = (line for line in lines if line.startswith("Not ranked: 1: "))
     assert line in page and "Not compared: 1 (not ranked by valid/mae)." in page
-    assert "The best is" not in page and "Over seeds, " not in page
+    assert "The best is" not in page and "Over seeds or folds, " not in page
     (a / "metrics.json").unlink()  # what its best epoch was is unknown
     page_of(a, b, output=tmp_path / "report.html")
 
@@ -698,9 +745,9 @@ def test_predictions_in_other_columns(tmp_path):
         (run / "predictions.csv").write_text("image,dice\nx.png,0.5\n")
     page = page_of(a, b, output=tmp_path / "report.html")
     assert "Not compared: 1 and" not in page
-    assert "Not compared: 1, 30 (predictions.csv has neither label, prediction and" in page
+    assert "Not compared: 1, 30 (the predictions have neither label, prediction and" in page
     alone = page_of(a, output=tmp_path / "report.html")
-    assert "No predictions to show: predictions.csv has neither" in alone
+    assert "No predictions to show: the predictions have neither" in alone
 
 
 def test_numbers_that_diverged(tmp_path):
@@ -754,7 +801,7 @@ def test_both_scripts_together(tmp_path, capsys):
     page = page_of(tmp_path / "mnist", tmp_path / "out", output=tmp_path / "report.html")
     out = capsys.readouterr().out
     assert "valid/loss" in out and "valid/mcc" in out and out.count("finished") == 2
-    assert page.count("no other run has predicted the same") == 1
+    assert page.count("no other run has predicted the same") == 2  # the second: MNIST's test data
     alone = page_of(tmp_path / "mnist", output=tmp_path / "report.html")
     assert "Worst of " in alone and alone.count("<img alt=") == 3
     assert 'title="mistakes.png"' in alone
@@ -951,7 +998,7 @@ def test_regression_in_a_browser(browser, tmp_path):
     a, b = (make_regression(tmp_path / f"{e:g}", error=e, seed=e) for e in (1.0, 30.0))
     page_of(a, b, output=tmp_path / "report.html")
     opened(browser, tmp_path / "report.html")
-    assert set(shown(browser)) == {"1", "30", "all but the seed alike (n = 2)"}
+    assert set(shown(browser)) == {"1", "30", "all but seed and fold alike (n = 2)"}
     page_of(a, output=tmp_path / "report.html")
     opened(browser, tmp_path / "report.html")
     (a / "predictions.csv").write_text("target,prediction\n1,nan\n2,inf\n3,4\n")

@@ -162,6 +162,7 @@ def test_every_key_is_in_the_right_rows(small_cola):
     }
     charts |= {
         "calibration",
+        "per_class",
         "per_source",
         "per_source_chart_table",
         "majority_share",
@@ -311,6 +312,13 @@ def test_own_test_file_is_reported(own_files):
         own_files.summary["test/loss"] == own_files.journal[-1]["test/loss"] == metrics["test/loss"]
     )
     assert "test/mcc_low" in metrics and "valid/mcc_low" not in metrics
+    for name in ("precision", "recall", "f1"):  # there were only averages
+        score = getattr(sklearn.metrics, f"{name}_score")
+        expected = score(labels, predicted, labels=range(3), average=None, zero_division=0)
+        classes = metrics["class_names"]
+        found = [metrics[f"test/{name}/{name_of_class}"] for name_of_class in classes]
+        assert found == pytest.approx(expected.tolist(), abs=1e-12)
+        assert f"valid/{name}/{classes[0]}" in metrics
     assert metrics["mcc_interval"] == "on the test file"
     lines = own_files.out.splitlines()
     assert ", 3 for the test" in next(line for line in lines if line.startswith("files: 6 + 6"))

@@ -29,7 +29,14 @@ from tests import forking, killing
 QUICK = f"{killing.DIGITS} --slice 4 --valid_size 1000 --epochs 1".split()  # 8 batches
 
 METRICS = EVALUATION_METRICS.keys() - BINARY_METRICS
-CHARTS = {"confusion_matrix_table", "confusion_matrix_image", "mistakes", "logits", "calibration"}
+CHARTS = {
+    "confusion_matrix_table",
+    "confusion_matrix_image",
+    "mistakes",
+    "logits",
+    "calibration",
+    "per_class",
+}
 
 
 def keys(row: dict) -> set[str]:
@@ -58,7 +65,7 @@ def media(run, key: str, row: dict) -> dict:
 @pytest.mark.quick
 def test_every_file_is_there(small_mnist):
     names = "config.json history.jsonl checkpoint.pt metrics.json predictions.csv confusion_matrix.png mistakes.png"
-    names += " curves.png model.onnx model.pt checkpoint.previous.pt"
+    names += " curves.png model.onnx model.pt checkpoint.previous.pt test_predictions.csv"
     assert {file.name for file in small_mnist.files.iterdir()} == {*names.split()}
 
 
@@ -194,6 +201,32 @@ def test_metrics_match_the_predictions(small_mnist):
     )
     assert metrics["valid/majority_share"] == max(np.bincount(labels)) / 800
     assert (metrics["dataset"], metrics["model"]) == ("synthetic", "ConvNet [16, 32]")
+
+
+@pytest.mark.parametrize(
+    "part, file", [("valid", "predictions.csv"), ("test", "test_predictions.csv")]
+)
+def test_figures_of_each_class(small_mnist, part, file):
+    """Only their averages were kept; predictions of the test images were not kept at all."""
+    with (small_mnist.files / file).open(newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    assert list(rows[0]) == list(predictions(small_mnist)[0]) and len(rows) == 800
+    labels, predicted = ([int(row[name]) for row in rows] for name in ("label", "prediction"))
+    metrics = small_mnist.metrics
+    assert metrics[f"{part}/acc"] == sklearn.metrics.accuracy_score(labels, predicted)
+    expected = sklearn.metrics.precision_recall_fscore_support(
+        labels, predicted, labels=range(10), zero_division=0
+    )
+    names = ("precision", "recall", "f1", "examples")
+    for name, values in zip(names, expected):
+        found = [metrics[f"{part}/{name}/{digit}"] for digit in range(10)]
+        assert found == pytest.approx(values.tolist(), abs=1e-12)
+    table = media(small_mnist, f"{part}/per_class", small_mnist.history[-1])
+    assert table["columns"] == ["class", *names]
+    assert len(table["data"]) == 10
+    if part == "test":  # of the best model
+        assert [row[0] for row in table["data"]] == [str(digit) for digit in range(10)]
+        assert [row[4] for row in table["data"]] == expected[3].tolist()
 
 
 def test_table_holds_the_most_confident_mistakes(small_mnist):
