@@ -92,20 +92,17 @@ def predict_sentences(
     part = Sentences([], [], [])
     for text in arguments.inputs:
         more = Sentences([text], [""], [""])
-        if os.path.isfile(text) or re.search(r"\.\w{2,7}$", text) or arguments.evaluate:
+        if os.path.exists(text) or re.search(r"\.\w{2,7}$", text) or arguments.evaluate:
             more = read_inputs(Path(text), OwnFiles(**chosen), arguments.evaluate)
         for column, values in zip(part, more):
             column += values
-    inputs = part.columns("input")
-    predictions = arguments.run / "predictions.csv"
-    if not predictions.is_file():
-        raise UserError(f"{arguments.run} has no predictions.csv, which tells what was trained on")
-    with predictions.open(encoding="utf-8") as file:
+    with (arguments.run / "predictions.csv").open(encoding="utf-8") as file:
         trained_on_pairs = "sentence2" in file.readline()
-    if trained_on_pairs != ("input2" in inputs):
+    if {isinstance(text, tuple) for text in part.sentences} != {trained_on_pairs}:
         wanted = "pairs of sentences" if trained_on_pairs else "single sentences"
         raise UserError(f"the model of {arguments.run} was trained on {wanted}")
     path = arguments.run / "model"
+    transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
@@ -123,6 +120,7 @@ def predict_sentences(
     for indices in tqdm(by_length.split(arguments.batch_size), unit="batch", leave=False):
         with torch.inference_mode():
             logits[indices] = model(**inputs_of(tokens, indices)).logits.cpu()
+    inputs = part.columns("input")
     del inputs["source"]
     return Predicted(inputs, part.labels, logits)
 
@@ -207,11 +205,13 @@ def predict(arguments: argparse.Namespace) -> dict[str, Sequence[Any]]:
     if metrics is None or config is None:
         raise UserError(f"{arguments.run} holds no finished run: there is no {METRICS}")
     device = find_device(arguments.device)
-    class_names = metrics["class_names"]
-    if (arguments.run / "model").is_dir():
+    class_names = metrics.get("class_names")
+    if "max_length" in config:
         predicted = predict_sentences(arguments, config, class_names, device)
-    else:
+    elif "kernels" in config:
         predicted = predict_images(arguments, class_names, device)
+    else:
+        raise UserError(f"{arguments.run} is a run of neither train_cola.py nor train_mnist.py")
     columns = dict(predicted.inputs)
     result = None
     if arguments.evaluate:

@@ -27,6 +27,8 @@ PATH_ERRORS = (
     errno.ENAMETOOLONG,
     errno.ENOTDIR,
     errno.EISDIR,
+    errno.ENOENT,
+    errno.EEXIST,
     errno.ELOOP,
 )
 ALLOCATION_ERRORS = re.compile(

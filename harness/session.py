@@ -191,9 +191,10 @@ def _open_on_rank_0(
     begun = dataclasses.asdict(requested) | identity
     begun |= {"task_name": task, wandb_service.TOKEN: secrets.token_hex(8)}
     with output_directory(output_dir, requested.resume, begun):
-        before = read_json(output_dir / CONFIG) or {}  # it may be damaged
-        if before.get("task_name", task) != task:
-            raise UserError(f"--resume: the run in {output_dir} is of another script")
+        for path in (output_dir / CONFIG, Path(requested.config or "")):
+            before = read_json(path) or {}  # it may be damaged
+            if before.get("task_name", task) != task:
+                raise UserError(f"the run in {path.parent} is of another script")
         checkpoint = read_checkpoint(output_dir)
         if checkpoint:
             started -= checkpoint["seconds"]

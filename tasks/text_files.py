@@ -109,9 +109,9 @@ def read_inputs(path: Path, own: OwnFiles, labelled: bool) -> Sentences:
     Raises `UserError`.
     """
     if path.suffix == ".txt" and not labelled:
-        text = _decode(path.read_bytes(), path, own.encoding)
-        rows = [(0, ["sentence"])]
-        rows += [(0, [line]) for line in text.splitlines() if line.strip()]
+        lines = re.split("\r?\n", _decode(_read(path), path, own.encoding))
+        rows = [(0, [line]) for line in ["sentence", *lines] if line.strip()]
+        _check_length(rows, path)
     else:
         rows, _ = _with_header(path, own)
     names = [name.strip().casefold() for name in rows[0][1]]
@@ -133,20 +133,30 @@ def _with_header(
     if header:
         print(f"{path} has no header: its columns are taken as {' and '.join(header)}.")
         rows.insert(0, (0, header))
-    if len(rows) < 2:
-        raise UserError(f"{path} contains no sentences")
+    _check_length(rows, path)
     return rows, header
 
 
-def _read_rows(path: Path, encoding: str | None) -> list[Row]:
-    """A file's header, if there is one, and its other rows. Blank lines are skipped."""
+def _check_length(rows: list[Row], path: Path) -> None:
+    if len(rows) < 2:
+        raise UserError(f"{path} contains no sentences")
+
+
+def _read(path: Path) -> bytes:
+    """The content of a file, which may be compressed."""
     try:
         content = path.read_bytes()
         if content.startswith(b"\x1f\x8b"):
             content = gzip.decompress(content)
+        return content
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"can't read {path}: {reason}") from None
+
+
+def _read_rows(path: Path, encoding: str | None) -> list[Row]:
+    """A file's header, if there is one, and its other rows. Blank lines are skipped."""
+    content = _read(path)
     if content.startswith((b"PK\x03\x04", b"\xd0\xcf\x11\xe0", b"BZh", b"\xfd7zXZ")):
         raise UserError(f"{path} is an Excel workbook or an archive: save the table as CSV")
     if content.startswith(b"PAR1"):
