@@ -118,34 +118,26 @@ def predict_sentences(
     logits = torch.zeros(len(labels), len(class_names))
     by_length = tokens.lengths.argsort(stable=True)
     for indices in tqdm(by_length.split(arguments.batch_size), unit="batch", leave=False):
-        with torch.inference_mode():
-            logits[indices] = model(**inputs_of(tokens, indices)).logits.cpu()
+        logits[indices] = model(**inputs_of(tokens, indices)).logits.cpu()
     inputs = part.columns("input")
     del inputs["source"]
     return Predicted(inputs, part.labels, logits)
 
 
 def predict_images(
-    arguments: argparse.Namespace, class_names: list[str], device: torch.device
+    arguments: argparse.Namespace,
+    config: dict[str, Any],
+    class_names: list[str],
+    device: torch.device,
 ) -> Predicted:
     """Apply the model that train_mnist.py has saved. Raises `UserError`."""
     paths = [Path(path) for path in arguments.inputs]
     part = read_images(paths, class_names, arguments.evaluate)
-    path = arguments.run / "model.pt"
-    try:
-        weights = files.read_tensors(path)
-        kernels = [len(weights["conv1.weight"]), len(weights["conv2.weight"])]
-        model = ConvNet(kernels, len(class_names))
-        model.load_state_dict(weights)
-    except Exception as error:  # torch raises arbitrary exceptions
-        problem = f"can't be loaded as a ConvNet of train_mnist.py: {one_line(error)}"
-        raise UserError(f"{path} {problem}") from None
+    model = ConvNet(config["kernels"], len(class_names))
+    files.load_weights(model, str(arguments.run))
     model.eval().to(device)
-    batches = part.images.split(arguments.batch_size)
-    logits = []
-    for batch in tqdm(batches, unit="batch", leave=False):
-        with torch.inference_mode():
-            logits.append(model(pixels(batch.to(device))).cpu())
+    batches = tqdm(part.images.split(arguments.batch_size), unit="batch", leave=False)
+    logits = [model(pixels(batch.to(device))).cpu() for batch in batches]
     return Predicted({"input": part.names}, part.labels, torch.cat(logits))
 
 
@@ -198,6 +190,7 @@ def write(columns: Mapping[str, Sequence[Any]], output: Path | None) -> None:
     files.write_csv(output, columns)
 
 
+@torch.inference_mode()
 def predict(arguments: argparse.Namespace) -> dict[str, Sequence[Any]]:
     """The columns of the CSV file, after evaluating and logging what was asked for."""
     metrics = files.read_json(arguments.run / METRICS)
@@ -209,7 +202,7 @@ def predict(arguments: argparse.Namespace) -> dict[str, Sequence[Any]]:
     if "max_length" in config:
         predicted = predict_sentences(arguments, config, class_names, device)
     elif "kernels" in config:
-        predicted = predict_images(arguments, class_names, device)
+        predicted = predict_images(arguments, config, class_names, device)
     else:
         raise UserError(f"{arguments.run} is a run of neither train_cola.py nor train_mnist.py")
     columns = dict(predicted.inputs)

@@ -179,14 +179,14 @@ def _read_config(settings_class: type, path: Path, source: str) -> dict[str, Any
             if source == "--config":
                 names -= IDENTITY
             # The machine may no longer be online, and W&B's variable decides what is not given.
-            if values["wandb"] == "online" or os.environ.get("WANDB_MODE"):
+            if values.get("wandb") == "online" or os.environ.get("WANDB_MODE"):
                 names.discard("wandb")
             values = {name: values[name] for name in names}
+        elif source == "--resume":
+            return {}  # no run's: its directory is refused
         return _check(settings_class, values, prefix="")
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        problem = f"can't be read: {error}"
-    except yaml.YAMLError as error:
-        problem = f"is no YAML file: {' '.join(str(error).split())}"
+    except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
+        problem = f"can't be read: {' '.join(str(error).split())}"
     except UserError as error:
         problem = f"does not fit this script: {error}"
     raise UserError(f"{source}: {path} {problem}")
@@ -199,10 +199,9 @@ def given_options(settings: SharedSettings) -> list[str]:
         value = getattr(settings, name)
         if value == default or name == "config":
             continue
-        words = list(map(str, value if isinstance(value, list) else [value]))
-        if value is True:
-            arguments.append(f"--{name}")
-        elif any(word.startswith("-") for word in words):  # it would be taken for an option
+        values = value if isinstance(value, list) else [value]
+        words = [] if value is True else list(map(str, values))
+        if any(word.startswith("-") for word in words):  # it would be taken for an option
             arguments += [f"--{name}={word}" for word in words]
         else:
             arguments += [f"--{name}", *words]

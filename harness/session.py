@@ -419,10 +419,10 @@ def _where_to_look(run: tracking.Run, output_dir: Path) -> str:
     line = f"Files of this run: {output_dir}"
     if run.wandb.disabled:
         return f"{line} (W&B is disabled)"
-    last = _short(Path(run.wandb.dir).parent)
+    last = str(_short(Path(run.wandb.dir).parent))
     if importlib.util.find_spec("wandb.cli.leet"):  # not in older versions
         since = " (since it was resumed)" if run.earlier_logs else ""
-        line += f" | look at it: wandb leet {last}{since}"
+        line += f" | look at it: {shell_command(['wandb', 'leet', last])}{since}"
     if run.online:
         return f"{line} | on the web: {run.wandb.url}"
     command = ["wandb", "sync"]
@@ -431,7 +431,7 @@ def _where_to_look(run: tracking.Run, output_dir: Path) -> str:
     for log in run.earlier_logs:
         if not wandb_service.synced_marker(log).exists():
             command.append(str(_short(log.parent)))
-    return f"{line} | upload it: {shell_command([*command, str(last)])}"
+    return f"{line} | upload it: {shell_command([*command, last])}"
 
 
 def _short(path: Path) -> Path:

@@ -108,12 +108,7 @@ def read_inputs(path: Path, own: OwnFiles, labelled: bool) -> Sentences:
 
     Raises `UserError`.
     """
-    if path.suffix == ".txt" and not labelled:
-        lines = re.split("\r?\n", _decode(_read(path), path, own.encoding))
-        rows = [(0, [line]) for line in ["sentence", *lines] if line.strip()]
-        _check_length(rows, path)
-    else:
-        rows, _ = _with_header(path, own)
+    rows, _ = _with_header(path, own, lines=path.suffix == ".txt" and not labelled)
     names = [name.strip().casefold() for name in rows[0][1]]
     if not labelled:
         own = dataclasses.replace(own, label_column=NO_LABEL)
@@ -124,44 +119,40 @@ def read_inputs(path: Path, own: OwnFiles, labelled: bool) -> Sentences:
 
 
 def _with_header(
-    path: Path, own: OwnFiles, header: list[str] | None = None
+    path: Path, own: OwnFiles, header: list[str] | None = None, lines: bool = False
 ) -> tuple[list[Row], list[str]]:
     """The rows of a file, and the `header` put before them; [] if the file has one itself."""
-    rows = _read_rows(path, own.encoding)
+    rows = _read_rows(path, own.encoding, lines)
     if header is None:
         header = _missing_header(rows)
     if header:
         print(f"{path} has no header: its columns are taken as {' and '.join(header)}.")
         rows.insert(0, (0, header))
-    _check_length(rows, path)
+    if len(rows) < 2:
+        raise UserError(f"{path} contains no sentences")
     return rows, header
 
 
-def _check_length(rows: list[Row], path: Path) -> None:
-    if len(rows) < 2:
-        raise UserError(f"{path} contains no sentences")
+def _read_rows(path: Path, encoding: str | None, lines: bool) -> list[Row]:
+    """A file's header, if there is one, and its other rows. Blank lines are skipped.
 
-
-def _read(path: Path) -> bytes:
-    """The content of a file, which may be compressed."""
+    `lines`: each line is a sentence.
+    """
     try:
         content = path.read_bytes()
         if content.startswith(b"\x1f\x8b"):
             content = gzip.decompress(content)
-        return content
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"can't read {path}: {reason}") from None
-
-
-def _read_rows(path: Path, encoding: str | None) -> list[Row]:
-    """A file's header, if there is one, and its other rows. Blank lines are skipped."""
-    content = _read(path)
     if content.startswith((b"PK\x03\x04", b"\xd0\xcf\x11\xe0", b"BZh", b"\xfd7zXZ")):
         raise UserError(f"{path} is an Excel workbook or an archive: save the table as CSV")
     if content.startswith(b"PAR1"):
         return _parse_parquet(content, path)
     text = _decode(content, path, encoding)
+    if lines:
+        texts = ["sentence", *re.split("\r?\n", text)]
+        return [(0, [line]) for line in texts if line.strip()]
     if re.match(r'\s*\[?\s*\{\s*"', text):
         return _parse_json_lines(text, path)
     return _split_columns(text, path)
