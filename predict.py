@@ -82,10 +82,7 @@ class Predicted(NamedTuple):
 
 
 def predict_sentences(
-    arguments: argparse.Namespace,
-    config: dict[str, Any],
-    class_names: list[str],
-    device: torch.device,
+    arguments: argparse.Namespace, config: dict[str, Any], device: torch.device
 ) -> Predicted:
     """Apply the model that train_cola.py has saved. Raises `UserError`."""
     chosen = {name: getattr(arguments, name) or config.get(name) for name in COLUMN_OPTIONS}
@@ -115,7 +112,7 @@ def predict_sentences(
     tokens = tokenise(part.sentences, labels, tokenizer, limit, device)
     if tokens.cut:
         print(f"{tokens.cut} sentences are longer than {limit} tokens and are truncated.")
-    logits = torch.zeros(len(labels), len(class_names))
+    logits = torch.zeros(len(labels), model.config.num_labels)
     by_length = tokens.lengths.argsort(stable=True)
     for indices in tqdm(by_length.split(arguments.batch_size), unit="batch", leave=False):
         logits[indices] = model(**inputs_of(tokens, indices)).logits.cpu()
@@ -131,8 +128,7 @@ def predict_images(
     device: torch.device,
 ) -> Predicted:
     """Apply the model that train_mnist.py has saved. Raises `UserError`."""
-    paths = [Path(path) for path in arguments.inputs]
-    part = read_images(paths, class_names, arguments.evaluate)
+    part = read_images(list(map(Path, arguments.inputs)), class_names, arguments.evaluate)
     model = ConvNet(config["kernels"], len(class_names))
     files.load_weights(model, str(arguments.run))
     model.eval().to(device)
@@ -179,33 +175,22 @@ def log_to_wandb(
             run.log({"test/confusion_matrix": chart, **result.named("test")})
 
 
-def write(columns: Mapping[str, Sequence[Any]], output: Path | None) -> None:
-    """Write columns as a CSV file, or to standard output."""
-    if output is None:
-        writer = csv.writer(sys.stdout, lineterminator="\n")
-        writer.writerow(columns)
-        writer.writerows(zip(*columns.values()))
-        return
-    output.parent.mkdir(parents=True, exist_ok=True)
-    files.write_csv(output, columns)
-
-
 @torch.inference_mode()
 def predict(arguments: argparse.Namespace) -> dict[str, Sequence[Any]]:
     """The columns of the CSV file, after evaluating and logging what was asked for."""
     metrics = files.read_json(arguments.run / METRICS)
     config = files.read_json(arguments.run / CONFIG)
-    if metrics is None or config is None:
+    if not metrics or not config:
         raise UserError(f"{arguments.run} holds no finished run: there is no {METRICS}")
     device = find_device(arguments.device)
     class_names = metrics.get("class_names")
     if "max_length" in config:
-        predicted = predict_sentences(arguments, config, class_names, device)
+        predicted = predict_sentences(arguments, config, device)
     elif "kernels" in config:
         predicted = predict_images(arguments, config, class_names, device)
     else:
         raise UserError(f"{arguments.run} is a run of neither train_cola.py nor train_mnist.py")
-    columns = dict(predicted.inputs)
+    columns = predicted.inputs
     result = None
     if arguments.evaluate:
         result = evaluate(predicted, class_names, metrics.get("positive_label"))
@@ -223,7 +208,13 @@ def main(argv: list[str] | None = None) -> dict[str, Sequence[Any]]:
     arguments = parse_arguments(argv)
     with contextlib.redirect_stdout(sys.stderr):  # standard output is for the CSV
         columns = predict(arguments)
-    write(columns, arguments.output)
+    if arguments.output:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        files.write_csv(arguments.output, columns)
+    else:
+        writer = csv.writer(sys.stdout, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows(zip(*columns.values()))
     return columns
 
 

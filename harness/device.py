@@ -51,7 +51,7 @@ def restoring_globals() -> Iterator[None]:
     finally:
         for (owner, name), value in zip(attributes, values):
             setattr(owner, name, value)
-        with contextlib.suppress(AttributeError, ImportError):  # a signal has broken an import
+        with contextlib.suppress(Exception):  # a signal has broken an import of torch
             torch.use_deterministic_algorithms(deterministic)
 
 

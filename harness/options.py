@@ -268,7 +268,7 @@ def _read_sweep_file() -> dict[str, Any]:
             content = yaml.safe_load(file)
         content.pop("wandb_version")
         return {str(name): entry["value"] for name, entry in content.items()}
-    except (OSError, ValueError, yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
+    except Exception as error:  # of the file, of YAML, or of what it holds
         raise UserError(f"{SWEEP_FILE}: {path} can't be read: {error}") from None
 
 

@@ -192,8 +192,7 @@ def _open_on_rank_0(
     begun |= {"task_name": task, wandb_service.TOKEN: secrets.token_hex(8)}
     with output_directory(output_dir, requested.resume, begun):
         for path in (output_dir / CONFIG, Path(requested.config or "")):
-            before = read_json(path) or {}  # it may be damaged
-            if before.get("task_name", task) != task:
+            if (read_json(path) or {}).get("task_name", task) != task:
                 raise UserError(f"the run in {path.parent} is of another script")
         checkpoint = read_checkpoint(output_dir)
         if checkpoint:
@@ -363,12 +362,10 @@ def _add_to_records(record: dict[str, Any], output_dir: Path) -> dict[str, Any]:
     before = read_json(output_dir / CONFIG) or {}  # it may be damaged
     first = {name: before.get(name, record[name]) for name in record}
     changed = []
-    for library, new in record["versions"].items():
-        old = first["versions"].get(library)
-        if old != new:
-            changed.append(f"{library} {new} instead of {old}")
-    for name in first["code"].keys() & record["code"].keys():
-        if first["code"][name] != record["code"][name]:
+    for library, new in record["versions"].items() - first["versions"].items():
+        changed.append(f"{library} {new} instead of {first['versions'].get(library)}")
+    for name, _ in record["code"].items() - first["code"].items():
+        if name in first["code"]:
             changed.append(f"a changed {name}")
     if changed:
         print(f"The run goes on with {list_names(changed)}: results may differ.")

@@ -49,8 +49,8 @@ def read_images(paths: list[Path], class_names: list[str], labelled: bool) -> Ow
         for file in files:
             try:
                 image = ImageOps.exif_transpose(Image.open(file))
-                *_, (opacity, _) = image.convert("RGBA").getextrema()
-                if opacity < 255 or image.mode[0] in "IF":  # convert would lose what is drawn
+                # "L" would lose what is drawn.
+                if image.mode[0] in "IF" or image.convert("RGBA").getextrema()[3] != (255, 255):
                     raise ValueError("save it without transparency, and with 8 bits a pixel")
                 images.append(image.convert("L"))
             except (OSError, ValueError, Image.DecompressionBombError) as error:

@@ -151,7 +151,7 @@ def _read_rows(path: Path, encoding: str | None, lines: bool) -> list[Row]:
         return _parse_parquet(content, path)
     text = _decode(content, path, encoding)
     if lines:
-        texts = ["sentence", *re.split("\r?\n", text)]
+        texts = re.split("\r?\n", f"sentence\n{text}")
         return [(0, [line]) for line in texts if line.strip()]
     if re.match(r'\s*\[?\s*\{\s*"', text):
         return _parse_json_lines(text, path)

@@ -106,7 +106,7 @@ def test_what_can_not_be_predicted(text_run, tmp_path, monkeypatch):
     assert "copy/model can't be loaded: " in refusal(copy, "A sentence.")
     shutil.rmtree(copy / "model")  # "A sentence. can't be read as an image"
     assert "copy/model can't be loaded: " in refusal(copy, "A sentence.")
-    (copy / "config.json").write_text("{}")  # of another script
+    (copy / "config.json").write_text('{"task_name": "lm"}')
     assert "neither train_cola.py nor train_mnist.py" in refusal(copy, "A sentence.")
 
 
