@@ -82,7 +82,9 @@ class Predicted(NamedTuple):
 
 
 def predict_sentences(
-    arguments: argparse.Namespace, config: dict[str, Any], device: torch.device
+    arguments: argparse.Namespace,
+    config: dict[str, Any],
+    device: torch.device,
 ) -> Predicted:
     """Apply the model that train_cola.py has saved. Raises `UserError`."""
     chosen = {name: getattr(arguments, name) or config.get(name) for name in COLUMN_OPTIONS}
