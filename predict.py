@@ -84,7 +84,6 @@ class Predicted(NamedTuple):
 def predict_sentences(
     arguments: argparse.Namespace,
     config: dict[str, Any],
-    class_names: list[str],
     device: torch.device,
 ) -> Predicted:
     """Apply the model that train_cola.py has saved. Raises `UserError`."""
@@ -92,20 +91,17 @@ def predict_sentences(
     part = Sentences([], [], [])
     for text in arguments.inputs:
         more = Sentences([text], [""], [""])
-        if os.path.isfile(text) or re.search(r"\.\w{2,7}$", text) or arguments.evaluate:
+        if os.path.exists(text) or re.search(r"\.\w{2,7}$", text) or arguments.evaluate:
             more = read_inputs(Path(text), OwnFiles(**chosen), arguments.evaluate)
         for column, values in zip(part, more):
             column += values
-    inputs = part.columns("input")
-    predictions = arguments.run / "predictions.csv"
-    if not predictions.is_file():
-        raise UserError(f"{arguments.run} has no predictions.csv, which tells what was trained on")
-    with predictions.open(encoding="utf-8") as file:
+    with (arguments.run / "predictions.csv").open(encoding="utf-8") as file:
         trained_on_pairs = "sentence2" in file.readline()
-    if trained_on_pairs != ("input2" in inputs):
+    if {isinstance(text, tuple) for text in part.sentences} != {trained_on_pairs}:
         wanted = "pairs of sentences" if trained_on_pairs else "single sentences"
         raise UserError(f"the model of {arguments.run} was trained on {wanted}")
     path = arguments.run / "model"
+    transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
@@ -118,36 +114,28 @@ def predict_sentences(
     tokens = tokenise(part.sentences, labels, tokenizer, limit, device)
     if tokens.cut:
         print(f"{tokens.cut} sentences are longer than {limit} tokens and are truncated.")
-    logits = torch.zeros(len(labels), len(class_names))
+    logits = torch.zeros(len(labels), model.config.num_labels)
     by_length = tokens.lengths.argsort(stable=True)
     for indices in tqdm(by_length.split(arguments.batch_size), unit="batch", leave=False):
-        with torch.inference_mode():
-            logits[indices] = model(**inputs_of(tokens, indices)).logits.cpu()
+        logits[indices] = model(**inputs_of(tokens, indices)).logits.cpu()
+    inputs = part.columns("input")
     del inputs["source"]
     return Predicted(inputs, part.labels, logits)
 
 
 def predict_images(
-    arguments: argparse.Namespace, class_names: list[str], device: torch.device
+    arguments: argparse.Namespace,
+    config: dict[str, Any],
+    class_names: list[str],
+    device: torch.device,
 ) -> Predicted:
     """Apply the model that train_mnist.py has saved. Raises `UserError`."""
-    paths = [Path(path) for path in arguments.inputs]
-    part = read_images(paths, class_names, arguments.evaluate)
-    path = arguments.run / "model.pt"
-    try:
-        weights = files.read_tensors(path)
-        kernels = [len(weights["conv1.weight"]), len(weights["conv2.weight"])]
-        model = ConvNet(kernels, len(class_names))
-        model.load_state_dict(weights)
-    except Exception as error:  # torch raises arbitrary exceptions
-        problem = f"can't be loaded as a ConvNet of train_mnist.py: {one_line(error)}"
-        raise UserError(f"{path} {problem}") from None
+    part = read_images(list(map(Path, arguments.inputs)), class_names, arguments.evaluate)
+    model = ConvNet(config["kernels"], len(class_names))
+    files.load_weights(model, str(arguments.run))
     model.eval().to(device)
-    batches = part.images.split(arguments.batch_size)
-    logits = []
-    for batch in tqdm(batches, unit="batch", leave=False):
-        with torch.inference_mode():
-            logits.append(model(pixels(batch.to(device))).cpu())
+    batches = tqdm(part.images.split(arguments.batch_size), unit="batch", leave=False)
+    logits = [model(pixels(batch.to(device))).cpu() for batch in batches]
     return Predicted({"input": part.names}, part.labels, torch.cat(logits))
 
 
@@ -189,30 +177,22 @@ def log_to_wandb(
             run.log({"test/confusion_matrix": chart, **result.named("test")})
 
 
-def write(columns: Mapping[str, Sequence[Any]], output: Path | None) -> None:
-    """Write columns as a CSV file, or to standard output."""
-    if output is None:
-        writer = csv.writer(sys.stdout, lineterminator="\n")
-        writer.writerow(columns)
-        writer.writerows(zip(*columns.values()))
-        return
-    output.parent.mkdir(parents=True, exist_ok=True)
-    files.write_csv(output, columns)
-
-
+@torch.inference_mode()
 def predict(arguments: argparse.Namespace) -> dict[str, Sequence[Any]]:
     """The columns of the CSV file, after evaluating and logging what was asked for."""
     metrics = files.read_json(arguments.run / METRICS)
     config = files.read_json(arguments.run / CONFIG)
-    if metrics is None or config is None:
+    if not metrics or not config:
         raise UserError(f"{arguments.run} holds no finished run: there is no {METRICS}")
     device = find_device(arguments.device)
-    class_names = metrics["class_names"]
-    if (arguments.run / "model").is_dir():
-        predicted = predict_sentences(arguments, config, class_names, device)
+    class_names = metrics.get("class_names")
+    if "max_length" in config:
+        predicted = predict_sentences(arguments, config, device)
+    elif "kernels" in config:
+        predicted = predict_images(arguments, config, class_names, device)
     else:
-        predicted = predict_images(arguments, class_names, device)
-    columns = dict(predicted.inputs)
+        raise UserError(f"{arguments.run} is a run of neither train_cola.py nor train_mnist.py")
+    columns = predicted.inputs
     result = None
     if arguments.evaluate:
         result = evaluate(predicted, class_names, metrics.get("positive_label"))
@@ -230,7 +210,13 @@ def main(argv: list[str] | None = None) -> dict[str, Sequence[Any]]:
     arguments = parse_arguments(argv)
     with contextlib.redirect_stdout(sys.stderr):  # standard output is for the CSV
         columns = predict(arguments)
-    write(columns, arguments.output)
+    if arguments.output:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        files.write_csv(arguments.output, columns)
+    else:
+        writer = csv.writer(sys.stdout, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows(zip(*columns.values()))
     return columns
 
 

@@ -49,9 +49,10 @@ def restoring_globals() -> Iterator[None]:
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(deterministic)
         for (owner, name), value in zip(attributes, values):
             setattr(owner, name, value)
+        with contextlib.suppress(Exception):  # a signal has broken an import of torch
+            torch.use_deterministic_algorithms(deterministic)
 
 
 def seed_rank(seed: int) -> None:

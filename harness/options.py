@@ -155,15 +155,13 @@ def parse(settings_class: type[Settings], argv: Sequence[str] | None = None) -> 
     if not issubclass(settings_class, SharedSettings):
         return settings_class(**given)
     given |= _check(settings_class, _read_sweep_file(), prefix="config.")
-    used = {}
     if given.get("config"):
-        used = _read_config(settings_class, Path(given["config"]), "--config")
-        for name in IDENTITY & used.keys():
-            del used[name]
+        given = _read_config(settings_class, Path(given["config"]), "--config") | given
+    used = {}
     if given.get("resume") and given.get("output_dir"):
         path = Path(given["output_dir"], "config.json")
         if path.exists():
-            used |= _read_config(settings_class, path, "--resume")
+            used = _read_config(settings_class, path, "--resume")
     return settings_class(**used | given)
 
 
@@ -172,20 +170,25 @@ def _read_config(settings_class: type, path: Path, source: str) -> dict[str, Any
     import yaml  # one of W&B's dependencies, and not needed otherwise
 
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-        if "task_name" in values:  # a run's, which also holds what is no option
-            values = {name: values[name] for name in _kinds(settings_class) if name in values}
-        # The machine may no longer be online, and W&B's variable decides what is not given.
-        if values.get("wandb") == "online" or os.environ.get("WANDB_MODE"):
-            values.pop("wandb", None)
+        if not isinstance(values, dict):
+            raise ValueError("it holds no options, such as epochs: 3")
+        if "run_token" in values:  # a run's, which also holds what is no option
+            names = _kinds(settings_class).keys() & values.keys()
+            if source == "--config":
+                names -= IDENTITY
+            # The machine may no longer be online, and W&B's variable decides what is not given.
+            if values.get("wandb") == "online" or os.environ.get("WANDB_MODE"):
+                names.discard("wandb")
+            values = {name: values[name] for name in names}
+        elif source == "--resume":
+            return {}  # no run's: its directory is refused
         return _check(settings_class, values, prefix="")
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        problem = f"can't be read: {error}"
-    except yaml.YAMLError as error:
-        problem = f"is no YAML file: {' '.join(str(error).split())}"
+    except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
+        problem = f"can't be read: {' '.join(str(error).split())}"
     except UserError as error:
-        problem = f"is of another script, or damaged: {error}"
+        problem = f"does not fit this script: {error}"
     raise UserError(f"{source}: {path} {problem}")
 
 
@@ -196,11 +199,12 @@ def given_options(settings: SharedSettings) -> list[str]:
         value = getattr(settings, name)
         if value == default or name == "config":
             continue
-        arguments.append(f"--{name}")
-        if isinstance(value, list):
-            arguments += map(str, value)
-        elif value is not True:
-            arguments.append(str(value))
+        values = value if isinstance(value, list) else [value]
+        words = [] if value is True else list(map(str, values))
+        if any(word.startswith("-") for word in words):  # it would be taken for an option
+            arguments += [f"--{name}={word}" for word in words]
+        else:
+            arguments += [f"--{name}", *words]
     return arguments
 
 
@@ -264,7 +268,7 @@ def _read_sweep_file() -> dict[str, Any]:
             content = yaml.safe_load(file)
         content.pop("wandb_version")
         return {str(name): entry["value"] for name, entry in content.items()}
-    except (OSError, ValueError, yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
+    except Exception as error:  # of the file, of YAML, or of what it holds
         raise UserError(f"{SWEEP_FILE}: {path} can't be read: {error}") from None
 
 
@@ -329,6 +333,8 @@ def _list(kind: type, value: Any, length: int | None = None, **limits: float) ->
 
 
 def _text(value: Any, choices: Sequence[str] = (), path: bool = False) -> str:
+    if choices and value is False:
+        value = "off"  # which YAML takes for false
     text = "" if value is None else str(value)
     if not text:
         raise ValueError("must not be empty")

@@ -21,14 +21,7 @@ from harness.system import ALARM, STOP_SIGNALS, interrupt_after
 
 GRACE = 2  # seconds from a signal to the exit if there is nothing to save
 EXIT_TIMEOUT = 30  # seconds
-PATH_ERRORS = (
-    errno.EACCES,
-    errno.EPERM,
-    errno.ENAMETOOLONG,
-    errno.ENOTDIR,
-    errno.EISDIR,
-    errno.ELOOP,
-)
+PATH_ERRORS = (errno.EACCES, errno.EPERM)
 ALLOCATION_ERRORS = re.compile(
     "out of memory|can't allocate memory|storage size calculation", re.IGNORECASE
 )
@@ -137,7 +130,7 @@ def _explained(error: Exception) -> tuple[str | None, int]:
     if isinstance(error, UserError):
         return str(error), error.status
     failure = disk_error(error)
-    if failure and failure.errno in DISK_ERRORS + PATH_ERRORS:
+    if failure and (failure.filename or failure.errno in DISK_ERRORS + PATH_ERRORS):
         path = failure.filename2 or failure.filename or "writing"
         return f"{path}: {failure.strerror}", 1 if failure.errno in DISK_ERRORS else 2
     if isinstance(error, MemoryError) or ALLOCATION_ERRORS.search(str(error)):

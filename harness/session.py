@@ -191,9 +191,9 @@ def _open_on_rank_0(
     begun = dataclasses.asdict(requested) | identity
     begun |= {"task_name": task, wandb_service.TOKEN: secrets.token_hex(8)}
     with output_directory(output_dir, requested.resume, begun):
-        before = read_json(output_dir / CONFIG) or {}  # it may be damaged
-        if before.get("task_name", task) != task:
-            raise UserError(f"--resume: the run in {output_dir} is of another script")
+        for path in (output_dir / CONFIG, Path(requested.config or "")):
+            if (read_json(path) or {}).get("task_name", task) != task:
+                raise UserError(f"the run in {path.parent} is of another script")
         checkpoint = read_checkpoint(output_dir)
         if checkpoint:
             started -= checkpoint["seconds"]
@@ -362,12 +362,10 @@ def _add_to_records(record: dict[str, Any], output_dir: Path) -> dict[str, Any]:
     before = read_json(output_dir / CONFIG) or {}  # it may be damaged
     first = {name: before.get(name, record[name]) for name in record}
     changed = []
-    for library, new in record["versions"].items():
-        old = first["versions"].get(library)
-        if old != new:
-            changed.append(f"{library} {new} instead of {old}")
-    for name in first["code"].keys() & record["code"].keys():
-        if first["code"][name] != record["code"][name]:
+    for library, new in record["versions"].items() - first["versions"].items():
+        changed.append(f"{library} {new} instead of {first['versions'].get(library)}")
+    for name, _ in record["code"].items() - first["code"].items():
+        if name in first["code"]:
             changed.append(f"a changed {name}")
     if changed:
         print(f"The run goes on with {list_names(changed)}: results may differ.")
@@ -418,10 +416,10 @@ def _where_to_look(run: tracking.Run, output_dir: Path) -> str:
     line = f"Files of this run: {output_dir}"
     if run.wandb.disabled:
         return f"{line} (W&B is disabled)"
-    last = _short(Path(run.wandb.dir).parent)
+    last = str(_short(Path(run.wandb.dir).parent))
     if importlib.util.find_spec("wandb.cli.leet"):  # not in older versions
         since = " (since it was resumed)" if run.earlier_logs else ""
-        line += f" | look at it: wandb leet {last}{since}"
+        line += f" | look at it: {shell_command(['wandb', 'leet', last])}{since}"
     if run.online:
         return f"{line} | on the web: {run.wandb.url}"
     command = ["wandb", "sync"]
@@ -430,7 +428,7 @@ def _where_to_look(run: tracking.Run, output_dir: Path) -> str:
     for log in run.earlier_logs:
         if not wandb_service.synced_marker(log).exists():
             command.append(str(_short(log.parent)))
-    return f"{line} | upload it: {shell_command([*command, str(last)])}"
+    return f"{line} | upload it: {shell_command([*command, last])}"
 
 
 def _short(path: Path) -> Path:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from harness.errors import UserError
@@ -48,7 +48,11 @@ def read_images(paths: list[Path], class_names: list[str], labelled: bool) -> Ow
             files = sorted(file for file in path.rglob("*") if file.suffix.lower() in suffixes)
         for file in files:
             try:
-                images.append(Image.open(file).convert("L"))
+                image = ImageOps.exif_transpose(Image.open(file))
+                # "L" would lose what is drawn.
+                if image.mode[0] in "IF" or image.convert("RGBA").getextrema()[3] != (255, 255):
+                    raise ValueError("save it without transparency, and with 8 bits a pixel")
+                images.append(image.convert("L"))
             except (OSError, ValueError, Image.DecompressionBombError) as error:
                 raise UserError(f"{file} can't be read as an image: {error}") from None
             names.append(str(file))

@@ -109,12 +109,7 @@ def read_inputs(path: Path, own: OwnFiles, labelled: bool) -> Sentences:
 
     Raises `UserError`.
     """
-    if path.suffix == ".txt" and not labelled:
-        text = _decode(path.read_bytes(), path, own.encoding)
-        rows = [(0, ["sentence"])]
-        rows += [(0, [line]) for line in text.splitlines() if line.strip()]
-    else:
-        rows, _ = _with_header(path, own)
+    rows, _ = _with_header(path, own, lines=path.suffix == ".txt" and not labelled)
     names = [name.strip().casefold() for name in rows[0][1]]
     if not labelled:
         own = dataclasses.replace(own, label_column=NO_LABEL)
@@ -125,10 +120,10 @@ def read_inputs(path: Path, own: OwnFiles, labelled: bool) -> Sentences:
 
 
 def _with_header(
-    path: Path, own: OwnFiles, header: list[str] | None = None
+    path: Path, own: OwnFiles, header: list[str] | None = None, lines: bool = False
 ) -> tuple[list[Row], list[str]]:
     """The rows of a file, and the `header` put before them; [] if the file has one itself."""
-    rows = _read_rows(path, own.encoding)
+    rows = _read_rows(path, own.encoding, lines)
     if header is None:
         header = _missing_header(rows)
     if header:
@@ -139,8 +134,11 @@ def _with_header(
     return rows, header
 
 
-def _read_rows(path: Path, encoding: str | None) -> list[Row]:
-    """A file's header, if there is one, and its other rows. Blank lines are skipped."""
+def _read_rows(path: Path, encoding: str | None, lines: bool) -> list[Row]:
+    """A file's header, if there is one, and its other rows. Blank lines are skipped.
+
+    `lines`: each line is a sentence.
+    """
     try:
         content = path.read_bytes()
         if content.startswith(b"\x1f\x8b"):
@@ -153,6 +151,9 @@ def _read_rows(path: Path, encoding: str | None) -> list[Row]:
     if content.startswith(b"PAR1"):
         return _parse_parquet(content, path)
     text = _decode(content, path, encoding)
+    if lines:
+        texts = re.split("\r?\n", f"sentence\n{text}")
+        return [(0, [line]) for line in texts if line.strip()]
     if re.match(r'\s*\[?\s*\{\s*"', text):
         return _parse_json_lines(text, path)
     return _split_columns(text, path)

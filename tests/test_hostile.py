@@ -230,7 +230,7 @@ def test_the_other_scripts_run_is_refused(unfinished):
     arguments = f"--train_file {killing.SENTENCES} --valid_file {killing.SENTENCES} --model scratch --output_dir out"
     done = call("train_cola.py", *arguments.split(), "--resume", cwd=unfinished.parent)
     assert done.status == 2
-    assert "out/config.json is of another script, or damaged: dataset: must be one of" in done.err
+    assert "out/config.json does not fit this script: dataset: must be one of" in done.err
     assert "Traceback" not in done.err
 
 
@@ -238,7 +238,7 @@ def test_the_other_scripts_run_is_refused(unfinished):
     "entry, problem",
     [
         ({"task_name": "tabular"}, "the run in out is of another script"),
-        ({"epochs": -2}, "out/config.json is of another script, or damaged: epochs: must be at"),
+        ({"epochs": -2}, "out/config.json does not fit this script: epochs: must be at"),
     ],
 )
 def test_a_run_without_checkpoint_is_not_begun_with_other_options(
@@ -246,7 +246,13 @@ def test_a_run_without_checkpoint_is_not_begun_with_other_options(
 ):
     """It trained with the defaults of all options, or another script with the options of this one."""
     monkeypatch.chdir(tmp_path)
-    config = {"id": "a", "output_dir": "out", "resume": False, "epochs": 1} | entry
+    config = {
+        "id": "a",
+        "output_dir": "out",
+        "resume": False,
+        "epochs": 1,
+        "run_token": "b",
+    } | entry
     (tmp_path / "out").mkdir()
     (tmp_path / "out/config.json").write_text(json.dumps(config))
     arguments = "--output_dir out --resume --dataset synthetic --wandb disabled".split()

@@ -13,6 +13,7 @@ from conftest import clean_environment, wandb_records, write_mnist
 from PIL import Image, ImageOps
 
 import predict
+from harness import script
 from harness.errors import UserError
 from tasks.digits import split_digits, synthetic_digits
 
@@ -103,6 +104,29 @@ def test_what_can_not_be_predicted(text_run, tmp_path, monkeypatch):
     shutil.copytree(text_run, copy)
     (copy / "model/model.safetensors").write_bytes(b"damaged")
     assert "copy/model can't be loaded: " in refusal(copy, "A sentence.")
+    shutil.rmtree(copy / "model")  # "A sentence. can't be read as an image"
+    assert "copy/model can't be loaded: " in refusal(copy, "A sentence.")
+    (copy / "config.json").write_text('{"task_name": "lm"}')
+    assert "neither train_cola.py nor train_mnist.py" in refusal(copy, "A sentence.")
+
+
+def test_files_that_are_no_sentences(text_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert "can't read new.txt: No such file" in refusal(text_run, "new.txt")  # a traceback
+    for content in ("", "\n \n"):  # IndexError
+        Path("empty.txt").write_text(content)
+        assert "empty.txt contains no sentences" in refusal(text_run, "empty.txt")
+    Path("folder").mkdir()  # its name was the sentence
+    assert "can't read folder: Is a directory" in refusal(text_run, "folder")
+    Path("p.csv").write_text("premise,hypothesis\nIt is so.,It is not.\n")
+    # A pair became the sentence "('It is so.', 'It is not.')".
+    assert "was trained on single sentences" in refusal(text_run, "It is so.", "p.csv")
+    Path("odd.txt").write_bytes("It is\u2028so.\x0b\r\nIt is.\n".encode())  # were three
+    rows, _ = answers(text_run, "odd.txt")
+    assert [row["input"] for row in rows] == ["It is\u2028so.\x0b", "It is."]
+    inside_a_file = [str(text_run), "It is.", "--output", "odd.txt/out.csv"]
+    assert script.status_of(lambda: predict.main(inside_a_file)) == 2  # a traceback
+    assert "odd.txt: File exists" in capsys.readouterr().err
 
 
 def test_digits_have_the_answers_of_the_run(small_mnist, tmp_path):
@@ -148,7 +172,28 @@ def test_images_that_can_not_be_predicted(small_mnist, tmp_path):
     copy.mkdir()
     for name in ("metrics.json", "config.json"):
         shutil.copy(small_mnist.files / name, copy)
-    assert "model.pt can't be loaded" in refusal(copy, tmp_path / "y.png")
+    assert "model.pt does not hold the weights of this model: " in refusal(copy, tmp_path / "y.png")
+
+
+def test_forms_of_images(small_mnist, tmp_path):
+    """White on a transparent ground was read as white, 16 bits as white, and a photo as it lay in the camera."""
+    drawn = Image.fromarray((np.arange(784).reshape(28, 28) % 200).astype(np.uint8))
+    opaque = Image.merge("RGBA", [drawn] * 3 + [Image.new("L", (28, 28), 255)])
+    opaque.save(tmp_path / "opaque.png")
+    drawn.save(tmp_path / "gray.png")
+    drawn.rotate(90).save(tmp_path / "upright.png")
+    camera = Image.Exif()
+    camera[0x0112] = 8  # to be turned by 90° counterclockwise
+    drawn.save(tmp_path / "photo.png", exif=camera)
+    names = ("gray.png", "opaque.png", "upright.png", "photo.png")
+    rows, _ = answers(small_mnist.files, *(tmp_path / name for name in names))
+    gray, same, upright, photo = (list(row.values())[1:] for row in rows)
+    assert same == gray and photo == upright and gray != upright
+    Image.merge("LA", [Image.new("L", (28, 28), 255), drawn]).save(tmp_path / "drawing.png")
+    Image.fromarray(np.asarray(drawn).astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    for name in ("drawing.png", "deep.png"):
+        problem = "save it without transparency, and with 8 bits a pixel"
+        assert problem in refusal(small_mnist.files, tmp_path / name)
 
 
 def test_predictions_are_logged_if_asked_for(text_run, tmp_path, monkeypatch):

@@ -1,12 +1,20 @@
 """From one run to the next: more epochs, the same settings again, weights of another run, what config.json remembers."""
 
+import dataclasses
 import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
+import train_mnist
+from harness import session
+from harness.device import restoring_globals
+from harness.errors import Stopped
+from harness.options import given_options, parse
 from tests import forking, killing
 from tests.conftest import call, clean_environment
 from tests.wandb_server import serving
@@ -98,17 +106,77 @@ def test_another_runs_settings_as_defaults(cwd):
     found = [config[name] for name in ("epochs", "learning_rate", "kernels")]
     assert found == [1, 0.002, [4, 8]]
     for content, problem in {
-        "epoch: 1": "is of another script, or damaged: epoch: no such option; did you mean epochs?",
-        "epochs: [1": "is no YAML file: while parsing",
-        "epochs: many": "is of another script, or damaged: epochs: must be a whole number",
-        "- epochs": "can't be read: ",
+        "epoch: 1": "does not fit this script: epoch: no such option; did you mean epochs?",
+        "epochs: [1": "can't be read: while parsing",
+        "epochs: many": "does not fit this script: epochs: must be a whole number",
+        "- epochs": "can't be read: it holds no options",  # "'list' object has no attribute 'get'"
+        "": "can't be read: it holds no options",
     }.items():
         (cwd / "x.yaml").write_text(content)
         err = train(cwd, "--config", "x.yaml", expected=2)
         assert f"--config: x.yaml {problem}" in err and err.count("\n") == 1
     assert "can't be read" in train(cwd, "--config", "missing.json", expected=2)
     other = train(cwd, "--config", "own/config.json", expected=2, script="train_cola.py")
-    assert "--config: own/config.json is of another script" in other
+    assert "--config: own/config.json does not fit this script" in other
+    # Its options happen to be valid: they were taken.
+    other = train(cwd, "--config", "four/config.json", expected=2, script="train_cola.py")
+    assert "the run in four is of another script" in other
+
+
+@pytest.mark.quick
+def test_a_file_of_ones_own_is_a_request(tmp_path, monkeypatch):
+    """Its output directory and --wandb online were ignored, and a run to resume had the last word."""
+    monkeypatch.chdir(tmp_path)
+    Path("own.yaml").write_text("\ufeffoutput_dir: out\nwandb: online\nwatch: off\nepochs: 3\n")
+    arguments = ["--config", "own.yaml", "--seed", "7"]
+    settings = parse(train_mnist.Settings, arguments)
+    assert (settings.output_dir, settings.wandb, settings.seed) == ("out", "online", 7)
+    assert settings.watch == "off"  # refused: YAML takes it for false
+    config = dataclasses.asdict(settings) | {"epochs": 2, "batch_size": 8, "id": "a"}
+    Path("out").mkdir()
+    # Of an older version, too, which wrote no task_name, and was refused.
+    Path("out/config.json").write_text(json.dumps(config | {"metrics": {}, "run_token": "b"}))
+    resumed = parse(train_mnist.Settings, [*arguments, "--resume"])
+    assert (resumed.epochs, resumed.batch_size, resumed.id) == (3, 8, "a")
+    another = parse(train_mnist.Settings, ["--config", "out/config.json"])
+    assert (another.epochs, another.output_dir, another.id) == (2, None, None)
+    assert another.wandb == "auto"  # the machine may have no network
+
+
+@pytest.mark.quick
+def test_a_command_repeats_values_that_begin_with_a_dash():
+    """argparse took them for options: "expected one argument"."""
+    tags = ["--tags=-x", "--tags=b c"]
+    given = ["--name=-1", "--notes=--not an option", *tags, "--output_dir=-o", "--save_code"]
+    settings = parse(train_mnist.Settings, [*given, "--deterministic", "no", "--kernels", "4", "8"])
+    again = given_options(settings)
+    assert parse(train_mnist.Settings, again) == settings
+    assert "--notes=--not an option" in again and settings.tags == ["-x", "b c"]
+
+
+@pytest.mark.quick
+def test_the_last_line_quotes_a_path(tmp_path, monkeypatch):
+    """`wandb leet` had two arguments."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "my runs/wandb/offline-run-1"
+    wandb_run = SimpleNamespace(disabled=False, dir=str(folder / "files"))
+    run = SimpleNamespace(wandb=wandb_run, online=False, earlier_logs=[])
+    line = session._where_to_look(run, Path("out"))
+    (look,) = re.findall(r"look at it: (.*) \| upload", line) or [None]
+    assert look in (None, "wandb leet 'my runs/wandb/offline-run-1'")  # None: before W&B 0.28
+    assert line.endswith("wandb sync 'my runs/wandb/offline-run-1'")
+
+
+@pytest.mark.quick
+def test_a_signal_amid_imports_ends_in_a_line(monkeypatch):
+    """It left torch half imported; restoring its settings then failed with a traceback."""
+
+    def broken(_: bool) -> None:
+        raise AttributeError("module 'torch._dynamo' has no attribute 'utils'")
+
+    with pytest.raises(Stopped), restoring_globals():
+        monkeypatch.setattr(torch, "use_deterministic_algorithms", broken)
+        raise Stopped("SIGTERM", 143)
 
 
 def test_config_tells_how_it_was_made(cwd):
@@ -155,8 +223,6 @@ def test_what_a_kill_at_the_first_write_leaves_is_cleared(cwd):
 
 def test_weights_of_another_run(cwd):
     """With a learning rate of almost nothing they are those of the new run."""
-    import torch
-
     weights = torch.load(cwd / "four/model.pt")
     still = [*SMALL, "--epochs", 1, "--learning_rate", "1e-30", "--wandb", "disabled"]
     for number, source in enumerate(("four", "four/model.pt")):
