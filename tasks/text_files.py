@@ -1,4 +1,4 @@
-"""Read a user's files of labelled sentences: tables, JSON lines or Parquet, as they are."""
+"""Read a user's files of labelled sentences: tables, JSON lines or Parquet."""
 
 import codecs
 import csv
@@ -16,7 +16,7 @@ from harness.errors import UserError
 from harness.options import option
 from tasks.folds import Folds
 
-# Names of columns that need no option.
+# Names of columns that are found without an option.
 TEXTS = (
     "sentence",
     "text",
@@ -38,7 +38,7 @@ PAIRS = {  # as in the tasks of GLUE
 }
 Text = str | tuple[str, str]  # a sentence or a pair of sentences
 NO_LABEL = "?"  # instead of the labels of sentences that have none
-Row = tuple[int, list[str]]  # the line in which it begins, and its columns
+Row = tuple[int, list[str]]  # the number of its first line, and its columns
 csv.field_size_limit(2**31 - 1)  # the default is 131,072 characters
 
 
@@ -60,7 +60,7 @@ class Sentences(NamedTuple):
 
 @dataclasses.dataclass(kw_only=True, frozen=True)
 class OwnFiles(Folds):
-    """The options for the user's files, and for cross-validation on any."""
+    """The options for the user's files and for cross-validation."""
 
     train_file: str | None = option(
         None, "your training data: TSV, CSV, JSON lines or Parquet", path=True
@@ -75,7 +75,7 @@ class OwnFiles(Folds):
 
 
 def read_parts(paths: list[Path], own: OwnFiles) -> list[Sentences]:
-    """The sentences of a run's files, training data first; all have the columns of the first.
+    """The sentences of a run's files, training data first, whose columns all the others must have.
 
     Raises `UserError`.
     """
@@ -110,7 +110,7 @@ def read_inputs(path: Path, own: OwnFiles, labelled: bool) -> Sentences:
     Raises `UserError`.
     """
     if path.suffix == ".txt" and not labelled:
-        text = _decode(path.read_bytes(), path, own.encoding)
+        text = _decode(_read_content(path), path, own.encoding)
         rows = [(0, ["sentence"])]
         rows += [(0, [line]) for line in text.splitlines() if line.strip()]
     else:
@@ -127,7 +127,7 @@ def read_inputs(path: Path, own: OwnFiles, labelled: bool) -> Sentences:
 def _with_header(
     path: Path, own: OwnFiles, header: list[str] | None = None
 ) -> tuple[list[Row], list[str]]:
-    """The rows of a file, and the `header` put before them; [] if the file has one itself."""
+    """The rows of a file, and the header added as the first of them; [] if the file has its own."""
     rows = _read_rows(path, own.encoding)
     if header is None:
         header = _missing_header(rows)
@@ -139,15 +139,19 @@ def _with_header(
     return rows, header
 
 
-def _read_rows(path: Path, encoding: str | None) -> list[Row]:
-    """A file's header, if there is one, and its other rows. Blank lines are skipped."""
+def _read_content(path: Path) -> bytes:
+    """A file's bytes, decompressed if it is a gzip file."""
     try:
         content = path.read_bytes()
-        if content.startswith(b"\x1f\x8b"):
-            content = gzip.decompress(content)
+        return gzip.decompress(content) if content.startswith(b"\x1f\x8b") else content
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"can't read {path}: {reason}") from None
+
+
+def _read_rows(path: Path, encoding: str | None) -> list[Row]:
+    """A file's header, if there is one, and its other rows. Blank lines are skipped."""
+    content = _read_content(path)
     if content.startswith((b"PK\x03\x04", b"\xd0\xcf\x11\xe0", b"BZh", b"\xfd7zXZ")):
         raise UserError(f"{path} is an Excel workbook or an archive: save the table as CSV")
     if content.startswith(b"PAR1"):
@@ -165,21 +169,24 @@ def _decode(content: bytes, path: Path, encoding: str | None) -> str:
         if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             encoding = "utf-16"
         elif b"\0" in content[:100]:
-            problem = "UTF-16 without a byte order mark, or not text"
-            raise UserError(f"{path} is {problem}: pass --encoding utf-16-le or utf-16-be")
+            raise UserError(
+                f"{path} is UTF-16 without a byte order mark, or not text: "
+                "pass --encoding utf-16-le or utf-16-be"
+            )
     try:
         return content.decode(encoding).removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         row = len(content[: error.start + 1].splitlines())
-        others = "cp949, cp932, gb18030, latin-1"
-        problem = f"invalid {encoding.upper()}; pass the file's --encoding, such as {others}"
-        raise UserError(f"{path}, row {row}: {problem}") from None
+        raise UserError(
+            f"{path}, row {row}: invalid {encoding.upper()}; pass the file's --encoding, such as "
+            "cp949, cp932, gb18030, latin-1"
+        ) from None
     except (LookupError, UnicodeError):
         raise UserError(f"--encoding {encoding}: Python has no such text encoding") from None
 
 
 def _split_columns(text: str, path: Path) -> list[Row]:
-    """The rows, by the separator and the use of quotes that get furthest without a problem."""
+    """The rows, with the separator and quoting that read the most rows without a problem."""
     content = io.BytesIO(text.encode("utf-8", "replace"))  # takes less memory than StringIO
     lines = io.TextIOWrapper(content, encoding="utf-8")
     readings = [_parse(lines, "\t", csv.QUOTE_MINIMAL)]
@@ -220,8 +227,7 @@ def _parse(lines: io.TextIOWrapper, separator: str, quoting: int) -> tuple[list[
                 rows.append((line, columns))
             line = reader.line_num + 1
     except csv.Error as error:
-        problem = f"a quote is never closed, or not doubled within quotes ({error})"
-        return rows, f"row {line}: {problem}"
+        return rows, f"row {line}: a quote is never closed, or not doubled within quotes ({error})"
     return rows, ""
 
 
@@ -252,7 +258,7 @@ def _parse_parquet(content: bytes, path: Path) -> list[Row]:
 
 
 def _as_rows(records: list[tuple[int, dict[str, Any]]]) -> list[Row]:
-    """The values of all records as text. NaN and what is no text or number count as missing."""
+    """The values of all records as text; "" for NaN and for what is neither text nor a number."""
     header = list(dict.fromkeys(name for _, record in records for name in record))
     rows = [(0, header)]
     for number, record in records:
@@ -260,14 +266,17 @@ def _as_rows(records: list[tuple[int, dict[str, Any]]]) -> list[Row]:
         for name in header:
             value = record.get(name)
             exists = isinstance(value, (str, int, float)) and value == value
-            # JSON can hold halves of characters, which are no text.
+            # JSON can hold lone surrogates, which can't be encoded.
             columns.append(str(value).encode("utf-8", "replace").decode() if exists else "")
         rows.append((number, columns))
     return rows
 
 
 def _missing_header(rows: list[Row]) -> list[str]:
-    """The header of a file that has none: two columns, and the first row's label is frequent."""
+    """The header to add to a file of two columns, one of them labels; [] if it needs none.
+
+    A column holds labels if its values repeat, the first one among them: in a header, no name does.
+    """
     header = []
     first_row = {name.strip().casefold() for _, columns in rows[:1] for name in columns}
     if first_row & {*TEXTS, *LABELS}:
@@ -279,7 +288,7 @@ def _missing_header(rows: list[Row]) -> list[str]:
 
 
 def _choose_columns(names: list[str], own: OwnFiles, path: Path) -> dict[str, str]:
-    """The columns for text, second text if there is one, and label: by option, their names."""
+    """The name of the column for each option: text, second text if there is one, and label."""
     known = {"text_column": TEXTS, "text_pair_column": (), "label_column": LABELS}
     if own.text_column is None:
         for first, second in PAIRS.items():
@@ -324,12 +333,13 @@ def _take_columns(
         if not label or not all(map(str.strip, texts)):
             missing.append(line)
             continue
-        is_like_header = label.casefold() == chosen[-1]  # a class may be called like its column
+        is_like_header = label.casefold() == chosen[-1]  # a class may have the name of its column
         if is_like_header and [cell.strip().casefold() for cell in columns] == names:
             raise UserError(f"{path}, row {line}: repeats the header")
         if known_labels and label not in known_labels:
-            problem = f"the label {label!r} does not occur in {own.train_file}"
-            raise UserError(f"{path}, row {line}: {problem}")
+            raise UserError(
+                f"{path}, row {line}: the label {label!r} does not occur in {own.train_file}"
+            )
         part.sentences.append(tuple(texts) if len(texts) == 2 else texts[0])
         part.labels.append(label)
         part.sources.append(path.name if source is None else columns[source])
