@@ -230,7 +230,7 @@ def test_the_other_scripts_run_is_refused(unfinished):
     arguments = f"--train_file {killing.SENTENCES} --valid_file {killing.SENTENCES} --model scratch --output_dir out"
     done = call("train_cola.py", *arguments.split(), "--resume", cwd=unfinished.parent)
     assert done.status == 2
-    assert "out/config.json is of another script, or damaged: dataset: must be one of" in done.err
+    assert "out/config.json does not fit this script: dataset: must be one of" in done.err
     assert "Traceback" not in done.err
 
 
@@ -238,7 +238,7 @@ def test_the_other_scripts_run_is_refused(unfinished):
     "entry, problem",
     [
         ({"task_name": "tabular"}, "the run in out is of another script"),
-        ({"epochs": -2}, "out/config.json is of another script, or damaged: epochs: must be at"),
+        ({"epochs": -2}, "out/config.json does not fit this script: epochs: must be at"),
     ],
 )
 def test_a_run_without_checkpoint_is_not_begun_with_other_options(

@@ -98,17 +98,18 @@ def test_another_runs_settings_as_defaults(cwd):
     found = [config[name] for name in ("epochs", "learning_rate", "kernels")]
     assert found == [1, 0.002, [4, 8]]
     for content, problem in {
-        "epoch: 1": "is of another script, or damaged: epoch: no such option; did you mean epochs?",
-        "epochs: [1": "is no YAML file: while parsing",
-        "epochs: many": "is of another script, or damaged: epochs: must be a whole number",
-        "- epochs": "can't be read: ",
+        "epoch: 1": "does not fit this script: epoch: no such option; did you mean epochs?",
+        "epochs: [1": "is not a YAML file: while parsing",
+        "epochs: many": "does not fit this script: epochs: must be a whole number",
+        "- epochs": "can't be read: expected options and their values",
+        "": "can't be read: expected options and their values",
     }.items():
         (cwd / "x.yaml").write_text(content)
         err = train(cwd, "--config", "x.yaml", expected=2)
         assert f"--config: x.yaml {problem}" in err and err.count("\n") == 1
     assert "can't be read" in train(cwd, "--config", "missing.json", expected=2)
     other = train(cwd, "--config", "own/config.json", expected=2, script="train_cola.py")
-    assert "--config: own/config.json is of another script" in other
+    assert "--config: own/config.json does not fit this script" in other
 
 
 def test_config_tells_how_it_was_made(cwd):
