@@ -12,7 +12,7 @@ from tasks.text_files import OwnFiles
 
 # ----------------------------------------------------------------------------- settings
 
-METRICS = {  # of an evaluation, and which way each is better
+METRICS = {  # those of an evaluation, and whether the lowest or highest value is best
     "loss": "min",
     "acc": "max",
     "balanced_acc": "max",
@@ -30,7 +30,7 @@ METRICS = {  # of an evaluation, and which way each is better
 
 
 @dataclasses.dataclass(kw_only=True, frozen=True)
-class Settings(OwnFiles, options.SharedSettings):  # --train_file and what belongs to it
+class Settings(OwnFiles, options.SharedSettings):  # --train_file, --fold, ...
     dataset: str = option(
         "auto",
         "auto: CoLA, or built-in sentences if it is not available",
@@ -112,7 +112,7 @@ from tasks.sentences import Corpus, load_corpus
 
 
 class Task(NamedTuple):
-    """What there is to learn, and what learns it."""
+    """The data, and the model that is trained on it."""
 
     corpus: Corpus
     model: PreTrainedModel
@@ -128,12 +128,13 @@ def load(session: Session) -> Corpus:
     settings = session.settings
     corpus = load_corpus(settings.dataset, settings.data_dir, settings)
     names = corpus.class_names
-    occurring = len(set(corpus.valid.labels))
-    right = torch.eye(occurring, len(names))  # logits without a mistake, for a sentence per class
+    present = len(set(corpus.valid.labels))
+    perfect = torch.eye(present, len(names))  # correct logits, for one sentence of each class
     # A metric that is 0 or undefined for them can't tell models apart.
-    if not evaluation(right, torch.arange(occurring)).named("valid").get(settings.monitor):
-        problem = "needs two classes, both in the validation data"
-        raise UserError(f"--monitor {settings.monitor} {problem}")
+    if not evaluation(perfect, torch.arange(present)).named("valid").get(settings.monitor):
+        raise UserError(
+            f"--monitor {settings.monitor} needs two classes, both in the validation data"
+        )
     positive = settings.positive_label
     if len(names) == 2 and positive in (None, *names):
         session.config["positive_label"] = positive or names[1]
@@ -147,7 +148,7 @@ def load(session: Session) -> Corpus:
 def prepare(session: Session, corpus: Corpus, pretrained: encoders.Pretrained) -> Task:
     """Tokenise the sentences, and take the model to the device."""
     model, tokenizer = pretrained
-    label2id = model.config.label2id  # in the order of the classes that a trained head has
+    label2id = model.config.label2id  # a fine-tuned head has its own order of classes
     corpus = corpus._replace(class_names=list(label2id))
     limit = session.settings.max_length
     parts = []
@@ -181,7 +182,7 @@ def log_dataset(run: Run, corpus: Corpus, upload: bool) -> None:
     run.add_tag(corpus.name)
     artifact = wandb.Artifact(corpus.name, type="dataset")
     for number, file in enumerate(corpus.files):
-        name = f"{number}-{file.name}"  # all may be called data.tsv
+        name = f"{number}-{file.name}"  # several files may have the same name
         if upload:
             artifact.add_file(str(file), name=name)
         else:
@@ -274,25 +275,25 @@ def log_charts(run: Run, task: Task, result: Evaluation) -> None:
     """Log charts and tables of the validation sentences."""
     names = task.corpus.class_names
     valid = task.corpus.valid
-    if warning := viz.one_class_warning(result, names):  # first: W&B may fail
+    if warning := viz.one_class_warning(result, names):  # first, because W&B may fail below
         run.alert("One class only", warning)
     matrix = viz.confusion_matrix_picture(result.confusion.counts, names, "valid")
-    calibration = viz.calibration_picture(result, "valid")
     mistakes = viz.mistakes_table(result, valid.columns(), names, run.step)
     sources = viz.per_source_table(result, valid.sources)
-    sources_chart = wandb.plot.bar(sources, "source", "acc", title="Accuracy per source")
     run.log(
         {
             "valid/confusion_matrix": viz.confusion_matrix_chart(result, names),
             "valid/confusion_matrix_image": wandb.Image(matrix),
             "valid/mistakes": mistakes,
             "valid/per_class": viz.per_class_table(result, names),
-            "valid/calibration": wandb.Image(calibration),
+            "valid/calibration": wandb.Image(viz.calibration_picture(result, "valid")),
             "valid/logits": wandb.Histogram(result.logits.numpy()),
             "valid/roc": viz.roc_chart(result, names),
             "valid/pr": viz.precision_recall_chart(result, names),
             "valid/per_source": sources,
-            "valid/per_source_chart": sources_chart,
+            "valid/per_source_chart": wandb.plot.bar(
+                sources, "source", "acc", title="Accuracy per source"
+            ),
             "valid/attributions": wandb.Html(attributions(task, result), inject=False),
         }
     )
@@ -441,7 +442,7 @@ def conclude(session: Session, task: Task, best: Best) -> dict[str, Any]:
         save_model(task, directory)
 
     run.log({"curves": run.call(wandb.Image, str(output_dir / "curves.png"))})
-    run.log(more, commit=True)  # or it would overwrite the summary below
+    run.log(more, commit=True)  # now: later it would overwrite the summary
     run.update_summary(valid.named("best"))
     share = valid.confusion.majority_share()
     run.update_summary({"best/epoch": best.epoch, "best/majority_share": share})
@@ -479,7 +480,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         if session.finished:
             return session.metrics
         settings = session.settings
-        with distributed.rank_0_first():  # which downloads the data and the model
+        with distributed.rank_0_first():  # rank 0 downloads the data and the model
             corpus = load(session)
             can_fetch = settings.wandb == "online" or settings.resume
             source = encoders.find_model(settings.model, can_fetch, settings.init_from)

@@ -16,7 +16,7 @@ from tasks.folds import Folds
 
 # ----------------------------------------------------------------------------- settings
 
-METRICS = {  # of an evaluation, and which way each is better
+METRICS = {  # those of an evaluation, and whether the lowest or highest value is best
     "loss": "min",
     "acc": "max",
     "balanced_acc": "max",
@@ -39,23 +39,14 @@ class Settings(Folds, options.SharedSettings):
         placeholder="auto",
         choices=("auto", "mnist", "fashion_mnist", "kmnist", "synthetic"),
     )
-    schedule: str = option(
-        "onecycle",
-        "learning rate schedule",
-        choices=("onecycle", "constant"),
-    )
+    schedule: str = option("onecycle", "learning rate schedule", choices=("onecycle", "constant"))
     label_smoothing: float = option(
         0.0,
         "share of each label spread over all classes; the training loss includes it",
         at_least=0,
         below=1,
     )
-    kernels: list[int] = option(
-        [16, 32],
-        "channels of the two convolutions",
-        length=2,
-        at_least=1,
-    )
+    kernels: list[int] = option([16, 32], "channels of the two convolutions", length=2, at_least=1)
     slice: int = option(1, "use every n-th image of each part", at_least=1, below=10**6)
     valid_size: int | None = option(
         None,
@@ -152,12 +143,12 @@ def make_optimizer(
     """Adam and its learning rate schedule over all `batches`."""
     rate = settings.learning_rate
     constant = settings.schedule == "constant"
-    betas = (0.9, 0.999) if constant else (0.7, 0.9)  # few steps need short averages
+    betas = (0.9, 0.999) if constant else (0.7, 0.9)  # short averages suit few steps
     optimizer = torch.optim.Adam(model.parameters(), rate, betas, fused=True)
     if constant:
         return optimizer, ConstantLR(optimizer, factor=1)
-    batches = max(batches, 2)  # OneCycleLR gives the last one almost no learning rate
-    rise = 0.11 if batches == 10 else 0.1  # it can't rise for exactly one batch
+    batches = max(batches, 2)  # the last one has almost no learning rate
+    rise = 0.11 if batches == 10 else 0.1  # a rise of exactly one batch would divide by zero
     return optimizer, OneCycleLR(optimizer, rate, batches, pct_start=rise, cycle_momentum=False)
 
 
@@ -184,13 +175,12 @@ def log_charts(run: Run, data: Digits, name: str, result: Evaluation) -> None:
     if warning := viz.one_class_warning(result, classes):
         run.alert("One class only", warning)
     matrix = viz.confusion_matrix_picture(result.confusion.counts, classes, name)
-    calibration = viz.calibration_picture(result, name)
     mistakes = viz.mistakes_table(result, {"image": images}, classes, run.step, most=100)
     run.log(
         {
             f"{name}/confusion_matrix": viz.confusion_matrix_chart(result, classes),
             f"{name}/confusion_matrix_image": wandb.Image(matrix),
-            f"{name}/calibration": wandb.Image(calibration),
+            f"{name}/calibration": wandb.Image(viz.calibration_picture(result, name)),
             f"{name}/mistakes": mistakes,
             f"{name}/per_class": viz.per_class_table(result, classes),
             f"{name}/logits": wandb.Histogram(result.logits.numpy()),
@@ -234,7 +224,7 @@ def train(session: Session, progress: Progress, model: ConvNet, data: Digits) ->
     optimizer, schedule = make_optimizer(model, settings, progress.total_batches)
     best = Best(settings.monitor, METRICS)
     meter = Meter()
-    # Also saved: position, meter, random state. An epoch's last save comes before its validation.
+    # Also saves position, meter and random state. An epoch's last save precedes its validation.
     checkpoints = Checkpoints(
         progress,
         [data.train, data.valid, data.test],
@@ -339,7 +329,7 @@ def conclude(session: Session, progress: Progress, best: Best, data: Digits) -> 
 
     log_charts(run, data, "test", test)
     run.log({"curves": run.call(wandb.Image, str(output_dir / "curves.png"))})
-    run.log(test.named("test"), commit=True)  # or it would overwrite the summary below
+    run.log(test.named("test"), commit=True)  # now: later it would overwrite the summary
     run.update_summary({"best/epoch": best.epoch})
     if name == "valid":
         run.update_summary(shown.named("best"))
@@ -372,9 +362,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         if session.finished:
             return session.metrics
         settings = session.settings
-        with distributed.rank_0_first():  # which downloads the data
+        with distributed.rank_0_first():  # rank 0 downloads the data
             data = load(settings, session.device)
-        session.config["dataset"] = data.name  # what "auto" has found
+        session.config["dataset"] = data.name  # instead of "auto"
         session.config["valid_size"] = data.valid_size
         progress = Progress(session, len(data.train.labels), held_out=len(data.valid.labels))
         run = session.start(partial(wandb.init, project=settings.project, config=session.config))

@@ -297,7 +297,7 @@ def conclude(session: Session, progress: Progress, best: Best, data: Text) -> di
     files.write_onnx(output_dir / "model.onnx", model, "logits", codes=data.test[:2, :-1].cpu())
 
     run.log({"curves": run.call(wandb.Image, str(output_dir / "curves.png"))})
-    run.log(test.named("test"), commit=True)  # or it would overwrite the summary below
+    run.log(test.named("test"), commit=True)  # now: later it would overwrite the summary
     run.update_summary({"best/epoch": best.epoch})
     run.update_summary(valid.named("best"))
     run.save(output_dir / "model.pt")

@@ -1,6 +1,6 @@
 """Settings of a run: declared as a dataclass, read from the command line and a sweep, and checked.
 
-Imports the standard library only, so that `--help` and a misspelled option are answered at once.
+Imports only the standard library, so that `--help` and a misspelled option get an instant answer.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from harness.errors import UserError
 
 LISTS = (list[int], list[str])
 BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-IDENTITY = {"config", "id", "output_dir", "resume"}  # of a run, not for another one
+IDENTITY = {"config", "id", "output_dir", "resume"}  # of one run: `--config` leaves them out
 SWEEP_FILE = "WANDB_SWEEP_PARAM_PATH"  # both kinds of W&B's agent write a run's values to this file
 
 
@@ -53,7 +53,7 @@ def option(
 
 
 def housekeeping(default: Any, help: str, **limits: Any) -> Any:
-    """An option on which no number of a run depends, and that tells nothing about the run."""
+    """An option that changes no number of a run and that a report does not show."""
     return option(default, help, may_change=True, tells_apart=False, **limits)
 
 
@@ -145,9 +145,9 @@ Settings = TypeVar("Settings")
 def parse(settings_class: type[Settings], argv: Sequence[str] | None = None) -> Settings:
     """Settings from the command line; the values of a sweep's run override it.
 
-    `argv` None stands for that of the script that declares the settings. Options that are not given
-    are those of `--config` and, on resuming, those of the run. Raises `UserError` if an option is
-    unknown or its value is invalid.
+    Without `argv`, the arguments are those of this process, if its script declares the settings.
+    Options that are not given come from `--config` and, on resuming, from the run. Raises
+    `UserError` if an option is unknown or its value is invalid.
     """
     if argv is None:
         argv = command_line(settings_class.__module__)
@@ -175,13 +175,12 @@ def _read_config(settings_class: type, path: Path, source: str) -> dict[str, Any
         if not isinstance(values, dict):
             raise ValueError("it holds no options, such as epochs: 3")
         if "run_token" in values:  # a run's, which also holds what is no option
-            names = _kinds(settings_class).keys() & values.keys()
-            if source == "--config":
-                names -= IDENTITY
-            # The machine may no longer be online, and W&B's variable decides what is not given.
+            ignored = set(IDENTITY) if source == "--config" else set()
+            # This machine may be offline. WANDB_MODE takes precedence over a file.
             if values.get("wandb") == "online" or os.environ.get("WANDB_MODE"):
-                names.discard("wandb")
-            values = {name: values[name] for name in names}
+                ignored.add("wandb")
+            names = [name for name in _kinds(settings_class) if name not in ignored]
+            values = {name: values[name] for name in names if name in values}
         elif source == "--resume":
             return {}  # no run's: its directory is refused
         return _check(settings_class, values, prefix="")
@@ -215,7 +214,7 @@ def command_line(module: str) -> list[str]:
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises `UserError` for what is wrong with the command line."""
+    """Raises `UserError` if the command line is invalid, instead of exiting."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (--help lists the options)")
@@ -257,15 +256,14 @@ def _read_command_line(settings_class: type, argv: Sequence[str] | None) -> dict
 
 
 def _read_sweep_file() -> dict[str, Any]:
-    """The values that W&B's agent has chosen for this run; none without an agent."""
+    """The values that W&B's agent has chosen for this run; empty without an agent."""
     path = os.environ.get(SWEEP_FILE)
     if not path:
         return {}
     import yaml  # one of W&B's dependencies, and not needed otherwise
 
     try:
-        with open(path, encoding="utf-8") as file:
-            content = yaml.safe_load(file)
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         content.pop("wandb_version")
         return {str(name): entry["value"] for name, entry in content.items()}
     except Exception as error:  # of the file, of YAML, or of what it holds
@@ -274,8 +272,12 @@ def _read_sweep_file() -> dict[str, Any]:
 
 def _kinds(settings_class: type) -> dict[str, Any]:
     """The declared type of each option, without `| None`."""
-    hints = get_type_hints(settings_class)
-    return {name: get_args(h)[0] if type(None) in get_args(h) else h for name, h in hints.items()}
+    kinds = get_type_hints(settings_class)
+    for name, kind in kinds.items():
+        alternatives = get_args(kind)
+        if type(None) in alternatives:
+            kinds[name] = alternatives[0]
+    return kinds
 
 
 def _check(settings_class: type, values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
@@ -312,9 +314,10 @@ def _convert(kind: Any, value: Any, limits: Mapping[str, Any]) -> Any:
     if value == []:  # --batch_size=--
         raise ValueError("expected one argument")
     if kind is bool:
-        if str(value).lower() not in BOOLEANS:
+        word = str(value).lower()
+        if word not in BOOLEANS:
             raise ValueError(f"must be true or false, got {value!r}")
-        return BOOLEANS[str(value).lower()]
+        return BOOLEANS[word]
     if kind is str:
         return _text(value, **limits)
     return _number(kind, value, **limits)

@@ -46,13 +46,13 @@ LIBRARIES = ("torch", "torchvision", "transformers", "wandb", "numpy")
 
 @dataclasses.dataclass
 class Session:
-    """A run, on each rank; the fields for scripts come first, then those for the harness."""
+    """A run, as each of its ranks has it."""
 
-    settings: Any  # final: those requested or, on resuming, those of the run
+    settings: Any  # as requested or, on resuming, as the run was begun
     stop_requests: StopRequests
     # For W&B, config.json and the checkpoint: the settings, with placeholders such as "auto"
-    # replaced by what was found, and "metrics", the directions of the script's metrics. The script
-    # replaces its own settings, such as "dataset".
+    # replaced by what was found, and "metrics", whether the minimum or maximum of each is best. The
+    # script itself replaces the placeholders of its own settings, such as "dataset".
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
     device: torch.device | None = None
     checkpoint: Mapping[str, Any] | None = None  # to resume from; None for a new run
@@ -88,7 +88,7 @@ class Session:
             token = state.get("token")  # none in a run that was begun before runs had one
         else:
             token = read_json(self.output_dir / CONFIG).get(wandb_service.TOKEN)
-        if self.settings.wandb != "online":  # online, the server's is compared first
+        if self.settings.wandb != "online":  # online, it is first compared with the server's
             self.config[wandb_service.TOKEN] = token  # `init` logs it with the first record
         self.run = tracking.start(
             init, self.settings, self.stop_requests, journal, token, resuming=bool(state)
@@ -96,7 +96,7 @@ class Session:
         self.exits.enter_context(tracking.finishing(self.run))
         self.config["id"] = self.run.wandb.id  # W&B's agent may have chosen it
         self.config[wandb_service.TOKEN] = token
-        self.config = json.loads(json.dumps(self.config))  # plain values, also of NumPy's
+        self.config = json.loads(json.dumps(self.config))  # plain values instead of NumPy's
         record = _record_of_process(self.command)
         if state:
             record = _add_to_records(record, self.output_dir)
@@ -153,7 +153,7 @@ def open_session(
 
 
 def resume_command(settings: SharedSettings) -> str:
-    """What to type to resume a run, whose other settings are in its directory."""
+    """The command that resumes a run; its directory has the other settings."""
     output_dir = settings.output_dir
     if output_dir and Path(output_dir, CONFIG).exists():
         return _command(settings, ["--output_dir", output_dir, "--resume"])
@@ -161,7 +161,7 @@ def resume_command(settings: SharedSettings) -> str:
 
 
 def _command(settings: SharedSettings, arguments: list[str]) -> str:
-    """What to type to start the script with these arguments."""
+    """The command that starts the script with these arguments."""
     module = type(settings).__module__
     script = sys.argv[0]
     if distributed.spans_hosts():
@@ -222,7 +222,7 @@ def _open_on_rank_0(
 
 @contextlib.contextmanager
 def _open_on_other_rank(requested: SharedSettings, requests: StopRequests) -> Iterator[Session]:
-    """With the settings and the checkpoint of rank 0; nothing is printed, logged or written."""
+    """Open with the settings and checkpoint of rank 0; print, log and write nothing."""
     with contextlib.redirect_stdout(io.StringIO()), distributed.deferring_to_rank_0():
         _check_leader(requested)
         received = distributed.broadcast()
@@ -270,9 +270,9 @@ def _identify(requested: SharedSettings, task: str) -> dict[str, Any]:
 def _settings_of(
     used: Mapping[str, Any], requested: SharedSettings, output_dir: Path
 ) -> dict[str, Any]:
-    """What a resumed run takes from the settings it was begun with.
+    """The settings that a resumed run keeps from its beginning.
 
-    Raises `UserError` if others were requested that may not change.
+    Raises `UserError` if other values were requested for them.
     """
     run = f"--resume: the run in {output_dir}"
     fields = {field.name: field.metadata for field in dataclasses.fields(requested)}
@@ -317,7 +317,7 @@ def _finished_before(
         if any(getattr(settings, name) != used[name] for name in LENGTHS):
             return None
         if not (output_dir / PREVIOUS_CHECKPOINT).exists():
-            return None  # it has replaced the newest one, which was damaged
+            return None  # the newest checkpoint was damaged, and the previous one took its place
         last_step = checkpoint["position"]["step"]
         token = checkpoint["history"].get("token")
         if not wandb_service.is_complete(settings.id, token, settings.wandb, last_step):
@@ -355,9 +355,9 @@ def _record_of_process(command: str) -> dict[str, Any]:
 
 
 def _add_to_records(record: dict[str, Any], output_dir: Path) -> dict[str, Any]:
-    """The record of the run's first process with those of its later ones, `record` the last.
+    """The record of the run's first process, with those of its later ones; `record` is the last.
 
-    Says if the versions or the code are not those of the first.
+    Prints a line if the versions or the code are not those of the first process.
     """
     before = read_json(output_dir / CONFIG) or {}  # it may be damaged
     first = {name: before.get(name, record[name]) for name in record}
@@ -388,9 +388,7 @@ def _git_commit() -> str | None:
     """The commit of the script, "-modified" if files differ from it; None if git knows none."""
     command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=-modified"]
     try:
-        done = subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10
-        )
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None

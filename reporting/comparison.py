@@ -39,8 +39,8 @@ from reporting.runs import (
 MOST_COMPARED = 20  # runs per metric: each comparison takes about half a second
 MOST_GROUPS = 5  # of seeds
 CAUTION = (
-    "The best of several was chosen for its figure, which flatters it. This is about the trained "
-    "models as they are: another seed may move each of them as far."
+    "The best was chosen by its figure, which makes it look better than it is. This is about these "
+    "trained models: another seed may change the figure of each by as much."
 )
 
 

@@ -73,7 +73,7 @@ def show_runs(runs: list[RunFiles], seed_groups: SeedGroups) -> str:
         "The best by the monitored metric is first. Settings that are the same in all runs, or "
         "concern only logging, are left out. Figures are those of the best epoch; of a run that "
         "has not finished, the best so far; without validation data, of the last epoch. Validation "
-        "data chose the epoch: figures under valid/ are too optimistic. A click on a head sorts."
+        "data chose the epoch: figures under valid/ are too optimistic. Click a heading to sort."
     )
     content = f"<h2>Runs</h2>{paragraph(remark, 'soft')}{table(run_table(runs))}"
     commands = [("run", "command")]

@@ -92,6 +92,7 @@ def test_forms_of_sentences(text_run, kept, tmp_path):
 def test_what_can_not_be_predicted(text_run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert "can't read new.tsv: No such file" in refusal(text_run, "new.tsv")
+    assert "can't read new.txt: No such file" in refusal(text_run, "new.txt")
     assert "holds no finished run" in refusal(tmp_path, "A sentence.")
     Path("there.csv").touch()
     assert "exists already" in refusal(text_run, "A sentence.", "--output", "there.csv")

@@ -497,6 +497,7 @@ def test_a_foreign_study_is_said_to_be_one(directions, tmp_path, capsys):
     study.set_user_attr("sweep", "text")
     page_of(tmp_path / "sweep", output=tmp_path / "report.html")
     assert "it is not of sweep_offline.py" in capsys.readouterr().out
+    assert call("report.py", "sweep", cwd=tmp_path).err == ""  # nor a line of Optuna's
 
 
 def test_only_the_same_examples_are_compared(tmp_path):
