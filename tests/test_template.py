@@ -48,7 +48,6 @@ VARIANTS = {
         """    dataset: str = option(
         "auto",
         "auto: MNIST, or built-in digits if it is not available",
-        placeholder="auto",
         choices=("auto", "mnist", "fashion_mnist", "kmnist", "synthetic"),
     )
 """: "",
