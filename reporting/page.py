@@ -76,9 +76,6 @@ def show_runs(runs: list[RunFiles], seed_groups: SeedGroups) -> str:
         "data chose the epoch: figures under valid/ are too optimistic. Click a heading to sort."
     )
     content = f"<h2>Runs</h2>{paragraph(remark, 'soft')}{table(run_table(runs))}"
-    commands = [("run", "command")]
-    commands += [(run.label, run.config.get("command")) for run in runs]
-    content += f"<h3>Commands</h3>{table(commands)}"
     if seed_groups:
         remark = (
             "Mean ± sample standard deviation over finished runs that differ in nothing but seed "
