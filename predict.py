@@ -171,10 +171,11 @@ def log_to_wandb(
     config = {"run": str(arguments.run), "inputs": arguments.inputs}
     rows = [list(row) for row in zip(*columns.values())]
     with wandb.init(project=project, job_type="predict", mode=mode, config=config) as run:
-        run.log({"predictions": wandb.Table(list(columns), rows)}, commit=False)
+        logged = {"predictions": wandb.Table(list(columns), rows)}
         if result:
-            chart = viz.confusion_matrix_chart(result, class_names)
-            run.log({"test/confusion_matrix": chart, **result.named("test")})
+            logged["test/confusion_matrix"] = viz.confusion_matrix_chart(result, class_names)
+            logged |= result.named("test")
+        run.log(logged)
 
 
 @torch.inference_mode()
