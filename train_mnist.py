@@ -47,11 +47,8 @@ class Settings(Folds, options.SharedSettings):
     )
     kernels: list[int] = option([16, 32], "channels of the two convolutions", length=2, at_least=1)
     slice: int = option(1, "use every n-th image of each part", at_least=1, below=10**6)
-    valid_size: int | None = option(
-        None,
-        "training images held out for validation, from the end [5000, or a fold]",
-        placeholder=None,
-        at_least=0,
+    valid_size: int = option(
+        5000, "training images held out for validation, from the end, without --folds", at_least=0
     )
     init_from: str | None = option(
         None, "run, or file of weights such as its model.pt, to start from", path=True
@@ -364,7 +361,6 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         with distributed.rank_0_first():  # rank 0 downloads the data
             data = load(settings, session.device)
         session.config["dataset"] = data.name  # instead of "auto"
-        session.config["valid_size"] = data.valid_size
         progress = Progress(session, len(data.train.labels), held_out=len(data.valid.labels))
         run = session.start(partial(wandb.init, project=settings.project, config=session.config))
         log_dataset(run, data)

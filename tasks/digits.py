@@ -34,8 +34,7 @@ class Digits(NamedTuple):
     test: ImageSet
     class_names: list[str]
     files: list[Path]  # what was read, or the code that draws the synthetic digits
-    valid: ImageSet | None = None  # this and the rest by `split_digits`
-    valid_size: int | None = None  # before images are left out; None if `valid` is a fold
+    valid: ImageSet | None = None  # by `split_digits`
 
 
 NO_FOLDS = Folds()
@@ -71,7 +70,7 @@ def load_digits(name: str, data_dir: str) -> Digits:
 
 def split_digits(
     digits: Digits,
-    valid_size: int | None,
+    valid_size: int,
     every: int,
     device: torch.device | None = None,
     folds: Folds = NO_FOLDS,
@@ -81,14 +80,10 @@ def split_digits(
     With `folds`, one of them is held out instead. The images kept are moved to `device`.
     """
     if folds.folds:
-        if valid_size is not None:
-            raise UserError(
-                "--valid_size and --folds exclude each other: drop one of them "
-                "(--valid_size None, if --config has it)"
-            )
+        if valid_size != 5000:  # the default
+            raise UserError("--valid_size and --folds exclude each other: drop one of them")
         train_rows, valid_rows = folds.split(digits.train.labels.tolist())
     else:
-        valid_size = 5000 if valid_size is None else valid_size
         total = len(digits.train.labels)
         kept = total - valid_size
         if kept < 1:
@@ -100,7 +95,6 @@ def split_digits(
         train=digits.train.subset(train_rows).subset(thinned, device),
         valid=digits.train.subset(valid_rows).subset(thinned, device),
         test=digits.test.subset(thinned, device),
-        valid_size=valid_size,
     )
 
 
