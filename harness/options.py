@@ -182,6 +182,9 @@ def _read_config(settings_class: type, path: Path, source: str) -> dict[str, Any
         return _check(settings_class, values, prefix="")
     except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
         problem = f"can't be read: {' '.join(str(error).split())}"
+        if source == "--resume":  # the checkpoint has what matters
+            print(f"{path} {problem}: options that are not given have their defaults.")
+            return {}
     except UserError as error:
         problem = f"does not fit this script: {error}"
     raise UserError(f"{source}: {path} {problem}")
