@@ -20,7 +20,7 @@ from reporting.predictions import (
     read_predictions,
     show_examples,
 )
-from reporting.runs import PREDICTIONS, RunFiles, SeedGroups, run_table, seed_table
+from reporting.runs import RunFiles, SeedGroups, run_table, seed_table
 from reporting.sweep import show_sweep
 
 # Only the page's own scripts may run, and nothing is fetched. plotly.js needs 'unsafe-eval' for
@@ -130,4 +130,6 @@ def show_predictions(predictions: Predictions) -> str:
     if predictions.probabilities is None:
         heading = "Largest errors"
     examples = show_examples(predictions, wrong)
-    return f"<h2>Predictions ({PREDICTIONS})</h2>{per_class}<h3>{heading}</h3>{examples}"
+    validated = any(name.startswith("valid/") for name in predictions.run.best)
+    part = "validation" if validated else "test"
+    return f"<h2>Predictions of the {part} data</h2>{per_class}<h3>{heading}</h3>{examples}"
