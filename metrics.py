@@ -188,11 +188,12 @@ class Evaluation(NamedTuple):
     def named(self, prefix: str, class_names: Sequence[str] = ()) -> dict[str, float]:
         """The metrics with prefixed names: "valid/loss", "valid/acc", ... for "valid".
 
-        "valid/majority_share" is the share of the most frequent class. With `class_names`, also the
-        figures of each class, "valid/precision/cat", ...
+        With `class_names`, also the share of the most frequent class, "valid/majority_share", and
+        the figures of each class, "valid/precision/cat", ...
         """
         named = {f"{prefix}/{name}": value for name, value in self.metrics.items()}
-        named[f"{prefix}/majority_share"] = self.confusion.majority_share()
+        if class_names:
+            named[f"{prefix}/majority_share"] = self.confusion.majority_share()
         for name, *figures in self.confusion.per_class(class_names):
             for figure, value in zip(PER_CLASS[1:], figures):
                 named[f"{prefix}/{figure}/{name}"] = value

@@ -381,6 +381,7 @@ def train(session: Session, progress: Progress, task: Task) -> Best:
         progress.check_finite("validation", valid.metrics["loss"])
         log_charts(run, task, valid)
         results |= valid.named("valid")
+        results["valid/majority_share"] = valid.confusion.majority_share()
         run.log(results)  # into the row of the last batch, which is still open
         improved = best.offer(epoch, results, model)
         write_curves(session, best.epoch)
@@ -439,7 +440,8 @@ def conclude(session: Session, task: Task, best: Best) -> dict[str, Any]:
     run.log({"curves": run.call(wandb.Image, str(output_dir / "curves.png"))})
     run.log(more, commit=True)  # now: later it would overwrite the summary
     run.update_summary(valid.named("best"))
-    run.update_summary({"best/epoch": best.epoch})
+    share = valid.confusion.majority_share()
+    run.update_summary({"best/epoch": best.epoch, "best/majority_share": share})
     if session.settings.log_model == "best":
         run.log_model(partial(save_model, task), results, is_best=True)
 
