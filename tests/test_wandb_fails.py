@@ -40,7 +40,7 @@ def fail(when: str, how: str, cwd: Path) -> SimpleNamespace:
                 assert process.poll() is None and time.monotonic() < started + 100
                 time.sleep(0.02)
             server.die() if how == "die" else setattr(server, "mode", how)
-        out = killing.finish(process)
+        out = killing.finish(process, timeout=300)
         seconds = time.monotonic() - started
     with serving() as again:
         again.history, again.runs = server.history, server.runs
@@ -74,7 +74,8 @@ def test_failures_of_the_server(reference, tmp_path):
         assert run.out.count(warning) == 1 and "Traceback" not in run.out, (when, how, run.out)
         assert killing.differences(reference.out, run.cwd / "out") == [], (when, how)
         assert run.history == reference.history, (when, how)
-        assert run.seconds < 200, (when, how)
+        # W&B asks the server about each table, and waits 19 seconds for an answer.
+        assert run.seconds < 280, (when, how)
 
 
 @pytest.mark.parametrize(
