@@ -151,7 +151,7 @@ def test_a_signal_to_all_processes_of_a_slurm_step(number, references, tmp_path)
         assert f"stopped by {number.name} at step " in out and "To go on: python " in out
         survives = number == signal.SIGUSR1
         reported = "W&B has failed" in out or "W&B does not answer" in out
-        assert reported != survives, out
+        assert not (survives and reported), out  # a service that dies may have done all its work
         assert "Traceback" not in out, out
         assert ("preempting" in server.runs["same"]["states"]) == survives
         step = read_checkpoint(tmp_path / "out")["position"]["step"]
