@@ -34,13 +34,17 @@ class Settings(OwnFiles, options.SharedSettings):  # --train_file, --fold, ...
     dataset: str = option(
         "auto",
         "auto: CoLA, or built-in sentences if it is not available",
+        placeholder="auto",
         choices=("auto", "cola", "synthetic", "files"),
     )
     log_data: bool = housekeeping(False, "upload the data; else only paths and checksums")
-    positive_label: str | None = option(None, "the positive one of two classes [the second]")
+    positive_label: str | None = option(
+        None, "the positive one of two classes [the second]", placeholder=None
+    )
     model: str | None = option(
         None,
         "hub name, path, wandb:ENTITY/PROJECT/NAME:ALIAS, scratch [BERT-tiny]",
+        placeholder=None,
         path=True,
     )
     init_from: str | None = option(
@@ -49,7 +53,7 @@ class Settings(OwnFiles, options.SharedSettings):  # --train_file, --fold, ...
     epochs: int = option(10, "passes over the training data", at_least=1, below=10**6)
     batch_size: int = option(64, "sentences in a batch", at_least=1)
     learning_rate: float | None = option(
-        None, "the highest learning rate [1e-4; 1e-3 for scratch]", above=0
+        None, "the highest learning rate [1e-4; 1e-3 for scratch]", placeholder=None, above=0
     )
     label_smoothing: float = option(
         0.0,

@@ -36,6 +36,7 @@ class Settings(Folds, options.SharedSettings):
     dataset: str = option(
         "auto",
         "auto: MNIST, or built-in digits if it is not available",
+        placeholder="auto",
         choices=("auto", "mnist", "fashion_mnist", "kmnist", "synthetic"),
     )
     schedule: str = option("onecycle", "learning rate schedule", choices=("onecycle", "constant"))

@@ -30,19 +30,21 @@ def option(
     *,
     may_change: bool = False,
     tells_apart: bool = True,
+    placeholder: Any = ...,
     **limits: Any,
 ) -> Any:
     """A dataclass field that is also a command-line option.
 
     `may_change`: a resumed run may have another value, because no number of the run depends on it.
-    `tells_apart`: a report shows it where runs differ. "auto" and None may stand for a value that
-    is found at the start. `limits` may hold `at_least`, `above` and `below` (numbers),
+    `tells_apart`: a report shows it where runs differ. `placeholder`: the value that stands for one
+    found at the start, such as "auto". `limits` may hold `at_least`, `above` and `below` (numbers),
     `length` (of a list), `path` (~ is expanded) and `choices`.
     """
     metadata = {
         "help": help,
         "may_change": may_change,
         "tells_apart": tells_apart,
+        "placeholder": placeholder,
         "limits": limits,
     }
     if isinstance(default, list):
@@ -83,11 +85,13 @@ class SharedSettings:
     device: str = option(
         "auto",
         "device to train on",
+        placeholder="auto",
         choices=("auto", "cpu", "cuda", "mps"),
     )
     precision: str = option(
         "auto",
         "auto: bf16 if the hardware supports it",
+        placeholder="auto",
         choices=("auto", "fp32", "bf16"),
     )
     deterministic: bool = option(True, "use only algorithms that repeat to the last bit")

@@ -287,8 +287,8 @@ def _settings_of(
         if name not in used:
             print(f"--{name} is new in the script: the run goes on with {value!r}.")
             continue
-        found_at_start = value == "auto" or (value is None and name not in LENGTHS)
-        same = found_at_start or value == used[name]
+        placeholder = None if name in identity else fields[name]["placeholder"]
+        same = value in (used[name], placeholder)
         if name == "device" and not same:
             print(
                 f"The run was on {used[name]} and continues on {value}: "

@@ -48,6 +48,7 @@ VARIANTS = {
         """    dataset: str = option(
         "auto",
         "auto: MNIST, or built-in digits if it is not available",
+        placeholder="auto",
         choices=("auto", "mnist", "fashion_mnist", "kmnist", "synthetic"),
     )
 """: "",
