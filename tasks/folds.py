@@ -12,8 +12,16 @@ from harness.options import option
 class Folds:
     """The options for cross-validation."""
 
-    fold: int | None = option(None, "which of --folds to validate on, from 1", at_least=1)
-    folds: int | None = option(None, "parts for cross-validation", at_least=2)
+    fold: int | None = option(
+        None,
+        "which of --folds to validate on, from 1",
+        at_least=1,
+    )
+    folds: int | None = option(
+        None,
+        "parts for cross-validation",
+        at_least=2,
+    )
 
     def __post_init__(self) -> None:
         if (self.fold is None) != (self.folds is None):

@@ -250,3 +250,13 @@ def test_the_model_of_another_cola_run(references, tmp_path):
     assert "--init_from missing: there is no missing/model" in err
     both = [*arguments, before, "--model", "scratch"]
     assert "exclude each other" in train(tmp_path, *both, expected=2, script="train_cola.py")
+
+
+def test_an_explicit_none_is_not_ignored_on_resuming(cwd):
+    """Only an option that declares it has a placeholder; for any other, the run's value was kept in silence."""
+    parts = [*SMALL, "--epochs", 1, "--micro_batch_size", 16, "--wandb", "disabled"]
+    train(cwd, *parts, "--output_dir", "parts")
+    command = ["--output_dir", "parts", "--resume", "--wandb", "disabled"]
+    err = train(cwd, *command, "--micro_batch_size", "None", expected=2)
+    assert "--micro_batch_size was 16, is None" in err
+    assert "is finished" in train(cwd, *command, "--device", "auto")
