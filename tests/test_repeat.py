@@ -164,7 +164,8 @@ def test_the_last_line_quotes_a_path(tmp_path, monkeypatch):
     line = session._where_to_look(run, Path("out"))
     (look,) = re.findall(r"look at it: (.*) \| upload", line) or [None]
     assert look in (None, "wandb leet 'my runs/wandb/offline-run-1'")  # None: before W&B 0.28
-    assert line.endswith("wandb sync 'my runs/wandb/offline-run-1'")
+    # --append: before W&B 0.29
+    assert re.search(r"upload it: wandb sync (--append )?'my runs/wandb/offline-run-1'$", line)
 
 
 @pytest.mark.quick
