@@ -6,11 +6,11 @@ opens from disk.
 
 import argparse
 import signal
+from functools import partial
 from pathlib import Path
 
-from harness.directory import CONFIG
 from harness.errors import UserError
-from harness.files import list_names, write_text
+from harness.files import write_text
 from harness.options import Parser, command_line
 from harness.script import in_ipython, run_script
 
@@ -21,16 +21,8 @@ if __name__ == "__main__" and not in_ipython():
 
     torch.set_num_threads(1)  # the tensors are small: several threads would wait for each other
 
-from reporting.runs import (
-    Table,
-    find_runs,
-    format_value,
-    groups,
-    run_table,
-    seed_table,
-    sort_runs,
-)
-from reporting.sweep import open_study
+from reporting.collection import collect
+from reporting.runs import Table, format_value, run_table, seed_table
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -46,6 +38,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--output", type=Path, default="report.html", help="the page to write [report.html]"
     )
+    parser.add_argument("--watch", action="store_true", help="serve the page while runs go on")
+    parser.add_argument("--host", default="127.0.0.1", help="to serve on [127.0.0.1]")
+    parser.add_argument("--port", type=int, default=0, help="to serve on [0: a free one]")
     return parser.parse_args(command_line(__name__) if argv is None else argv)
 
 
@@ -64,41 +59,28 @@ def main(argv: list[str] | None = None) -> None:
     """Print the table and write the page. Raises `UserError` if a directory holds no run."""
     arguments = parse_arguments(argv)
     output = arguments.output
-    runs = find_runs(arguments.directories)
-    studies = []
-    problems = []
-    for directory in arguments.directories:
-        if (directory / "study.db").is_file():
-            try:
-                studies.append(open_study(directory, runs))
-            except UserError as error:
-                problems.append(f"{directory}: {error}")
-    runs = sort_runs(runs)
-    seed_groups = groups(runs)
-    print_table(run_table(runs))
-    if seed_groups:
+    found = collect(arguments.directories)
+    print_table(run_table(found.runs))
+    if found.seed_groups:
         print()
-        print_table(seed_table(runs, seed_groups))
-    if len(runs) == 1:
-        print(f"command: {format_value(runs[0].config.get('command'))}")
-    for run in runs:
-        problems += [f"{run.label}: {note}" for note in run.notes]
-    if undeclared := [run.label for run in runs if run.sign is None]:
-        problems.append(
-            f"Not ranked: {list_names(undeclared)}: {CONFIG} does not say whether lower or higher "
-            "is better in the monitored metric"
-        )
-    for problem in problems:
+        print_table(seed_table(found.runs, found.seed_groups))
+    if len(found.runs) == 1:
+        print(f"command: {format_value(found.runs[0].config.get('command'))}")
+    for problem in found.problems:
         print(problem)
     try:
-        from reporting.page import BEGINNING, make_page
+        from reporting.page import BEGINNING, whole_page
+        from reporting.server import serve
     except ImportError as error:
         raise UserError(
             f"no page without plotly ({error}): pip install -r requirements-report.txt"
         ) from None
+    if arguments.watch:
+        serve(partial(collect, arguments.directories), arguments.host, arguments.port)
+        return
     if output.is_file() and not output.read_bytes().startswith(BEGINNING.encode()):
         raise UserError(f"--output {output} is not a report; choose another name")
-    page = make_page(runs, seed_groups, studies, problems)
+    page = whole_page(found)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         write_text(output, page)

@@ -41,6 +41,7 @@ LOST_WITHOUT = {
 SERVICE_PROCESS = ("_connection", "_proc", "_process")  # attributes that lead to it
 TOKEN = "run_token"  # in W&B's config: random, of one run; its id is unique in a project only
 BLOCK = 32768
+HEADER = 7  # bytes, of a file and of a chunk
 WHOLE, LAST = 1, 4  # kinds of chunks of a record; 2 is the first, 3 one in the middle
 
 
@@ -175,11 +176,15 @@ def find_caches() -> None:
             )
 
 
-def log_files(run_id: str, token: str | None) -> list[Path]:
-    """The log files of a run, oldest first; other runs with the same id have another token."""
+def log_files(run_id: str, token: str | None, directory: Path | None = None) -> list[Path]:
+    """The log files of a run, oldest first; other runs with the same id have another token.
+
+    `directory` has W&B's files; by default it is the one that this process uses.
+    """
     name = glob.escape(run_id)
+    directory = directory or Path(wandb.setup().settings.wandb_dir)
     # Directories are [offline-]run-<time>-<id>; a second one of the same second has -1 appended.
-    files = Path(wandb.setup().settings.wandb_dir).glob(f"*run-*-{name}*/run-{name}.wandb")
+    files = directory.glob(f"*run-*-{name}*/run-{name}.wandb")
     own = [file for file in files if _has_token(file, token)]
     return sorted(own, key=lambda file: file.parent.name.removeprefix("offline-"))
 
@@ -195,28 +200,32 @@ def _has_token(file: Path, token: str | None) -> bool:
     return True
 
 
-def read_log(file: Path) -> Iterator[tuple[int, Any]]:
-    """Each record with the offset of its end, up to the first that is truncated or damaged."""
+def read_log(file: Path, start: int = HEADER) -> Iterator[tuple[int, Any]]:
+    """Each record with the offset of its end, up to the first that is truncated or damaged.
+
+    `start` is the end of the record before the first one to read.
+    """
     if Record is None:
         report_change("its log files can't be read, so that a resumed run may log rows twice")
         return
-    content = file.read_bytes()
-    offset = 7  # after the header
     chunks = []
-    while True:
-        if BLOCK - offset % BLOCK < 7:  # no room for another chunk: the rest is padding
-            offset += BLOCK - offset % BLOCK
-        if offset + 7 > len(content):
-            return
-        checksum, length, kind = struct.unpack_from("<IHB", content, offset)
-        data = content[offset + 7 : offset + 7 + length]
-        if len(data) < length or zlib.crc32(data, zlib.crc32(bytes([kind]))) != checksum:
-            return
-        offset += 7 + length
-        chunks.append(data)
-        if kind in (WHOLE, LAST):
-            yield offset, Record.FromString(b"".join(chunks))
-            chunks = []
+    with file.open("rb") as log:
+        log.seek(start)
+        while True:
+            room = BLOCK - log.tell() % BLOCK
+            if room < HEADER:  # of a chunk: the rest is padding
+                log.seek(room, os.SEEK_CUR)
+            header = log.read(HEADER)
+            if len(header) < HEADER:
+                return
+            checksum, length, kind = struct.unpack("<IHB", header)
+            data = log.read(length)
+            if len(data) < length or zlib.crc32(data, zlib.crc32(bytes([kind]))) != checksum:
+                return
+            chunks.append(data)
+            if kind in (WHOLE, LAST):
+                yield log.tell(), Record.FromString(b"".join(chunks))
+                chunks = []
 
 
 def repair_log(file: Path) -> None:

@@ -1,76 +1,77 @@
-"""The data of the charts, in plotly.js's format; the page's own JavaScript draws them."""
+"""The data of the curves, as page.js draws them."""
 
-import math
-from collections import defaultdict
-from statistics import fmean, stdev
 from typing import Any
 
-from reporting.runs import RunFiles, SeedGroups
+import numpy as np
 
-MAX_POINTS = 1000  # in a curve or chart
+from reporting.runs import RunFiles, SeedGroups, base_name
 
-
-def finite(value: float) -> float | None:
-    """`value` to six digits; None, which is null in JSON, if it is not finite."""
-    return float(f"{value:.6g}") if math.isfinite(value) else None
+MAX_POINTS = 1000  # of a curve
+ALL_POINTS = 40_000  # of a metric's curves of all runs in a page without a server
 
 
-def curves(runs: list[RunFiles], seed_groups: SeedGroups) -> dict[str, Any]:
-    """For each metric, the curve of every run, and mean ± standard deviation of every group."""
-    logged = set()
-    names = [run.monitor for run in runs]
+def describe(runs: list[RunFiles], seed_groups: SeedGroups) -> dict[str, Any]:
+    """What page.js needs to know of runs, groups and metrics, apart from the curves."""
+    described = {}
     for run in runs:
-        logged.update(*run.rows)
-        for name in run.key_metrics:
-            names += [f"valid/{name}", f"train/{name}_step"]
-    logged -= {"step", "epoch"}
-    names += sorted(logged, key=lambda name: (not name.startswith("valid/"), name))
-    metrics = {}
-    for name in dict.fromkeys(names):
-        if name not in logged:
-            continue
-        lines = []
-        for i, run in enumerate(runs):
-            points = [(row["step"], finite(row[name])) for row in run.rows if name in row]
-            if points:
-                lines.append({"run": i, "points": thinned(points)})
-        bands = []
-        for i, members in enumerate(seed_groups.values()):
-            points = band(members, name)
-            if points:
-                bands.append({"group": i, "points": points})
-        metrics[name] = {"runs": lines, "groups": bands}
-    group_names = []
-    grouped = []
-    for name, members in seed_groups.items():
-        group_names.append(f"{name} (n = {len(members)})")
-        grouped += members
+        groups = [i for i, members in enumerate(seed_groups.values()) if run in members]
+        described[str(run.path)] = {
+            "name": run.label,
+            "group": groups[0] if groups else None,
+            "finished": run.metrics is not None,
+            "batchSize": run.config.get("batch_size"),
+            "file": run.journal.file,
+            "processes": run.log.processes,
+        }
+    logged = set()
+    important = {}
+    for run in runs:
+        logged.update(run.columns)
+        important |= dict.fromkeys([base_name(run.monitor), *run.key_metrics])
     return {
-        "runs": [{"name": run.label, "isGrouped": run in grouped} for run in runs],
-        "groups": group_names,
-        "metrics": metrics,
-        "overview": list(metrics)[:4],
+        "runs": described,
+        "groups": [f"{name} (n = {len(members)})" for name, members in seed_groups.items()],
+        "metrics": sorted(logged - {"epoch", "minutes"}, key=_validation_first),
+        "important": list(important),
     }
 
 
-def thinned(points: list[Any]) -> list[Any]:
-    """Up to `MAX_POINTS` of the points, at equal distances, with the last one."""
-    every = max(1, math.ceil(len(points) / MAX_POINTS))
-    first = (len(points) - 1) % every
-    return points[first::every]
+def _validation_first(metric: str) -> tuple[bool, bool, str]:
+    return metric.startswith("system/"), not metric.startswith("valid/"), metric
 
 
-def band(runs: list[RunFiles], name: str) -> list[tuple]:
-    """Step, mean, standard deviation and count of a metric, where at least two runs have it."""
-    by_step = defaultdict(list)
+def curves(runs: list[RunFiles]) -> dict[str, Any]:
+    """All curves, by metric and run."""
+    most = min(MAX_POINTS, max(200, ALL_POINTS // len(runs)))
+    by_metric: dict[str, Any] = {}
     for run in runs:
-        for row in run.rows:
-            if math.isfinite(row.get(name, math.nan)):
-                by_step[row["step"]].append(row[name])
-    points = []
-    for step, values in thinned(sorted(by_step.items())):
-        if len(values) > 1:
-            mean = finite(fmean(values))
-            deviation = finite(stdev(values))
-            points.append((step, mean, deviation, len(values)))
-    return points
+        for metric, column in run.columns.items():
+            by_metric.setdefault(metric, {})[str(run.path)] = thinned(column, most)
+    return by_metric
+
+
+def thinned(column: np.ndarray, most: int = MAX_POINTS) -> list[list[float]]:
+    """Step and value of each finite number in a column of a journal.
+
+    Of more than `most`, those of as many parts: last step, mean, lowest, highest, count.
+    """
+    column = column[np.isfinite(column[:, 1])]
+    points = column
+    if len(column) > most:
+        bounds = np.linspace(0, len(column), most + 1).astype(int)
+        starts = bounds[:-1]
+        steps, values = column.T
+        counts = np.diff(bounds)
+        points = np.stack(
+            [
+                steps[bounds[1:] - 1],
+                np.add.reduceat(values, starts) / counts,
+                np.minimum.reduceat(values, starts),
+                np.maximum.reduceat(values, starts),
+                counts,
+            ],
+            axis=1,
+        )
+    return [
+        [step, *(float(f"{value:.6g}") for value in values)] for step, *values in points.tolist()
+    ]

@@ -3,7 +3,8 @@
 import html
 from typing import Any
 
-from reporting.runs import Table, format_value, is_number
+from reporting.journal import is_number
+from reporting.runs import Table, format_value
 
 
 def paragraph(content: str, css_class: str = "") -> str:

@@ -1,19 +1,201 @@
 "use strict";
 const dark = matchMedia("(prefers-color-scheme: dark)").matches;
-const ink = dark ? "#e4e7ec" : "#1b1f27", grid = dark ? "#363c47" : "#e3e7ec";
+const ink = dark ? "#e4e7ec" : "#1b1f27", grid = dark ? "#363c47" : "#e3e7ec", paper = dark ? "#14171c" : "#ffffff";
 const palette = ["#3b82c4", "#d9662b", "#2e9d6a", "#b8479b", "#a08a1f",
   "#7667d6", "#d14343", "#2ea3b7", "#808792", "#a5703f"];
+const MOST_CHARTS = 24, MOST_POINTS = 2000, PERIOD = 2000; // milliseconds
+const $ = (selector) => document.querySelector(selector);
+const all = (selector, root = document) => [...root.querySelectorAll(selector)];
+
+// ------------------------------------------------------------------------------------------------- data
+// A curve is a list of [step, value], or if thinned of [last step, mean, lowest, highest, count]. The curves of
+// system metrics have minutes for steps.
+
+const embedded = JSON.parse(document.body.dataset.curves), isLive = embedded === null;
+let page = embedded ?? { runs: {}, groups: [], metrics: [], important: [], curves: {} };
+let details = {}; // by metric: the range of steps in which a chart is zoomed in, and its points by run
+const checksums = {}; // of the sections that this page has
+
+async function ask(question) {
+  const response = await fetch(location.search || "?", { method: "POST", body: JSON.stringify(question) });
+  if (!response.ok) throw new Error(response.statusText);
+  return response.json();
+}
+
+/** The metrics of the charts that are shown, and of their x-axis. */
+function neededMetrics() {
+  const axis = { epochs: ["epoch"], minutes: ["minutes"] }[state.x] ?? [];
+  return [...axis, ...charts().flatMap(([, metrics]) => metrics)];
+}
+
+/** Get what is new: sections, runs, and points of the metrics that are needed. */
+async function update() {
+  const needed = neededMetrics(), lastSteps = {};
+  for (const metric of needed) {
+    lastSteps[metric] = {};
+    for (const [run, points] of Object.entries(page.curves[metric] ?? {}))
+      if (points.length > MOST_POINTS) delete page.curves[metric][run]; // the server thins all of them anew
+      else lastSteps[metric][run] = points.at(-1)[0];
+  }
+  const { sections, curves, ...news } = await ask({ sections: checksums, curves: lastSteps, range: null });
+  for (const [run, { file }] of Object.entries(page.runs))
+    if (news.runs[run]?.file !== file) // a resumed run has cut its journal
+      for (const runs of [...Object.values(page.curves), ...Object.values(curves)]) delete runs[run];
+  page = { ...page, ...news };
+  for (const [metric, runs] of Object.entries(curves))
+    for (const [run, points] of Object.entries(runs)) ((page.curves[metric] ??= {})[run] ??= []).push(...points);
+  for (const [name, [checksum, content]] of Object.entries(sections)) {
+    checksums[name] = checksum;
+    fill($("#" + name), content);
+  }
+  if (neededMetrics().some((metric) => !needed.includes(metric))) await update();
+}
+
+async function follow() {
+  try {
+    await update();
+    $("#state").textContent = "";
+  } catch (error) {
+    $("#state").textContent = `No answer from report.py (${error.message}): the page shows what it had.`;
+  }
+  show();
+  setTimeout(follow, PERIOD);
+}
+
+/** The points of a chart that is zoomed in, in full. */
+async function getDetails(metrics, range) {
+  if (!isLive || !metrics.some((m) => Object.values(page.curves[m] ?? {}).some((points) => points.some((p) => p[4])))) return;
+  const { curves } = await ask({ sections: checksums, curves: Object.fromEntries(metrics.map((m) => [m, {}])), range });
+  for (const metric of metrics) details[metric] = { range, runs: curves[metric] };
+}
+
+function pointsOf(metric, run) {
+  const points = page.curves[metric]?.[run] ?? [], { range: [low, high], runs } = details[metric] ?? { range: [], runs: {} };
+  if (!runs[run]) return points;
+  return [...points.filter(([step]) => step <= low), ...runs[run], ...points.filter(([step]) => step > high)];
+}
+
+// -------------------------------------------------------------------------------- state, in the page's address
+
+const form = $("form");
+const defaults = { charts: "", runs: "", x: "examples", smoothing: 0, logX: false, logY: false, together: true,
+  each: Object.keys(page.runs).length <= 5, pin: "", hide: [] };
+const state = { ...defaults, hide: [] };
+for (const [name, value] of new URLSearchParams(location.hash.slice(1)))
+  if (name === "hide") state.hide.push(value);
+  else if (name in defaults)
+    state[name] = { boolean: value === "true", number: Number(value) || 0, string: value }[typeof defaults[name]];
+
+function setState(changes) {
+  Object.assign(state, changes);
+  const parameters = new URLSearchParams();
+  for (const [name, value] of Object.entries(state))
+    if (name === "hide") for (const run of value) parameters.append("hide", run);
+    else if (value !== defaults[name]) parameters.set(name, value);
+  history.replaceState(null, "", `#${parameters}`);
+  if (isLive && neededMetrics().some((metric) => !page.curves[metric])) update().then(show, show);
+  else show();
+}
+
+for (const control of form.elements)
+  if (control.name) {
+    if (control.type === "checkbox") control.checked = state[control.name];
+    else control.value = state[control.name];
+    control.addEventListener("input", () => {
+      const value = { checkbox: control.checked, range: Number(control.value) }[control.type] ?? control.value;
+      setState({ [control.name]: value });
+    });
+  }
+form.addEventListener("submit", (event) => event.preventDefault());
+addEventListener("hashchange", () => location.reload());
+
+function matches(pattern, name) {
+  try {
+    return new RegExp(pattern, "i").test(name);
+  } catch {
+    return name.includes(pattern); // it is being typed
+  }
+}
+
+// -------------------------------------------------------------------------------------------- numbers
+
+/** y at x, between the rows [x, y] of a table; null outside. */
+function interpolate(table, x) {
+  let low = 0, high = table.length - 1;
+  if (high < 1 || x < table[0][0] || x > table[high][0]) return null;
+  while (high - low > 1) {
+    const middle = (low + high) >> 1;
+    if (table[middle][0] <= x) low = middle;
+    else high = middle;
+  }
+  const [x0, y0] = table[low], [x1, y1] = table[high];
+  return x1 === x0 ? y1 : y0 + ((y1 - y0) * (x - x0)) / (x1 - x0);
+}
+
+/** Steps and epochs that were trained: where each epoch ended. */
+function epochTable(run) {
+  const ends = new Map();
+  for (const [step, epoch, , highest] of page.curves.epoch?.[run] ?? []) ends.set(highest ?? epoch, step);
+  const table = [[0, 0]];
+  for (const [epoch, step] of ends) table.push([step, epoch]);
+  const [previous, last] = table.slice(-2);
+  if (!page.runs[run].finished && table.length > 1) { // the last epoch may go on: it is as long as the one before
+    const length = table.length > 2 ? previous[0] - table.at(-3)[0] : Infinity;
+    if (last[0] - previous[0] < length) table.splice(-1, 1, [previous[0] + length, last[1]]);
+  }
+  return table.at(-1)[0] === Infinity ? [] : table;
+}
+
+/** The function from a step to the x-axis; null where the run does not tell. */
+function axisOf(metric, run) {
+  if (metric.startsWith("system/") || state.x === "examples") return (step) => step;
+  if (state.x === "batches") return (step) => step / page.runs[run].batchSize || null;
+  const minutes = (page.curves.minutes?.[run] ?? []).map(([step, mean, , highest]) => [step, highest ?? mean]);
+  const table = state.x === "epochs" ? epochTable(run) : minutes;
+  return (step) => interpolate(table, step);
+}
+
+/** Exponential moving average without its bias towards 0; a thinned point counts as often as what it stands for. */
+function smoothed(points) {
+  let sum = 0, weight = 0;
+  return points.map(([, value, , , count = 1]) => {
+    const kept = state.smoothing ** count;
+    sum = kept * sum + (1 - kept) * value;
+    weight = kept * weight + (1 - kept);
+    return sum / weight;
+  });
+}
+
+/** Mean, standard deviation and count of the members' values at each x that two or more have. */
+function band(curves) {
+  const values = new Map();
+  for (const { x, y } of curves) x.forEach((at, i) => at !== null && values.set(at, [...(values.get(at) ?? []), y[i]]));
+  const common = [...values].filter(([, members]) => members.length > 1).sort(([a], [b]) => a - b);
+  return common.map(([at, members]) => {
+    const mean = members.reduce((a, b) => a + b) / members.length;
+    const squares = members.reduce((sum, value) => sum + (value - mean) ** 2, 0);
+    return [at, mean, Math.sqrt(squares / (members.length - 1)), members.length];
+  });
+}
+
+// --------------------------------------------------------------------------------------------- charts
+
 // plotly.js interprets HTML in names. A long name is shortened in the middle.
 const plain = (name) => (name.length > 48 ? `${name.slice(0, 24)}…${name.slice(-23)}` : name)
   .replaceAll("&", "&amp;").replaceAll("<", "&lt;");
-const transposed = (points) => points[0].map((_, column) => points.map((point) => point[column]));
+const button = (format, icon) => ({ name: format, title: `Download as ${format.toUpperCase()}`, icon: Plotly.Icons[icon],
+  click: ({ data, layout, clientWidth: width, clientHeight: height, dataset }) => {
+    const filename = (dataset.name ?? "chart").replaceAll(/[^\w.-]+/g, "_");
+    Plotly.downloadImage({ data, layout: { ...layout, showlegend: true } }, { format, filename, width, height, scale: 2 });
+  } });
+const options = { responsive: true, displaylogo: false, displayModeBar: true, // of its own buttons, one uploads
+  modeBarButtons: [[button("png", "camera"), button("svg", "disk")]] };
 const axis = { gridcolor: grid, linecolor: grid, zeroline: false, automargin: true, title: { standoff: 8 } };
-const options = { responsive: true, displaylogo: false, modeBarButtons: [["toImage"]] }; // one of the others uploads
 
 function draw(chart, data, layout) {
   const base = { font: { color: ink, family: "system-ui, sans-serif", size: 12 }, colorway: palette,
-    paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", margin: { l: 60, r: 20, t: 44, b: 46 },
-    modebar: { bgcolor: "rgba(0,0,0,0)", color: dark ? "#667085" : "#c4cad3", activecolor: ink },
+    paper_bgcolor: paper, plot_bgcolor: paper, margin: { l: 60, r: 20, t: 44, b: 46 },
+    modebar: { bgcolor: "rgba(0,0,0,0)", color: dark ? "#98a2b3" : "#808792", activecolor: ink },
     hovermode: "closest", hoverlabel: { namelength: -1 }, ...layout };
   delete base.template;
   for (const name of Object.keys({ xaxis: 0, yaxis: 0, ...layout }))
@@ -22,75 +204,126 @@ function draw(chart, data, layout) {
   return Plotly.react(chart, data, base, options);
 }
 
-for (const chart of document.querySelectorAll("[data-figure]")) {
-  const figure = JSON.parse(chart.dataset.figure);
-  draw(chart, figure.data, figure.layout);
+const colors = new Map();
+function colorOf(name) {
+  if (!colors.has(name)) colors.set(name, palette[colors.size % palette.length]);
+  return colors.get(name);
 }
 
-// The curves: a panel per metric, and one legend for all panels. What is hidden stays hidden when the choice changes.
-const chart = document.getElementById("curves");
-if (chart) {
-  const curves = JSON.parse(chart.dataset.curves), choice = document.getElementById("metric");
-  const each = document.getElementById("each"), log = document.getElementById("log"), hidden = new Set();
-  each.checked = curves.runs.length <= 5;
-  each.parentNode.hidden = !curves.groups.length;
-  for (const name of ["Overview", ...Object.keys(curves.metrics)]) choice.add(new Option(name, name));
+const baseName = (metric) =>
+  metric.startsWith("system/") ? metric : metric.replace(/^[^/]*\//, "").replace(/_(step|epoch)$/, "");
 
-  function show() {
-    const names = choice.value === "Overview" ? curves.overview : [choice.value];
-    const columns = names.length > 1 ? 2 : 1, rows = Math.ceil(names.length / columns), data = [], named = new Set();
-    const layout = { grid: { rows, columns, pattern: "independent", ygap: 0.24, xgap: 0.12 }, annotations: [],
-      height: rows > 1 ? 660 : 460, legend: { tracegroupgap: 0, groupclick: "togglegroup" } };
-    names.forEach((name, i) => {
-      const n = i ? i + 1 : "", panel = { xaxis: "x" + n, yaxis: "y" + n }, metric = curves.metrics[name];
-      const add = (key, label, trace) => {
-        data.push({ ...panel, legendgroup: key, name: label, showlegend: !trace.fill && !named.has(key), ...trace,
-          visible: hidden.has(key) ? "legendonly" : true });
-        if (!trace.fill) named.add(key);
-      };
-      layout["xaxis" + n] = { title: { text: "examples seen" } };
-      layout["yaxis" + n] = { title: { text: name }, type: log.checked ? "log" : "linear" };
-      for (const { group, points } of metric.groups) {
-        const key = "group" + group, color = palette[group % palette.length];
-        const [x, y, sd, n] = transposed(points);
-        const edge = (sign) => y.map((value, j) => value + sign * sd[j]);
-        add(key, "", { x: [...x, ...x.toReversed()], y: [...edge(1), ...edge(-1).reverse()], fill: "toself",
-          fillcolor: color + "30", line: { width: 0 }, mode: "lines", hoverinfo: "skip" });
-        add(key, plain(curves.groups[group]), { x, y, customdata: sd.map((s, j) => [s, n[j]]), line: { color, width: 2.2 },
-          mode: x.length > 40 ? "lines" : "lines+markers",
-          hovertemplate: "%{x:,} examples<br>%{y:.4g} ± %{customdata[0]:.2g} (n = %{customdata[1]})" });
-      }
-      for (const { run, points } of metric.runs) {
-        const { name: label, isGrouped } = curves.runs[run];
-        if (isGrouped && !each.checked) continue;
-        const color = palette[(run + curves.groups.length) % palette.length];
-        const [x, y] = transposed(points);
-        add("run" + run, plain(label), { x, y, line: { color, width: 1.6 }, mode: x.length > 40 ? "lines" : "lines+markers",
-          hovertemplate: "%{x:,} examples<br>%{y:.4g}" });
-      }
-    });
-    layout.showlegend = named.size > 1;
-    draw(chart, data, layout);
+/** The charts that are shown, each with its metrics. */
+function charts() {
+  const byName = new Map();
+  for (const metric of page.metrics) {
+    const base = baseName(metric), name = state.together ? base : metric;
+    if (state.charts ? matches(state.charts, metric) || matches(state.charts, base) : page.important.includes(base))
+      byName.set(name, [...(byName.get(name) ?? []), metric]);
   }
-
-  show();
-  for (const control of [choice, each, log]) control.addEventListener("change", show);
-  chart.on("plotly_restyle", () => {
-    for (const { legendgroup, visible } of chart.data)
-      visible === "legendonly" ? hidden.add(legendgroup) : hidden.delete(legendgroup);
-  });
+  const order = ([name]) => page.important.indexOf(baseName(name)) >>> 0; // others last
+  return [...byName].sort((a, b) => order(a) - order(b)).slice(0, MOST_CHARTS);
 }
 
-// A click on a table's head sorts by that column: numbers by size, text by alphabet, what is missing last.
-for (const head of document.querySelectorAll("th"))
-  head.addEventListener("click", () => {
-    const body = head.closest("table").tBodies[0], sign = head.ariaSort === "ascending" ? -1 : 1;
-    const value = (row) => row.cells[head.cellIndex].dataset.value ?? row.cells[head.cellIndex].textContent;
-    for (const other of head.parentNode.cells) other.ariaSort = null;
-    head.ariaSort = sign > 0 ? "ascending" : "descending";
-    const missing = (text) => text === "–" || text === "nan";
-    const compare = (a, b) =>
-      missing(a) - missing(b) || sign * a.localeCompare(b, undefined, { numeric: true });
-    const order = (a, b) => sign * (parseFloat(a) - parseFloat(b)) || compare(a, b); // text has no number: NaN
-    body.append(...[...body.rows].sort((a, b) => order(value(a), value(b))));
+const isShown = (name) => !state.hide.includes(name);
+const shownRuns = () => Object.keys(page.runs).sort().filter((run) => matches(state.runs, page.runs[run].name));
+
+/** The curves of a metric: faint ones, bands and lines, in plotly's format. */
+function traces(metric, dash) {
+  const result = [], members = page.groups.map(() => []);
+  const x = metric.startsWith("system/") ? "minutes" : state.x;
+  for (const run of shownRuns()) {
+    const { name, group, processes } = page.runs[run], points = pointsOf(metric, run), toAxis = axisOf(metric, run);
+    if (!points.length) continue;
+    const curve = { x: points.map(([step]) => toAxis(step)), y: smoothed(points) };
+    if (group !== null) members[group].push(curve);
+    if (!isShown(name) || (group !== null && !state.each)) continue;
+    const color = state.pin === name ? ink : colorOf(name);
+    const raw = { x: [], y: [] }, line = { x: [], y: [] };
+    let process = -1;
+    points.forEach(([, value, low = value, high = value], i) => {
+      const at = curve.x[i], now = x === "minutes" ? processes.findLastIndex(([first]) => first <= at) : -1;
+      if (at === null) return;
+      if (i && now !== process) for (const part of [raw, line]) part.x.push(null), part.y.push(null); // it was dead
+      process = now;
+      raw.x.push(...(low === high ? [at] : [at, at]));
+      raw.y.push(...(low === high ? [value] : [low, high]));
+      line.x.push(at);
+      line.y.push(curve.y[i]);
+    });
+    const base = { name: plain(name), legendgroup: name, hovertemplate: `%{x:,.6~g} ${x}<br>${plain(metric)} %{y:.4g}`,
+      mode: points.length > 40 ? "lines" : "lines+markers", line: { color, dash, width: state.pin === name ? 3 : 1.6 } };
+    if (state.smoothing) {
+      result.push({ ...base, ...raw, mode: "lines", opacity: 0.25, showlegend: false, hoverinfo: "skip", hovertemplate: null });
+      result.push({ ...base, ...line });
+    } else result.push({ ...base, ...raw });
+  }
+  page.groups.forEach((name, group) => {
+    const points = isShown(name) ? band(members[group]) : [];
+    if (!points.length) return;
+    const [at, mean, deviation, count] = points[0].map((_, column) => points.map((point) => point[column]));
+    const edge = (sign) => mean.map((value, i) => value + sign * deviation[i]);
+    result.push({ x: [...at, ...at.toReversed()], y: [...edge(1), ...edge(-1).reverse()], fill: "toself",
+      fillcolor: colorOf(name) + "30", line: { width: 0 }, mode: "lines", hoverinfo: "skip", showlegend: false });
+    result.push({ x: at, y: mean, name: plain(name), customdata: deviation.map((sd, i) => [sd, count[i]]),
+      line: { color: colorOf(name), dash, width: 2.2 }, mode: at.length > 40 ? "lines" : "lines+markers",
+      hovertemplate: `%{x:,.6~g} ${x}<br>%{y:.4g} ± %{customdata[0]:.2g} (n = %{customdata[1]})` });
   });
+  return result;
+}
+
+/** When a chart is zoomed, show the range in full. */
+async function zoomed(chart, metrics, event) {
+  if (event["xaxis.autorange"]) for (const metric of metrics) delete details[metric];
+  const range = [event["xaxis.range[0]"], event["xaxis.range[1]"]].map((at) => (state.logX ? 10 ** at : at));
+  if (range[0] === undefined || Number.isNaN(range[0])) return;
+  const steps = [];
+  for (const metric of metrics)
+    for (const run of shownRuns()) {
+      const toAxis = axisOf(metric, run);
+      let before = -1;
+      for (const [step] of page.curves[metric]?.[run] ?? []) {
+        const at = toAxis(step);
+        if (at !== null && at >= range[0] && before <= range[1]) steps.push(step);
+        if (at !== null) before = at;
+      }
+    }
+  if (!steps.length) return;
+  const [low, high] = [steps.reduce((a, b) => Math.min(a, b)), steps.reduce((a, b) => Math.max(a, b))];
+  await getDetails(metrics, [low - 1, high]);
+  show();
+}
+
+function show() {
+  const shown = charts(), panels = $("#panels");
+  const runNames = shownRuns().map((run) => page.runs[run].name);
+  $("#curves").hidden = !isLive && !page.metrics.length;
+  $("#each").hidden = !page.groups.length;
+  $("output").value = state.smoothing || "";
+  $("#names").replaceChildren(...page.metrics.map((name) => new Option(name)));
+  for (const name of [...page.groups, ...runNames]) colorOf(name);
+  const entries = [...page.groups, ...(page.groups.length && !state.each ? runNames.filter((name) =>
+    Object.values(page.runs).some((run) => run.name === name && run.group === null)) : runNames)];
+  $("#legend").replaceChildren(...entries.map(legendEntry));
+  for (const panel of [...panels.children])
+    if (!shown.some(([name]) => name === panel.dataset.name)) Plotly.purge(panel), panel.remove();
+  const missing = new Set();
+  shown.forEach(([name, metrics], i) => {
+    let panel = [...panels.children].find((panel) => panel.dataset.name === name);
+    if (!panel) {
+      panel = document.createElement("div");
+      panel.dataset.name = name;
+    }
+    if (panels.children[i] !== panel) panels.insertBefore(panel, panels.children[i] ?? null);
+    const data = metrics.flatMap((metric, j) => traces(metric, ["solid", "dot", "dash"][Math.min(j, 2)]));
+    for (const { x, name } of data) if (name && x.every((at) => at === null)) missing.add(name);
+    const x = metrics[0].startsWith("system/") ? "minutes" : state.x, type = (isLog) => (isLog ? "log" : "linear");
+    const isNew = !panel.data;
+    draw(panel, data, { title: { text: plain(name), font: { size: 14 } }, height: 320, showlegend: false,
+      xaxis: { title: { text: x === "examples" ? "examples seen" : x }, type: type(state.logX) },
+      yaxis: { title: { text: metrics.map(plain).join(", ") }, type: type(state.logY) },
+      uirevision: `${x} ${state.logX} ${state.logY}` });
+    if (isNew) panel.on("plotly_relayout", (event) => zoomed(panel, metrics, event));
+  });
+  $("#remark").textContent = "";
+}

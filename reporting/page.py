@@ -4,6 +4,7 @@ import base64
 import html
 import json
 import secrets
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from plotly.offline import get_plotlyjs
 
 from harness.errors import UserError
 from metrics import PER_CLASS, ConfusionMatrix
-from reporting.charts import MAX_POINTS, curves
+from reporting.charts import curves, describe
+from reporting.collection import Collection
 from reporting.comparison import compare_runs
 from reporting.markup import paragraph, table
 from reporting.predictions import (
@@ -23,36 +25,40 @@ from reporting.predictions import (
 from reporting.runs import RunFiles, SeedGroups, run_table, seed_table
 from reporting.sweep import show_sweep
 
-# Only the page's own scripts may run, and nothing is fetched. plotly.js needs 'unsafe-eval' for
+# Only the page's own scripts may run, and only report.py's server is asked. plotly.js needs 'unsafe-eval' for
 # parallel coordinates.
 POLICY = (
     "default-src 'none'; img-src data: blob:; style-src 'unsafe-inline'; "
-    "script-src 'nonce-{}' 'unsafe-eval'"
+    "connect-src 'self'; script-src 'nonce-{}' 'unsafe-eval'"
 )
 
 BEGINNING = '<!doctype html>\n<html lang="en"><head><meta name="generator" content="report.py">'
 
 
-def make_page(
-    runs: list[RunFiles], seed_groups: SeedGroups, studies: list[Any], problems: list[str]
-) -> str:
-    """The page on `runs`, the best first, and on the sweeps' Optuna `studies`.
+CONTROLS = """<h2>Curves</h2><p class="soft">Drag to zoom, double-click to zoom out. Training is
+dotted where a chart has validation, too. Bands are the mean ± standard deviation over seeds or
+folds. The address of this page keeps what is chosen here.</p><form class="controls">
+<label>Charts <input name="charts" list="names" placeholder="regular expression"></label>
+<datalist id="names"></datalist>
+<label>Runs <input name="runs" placeholder="regular expression"></label>
+<label>x-axis <select name="x"><option>examples<option>epochs<option>batches<option>minutes</select>
+</label><label>Smoothing <input name="smoothing" type="range" min="0" max="0.99" step="0.01">
+<output></output></label>
+<label><input name="logX" type="checkbox"> log x</label>
+<label><input name="logY" type="checkbox"> log y</label>
+<label><input name="together" type="checkbox"> training with validation</label>
+<label id="each"><input name="each" type="checkbox"> each run of a group</label></form>
+<p id="remark" class="soft"></p><div id="panels"></div><ul id="legend"></ul>"""
 
-    It begins with `problems`, which say what could not be read.
+
+def make_page(
+    title: str, data: dict[str, Any] | None = None, sections: dict[str, str] | None = None
+) -> str:
+    """The page of the curves' `data` and of other `sections`.
+
+    Without these, it asks report.py's server for them.
     """
-    title = runs[0].label if len(runs) == 1 else f"{len(runs)} runs"
-    content = ""
-    for problem in problems:
-        content += paragraph(problem, "soft")
-    for study in studies:
-        content += show_sweep(study)
-    content += show_runs(runs, seed_groups)
-    content += show_curves(runs, seed_groups)
-    if len(runs) > 1:
-        content += compare_runs(runs, seed_groups)
-        content += compare_runs(runs, seed_groups, "test_predictions.csv")
-    else:
-        content += show_run(runs[0])
+    sections = defaultdict(str, sections or {})
     style = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
     code = Path(__file__).with_name("page.js").read_text(encoding="utf-8")
     nonce = secrets.token_urlsafe(16)
@@ -60,11 +66,45 @@ def make_page(
 <meta charset="utf-8"><title>{html.escape(title)}</title>
 <meta http-equiv="Content-Security-Policy" content="{POLICY.format(nonce)}">
 <meta name="viewport" content="width=device-width"><style>{style}</style></head>
-<body><h1>{html.escape(title)}</h1>
-{content}
+<body data-curves="{html.escape(json.dumps(data))}"><h1>{html.escape(title)}</h1>
+<div id="tables">{sections["tables"]}</div><div id="sweeps">{sections["sweeps"]}</div>
+<div id="curves">{CONTROLS}</div><div id="analysis">{sections["analysis"]}</div>
 <script nonce="{nonce}">{get_plotlyjs()}</script>
 <script nonce="{nonce}">{code}</script></body></html>
 """
+
+
+def whole_page(found: Collection) -> str:
+    """The page as a file that needs no server."""
+    for run in found.runs:
+        run.log.read()
+    sections = {
+        "tables": tables(found.runs, found.seed_groups, found.problems),
+        "sweeps": sweeps(found.studies),
+        "analysis": analysis(found.runs, found.seed_groups),
+    }
+    data = {**describe(found.runs, found.seed_groups), "curves": curves(found.runs)}
+    title = found.runs[0].label if len(found.runs) == 1 else f"{len(found.runs)} runs"
+    return make_page(title, data, sections)
+
+
+def tables(runs: list[RunFiles], seed_groups: SeedGroups, problems: list[str]) -> str:
+    """What could not be read, the tables of the runs, and of means over seeds or folds."""
+    content = "".join(paragraph(problem, "soft") for problem in problems)
+    return content + show_runs(runs, seed_groups)
+
+
+def sweeps(studies: list[Any]) -> str:
+    """The sweeps, from their Optuna studies."""
+    return "".join(map(show_sweep, studies))
+
+
+def analysis(runs: list[RunFiles], seed_groups: SeedGroups) -> str:
+    """The comparison of several runs, or the predictions and settings of one; may take seconds."""
+    if len(runs) == 1:
+        return show_run(runs[0])
+    content = compare_runs(runs, seed_groups)
+    return content + compare_runs(runs, seed_groups, "test_predictions.csv")
 
 
 def show_runs(runs: list[RunFiles], seed_groups: SeedGroups) -> str:
@@ -85,23 +125,6 @@ def show_runs(runs: list[RunFiles], seed_groups: SeedGroups) -> str:
         means = table(seed_table(runs, seed_groups))
         content += f"<h2>Over seeds or folds</h2>{paragraph(remark, 'soft')}{means}"
     return content
-
-
-def show_curves(runs: list[RunFiles], seed_groups: SeedGroups) -> str:
-    """The element in which page.js draws the curves, their data, and the controls."""
-    data = curves(runs, seed_groups)
-    if not data["metrics"]:
-        return ""
-    remark = (
-        "Drag to zoom, double-click to zoom out. A click in the legend hides or shows a run. "
-        f"Of curves of more than {MAX_POINTS:,} points, some at equal distances are drawn. Lines "
-        "with a band are the mean ± standard deviation over seeds or folds."
-    )
-    return f"""<h2>Curves</h2>{paragraph(remark, "soft")}
-<div class="controls"><label>Metric <select id="metric"></select></label>
-<label><input type="checkbox" id="log"> log scale</label>
-<label><input type="checkbox" id="each"> each run, too</label></div>
-<div id="curves" data-curves="{html.escape(json.dumps(data))}"></div>"""
 
 
 def show_run(run: RunFiles) -> str:

@@ -1,14 +1,15 @@
 """Reads runs, finished or not, from their directories and tabulates how they differ."""
 
-import contextlib
 import dataclasses
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
+
+import numpy as np
 
 from harness import system
 from harness.directory import CONFIG, JOURNAL, METRICS
@@ -16,6 +17,8 @@ from harness.errors import UserError
 from harness.files import read_json
 from harness.options import SharedSettings
 from metrics import mean_interval
+from reporting.journal import Journal, is_number
+from reporting.wandb_log import WandbLog
 
 KEY_METRICS = 2  # of those that a script declares, shown beside the monitored one
 PROVENANCE = (  # in config.json, but no settings
@@ -37,10 +40,19 @@ class RunFiles:
     path: Path
     label: str  # printable
     config: dict[str, Any]
-    rows: list[dict[str, float]]  # of the journal, numbers only
+    journal: Journal
+    log: WandbLog
     metrics: dict[str, Any] | None  # None until the run has finished
     notes: list[str]  # what is wrong with the files
     state: str = "finished"  # or "under way", "died", "pruned", "failed", and a detail
+
+    @property
+    def columns(self) -> dict[str, np.ndarray]:
+        """What was logged, by metric: float64 (rows, 2).
+
+        The first column is the step, that of system metrics the minute.
+        """
+        return self.journal.columns | self.log.columns
 
     @property
     def monitor(self) -> str:
@@ -73,12 +85,11 @@ class RunFiles:
             return figures
         if self.sign is None:
             return {}
-        rows = [row for row in self.rows if math.isfinite(row.get(self.monitor, math.nan))]
-        return min(
-            rows,
-            key=lambda row: (self.sign * row[self.monitor], row.get("valid/loss", 0)),  # as `Best`
-            default={},
-        )
+        figures = self.journal.columns.get(self.monitor, np.empty((0, 2)))
+        figures = figures[np.isfinite(figures[:, 1])]
+        lowest = (self.sign * figures[:, 1]).min(initial=math.inf)
+        rows = map(self.journal.row, figures[self.sign * figures[:, 1] == lowest, 0])
+        return min(rows, key=lambda row: row.get("valid/loss", 0), default={})  # as `Best`
 
     def metric_in(self, file: str) -> str:
         """The monitored metric of the data in a file: `PREDICTIONS`, or that of the test data."""
@@ -106,23 +117,17 @@ SeedGroups = dict[str, list[RunFiles]]  # by a printable name
 Table = list[list[Any]]  # rows; the first one is the header
 
 
-def is_number(value: Any) -> bool:
-    """Whether `value` is a float, or an int that a float can hold."""
-    if type(value) is int:  # not True or False
-        return value.bit_length() < 1024
-    return isinstance(value, float)
-
-
 def base_name(metric: str) -> str:
     """A metric's name without its prefix: "loss" for "valid/loss"."""
     return metric.split("/", 1)[-1]
 
 
-def find_runs(directories: Iterable[Path]) -> list[RunFiles]:
-    """The runs in these directories or directly beneath them.
+def find_runs(directories: Iterable[Path], known: Sequence[RunFiles] = ()) -> list[RunFiles]:
+    """The runs in these directories or directly beneath them; of `known` ones, what is new is read.
 
-    Raises `UserError` if a directory holds none.
+    Raises `UserError` if a directory holds no run.
     """
+    by_path = {run.path: run for run in known}
     paths = {}
     for directory in directories:
         children = [directory]
@@ -135,7 +140,7 @@ def find_runs(directories: Iterable[Path]) -> list[RunFiles]:
             raise UserError(f"{directory} holds no run: no directory with {CONFIG} or {JOURNAL}")
         for child in children:
             paths.setdefault(child.resolve(), child)
-    return [read_run(path) for path in paths.values()]
+    return [read_run(path, by_path.get(path)) for path in paths.values()]
 
 
 def sort_runs(runs: list[RunFiles]) -> list[RunFiles]:
@@ -155,8 +160,11 @@ def holds_run(directory: Path) -> bool:
     return any((directory / name).is_file() for name in (CONFIG, JOURNAL))
 
 
-def read_run(path: Path) -> RunFiles:
-    """The run in a directory; its notes list the files that are missing or unreadable."""
+def read_run(path: Path, known: RunFiles | None = None) -> RunFiles:
+    """The run in a directory; its notes list the files that are missing or unreadable.
+
+    If the run is `known`, only what is new of its journal is read. Its W&B log is not read yet.
+    """
     config = read_json(path / CONFIG) or {}
     metrics = read_json(path / METRICS)
     notes = []
@@ -166,32 +174,19 @@ def read_run(path: Path) -> RunFiles:
             config[f"version of {library}"] = version
     if metrics is None and (path / METRICS).exists():
         notes.append(f"no readable {METRICS}")
-    rows = read_journal(path / JOURNAL, notes)
+    journal = known.journal if known else Journal(path / JOURNAL)
+    journal.read()
+    log = known.log if known else WandbLog(path, config)
+    unreadable = journal.unreadable + journal.ends_early
+    if unreadable:
+        lines = journal.lines + journal.ends_early
+        notes.append(f"{unreadable} of {lines} rows of {JOURNAL} can't be read")
     label = format_value(config.get("name") or path.resolve().name)
-    run = RunFiles(path, label, config, rows, metrics, notes)
+    run = RunFiles(path, label, config, journal, log, metrics, notes)
     if metrics is None:
         state = "under way" if is_locked(path) else "died"
-        last_step = rows[-1]["step"] if rows else 0
-        run.state = f"{state} at step {last_step:,.0f}"
+        run.state = f"{state} at step {journal.last_step:,.0f}"
     return run
-
-
-def read_journal(path: Path, notes: list[str]) -> list[dict[str, float]]:
-    """The numbers in each row of a journal, which may be damaged or end in the middle of a line."""
-    lines = []
-    with contextlib.suppress(OSError):
-        if path.is_file():  # reading a pipe would wait
-            lines = path.read_bytes().splitlines()
-    rows = []
-    for line in lines:
-        with contextlib.suppress(ValueError, AttributeError, KeyError, RecursionError):
-            cells = json.loads(line)
-            row = {name: float(value) for name, value in cells.items() if is_number(value)}
-            if math.isfinite(row["step"]):
-                rows.append(row)
-    if len(rows) < len(lines):
-        notes.append(f"{len(lines) - len(rows)} of {len(lines)} rows of {JOURNAL} can't be read")
-    return rows
 
 
 def is_locked(directory: Path) -> bool:

@@ -1,0 +1,47 @@
+"""Collects what report.py shows: runs, their groups, sweeps, and what is wrong with their files."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from harness.directory import CONFIG
+from harness.errors import UserError
+from harness.files import list_names
+from reporting.runs import RunFiles, SeedGroups, find_runs, groups, sort_runs
+from reporting.sweep import open_study
+
+
+@dataclass
+class Collection:
+    """What is in some directories."""
+
+    runs: list[RunFiles]  # the best first
+    seed_groups: SeedGroups
+    studies: list[Any]  # Optuna's
+    problems: list[str]
+
+
+def collect(directories: list[Path], known: Sequence[RunFiles] = ()) -> Collection:
+    """Read the runs and sweeps; of journals that are `known`, what is new.
+
+    Raises `UserError` if a directory holds no run.
+    """
+    runs = find_runs(directories, known)
+    studies = []
+    problems = []
+    for directory in directories:
+        if (directory / "study.db").is_file():
+            try:
+                studies.append(open_study(directory, runs))
+            except UserError as error:
+                problems.append(f"{directory}: {error}")
+    runs = sort_runs(runs)
+    for run in runs:
+        problems += [f"{run.label}: {note}" for note in run.notes]
+    if undeclared := [run.label for run in runs if run.sign is None]:
+        problems.append(
+            f"Not ranked: {list_names(undeclared)}: {CONFIG} does not say whether lower or higher "
+            "is better in the monitored metric"
+        )
+    return Collection(runs, groups(runs), studies, problems)

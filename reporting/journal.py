@@ -1,0 +1,99 @@
+"""Reads a run's journal into columns, as it grows."""
+
+import contextlib
+import json
+import math
+import os
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+CHUNK = 1 << 22  # bytes to parse at once
+
+
+def is_number(value: Any) -> bool:
+    """Whether `value` is a float, or an int that a float can hold."""
+    if type(value) is int:  # not True or False
+        return value.bit_length() < 1024
+    return isinstance(value, float)
+
+
+class Journal:
+    """The numbers of a journal, which may be damaged or end in the middle of a row."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.file: int | None = None  # the number of the file that was read
+        self._clear()
+
+    def _clear(self) -> None:
+        self.columns: dict[str, np.ndarray] = {}  # by metric: float64 (rows, 2), step and value
+        self.last_step = 0.0
+        self.lines = 0
+        self.unreadable = 0  # of the lines
+        self.ends_early = False  # whether the last row is being written, or was cut by a crash
+        self._bytes = 0  # that were read
+
+    def read(self) -> None:
+        """Read the rows that were added; all of them if a resumed run has cut the journal."""
+        chunks = defaultdict(list)
+        with contextlib.suppress(OSError):
+            if not self.path.is_file():  # reading a pipe would wait
+                return
+            with self.path.open("rb") as file:
+                status = os.fstat(file.fileno())
+                if status.st_ino != self.file or status.st_size < self._bytes:
+                    self._clear()
+                    self.file = status.st_ino
+                file.seek(self._bytes)
+                while lines := file.readlines(CHUNK):
+                    self.ends_early = not (lines[-1].endswith(b"\n") or _parse(lines[-1:]))
+                    if self.ends_early:
+                        lines.pop()
+                    self._add(lines, chunks)
+        for name, arrays in chunks.items():
+            if name in self.columns:
+                arrays.insert(0, self.columns[name])
+            self.columns[name] = np.concatenate(arrays)
+
+    def _add(self, lines: list[bytes], chunks: dict[str, list[np.ndarray]]) -> None:
+        """Parse lines and append the columns of their rows to `chunks`."""
+        rows = _parse(lines)
+        self.lines += len(lines)
+        self.unreadable += len(lines) - len(rows)
+        self._bytes += sum(map(len, lines))
+        if rows:
+            self.last_step = rows[-1]["step"]
+        for name in set().union(*rows) - {"step"}:
+            cells = [(row["step"], row[name]) for row in rows if name in row]
+            if {type(value) for _, value in cells} != {float}:
+                cells = [cell for cell in cells if is_number(cell[1])]
+            if cells:
+                chunks[name].append(np.array(cells, float))
+
+    def row(self, step: float) -> dict[str, float]:
+        """The last numbers that were logged at a step."""
+        numbers = {}
+        for name, column in self.columns.items():
+            values = column[column[:, 0] == step, 1]
+            if len(values):
+                numbers[name] = float(values[-1])
+        return numbers
+
+
+def _parse(lines: list[bytes]) -> list[dict[str, Any]]:
+    """The rows with a step."""
+    try:
+        rows = json.loads(b"[%s]" % b",".join(lines))
+    except (ValueError, RecursionError):
+        rows = []
+        for line in lines:
+            with contextlib.suppress(ValueError, RecursionError):
+                rows.append(json.loads(line))
+    return [
+        row
+        for row in rows
+        if isinstance(row, dict) and is_number(row.get("step")) and math.isfinite(row["step"])
+    ]

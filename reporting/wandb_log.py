@@ -1,0 +1,69 @@
+"""Reads from W&B's log files when a run's rows were logged, and its system metrics."""
+
+import json
+import os
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+class WandbLog:
+    """The times and system metrics of a run, as far as its log files are on this machine.
+
+    W&B's directory is expected where `WANDB_DIR` says, in the current directory, beside the run's
+    directory or beside its parent.
+    """
+
+    def __init__(self, path: Path, config: dict[str, Any]):
+        """`path` and `config` are the run's."""
+        self._run = str(config.get("id")), config.get("run_token")
+        roots = [os.environ.get("WANDB_DIR", "."), *path.resolve().parents[:2]]
+        self._directories = {Path(root, "wandb").resolve() for root in roots}
+        self._read_bytes: dict[Path, int] = {}  # of each file
+        self._start: float | None = None  # of the run, in seconds
+        self._minutes: dict[Path, tuple[float, float]] = {}  # the first and the last of a file
+        # By metric: float64 (rows, 2), step and minute of "minutes", minute and value of others.
+        self.columns: dict[str, np.ndarray] = {}
+
+    @property
+    def processes(self) -> list[tuple[float, float]]:
+        """The first and last minute of each process of the run."""
+        return list(self._minutes.values())
+
+    def read(self) -> None:
+        """Read the records that were added."""
+        from harness import wandb_service  # it imports wandb, which takes a second
+
+        files = []
+        for directory in self._directories:
+            files += wandb_service.log_files(*self._run, directory)
+        points = defaultdict(list)
+        for file in sorted(files, key=lambda path: path.parent.name.removeprefix("offline-")):
+            start = self._read_bytes.get(file, wandb_service.HEADER)
+            for self._read_bytes[file], record in wandb_service.read_log(file, start):
+                time = _time(record)
+                if time is None:
+                    continue
+                self._start = self._start or time
+                minute = (time - self._start) / 60
+                first, _ = self._minutes.get(file, (minute, minute))
+                self._minutes[file] = (first, minute)
+                if record.HasField("history"):
+                    points["minutes"].append((record.history.step.num, minute))
+                for item in record.stats.item:
+                    points[f"system/{item.key}"].append((minute, json.loads(item.value_json)))
+        for name, column in points.items():
+            new = np.array(column, float)
+            self.columns[name] = np.concatenate([self.columns.get(name, new[:0]), new])
+
+
+def _time(record: Any) -> float | None:
+    """When a row or system metrics were logged, in seconds; None for other records."""
+    if record.HasField("stats"):
+        return record.stats.timestamp.ToNanoseconds() / 1e9
+    for item in record.history.item:
+        if "_timestamp" in (item.key, *item.nested_key):
+            return float(item.value_json)
+    return None
