@@ -6,7 +6,6 @@ opens from disk.
 
 import argparse
 import signal
-from functools import partial
 from pathlib import Path
 
 from harness.errors import UserError
@@ -17,11 +16,9 @@ from harness.script import in_ipython, run_script
 if __name__ == "__main__" and not in_ipython():
     # Ctrl-C during the imports ends the process without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    import torch
 
-    torch.set_num_threads(1)  # the tensors are small: several threads would wait for each other
-
-from reporting.collection import collect
+from reporting.charts import curves, describe
+from reporting.collection import Collection, collect
 from reporting.runs import Table, format_value, run_table, seed_table
 
 
@@ -55,11 +52,8 @@ def print_table(rows: Table) -> None:
         print("  ".join(row).rstrip())
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Print the table and write the page. Raises `UserError` if a directory holds no run."""
-    arguments = parse_arguments(argv)
-    output = arguments.output
-    found = collect(arguments.directories)
+def print_tables(found: Collection) -> None:
+    """Print what was found: the runs, means over seeds or folds, and what is wrong."""
     print_table(run_table(found.runs))
     if found.seed_groups:
         print()
@@ -68,19 +62,38 @@ def main(argv: list[str] | None = None) -> None:
         print(f"command: {format_value(found.runs[0].config.get('command'))}")
     for problem in found.problems:
         print(problem)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Print the table and write the page. Raises `UserError` if a directory holds no run."""
+    arguments = parse_arguments(argv)
+    output = arguments.output
+    found = collect(arguments.directories)
+    if not arguments.watch:
+        print_tables(found)
     try:
-        from reporting.page import BEGINNING, whole_page
+        from reporting.page import BEGINNING, make_page, tables
         from reporting.server import serve
     except ImportError as error:
         raise UserError(
             f"no page without plotly ({error}): pip install -r requirements-report.txt"
         ) from None
     if arguments.watch:
-        serve(partial(collect, arguments.directories), arguments.host, arguments.port)
+        serve(found, arguments.directories, arguments.host, arguments.port)
         return
     if output.is_file() and not output.read_bytes().startswith(BEGINNING.encode()):
         raise UserError(f"--output {output} is not a report; choose another name")
-    page = whole_page(found)
+    import torch  # takes a second and much memory, and --watch does without
+
+    from reporting.analysis import analyze
+
+    if not in_ipython():
+        torch.set_num_threads(1)  # the tensors are small: several threads would wait for each other
+    for run in found.runs:
+        run.log.read()
+    title = found.runs[0].label if len(found.runs) == 1 else f"{len(found.runs)} runs"
+    data = {**describe(found), "curves": curves(found.runs)}
+    page = make_page(title, data, {"tables": tables(found), **analyze(found)})
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         write_text(output, page)

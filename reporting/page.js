@@ -210,14 +210,17 @@ function colorOf(name) {
   return colors.get(name);
 }
 
-const baseName = (metric) =>
-  metric.startsWith("system/") ? metric : metric.replace(/^[^/]*\//, "").replace(/_(step|epoch)$/, "");
+/** The name of the chart that a metric shares in training and validation. */
+const baseName = (metric) => /^(system|test)\//.test(metric) ? metric :
+  metric.replace(/^[^/]*\//, "").replace(/_(step|epoch)$/, "");
 
 /** The charts that are shown, each with its metrics. */
 function charts() {
   const byName = new Map();
   for (const metric of page.metrics) {
     const base = baseName(metric), name = state.together ? base : metric;
+    const isRepeated = state.together && page.metrics.includes(metric.replace(/_epoch$/, "_step"));
+    if (metric.endsWith("_epoch") && isRepeated) continue; // the same as the mean of its batches
     if (state.charts ? matches(state.charts, metric) || matches(state.charts, base) : page.important.includes(base))
       byName.set(name, [...(byName.get(name) ?? []), metric]);
   }
@@ -307,23 +310,104 @@ function show() {
   $("#legend").replaceChildren(...entries.map(legendEntry));
   for (const panel of [...panels.children])
     if (!shown.some(([name]) => name === panel.dataset.name)) Plotly.purge(panel), panel.remove();
+  shown.forEach(([name], i) => {
+    let panel = [...panels.children].find((panel) => panel.dataset.name === name);
+    if (!panel) (panel = document.createElement("div")).dataset.name = name;
+    if (panels.children[i] !== panel) panels.insertBefore(panel, panels.children[i] ?? null);
+  });
   const missing = new Set();
   shown.forEach(([name, metrics], i) => {
-    let panel = [...panels.children].find((panel) => panel.dataset.name === name);
-    if (!panel) {
-      panel = document.createElement("div");
-      panel.dataset.name = name;
+    const panel = panels.children[i], isNew = !panel.data, data = [], title = [];
+    for (const metric of metrics) {
+      const dash = metrics.length === 1 || metric.startsWith("valid/") ? "solid" : metric.endsWith("_step") ? "dot" : "dash";
+      data.push(...traces(metric, dash));
+      if (metrics.length > 1) title.push(`${plain(metric)} ${{ dot: "dotted", dash: "dashed" }[dash] ?? dash}`);
     }
-    if (panels.children[i] !== panel) panels.insertBefore(panel, panels.children[i] ?? null);
-    const data = metrics.flatMap((metric, j) => traces(metric, ["solid", "dot", "dash"][Math.min(j, 2)]));
-    for (const { x, name } of data) if (name && x.every((at) => at === null)) missing.add(name);
+    for (const { x, name } of data) if (name && !x.length) missing.add(name);
     const x = metrics[0].startsWith("system/") ? "minutes" : state.x, type = (isLog) => (isLog ? "log" : "linear");
-    const isNew = !panel.data;
-    draw(panel, data, { title: { text: plain(name), font: { size: 14 } }, height: 320, showlegend: false,
+    const subtitle = { text: title.join(", "), font: { size: 11 } };
+    draw(panel, data, { title: { text: plain(name), font: { size: 14 }, subtitle }, height: 320, showlegend: false,
+      margin: { l: 50, r: 12, t: 56, b: 46 }, uirevision: `${x} ${state.logX} ${state.logY}`,
       xaxis: { title: { text: x === "examples" ? "examples seen" : x }, type: type(state.logX) },
-      yaxis: { title: { text: metrics.map(plain).join(", ") }, type: type(state.logY) },
-      uirevision: `${x} ${state.logX} ${state.logY}` });
+      yaxis: { type: type(state.logY) } });
     if (isNew) panel.on("plotly_relayout", (event) => zoomed(panel, metrics, event));
   });
-  $("#remark").textContent = "";
+  const none = [...missing].filter((name) => isShown(name)).join(", ");
+  $("#remark").textContent = none ? `${state.x} are not known of: ${none}` : "";
+  markPinned();
 }
+
+function legendEntry(name) {
+  const entry = document.createElement("li"), label = document.createElement("label"), pin = document.createElement("button");
+  const box = Object.assign(document.createElement("input"), { type: "checkbox", checked: isShown(name) });
+  label.append(box, name);
+  label.style.color = state.pin === name ? ink : colorOf(name);
+  box.addEventListener("change", () =>
+    setState({ hide: box.checked ? state.hide.filter((hidden) => hidden !== name) : [...state.hide, name] }));
+  pin.textContent = state.pin === name ? "unpin" : "pin";
+  pin.addEventListener("click", () => setState({ pin: state.pin === name ? "" : name }));
+  entry.append(label);
+  if (!page.groups.includes(name)) entry.append(pin);
+  return entry;
+}
+
+// -------------------------------------------------------------------------------------------- tables
+
+/** Behind each figure, its difference from that of the pinned run. */
+function markPinned() {
+  for (const note of all("#tables small")) note.remove();
+  const table = $("#tables table"), rows = table ? [...table.tBodies[0].rows] : [];
+  const pinned = rows.find((row) => row.cells[0].textContent === state.pin);
+  for (const row of rows) {
+    row.classList.toggle("pinned", row === pinned);
+    [...(pinned && row !== pinned ? row.cells : [])].forEach((cell, column) => {
+      const difference = Number(cell.dataset.value) - Number(pinned.cells[column].dataset.value);
+      if (!table.rows[0].cells[column].textContent.includes("/") || Number.isNaN(difference)) return;
+      const note = document.createElement("small");
+      note.textContent = ` (${difference < 0 ? "−" : "+"}${Math.abs(difference).toPrecision(3)})`;
+      cell.append(note);
+    });
+  }
+}
+
+const order = {}; // of the sorted tables, by their first heading: heading and direction
+
+/** Sort by a column: numbers by size, text by alphabet, what is missing last. */
+function sortTable(head, sign) {
+  const body = head.closest("table").tBodies[0];
+  const value = (row) => row.cells[head.cellIndex].dataset.value ?? row.cells[head.cellIndex].textContent;
+  for (const other of head.parentNode.cells) other.ariaSort = null;
+  head.ariaSort = sign > 0 ? "ascending" : "descending";
+  const missing = (text) => text === "–" || text === "nan";
+  const compare = (a, b) =>
+    missing(a) - missing(b) || sign * a.localeCompare(b, undefined, { numeric: true });
+  const byValue = (a, b) => sign * (parseFloat(a) - parseFloat(b)) || compare(a, b); // text has no number: NaN
+  body.append(...[...body.rows].sort((a, b) => byValue(value(a), value(b))));
+}
+
+/** Make a section's tables sortable, as they were sorted before, and draw its figures. */
+function prepare(section) {
+  for (const head of all("th", section)) {
+    const table = head.parentNode.textContent, { heading, sign } = order[table] ?? {};
+    if (heading === head.textContent) sortTable(head, sign);
+    head.addEventListener("click", () => {
+      order[table] = { heading: head.textContent, sign: head.ariaSort === "ascending" ? -1 : 1 };
+      sortTable(head, order[table].sign);
+    });
+  }
+  for (const chart of all("[data-figure]", section)) {
+    const figure = JSON.parse(chart.dataset.figure);
+    draw(chart, figure.data, figure.layout);
+  }
+}
+
+function fill(section, content) {
+  const places = all(".scroll", section).map(({ scrollLeft, scrollTop }) => ({ scrollLeft, scrollTop }));
+  section.innerHTML = content;
+  prepare(section);
+  all(".scroll", section).forEach((table, i) => Object.assign(table, places[i]));
+}
+
+for (const section of all("#tables, #sweeps, #analysis")) prepare(section);
+if (isLive) follow();
+else show();

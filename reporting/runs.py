@@ -16,7 +16,6 @@ from harness.directory import CONFIG, JOURNAL, METRICS
 from harness.errors import UserError
 from harness.files import read_json
 from harness.options import SharedSettings
-from metrics import mean_interval
 from reporting.journal import Journal, is_number
 from reporting.wandb_log import WandbLog
 
@@ -274,6 +273,8 @@ def shown_figures(runs: list[RunFiles]) -> list[str]:
 
 def seed_table(runs: list[RunFiles], seed_groups: SeedGroups) -> Table:
     """Each group's mean ± standard deviation, and the 95% interval of the mean."""
+    from metrics import mean_interval  # imports torch, which `report.py --watch` does without
+
     figures = shown_figures(runs)
     rows = [["runs that differ in seed or fold only", "n", *figures]]
     for name, members in seed_groups.items():

@@ -36,13 +36,14 @@ class WandbLog:
         """Read the records that were added."""
         from harness import wandb_service  # it imports wandb, which takes a second
 
-        files = []
+        files = set()
         for directory in self._directories:
-            files += wandb_service.log_files(*self._run, directory)
+            files.update(wandb_service.log_files(*self._run, directory))
         points = defaultdict(list)
-        for file in sorted(files, key=lambda path: path.parent.name.removeprefix("offline-")):
+        for file in sorted(files, key=wandb_service.start_of):
             start = self._read_bytes.get(file, wandb_service.HEADER)
-            for self._read_bytes[file], record in wandb_service.read_log(file, start):
+            for offset, record in wandb_service.read_log(file, start):
+                self._read_bytes[file] = offset
                 time = _time(record)
                 if time is None:
                     continue
