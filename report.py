@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
     if not in_ipython():
         torch.set_num_threads(1)  # the tensors are small: several threads would wait for each other
     for run in found.runs:
-        run.log.read()
+        run.log.read(run.config)
     title = found.runs[0].label if len(found.runs) == 1 else f"{len(found.runs)} runs"
     data = {**describe(found), "curves": curves(found.runs)}
     page = make_page(title, data, {"tables": tables(found), **analyze(found)})

@@ -175,7 +175,7 @@ def read_run(path: Path, known: RunFiles | None = None) -> RunFiles:
         notes.append(f"no readable {METRICS}")
     journal = known.journal if known else Journal(path / JOURNAL)
     journal.read()
-    log = known.log if known else WandbLog(path, config)
+    log = known.log if known else WandbLog(path)
     unreadable = journal.unreadable + journal.ends_early
     if unreadable:
         lines = journal.lines + journal.ends_early

@@ -140,7 +140,7 @@ def serve(found: Collection, directories: list[Path], host: str, port: int) -> N
     with contextlib.suppress(KeyboardInterrupt):
         while True:
             for run in watched.runs:
-                run.log.read()
+                run.log.read(run.config)
             time.sleep(PERIOD)
             with contextlib.suppress(UserError):  # no runs any more: the page shows what it had
                 watched.update(collect(directories, watched.runs))
