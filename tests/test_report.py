@@ -10,7 +10,6 @@ import random
 import shutil
 import statistics
 import tracemalloc
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +25,12 @@ import report
 from harness import system
 from harness.errors import UserError
 from reporting import comparison, runs
+from reporting.journal import Journal
 from reporting.predictions import read_predictions
+from reporting.wandb_log import WandbLog
 from tests.conftest import REPO, call, finished_run, made_once
+from tests.pages import EVIL, choose, opened, shown, wait_until
 
-EVIL = "<script>document.title = 'evil'</script><img src=x onerror=alert(1)>"
 DIRECTIONS = {"loss": "min", "acc": "max", "mcc": "max", "f1_macro": "max", "recall_micro": "max"}
 
 
@@ -261,7 +262,10 @@ def seed_groups(means: list[float], rng: random.Random) -> runs.SeedGroups:
     for number, mean in enumerate(means):
         figures = [{"valid/acc": rng.gauss(mean, 1)} for _ in range(6)]
         named[f"rate {number}"] = [
-            runs.RunFiles(Path("x"), "x", config, [], figure, []) for figure in figures
+            runs.RunFiles(
+                Path("x"), "x", config, Journal(Path("x")), WandbLog(Path("x")), figure, []
+            )
+            for figure in figures
         ]
     return named
 
@@ -458,7 +462,7 @@ def test_odd_files_are_shown_as_they_are(file, content, tmp_path):
     (odd / file).write_text(content)
     for directories in ([odd], [odd, fine]):
         page = page_of(*directories, output=tmp_path / "report.html")
-        assert "NaN" not in page[page.index("<body>") : page.index('<script nonce="')].replace(
+        assert "NaN" not in page[page.index("<body") : page.index('<script nonce="')].replace(
             'data-value="NaN"', ""
         )
 
@@ -704,7 +708,8 @@ def test_numbers_are_compared_by_their_absolute_errors(tmp_path, capsys):
     assert "1 is closer than 30: " in page and "30 is closer than 1: " in page
     assert "Street 7" in page and "McNemar" not in page and "can&#x27;t be read" not in page
     curves = json.loads(html.unescape(page.split('data-curves="')[1].split('"')[0]))
-    assert curves["overview"] == ["valid/mae", "valid/r2", "lr"]
+    assert curves["metrics"] == ["valid/mae", "valid/r2", "lr"]
+    assert curves["important"] == ["mae", "loss"]  # the charts that are shown at first
 
     a, b = (comparison.read_predictions(run) for run in runs.find_runs([good, bad]))
     gap, low, high = comparison.difference(a, b)
@@ -758,7 +763,7 @@ def test_numbers_that_diverged(tmp_path):
     page = page_of(a, b, output=tmp_path / "report.html")
     assert html.escape("mean absolute error can't be computed") in page
     alone = page_of(a, output=tmp_path / "report.html")
-    assert "NaN" not in alone[alone.index("<body>") : alone.index('<script nonce="')]
+    assert "NaN" not in alone[alone.index("<body") : alone.index('<script nonce="')]
 
 
 def test_report_needs_nothing_of_the_tasks(tmp_path):
@@ -877,55 +882,6 @@ def test_sweep_without_optuna_or_study(sweep, tmp_path, capsys, monkeypatch):
 # -------------------------------------------------------------------------------------------- in a browser
 
 
-@pytest.fixture(scope="session")
-def browser() -> Iterator[Any]:
-    """Headless Chromium, which records its console and every request."""
-    chromium, driver = (
-        shutil.which("chromium") or shutil.which("google-chrome"),
-        shutil.which("chromedriver"),
-    )
-    if not (chromium and driver):
-        pytest.skip("no Chromium with its driver: apt-get install chromium chromium-driver")
-    webdriver = pytest.importorskip("selenium.webdriver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for argument in (
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-dev-shm-usage",
-        "--enable-unsafe-swiftshader",
-    ):
-        options.add_argument(argument)
-    options.add_argument("--window-size=1280,900")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    yield browser
-    browser.quit()
-
-
-def opened(browser: Any, page: Path) -> None:
-    """Open a page, and check that it draws its charts, logs no error and asks for nothing outside itself."""
-    from selenium.webdriver.support.wait import WebDriverWait
-
-    browser.get(page.as_uri())
-    drawn = "return [...document.querySelectorAll('[data-figure], #curves')].every(c => c.querySelector('.main-svg'))"
-    WebDriverWait(browser, 30).until(lambda browser: browser.execute_script(drawn))
-    assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
-    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    urls = [
-        e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"
-    ]
-    assert {url.split(":")[0] for url in urls} <= {"file", "data", "blob", "about"}
-    assert {url for url in urls if url.startswith("file")} == {page.as_uri()}
-
-
-def shown(browser: Any) -> list[str]:
-    """The names of the curves that are drawn."""
-    return browser.execute_script(
-        "return document.getElementById('curves').data.filter(t => t.visible === true && t.name).map(t => t.name)"
-    )
-
-
 def test_page_in_a_browser(browser, tmp_path):
     for seed in (1, 2, 3):
         make_run(
@@ -941,15 +897,15 @@ def test_page_in_a_browser(browser, tmp_path):
     assert EVIL in browser.find_element("tag name", "body").text
     assert browser.find_elements("css selector", "img[src=x]") == []
     names = shown(browser)
-    assert len(names) == 12 and len(set(names)) == 3  # three runs in four panels
+    assert (
+        len(names) == 12 and len(set(names)) == 3
+    )  # three runs, in training and validation, in two panels
 
-    browser.find_element("css selector", "#curves .legendtoggle").click()
+    browser.find_element("css selector", "#legend input").click()
     wait_until(lambda: len(shown(browser)) == 8)
-    browser.execute_script(
-        "const m = document.getElementById('metric'); m.value = 'valid/acc'; m.dispatchEvent(new Event('change'))"
-    )
+    choose(browser, charts="valid/acc")
     wait_until(lambda: len(shown(browser)) == 2)  # what was hidden stays hidden
-    browser.find_element("css selector", "#curves .legendtoggle").click()
+    browser.find_element("css selector", "#legend input").click()
     wait_until(lambda: len(shown(browser)) == 3)
 
     for direction in (1, -1):
@@ -960,13 +916,6 @@ def test_page_in_a_browser(browser, tmp_path):
         losses = [float(row.split()[-5]) for row in rows]
         assert losses == sorted(losses, reverse=direction < 0)
     assert browser.get_log("browser") == []
-
-
-def wait_until(condition: Any) -> None:
-    """Wait for a condition, which the browser may take a moment to meet."""
-    from selenium.webdriver.support.wait import WebDriverWait
-
-    WebDriverWait(None, 10).until(lambda _: condition())
 
 
 def test_seeds_in_a_browser(browser, tmp_path):
@@ -1015,4 +964,4 @@ def test_sweep_in_a_browser(browser, sweep, tmp_path):
     buttons = browser.execute_script(
         "return [...document.querySelectorAll('.modebar-btn')].map(b => b.dataset.title)"
     )
-    assert {button.lower() for button in buttons} == {"download plot as a png"}
+    assert set(buttons) == {"Download as PNG", "Download as SVG"}
