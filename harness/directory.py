@@ -3,6 +3,7 @@
 import contextlib
 import os
 import textwrap
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -88,11 +89,15 @@ def _locked(path: Path) -> Iterator[None]:
     """Create the directory and keep other processes out; remove it if the block leaves it empty."""
     created = [directory for directory in (path, *path.parents) if not directory.exists()]
     path.mkdir(parents=True, exist_ok=True)
-    try:
-        descriptor = system.lock(path)
-    except BlockingIOError:
-        problem = "another process is using it; wait for it, or stop it"
-        raise UserError(f"--output_dir {path}: {problem}") from None
+    for attempt in (1, 2):
+        try:
+            descriptor = system.lock(path)
+            break
+        except BlockingIOError:
+            if attempt == 2:
+                problem = "another process is using it; wait for it, or stop it"
+                raise UserError(f"--output_dir {path}: {problem}") from None
+            time.sleep(0.1)  # `report.py --watch` takes the lock for a moment, to see if it can
     LOCKED.add(descriptor)
     try:
         yield

@@ -21,9 +21,9 @@ def describe(found: Collection) -> dict[str, Any]:
             "name": run.label,
             "group": numbers[0] if numbers else None,
             "finished": run.metrics is not None,
-            "batchSize": run.config.get("batch_size"),
-            "file": run.journal.file,
-            "processes": run.log.processes,
+            "batchSize": str(run.config.get("batch_size")),
+            "version": run.journal.version,
+            "processes": list(run.log.processes.values()),
         }
     logged = set()
     important = {}
@@ -67,7 +67,7 @@ def thinned(column: np.ndarray, most: int = MAX_POINTS) -> list[list[float]]:
         points = np.stack(
             [
                 steps[bounds[1:] - 1],
-                np.add.reduceat(values, starts) / counts,
+                np.add.reduceat(values / np.repeat(counts, counts), starts),
                 np.minimum.reduceat(values, starts),
                 np.maximum.reduceat(values, starts),
                 counts,

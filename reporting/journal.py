@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import time
 from collections import defaultdict
 from itertools import compress
 from pathlib import Path
@@ -26,10 +27,11 @@ class Journal:
 
     def __init__(self, path: Path):
         self.path = path
-        self.file: int | None = None  # the number of the file that was read
+        self._file: int | None = None  # the number of the file that was read
         self._clear()
 
     def _clear(self) -> None:
+        self.version = time.time_ns()  # another one after each cut
         self.columns: dict[str, np.ndarray] = {}  # by metric: float64 (rows, 2), step and value
         self.last_step = 0.0
         self.lines = 0
@@ -45,15 +47,17 @@ class Journal:
                 return
             with self.path.open("rb") as file:
                 status = os.fstat(file.fileno())
-                if status.st_ino != self.file or status.st_size < self._bytes:
+                if status.st_ino != self._file or status.st_size < self._bytes:
                     self._clear()
-                    self.file = status.st_ino
+                    self._file = status.st_ino
                 file.seek(self._bytes)
                 while lines := file.readlines(CHUNK):
                     self.ends_early = not (lines[-1].endswith(b"\n") or _parse(lines[-1:]))
                     if self.ends_early:
                         lines.pop()
                     self._add(lines, chunks)
+                    if self.ends_early:
+                        break  # its rest may be there by now
         for name, arrays in chunks.items():
             if name in self.columns:
                 arrays.insert(0, self.columns[name])
@@ -61,10 +65,11 @@ class Journal:
 
     def _add(self, lines: list[bytes], chunks: dict[str, list[np.ndarray]]) -> None:
         """Parse lines and append the columns of their rows to `chunks`."""
+        self._bytes += sum(map(len, lines))
+        lines = [line for line in lines if line.strip()]
         rows = _parse(lines)
         self.lines += len(lines)
         self.unreadable += len(lines) - len(rows)
-        self._bytes += sum(map(len, lines))
         if rows:
             self.last_step = rows[-1]["step"]
         steps = np.array([row["step"] for row in rows], float)

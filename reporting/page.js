@@ -9,18 +9,20 @@ const all = (selector, root = document) => [...root.querySelectorAll(selector)];
 
 // ----------------------------------------------------------------------------------------- data
 // A curve is a list of [step, value], or if thinned of [last step, mean, lowest, highest, count].
-// The curves of system metrics have minutes for steps.
+// The curves of system metrics have minutes for steps. Objects by names that files contain have no prototype, because
+// of names such as "constructor".
 
 const embedded = JSON.parse(document.body.dataset.curves), isLive = embedded === null;
-let page = embedded ?? { runs: {}, groups: [], metrics: [], important: [], curves: {} };
-const details = {}; // by metric: the range of steps in which a chart is zoomed in, and its points by run
+let page = embedded ?? { runs: {}, groups: [], metrics: [], important: [], curves: { __proto__: null } };
+const details = { __proto__: null }; // by metric: the steps between which a chart is zoomed in, and their points by run
 const checksums = {}; // of the sections that this page has
+let latest; // answer of the server
 
 async function ask(question) {
   const body = JSON.stringify({ sections: checksums, range: null, ...question });
   const response = await fetch(location.search || "?", { method: "POST", body });
   if (!response.ok) throw new Error(response.statusText);
-  return response.json();
+  return response.text();
 }
 
 /** The metrics of the charts that are shown, and of their x-axis. */
@@ -29,50 +31,56 @@ function neededMetrics() {
   return [...axis, ...charts().flatMap(([, metrics]) => metrics)];
 }
 
-/** Get what is new: sections, runs, and points of the metrics that are needed. */
+/** Get what is new: sections, runs, and points of the metrics that are needed. Returns whether anything is. */
 async function update() {
-  const needed = neededMetrics(), lastSteps = {};
+  const needed = neededMetrics(), lastSteps = { __proto__: null };
   for (const metric of needed) {
     lastSteps[metric] = {};
     for (const [run, points] of Object.entries(page.curves[metric] ?? {}))
       if (points.length > MOST_POINTS) delete page.curves[metric][run]; // the server thins all of them anew
-      else lastSteps[metric][run] = points.at(-1)[0];
+      else if (points.length) lastSteps[metric][run] = points.at(-1)[0];
   }
-  const { sections, curves, ...news } = await ask({ curves: lastSteps });
-  for (const [run, { file }] of Object.entries(page.runs))
-    if (news.runs[run]?.file !== file) // a resumed run has cut its journal
-      for (const runs of [...Object.values(page.curves), ...Object.values(curves)]) delete runs[run];
+  const answer = await ask({ curves: lastSteps });
+  if (answer === latest) return false;
+  latest = answer;
+  const { sections, curves, ...news } = JSON.parse(answer), zoomedIn = Object.values(details).map(({ runs }) => runs);
+  for (const [run, { version }] of Object.entries(page.runs))
+    if (news.runs[run]?.version !== version) // a resumed run has cut its journal
+      for (const runs of [...Object.values(page.curves), ...Object.values(curves), ...zoomedIn]) delete runs[run];
   page = { ...page, ...news };
   const names = Object.values(page.runs).map(({ name }) => name);
   document.title = $("h1").textContent = names.length === 1 ? names[0] : `${names.length} runs`;
   for (const [metric, runs] of Object.entries(curves))
-    for (const [run, points] of Object.entries(runs)) ((page.curves[metric] ??= {})[run] ??= []).push(...points);
+    for (const [run, points] of Object.entries(runs))
+      ((page.curves[metric] ??= { __proto__: null })[run] ??= []).push(...points);
   for (const [name, [checksum, content]] of Object.entries(sections)) {
     checksums[name] = checksum;
     fill($("#" + name), content);
   }
   if (neededMetrics().some((metric) => !needed.includes(metric))) await update();
+  return true;
 }
 
-async function follow() {
-  await refresh();
-  setTimeout(follow, PERIOD);
-}
-
-async function refresh() {
+let refreshing = Promise.resolve();
+/** One after the other: two questions at once would bring the same points twice. */
+const refresh = () => (refreshing = refreshing.then(async () => {
   try {
-    if (isLive) await update();
+    if (await update()) show();
     $("#state").textContent = "";
   } catch (error) {
     $("#state").textContent = `No answer from report.py (${error.message}): the page shows what it had.`;
   }
-  show();
+}));
+
+async function follow() {
+  if (!$(".dragcover")) await refresh(); // not while somebody drags to zoom
+  setTimeout(follow, PERIOD);
 }
 
 /** The points of a run; in full where its chart is zoomed in. */
 function pointsOf(metric, run) {
-  const points = page.curves[metric]?.[run] ?? [], { range: [low, high], runs } = details[metric] ?? { range: [], runs: {} };
-  if (!runs[run]) return points;
+  const points = page.curves[metric]?.[run] ?? [], { low, high, runs } = details[metric] ?? {};
+  if (!runs?.[run]) return points;
   return [...points.filter(([step]) => step <= low), ...runs[run], ...points.filter(([step]) => step > high)];
 }
 
@@ -83,9 +91,8 @@ const defaults = { charts: "", runs: "", x: "examples", smoothing: 0, logX: fals
   each: Object.keys(page.runs).length <= 5, pin: "", hide: [] };
 const state = { ...defaults };
 for (const [name, value] of new URLSearchParams(location.hash.slice(1)))
-  if (name === "hide") state.hide = [...state.hide, value];
-  else if (name in defaults)
-    state[name] = { boolean: value === "true", number: Number(value) || 0, string: value }[typeof defaults[name]];
+  if (Object.hasOwn(defaults, name)) state[name] = { boolean: value === "true", number: Number(value) || 0,
+    string: value, object: [...state.hide, value] }[typeof defaults[name]];
 
 function setState(changes) {
   Object.assign(state, changes);
@@ -93,13 +100,15 @@ function setState(changes) {
   for (const [name, value] of Object.entries(state))
     if (name !== "hide" && value !== defaults[name]) parameters.set(name, value);
   history.replaceState(null, "", `#${parameters}`);
-  if (neededMetrics().every((metric) => page.curves[metric])) show();
-  else refresh();
+  show();
+  if (isLive && !neededMetrics().every((metric) => page.curves[metric])) refresh();
 }
 
 for (const control of [...form.elements].filter(({ name }) => name)) {
   const property = control.type === "checkbox" ? "checked" : control.type === "range" ? "valueAsNumber" : "value";
   control[property] = state[control.name];
+  // It may have no such value.
+  if (control[property] !== state[control.name]) control[property] = state[control.name] = defaults[control.name];
   control.addEventListener("input", () => setState({ [control.name]: control[property] }));
 }
 form.addEventListener("submit", (event) => event.preventDefault());
@@ -130,8 +139,9 @@ function interpolate(table, x) {
 
 /** Where each epoch ended: rows [step, epochs]. One that may go on counts as long as the one before. */
 function epochTable(run) {
-  const ends = new Map([[0, 0]]);
-  for (const [step, epoch, , highest] of page.curves.epoch?.[run] ?? []) ends.set(highest ?? epoch, step);
+  const rows = (page.curves.epoch?.[run] ?? []).map(([step, mean, , highest]) => [highest ?? mean, step]);
+  const isFrom0 = rows.some(([epoch, step]) => !epoch && step > 0) && rows.every(([epoch]) => Number.isInteger(epoch));
+  const ends = new Map([[0, 0], ...rows.map(([epoch, step]) => [epoch + isFrom0, step])]);
   const table = [...ends].map(([epoch, step]) => [step, epoch]);
   if (page.runs[run].finished) return table;
   if (table.length < 3) return []; // the length of the first epoch is not known yet
@@ -143,7 +153,7 @@ function epochTable(run) {
 /** The function from a step to the x-axis; null where the run does not tell. */
 function axisOf(metric, run) {
   if (metric.startsWith("system/") || state.x === "examples") return (step) => step;
-  if (state.x === "batches") return (step) => step / page.runs[run].batchSize || null;
+  if (state.x === "batches") return (step) => [step / page.runs[run].batchSize].find(Number.isFinite) ?? null;
   const minutes = (page.curves.minutes?.[run] ?? []).map(([step, mean, , highest]) => [step, highest ?? mean]);
   const table = state.x === "epochs" ? epochTable(run) : minutes;
   return (step) => interpolate(table, step);
@@ -163,7 +173,8 @@ function smoothed(points) {
 /** At each x that two or more curves have: x, mean, standard deviation and count. */
 function band(curves) {
   const values = new Map();
-  for (const { x, y } of curves) x.forEach((at, i) => at !== null && values.set(at, [...(values.get(at) ?? []), y[i]]));
+  for (const { x, y } of curves)
+    x.forEach((at, i) => at !== null && values.set(at, [...(values.get(at) ?? []), y[i]]));
   const common = [...values].filter(([, members]) => members.length > 1).sort(([a], [b]) => a - b);
   return common.map(([at, members]) => {
     const mean = members.reduce((a, b) => a + b) / members.length;
@@ -174,31 +185,30 @@ function band(curves) {
 
 // --------------------------------------------------------------------------------------- charts
 
-// plotly.js interprets HTML in names. A long name is shortened in the middle.
+// plotly.js interprets HTML and templates in names. A long name is shortened in the middle.
 const plain = (name) => (name.length > 48 ? `${name.slice(0, 24)}…${name.slice(-23)}` : name)
-  .replaceAll("&", "&amp;").replaceAll("<", "&lt;");
-const download = (format, icon) => ({ name: format, title: `Download as ${format.toUpperCase()}`, icon: Plotly.Icons[icon],
+  .replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll("%{", "%&#123;");
+const download = (format, icon) => ({ name: format, title: `Download as ${format.toUpperCase()}`, icon,
   click: ({ data, layout, clientWidth: width, clientHeight: height, dataset }) => {
     const filename = (dataset.name ?? "chart").replaceAll(/[^\w.-]+/g, "_");
-    Plotly.downloadImage({ data, layout: { ...layout, showlegend: true } }, { format, filename, width, height, scale: 2 });
+    const figure = { data, layout: { ...layout, showlegend: true } };
+    Plotly.downloadImage(figure, { format, filename, width, height, scale: 2 });
   } });
 const options = { responsive: true, displaylogo: false, displayModeBar: true, // of plotly's own buttons, one uploads
-  modeBarButtons: [[download("png", "camera"), download("svg", "disk")]] };
+  modeBarButtons: [[download("png", Plotly.Icons.camera), download("svg", Plotly.Icons.disk)]] };
 const axis = { gridcolor: grid, linecolor: grid, zeroline: false, automargin: true, title: { standoff: 8 } };
 
 function draw(chart, data, layout) {
   const base = { font: { color: ink, family: "system-ui, sans-serif", size: 12 }, colorway: palette,
     paper_bgcolor: paper, plot_bgcolor: paper, margin: { l: 60, r: 20, t: 44, b: 46 },
     modebar: { bgcolor: "rgba(0,0,0,0)", color: dark ? "#98a2b3" : "#808792", activecolor: ink },
-    hovermode: "closest", hoverlabel: { namelength: -1 }, ...layout };
-  delete base.template;
-  for (const name of Object.keys({ xaxis: 0, yaxis: 0, ...layout }))
-    if (/^[xy]axis/.test(name))
-      base[name] = { ...axis, ...base[name], title: { ...axis.title, ...base[name]?.title } };
+    hovermode: "closest", hoverlabel: { namelength: -1 }, ...layout, template: undefined };
+  for (const name of Object.keys({ xaxis: 0, yaxis: 0, ...layout }).filter((name) => /^[xy]axis/.test(name)))
+    base[name] = { ...axis, ...base[name], title: { ...axis.title, ...base[name]?.title } };
   return Plotly.react(chart, data, base, options);
 }
 
-const colors = {};
+const colors = { __proto__: null };
 const colorOf = (name) => (colors[name] ??= palette[Object.keys(colors).length % palette.length]);
 const isShown = (name) => !state.hide.includes(name);
 const shownRuns = () => Object.keys(page.runs).sort().filter((run) => matches(state.runs, page.runs[run].name));
@@ -209,7 +219,7 @@ const baseName = (metric) => /^(system|test)\//.test(metric) ? metric :
 
 /** The charts that are shown: names and metrics. */
 function charts() {
-  const byName = {};
+  const byName = { __proto__: null };
   for (const metric of page.metrics) {
     const base = baseName(metric);
     const isMean = metric.endsWith("_epoch") && page.metrics.includes(metric.replace(/_epoch$/, "_step"));
@@ -233,9 +243,10 @@ function traces(metric, dash, x) {
     const raw = { x: [], y: [] }, line = { x: [], y: [] };
     let process;
     points.forEach(([, value, low = value, high = value], i) => {
-      const at = curve.x[i], now = x === "minutes" ? processes.findLastIndex(([first]) => first <= at) : 0;
+      // Minutes are rounded. The run was dead between two processes.
+      const at = curve.x[i], now = x === "minutes" ? processes.findLastIndex((first) => first * 0.99999 <= at) : 0;
       if (at === null) return;
-      if (now !== (process ?? now)) for (const part of [raw, line]) part.x.push(null), part.y.push(null); // it was dead
+      if (now !== (process ?? now)) [raw, line].forEach((part) => (part.x.push(null), part.y.push(null)));
       process = now;
       raw.x.push(...(low === high ? [at] : [at, at]));
       raw.y.push(...(low === high ? [value] : [low, high]));
@@ -243,9 +254,10 @@ function traces(metric, dash, x) {
       line.y.push(curve.y[i]);
     });
     const isPinned = state.pin === name, mode = points.length > 40 ? "lines" : "lines+markers";
-    const style = { name: plain(name), mode, line: { color: isPinned ? ink : colorOf(name), dash, width: isPinned ? 3 : 1.6 },
-      hovertemplate: `%{x:,.6~g} ${x}<br>${plain(metric)} %{y:.4g}` };
-    if (state.smoothing) result.push({ ...style, ...raw, hovertemplate: null, mode: "lines", opacity: 0.25, showlegend: false, hoverinfo: "skip" });
+    const style = { name: plain(name), meta: name, mode, hovertemplate: `%{x:,.6~g} ${x}<br>${plain(metric)} %{y:.4g}`,
+      line: { color: isPinned ? ink : colorOf(name), dash, width: isPinned ? 3 : 1.6 } };
+    const faint = { hovertemplate: null, mode: "lines", opacity: 0.25, showlegend: false, hoverinfo: "skip" };
+    if (state.smoothing) result.push({ ...style, ...raw, ...faint });
     result.push({ ...style, ...(state.smoothing ? line : raw) });
   }
   page.groups.forEach((name, group) => {
@@ -265,20 +277,19 @@ function traces(metric, dash, x) {
 /** When a chart is zoomed in, get its range in full. */
 async function zoomed(metrics, event) {
   const [from, to] = [event["xaxis.range[0]"], event["xaxis.range[1]"]].map((at) => (state.logX ? 10 ** at : at));
-  const isThinned = metrics.some((metric) => Object.values(page.curves[metric] ?? {}).flat().some((point) => point[4]));
   if (event["xaxis.autorange"]) for (const metric of metrics) delete details[metric];
-  if (!isLive || !isThinned || !(from < to)) return;
+  if (!isLive || !(from < to)) return;
   let low = Infinity, high = -Infinity;
   for (const metric of metrics)
     for (const run of shownRuns()) {
-      const toAxis = axisOf(metric, run);
-      const steps = (page.curves[metric]?.[run] ?? []).map(([step]) => step);
-      const first = steps.findIndex((step) => toAxis(step) >= from), last = steps.findLastIndex((step) => toAxis(step) <= to);
+      const steps = (page.curves[metric]?.[run] ?? []).map(([step]) => step), at = steps.map(axisOf(metric, run));
+      const first = at.findIndex((x) => x >= from), last = at.findLastIndex((x) => x <= to);
       low = Math.min(low, steps[first - 1] ?? -1);
       high = Math.max(high, steps[last + 1] ?? steps.at(-1) ?? -1);
     }
-  const { curves } = await ask({ curves: Object.fromEntries(metrics.map((metric) => [metric, {}])), range: [low, high] });
-  for (const metric of metrics) details[metric] = { range: [low, high], runs: curves[metric] };
+  const wanted = Object.fromEntries(metrics.map((metric) => [metric, {}]));
+  const { curves } = JSON.parse(await ask({ curves: wanted, range: [low, high] }));
+  for (const metric of metrics) details[metric] = { low, high, runs: curves[metric] };
   show();
 }
 
@@ -289,17 +300,17 @@ function showChart(panel, name, metrics) {
     data.push(...traces(metric, dash, x));
     if (metrics.length > 1) parts.push(`${plain(metric)} ${isSolid ? "solid" : "dotted"}`);
   }
-  const subtitle = { text: parts.join(", "), font: { size: 11 } }, type = (isLog) => (isLog ? "log" : "linear");
-  draw(panel, data, { title: { text: plain(name), font: { size: 14 }, subtitle }, height: 320, showlegend: false,
-    margin: { l: 50, r: 12, t: 56, b: 46 }, uirevision: `${x} ${state.logX} ${state.logY}`,
-    xaxis: { title: { text: x === "examples" ? "examples seen" : x }, type: type(state.logX) }, yaxis: { type: type(state.logY) } });
+  draw(panel, data, { height: 320, showlegend: false, uirevision: `${x} ${state.logX} ${state.logY}`,
+    title: { text: plain(name), font: { size: 14 }, subtitle: { text: parts.join(", "), font: { size: 11 } } },
+    margin: { l: 50, r: 12, t: 56, b: 46 }, yaxis: { type: state.logY ? "log" : "linear" },
+    xaxis: { title: { text: x === "examples" ? "examples seen" : x }, type: state.logX ? "log" : "linear" } });
   if (isNew) panel.on("plotly_relayout", (event) => zoomed(metrics, event));
-  return data.filter((trace) => trace.name && !trace.x.length).map((trace) => trace.name); // not on this axis
+  return data.filter(({ meta, x }) => meta && !x.length).map(({ meta }) => meta); // not on this axis
 }
 
 function legendEntry(name) {
-  const entry = document.createElement("li"), label = document.createElement("label"), pin = document.createElement("button");
-  const box = Object.assign(document.createElement("input"), { type: "checkbox", checked: isShown(name) });
+  const [entry, label, box, pin] = ["li", "label", "input", "button"].map((tag) => document.createElement(tag));
+  Object.assign(box, { type: "checkbox", checked: isShown(name) });
   label.append(box, name);
   label.style.color = state.pin === name ? ink : colorOf(name);
   box.addEventListener("change", () =>
@@ -310,15 +321,25 @@ function legendEntry(name) {
   return entry;
 }
 
+function showLegend(names) {
+  const legend = $("#legend"), key = JSON.stringify([names, state.hide, state.pin]);
+  if (legend.dataset.key === key) return;
+  const focused = all("input, button", legend).indexOf(document.activeElement);
+  legend.dataset.key = key;
+  legend.replaceChildren(...names.map(legendEntry));
+  all("input, button", legend)[focused]?.focus();
+}
+
 function show() {
   const shown = charts(), panels = $("#panels"), runs = shownRuns().map((run) => page.runs[run]);
   $("#curves").hidden = !page.metrics.length;
   $("#each").hidden = !page.groups.length;
   $("output").value = state.smoothing || "";
-  $("#names").replaceChildren(...page.metrics.map((name) => new Option(name)));
+  if ($("#names").options.length !== page.metrics.length)
+    $("#names").replaceChildren(...page.metrics.map((name) => new Option(name)));
   for (const name of [...page.groups, ...runs.map(({ name }) => name)]) colorOf(name); // the same whatever is shown
   const drawn = runs.filter(({ group }) => group === null || state.each).map(({ name }) => name);
-  $("#legend").replaceChildren(...[...page.groups, ...drawn].map(legendEntry));
+  showLegend([...page.groups, ...drawn]);
   for (const panel of [...panels.children])
     if (!shown.some(([name]) => name === panel.dataset.name)) Plotly.purge(panel), panel.remove();
   shown.forEach(([name], i) => {
@@ -343,14 +364,14 @@ function markPinned() {
     [...(pinned && row !== pinned ? row.cells : [])].forEach((cell, column) => {
       const difference = Number(cell.dataset.value) - Number(pinned.cells[column].dataset.value);
       if (!head.cells[column].textContent.includes("/") || Number.isNaN(difference)) return;
-      const note = document.createElement("small");
-      note.textContent = ` (${difference < 0 ? "−" : "+"}${Math.abs(difference).toPrecision(3)})`;
-      cell.append(note);
+      const size = Math.abs(difference).toPrecision(3); // a number: no HTML
+      cell.insertAdjacentHTML("beforeend", `<small> (${difference < 0 ? "−" : "+"}${size})</small>`);
     });
   }
 }
 
-const order = {}; // of the sorted tables, by their headings: the one they are sorted by, and the direction
+// Of the sorted tables, by their headings: the one they are sorted by, and the direction.
+const order = { __proto__: null };
 
 /** Sort by a column: numbers by size, text by alphabet, what is missing last. */
 function sortTable(head, sign) {
@@ -388,5 +409,4 @@ function fill(section, content) {
 }
 
 for (const section of all("#tables, #seeds, #sweeps, #analysis")) prepare(section);
-if (isLive) follow();
-else show();
+isLive ? follow() : show();

@@ -21,6 +21,7 @@ from reporting.page import make_page, tables
 
 PERIOD = 2  # seconds between two looks at the files
 LOCAL = ("127.0.0.1", "localhost")
+GONE = contextlib.suppress(OSError, UserError)  # files or all runs: the page shows what it had
 
 
 class Watched:
@@ -46,8 +47,8 @@ class Watched:
             finished = [run.path for run in self.runs if run.metrics is not None]
             if finished != analyzed:
                 analyzed = finished
-                with get_context("spawn").Pool(1) as pool:
-                    self.sections |= pool.apply(analysis_of, [directories])
+                with GONE, get_context("spawn").Pool(1) as pool:
+                    self.sections = self.sections | pool.apply(analysis_of, [directories])
             time.sleep(PERIOD)
 
     def news(self, page: dict[str, Any]) -> dict[str, Any]:
@@ -112,7 +113,7 @@ def serve(found: Collection, directories: list[Path], host: str, port: int) -> N
                 given = parse_qs(urlsplit(self.path).query).get("token", [""])[0]
                 allowed = secrets.compare_digest(given.encode(), token.encode())
             else:
-                allowed = urlsplit(f"//{self.headers['Host']}").hostname in LOCAL
+                allowed = str(self.headers["Host"]).split(":")[0] in LOCAL
             if not allowed:
                 self.send_error(403, "the address that report.py printed has a token")
             return allowed
@@ -125,13 +126,12 @@ def serve(found: Collection, directories: list[Path], host: str, port: int) -> N
             self.end_headers()
             self.wfile.write(encoded)
 
-        def log_message(self, *_: Any) -> None:
-            """Nothing: a line per request would flood the terminal."""
-
     try:
         server = ThreadingHTTPServer((host, port), Handler)
     except (OSError, OverflowError) as error:
         raise UserError(f"--host {host} --port {port}: {error}") from None
+    # A line for each request, or for each that is broken off, would flood the terminal.
+    Handler.log_message = server.handle_error = lambda *_: None
     threading.Thread(target=server.serve_forever, daemon=True).start()
     threading.Thread(target=watched.analyze, args=[directories], daemon=True).start()
     name = socket.gethostname() if host == "0.0.0.0" else host
@@ -139,8 +139,10 @@ def serve(found: Collection, directories: list[Path], host: str, port: int) -> N
     print(f"The page: http://{name}:{server.server_port}/{query} (until Ctrl-C)", flush=True)
     with contextlib.suppress(KeyboardInterrupt):
         while True:
-            for run in watched.runs:
-                run.log.read(run.config)
-            time.sleep(PERIOD)
-            with contextlib.suppress(UserError):  # no runs any more: the page shows what it had
+            with GONE:
+                for run in watched.runs:
+                    run.log.read(run.config)
                 watched.update(collect(directories, watched.runs))
+            time.sleep(PERIOD)
+    server.shutdown()  # IPython lives on
+    server.server_close()

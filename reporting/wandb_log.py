@@ -22,14 +22,9 @@ class WandbLog:
         self._directories = {Path(root, "wandb").resolve() for root in roots}
         self._read_bytes: dict[Path, int] = {}  # of each file
         self._start: float | None = None  # of the run, in seconds
-        self._minutes: dict[Path, tuple[float, float]] = {}  # the first and the last of a file
+        self.processes: dict[Path, float] = {}  # the first minute of each, by file
         # By metric: float64 (rows, 2), step and minute of "minutes", minute and value of others.
         self.columns: dict[str, np.ndarray] = {}
-
-    @property
-    def processes(self) -> list[tuple[float, float]]:
-        """The first and last minute of each process of the run."""
-        return list(self._minutes.values())
 
     def read(self, config: dict[str, Any]) -> None:
         """Read the records that were added; `config` is the run's."""
@@ -48,9 +43,8 @@ class WandbLog:
                 if time is None:
                     continue
                 self._start = self._start or time
-                minute = (time - self._start) / 60
-                first, _ = self._minutes.get(file, (minute, minute))
-                self._minutes[file] = (first, minute)
+                minute = max(0.0, time - self._start) / 60  # records may be out of order
+                self.processes[file] = min(minute, self.processes.get(file, minute))
                 if record.HasField("history"):
                     points["minutes"].append((record.history.step.num, minute))
                 for item in record.stats.item:
