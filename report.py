@@ -13,8 +13,8 @@ from harness.files import write_text
 from harness.options import Parser, command_line
 from harness.script import in_ipython, run_script
 
-if __name__ in ("__main__", "__mp_main__") and not in_ipython():
-    # Ctrl-C during the imports ends the process without a traceback, and so in a child.
+if __name__ == "__main__" and not in_ipython():
+    # Ctrl-C during the imports ends the process without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from reporting.charts import curves, describe

@@ -4,7 +4,6 @@ import contextlib
 import json
 import math
 import os
-import time
 from collections import defaultdict
 from itertools import compress
 from pathlib import Path
@@ -31,7 +30,6 @@ class Journal:
         self._clear()
 
     def _clear(self) -> None:
-        self.version = time.time_ns()  # another one after each cut
         self.columns: dict[str, np.ndarray] = {}  # by metric: float64 (rows, 2), step and value
         self.last_step = 0.0
         self.lines = 0

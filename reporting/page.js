@@ -16,7 +16,6 @@ const embedded = JSON.parse(document.body.dataset.curves), isLive = embedded ===
 let page = embedded ?? { runs: {}, groups: [], metrics: [], important: [], curves: { __proto__: null } };
 const details = { __proto__: null }; // by metric: the steps between which a chart is zoomed in, and their points by run
 const checksums = {}; // of the sections that this page has
-let latest; // answer of the server
 
 async function ask(question) {
   const body = JSON.stringify({ sections: checksums, range: null, ...question });
@@ -35,24 +34,25 @@ function neededMetrics() {
 async function update() {
   const needed = neededMetrics(), lastSteps = { __proto__: null };
   for (const metric of needed) {
-    lastSteps[metric] = {};
+    lastSteps[metric] = { __proto__: null };
     for (const [run, points] of Object.entries(page.curves[metric] ?? {}))
-      if (points.length > MOST_POINTS) delete page.curves[metric][run]; // the server thins all of them anew
-      else if (points.length) lastSteps[metric][run] = points.at(-1)[0];
+      // Of others, the server sends all, thinned anew.
+      if (points.length && points.length <= MOST_POINTS) lastSteps[metric][run] = points.at(-1)[0];
   }
   const answer = await ask({ curves: lastSteps });
   if (answer === latest) return false;
   latest = answer;
   const { sections, curves, ...news } = JSON.parse(answer), zoomedIn = Object.values(details).map(({ runs }) => runs);
-  for (const [run, { version }] of Object.entries(page.runs))
-    if (news.runs[run]?.version !== version) // a resumed run has cut its journal
+  for (const [run, { journal }] of Object.entries(page.runs))
+    if (news.runs[run]?.journal !== journal) // a resumed run has cut its journal
       for (const runs of [...Object.values(page.curves), ...Object.values(curves), ...zoomedIn]) delete runs[run];
   page = { ...page, ...news };
   const names = Object.values(page.runs).map(({ name }) => name);
   document.title = $("h1").textContent = names.length === 1 ? names[0] : `${names.length} runs`;
   for (const [metric, runs] of Object.entries(curves))
     for (const [run, points] of Object.entries(runs))
-      ((page.curves[metric] ??= { __proto__: null })[run] ??= []).push(...points);
+      (page.curves[metric] ??= { __proto__: null })[run] =
+        run in lastSteps[metric] ? [...page.curves[metric][run], ...points] : points;
   for (const [name, [checksum, content]] of Object.entries(sections)) {
     checksums[name] = checksum;
     fill($("#" + name), content);
@@ -61,7 +61,7 @@ async function update() {
   return true;
 }
 
-let refreshing = Promise.resolve();
+let latest, refreshing = Promise.resolve(); // answer of the server, and the question under way
 /** One after the other: two questions at once would bring the same points twice. */
 const refresh = () => (refreshing = refreshing.then(async () => {
   try {
@@ -172,10 +172,9 @@ function smoothed(points) {
 
 /** At each x that two or more curves have: x, mean, standard deviation and count. */
 function band(curves) {
-  const values = new Map();
-  for (const { x, y } of curves)
-    x.forEach((at, i) => at !== null && values.set(at, [...(values.get(at) ?? []), y[i]]));
-  const common = [...values].filter(([, members]) => members.length > 1).sort(([a], [b]) => a - b);
+  const byX = new Map();
+  for (const { x, y } of curves) x.forEach((at, i) => at !== null && byX.set(at, [...(byX.get(at) ?? []), y[i]]));
+  const common = [...byX].filter(([, members]) => members.length > 1).sort(([a], [b]) => a - b);
   return common.map(([at, members]) => {
     const mean = members.reduce((a, b) => a + b) / members.length;
     const squares = members.reduce((sum, value) => sum + (value - mean) ** 2, 0);
@@ -288,8 +287,8 @@ async function zoomed(metrics, event) {
       high = Math.max(high, steps[last + 1] ?? steps.at(-1) ?? -1);
     }
   const wanted = Object.fromEntries(metrics.map((metric) => [metric, {}]));
-  const { curves } = JSON.parse(await ask({ curves: wanted, range: [low, high] }));
-  for (const metric of metrics) details[metric] = { low, high, runs: curves[metric] };
+  for (const [metric, runs] of Object.entries(JSON.parse(await ask({ curves: wanted, range: [low, high] })).curves))
+    details[metric] = { low, high, runs };
   show();
 }
 
@@ -364,8 +363,8 @@ function markPinned() {
     [...(pinned && row !== pinned ? row.cells : [])].forEach((cell, column) => {
       const difference = Number(cell.dataset.value) - Number(pinned.cells[column].dataset.value);
       if (!head.cells[column].textContent.includes("/") || Number.isNaN(difference)) return;
-      const size = Math.abs(difference).toPrecision(3); // a number: no HTML
-      cell.insertAdjacentHTML("beforeend", `<small> (${difference < 0 ? "−" : "+"}${size})</small>`);
+      const text = ` (${difference < 0 ? "−" : "+"}${Math.abs(difference).toPrecision(3)})`;
+      cell.append(Object.assign(document.createElement("small"), { textContent: text }));
     });
   }
 }

@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import secrets
+import signal
 import socket
 import threading
 import time
@@ -21,7 +22,6 @@ from reporting.page import make_page, tables
 
 PERIOD = 2  # seconds between two looks at the files
 LOCAL = ("127.0.0.1", "localhost")
-GONE = contextlib.suppress(OSError, UserError)  # files or all runs: the page shows what it had
 
 
 class Watched:
@@ -37,27 +37,13 @@ class Watched:
         self.data = describe(found)
         self.sections["tables"] = tables(found)
 
-    def analyze(self, directories: list[Path]) -> None:
-        """Whenever other runs have finished, compare them in a process of its own.
-
-        It takes seconds, which would hold up the answers, and the memory of torch.
-        """
-        analyzed = None
-        while True:
-            finished = [run.path for run in self.runs if run.metrics is not None]
-            if finished != analyzed:
-                analyzed = finished
-                with GONE, get_context("spawn").Pool(1) as pool:
-                    self.sections = self.sections | pool.apply(analysis_of, [directories])
-            time.sleep(PERIOD)
-
     def news(self, page: dict[str, Any]) -> dict[str, Any]:
         """What a page lacks: sections with another checksum, and points after its last ones.
 
         Or in place of these, the points of a range of steps, from one to the other.
         """
         sections = {}
-        for name, content in self.sections.items():
+        for name, content in list(self.sections.items()):  # an analysis may add some
             checksum = zlib.crc32(content.encode())
             if page["sections"].get(name) != checksum:
                 sections[name] = [checksum, content]
@@ -73,6 +59,21 @@ class Watched:
                 if chosen.any():
                     curves[metric][str(run.path)] = thinned(column[chosen])
         return {**self.data, "sections": sections, "curves": curves}
+
+
+def begin_analysis(directories: list[Path], sections: dict[str, str]) -> Any:
+    """Compare the runs in a process of its own, then add the `sections`.
+
+    It takes seconds, which would hold up the answers, and the memory of torch.
+    """
+    on_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process inherits this
+    pool = get_context("spawn").Pool(1)
+    signal.signal(signal.SIGINT, on_interrupt)
+    result = pool.apply_async(
+        analysis_of, [directories], callback=sections.update, error_callback=print
+    )
+    pool.close()
+    return result
 
 
 def analysis_of(directories: list[Path]) -> dict[str, str]:
@@ -133,13 +134,17 @@ def serve(found: Collection, directories: list[Path], host: str, port: int) -> N
     # A line for each request, or for each that is broken off, would flood the terminal.
     Handler.log_message = server.handle_error = lambda *_: None
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    threading.Thread(target=watched.analyze, args=[directories], daemon=True).start()
     name = socket.gethostname() if host == "0.0.0.0" else host
     query = f"?token={token}" if token else ""
     print(f"The page: http://{name}:{server.server_port}/{query} (until Ctrl-C)", flush=True)
+    analyzed = analysis = None
     with contextlib.suppress(KeyboardInterrupt):
         while True:
-            with GONE:
+            finished = [run.path for run in watched.runs if run.metrics is not None]
+            if finished != analyzed and (analysis is None or analysis.ready()):
+                analyzed = finished
+                analysis = begin_analysis(directories, watched.sections)
+            with contextlib.suppress(OSError, UserError):  # gone: the page shows what it had
                 for run in watched.runs:
                     run.log.read(run.config)
                 watched.update(collect(directories, watched.runs))
