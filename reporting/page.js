@@ -130,8 +130,7 @@ function interpolate(table, x) {
   if (high < 1 || x < table[0][0] || x > table[high][0]) return null;
   while (high - low > 1) {
     const middle = (low + high) >> 1;
-    if (table[middle][0] <= x) low = middle;
-    else high = middle;
+    if (table[middle][0] <= x) low = middle; else high = middle;
   }
   const [x0, y0] = table[low], [x1, y1] = table[high];
   return x1 === x0 ? y1 : y0 + ((y1 - y0) * (x - x0)) / (x1 - x0);
@@ -188,10 +187,11 @@ function band(curves) {
 const plain = (name) => (name.length > 48 ? `${name.slice(0, 24)}…${name.slice(-23)}` : name)
   .replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll("%{", "%&#123;");
 const download = (format, icon) => ({ name: format, title: `Download as ${format.toUpperCase()}`, icon,
-  click: ({ data, layout, clientWidth: width, clientHeight: height, dataset }) => {
+  click: ({ data, layout, clientWidth: width, clientHeight, dataset }) => {
     const filename = (dataset.name ?? "chart").replaceAll(/[^\w.-]+/g, "_");
-    const figure = { data, layout: { ...layout, showlegend: true } };
-    Plotly.downloadImage(figure, { format, filename, width, height, scale: 2 });
+    const below = { ...layout, showlegend: true, legend: { orientation: "h", y: -0.25 } };
+    const height = clientHeight + 20 * data.filter(({ showlegend }) => showlegend).length;
+    Plotly.downloadImage({ data, layout: below }, { format, filename, width, height, scale: 2 });
   } });
 const options = { responsive: true, displaylogo: false, displayModeBar: true, // of plotly's own buttons, one uploads
   modeBarButtons: [[download("png", Plotly.Icons.camera), download("svg", Plotly.Icons.disk)]] };
@@ -296,7 +296,8 @@ function showChart(panel, name, metrics) {
   const isNew = !panel.data, data = [], parts = [], x = metrics[0].startsWith("system/") ? "minutes" : state.x;
   for (const metric of metrics) {
     const isSolid = metrics.length === 1 || metric.startsWith("valid/"), dash = isSolid ? "solid" : "dot";
-    data.push(...traces(metric, dash, x));
+    for (const trace of traces(metric, dash, x)) // in the legend of a download, a name stands once
+      data.push({ showlegend: !data.some(({ name, showlegend }) => showlegend && name === trace.name), ...trace });
     if (metrics.length > 1) parts.push(`${plain(metric)} ${isSolid ? "solid" : "dotted"}`);
   }
   draw(panel, data, { height: 320, showlegend: false, uirevision: `${x} ${state.logX} ${state.logY}`,
@@ -309,8 +310,7 @@ function showChart(panel, name, metrics) {
 
 function legendEntry(name) {
   const [entry, label, box, pin] = ["li", "label", "input", "button"].map((tag) => document.createElement(tag));
-  Object.assign(box, { type: "checkbox", checked: isShown(name) });
-  label.append(box, name);
+  label.append(Object.assign(box, { type: "checkbox", checked: isShown(name) }), name);
   label.style.color = state.pin === name ? ink : colorOf(name);
   box.addEventListener("change", () =>
     setState({ hide: box.checked ? state.hide.filter((hidden) => hidden !== name) : [...state.hide, name] }));

@@ -45,8 +45,8 @@ def curves(browser: Any, chart: str | None = None) -> list[dict[str, Any]]:
     """The curves that are drawn, with name, x and y, of one chart or of all; without the faint ones and the bands."""
     script = """return [...document.querySelectorAll('#panels > div')]
         .filter(panel => arguments[0] === null || panel.dataset.name === arguments[0])
-        .flatMap(panel => panel.data.filter(trace => trace.showlegend !== false)
-            .map(({name, x, y, line, meta}) => ({name, x: [...x], y: [...y], dash: line.dash, width: line.width})))"""
+        .flatMap(panel => panel.data.filter(trace => trace.hoverinfo !== 'skip')
+            .map(({name, x, y, line}) => ({name, x: [...x], y: [...y], dash: line.dash, width: line.width})))"""
     return browser.execute_script(script, chart)
 
 
