@@ -64,10 +64,12 @@ def thinned(column: np.ndarray, most: int = MAX_POINTS) -> list[list[float]]:
         starts = bounds[:-1]
         steps, values = column.T
         counts = np.diff(bounds)
+        shares = values / np.repeat(counts, counts)  # their sum does not overflow
+        last_steps = steps[bounds[1:] - 1]
         points = np.stack(
             [
-                steps[bounds[1:] - 1],
-                np.add.reduceat(values / np.repeat(counts, counts), starts),
+                last_steps,
+                np.add.reduceat(shares, starts),
                 np.minimum.reduceat(values, starts),
                 np.maximum.reduceat(values, starts),
                 counts,

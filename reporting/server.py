@@ -6,6 +6,7 @@ import math
 import secrets
 import signal
 import socket
+import sys
 import threading
 import time
 import zlib
@@ -28,7 +29,7 @@ class Watched:
     """What the page shows, as it was at the last look."""
 
     def __init__(self, found: Collection):
-        self.sections: dict[str, str] = {}
+        self.sections = {}
         self.update(found)
 
     def update(self, found: Collection) -> None:
@@ -66,6 +67,7 @@ def begin_analysis(directories: list[Path], sections: dict[str, str]) -> Any:
 
     It takes seconds, which would hold up the answers, and the memory of torch.
     """
+    vars(sys.modules["__main__"]).setdefault("__spec__")  # IPython's has none, and spawning asks
     on_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process inherits this
     pool = get_context("spawn").Pool(1)
     signal.signal(signal.SIGINT, on_interrupt)
@@ -136,18 +138,18 @@ def serve(found: Collection, directories: list[Path], host: str, port: int) -> N
     threading.Thread(target=server.serve_forever, daemon=True).start()
     name = socket.gethostname() if host == "0.0.0.0" else host
     query = f"?token={token}" if token else ""
-    print(f"The page: http://{name}:{server.server_port}/{query} (until Ctrl-C)", flush=True)
     analyzed = analysis = None
     with contextlib.suppress(KeyboardInterrupt):
+        print(f"The page: http://{name}:{server.server_port}/{query} (until Ctrl-C)", flush=True)
         while True:
-            finished = [run.path for run in watched.runs if run.metrics is not None]
-            if finished != analyzed and (analysis is None or analysis.ready()):
-                analyzed = finished
-                analysis = begin_analysis(directories, watched.sections)
             with contextlib.suppress(OSError, UserError):  # gone: the page shows what it had
                 for run in watched.runs:
                     run.log.read(run.config)
                 watched.update(collect(directories, watched.runs))
+            finished = [run.path for run in watched.runs if run.metrics is not None]
+            if finished != analyzed and (analysis is None or analysis.ready()):
+                analyzed = finished
+                analysis = begin_analysis(directories, watched.sections)
             time.sleep(PERIOD)
     server.shutdown()  # IPython lives on
     server.server_close()

@@ -144,6 +144,24 @@ def test_a_report_leaves_the_kernel_as_it_was(notebook):
     assert after == before and before.endswith("2") and page == "The page: report.html", done
 
 
+def test_an_interrupt_ends_the_page_that_is_served(notebook):
+    run = notebook.directory / "served"
+    run.mkdir()
+    (run / "config.json").write_text("{}")
+    (run / "history.jsonl").write_text('{"step": 1, "epoch": 1, "valid/loss": 0.5}\n')
+    show = (
+        "import signal, threading; print(signal.getsignal(signal.SIGINT), threading.active_count())"
+    )
+    before = notebook.run(show).out
+    done = notebook.run(f"%run {REPO}/report.py served --watch", interrupt_at="until Ctrl-C")
+    assert done.error is None and done.out.count("\n") == 1, done
+    address = re.search(r"http://\S+", done.out)[0]
+    time.sleep(0.5)
+    ask = f"import urllib.request; urllib.request.urlopen({address!r}, timeout=5)"
+    assert "Connection refused" in "".join(notebook.run(ask).error)
+    assert notebook.run(show).out.split()[:-1] == before.split()[:-1]
+
+
 def test_a_sweep_leaves_the_kernel_as_it_was(notebook):
     """Its SIGTERM handler and Optuna's log level stayed; in another thread there was an error of `signal.signal`."""
     (notebook.directory / "sweep.yaml").write_text(

@@ -650,6 +650,8 @@ def test_only_those_who_may_are_answered(serve, tmp_path):
             time.sleep(0.1)
     assert status_of(own, own.address) == (200, 200)
     for server in (own, others):
+        children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children")
+        wait_until(lambda children=children: len(children.read_text().split()) >= 2)  # it compares
         status, seconds = server.interrupt()
         assert (status, server.stderr()) == (0, "") and seconds < 3
 
