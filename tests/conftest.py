@@ -63,6 +63,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         "test_storage.py",
         "test_hosts.py",
         "test_models.py",
+        "test_watch.py",
     )
     items.sort(key=lambda item: item.path.name not in waiting)
 
