@@ -22,7 +22,7 @@ from reporting.predictions import (
     read_predictions,
     show_examples,
 )
-from reporting.runs import RunFiles, SeedGroups, run_table, seed_table
+from reporting.runs import PREDICTIONS, RunFiles, SeedGroups, run_table, seed_table
 from reporting.sweep import show_sweep
 
 # Only the page's own scripts may run, and only report.py's server is asked. plotly.js needs 'unsafe-eval' for
@@ -129,8 +129,10 @@ def show_runs(runs: list[RunFiles], seed_groups: SeedGroups) -> str:
 
 def show_run(run: RunFiles) -> str:
     """A single run: predictions, the pictures that the script has left, and settings."""
+    content = ""
     try:
-        content = show_predictions(read_predictions(run))
+        if (run.path / PREDICTIONS).exists():
+            content = show_predictions(read_predictions(run))
     except UserError as reason:
         content = paragraph(f"No predictions to show: {reason}.", "soft")
     for path in sorted(run.path.glob("*.png")):

@@ -1,0 +1,83 @@
+"""Prints the comparison for other programs: as CSV, as JSON, or as a table of LaTeX."""
+
+import csv
+import json
+import math
+import sys
+
+from reporting.collection import Collection
+from reporting.journal import is_number
+from reporting.runs import RunFiles, Table, format_value, run_table, seed_table
+
+LATEX = str.maketrans(
+    {
+        "\\": r"\textbackslash{}",
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        "<": r"\textless{}",
+        ">": r"\textgreater{}",
+        "|": r"\textbar{}",
+        "±": r"$\pm$",
+    }
+    | {letter: f"\\{letter}" for letter in "&%$#_{}"}
+)
+
+
+def exported(runs: list[RunFiles]) -> Table:
+    """The table of the runs with directories and names in place of the labels."""
+    header, *rows = run_table(runs)
+    table = [["directory", "name", *header[1:]]]
+    for run, row in zip(runs, rows):
+        table.append([str(run.path), run.config.get("name"), *row[1:]])
+    return table
+
+
+def print_csv(found: Collection) -> None:
+    """Print a row for each run."""
+    writer = csv.writer(sys.stdout, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
+    writer.writerows(exported(found.runs))
+
+
+def print_json(found: Collection) -> None:
+    """Print an object for each run and for each group of seeds or folds."""
+    header, *rows = exported(found.runs)
+    content = {"runs": [dict(zip(header, row)) for row in rows], "groups": []}
+    header, *rows = seed_table(found.runs, found.seed_groups)
+    for row, members in zip(rows, found.seed_groups.values()):
+        group = dict(zip(["name", *header[1:]], row))
+        group["members"] = [str(run.path) for run in members]
+        content["groups"].append(group)
+    text = json.dumps(content, default=vars)
+    print(json.dumps(json.loads(text, parse_constant=str), indent=2))  # NaN is not JSON, "NaN" is
+
+
+def print_latex(found: Collection) -> None:
+    """Print a table of the groups of seeds or folds, or of the runs if there are none.
+
+    The best of a column is bold if all runs declare whether lower or higher is better.
+    """
+    table = run_table(found.runs)
+    if found.seed_groups:
+        table = seed_table(found.runs, found.seed_groups)
+    columns = []
+    for name, *cells in zip(*table):
+        numbers = [getattr(cell, "mean", cell) for cell in cells]
+        finite = [number for number in numbers if is_number(number) and math.isfinite(number)]
+        signs = {run.sign_of(name) for run in found.runs}
+        best = math.nan
+        if signs == {1}:
+            best = min(finite, default=best)
+        elif signs == {-1}:
+            best = max(finite, default=best)
+        column = [format_value(name).translate(LATEX)]
+        for cell, number in zip(cells, numbers):
+            text = format_value(cell).translate(LATEX)
+            if number == best:
+                text = rf"\textbf{{{text}}}"
+            column.append(text)
+        columns.append(column)
+    # {}: after \\, a bracket at the beginning of a row would be an argument.
+    header, *rows = [f"{{}}{' & '.join(row)} \\\\" for row in zip(*columns)]
+    print(r"% needs \usepackage{booktabs}")
+    print(rf"\begin{{tabular}}{{{'l' * len(columns)}}}")
+    print(r"\toprule", header, r"\midrule", *rows, r"\bottomrule", r"\end{tabular}", sep="\n")
