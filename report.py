@@ -82,9 +82,9 @@ def main(argv: list[str] | None = None) -> None:
     if found.seed_groups:
         print()
         print_table(seed_table(found.runs, found.seed_groups))
-    if len(found.runs) == 1:
-        if command := found.runs[0].config.get("command"):
-            print(f"command: {format_value(command)}")
+    command = found.runs[0].config.get("command")
+    if command and len(found.runs) == 1:
+        print(f"command: {format_value(command)}")
     for problem in found.problems:
         print(problem)
     try:

@@ -171,7 +171,8 @@ def compare_seeds(seed_groups: SeedGroups, file: str = PREDICTIONS) -> str:
         first = members[0]
         metric = first.metric_in(file)
         values = [run.best.get(metric, math.nan) for run in members]
-        if first.sign and all(map(math.isfinite, values)):
+        shown_before = file != PREDICTIONS and metric == first.monitor
+        if first.sign and not shown_before and all(map(math.isfinite, values)):
             try:
                 examples = read_predictions(first, file).examples
             except UserError:
@@ -191,7 +192,8 @@ def compare_seeds(seed_groups: SeedGroups, file: str = PREDICTIONS) -> str:
             content += paragraph(
                 f"Over seeds or folds, {found}: {format_mean(mean(values), stdev(values))} "
                 f"(n = {len(values)}) and {format_mean(mean(other_values), stdev(other_values))} "
-                f"(n = {len(other_values)}), permutation test of the means, p = {p:.2g} with Holm's correction for all pairs of groups ({pairs}). "
+                f"(n = {len(other_values)}), permutation test of the means, "
+                f"p = {p:.2g} with Holm's correction for all pairs of groups ({pairs}). "
                 "With three runs each, p can't be below 0.1."
             )
     return content

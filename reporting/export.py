@@ -65,10 +65,9 @@ def print_latex(found: Collection) -> None:
         finite = [number for number in numbers if is_number(number) and math.isfinite(number)]
         signs = {run.sign_of(name) for run in found.runs}
         best = math.nan
-        if signs == {1}:
-            best = min(finite, default=best)
-        elif signs == {-1}:
-            best = max(finite, default=best)
+        for sign, choose in ((1, min), (-1, max)):
+            if signs == {sign}:
+                best = choose(finite, default=best)
         column = [format_value(name).translate(LATEX)]
         for cell, number in zip(cells, numbers):
             text = format_value(cell).translate(LATEX)

@@ -216,11 +216,12 @@ def read_run(path: Path, known: RunFiles | None = None) -> RunFiles:
         label = f"{format_value(name)} ({label})"
     run = RunFiles(path, format_value(label), config, journal, log, metrics, notes)
     if metrics is None:
-        run.state = f"at step {journal.last_step:,.0f}"
+        state = f"at step {journal.last_step:,.0f}"
         if is_locked(path):
-            run.state = f"under way {run.state}"
+            state = f"under way {state}"
         elif "monitor" in config:  # other programs don't lock their directory
-            run.state = f"died {run.state}"
+            state = f"died {state}"
+        run.state = state
     return run
 
 
@@ -280,7 +281,7 @@ class Mean:
 def format_value(value: Any) -> str:
     """A value as it is shown: floats to four digits, control characters escaped."""
     if isinstance(value, Mean):
-        return format_mean(value.mean, value.sd, value.low, value.high)
+        return format_mean(*dataclasses.astuple(value))
     if isinstance(value, float):
         if 1e4 <= abs(value) < 1e9:
             return f"{value:.0f}"
