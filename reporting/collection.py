@@ -9,7 +9,7 @@ from typing import Any
 from harness.directory import CONFIG
 from harness.errors import UserError
 from harness.files import list_names
-from reporting.runs import RunFiles, SeedGroups, find_runs, groups, sort_runs
+from reporting.runs import RunFiles, SeedGroups, find_runs, format_value, groups, sort_runs
 from reporting.sweep import open_study
 
 
@@ -24,7 +24,7 @@ class Collection:
 
 
 def collect(
-    directories: list[Path], metric: str | None, known: Sequence[RunFiles] = ()
+    directories: list[Path], metric: str | None = None, known: Sequence[RunFiles] = ()
 ) -> Collection:
     """Read the runs and sweeps; of journals that are `known`, what is new.
 
@@ -46,8 +46,8 @@ def collect(
             names.update(run.best, run.journal.columns)
             run.compare_by(metric)
         if metric not in names:
-            near = get_close_matches(metric, names, cutoff=0)
-            raise UserError(f"--metric {metric}: no run has it; the nearest: {', '.join(near)}")
+            near = ", ".join(map(format_value, get_close_matches(metric, names, cutoff=0)))
+            raise UserError(f"--metric {metric}: no run has it; the nearest names: {near}")
     runs = sort_runs(runs)
     for run in runs:
         problems += [f"{run.label}: {note}" for note in run.notes]

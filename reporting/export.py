@@ -41,14 +41,16 @@ def print_csv(found: Collection) -> None:
 def print_json(found: Collection) -> None:
     """Print an object for each run and for each group of seeds or folds."""
     header, *rows = exported(found.runs)
-    content = {"runs": [dict(zip(header, row)) for row in rows], "groups": []}
+    runs = [dict(zip(header, row)) for row in rows]
     header, *rows = seed_table(found.runs, found.seed_groups)
+    header[0] = "name"
+    groups = []
     for row, members in zip(rows, found.seed_groups.values()):
-        group = dict(zip(["name", *header[1:]], row))
-        group["members"] = [str(run.path) for run in members]
-        content["groups"].append(group)
-    text = json.dumps(content, default=vars)
-    print(json.dumps(json.loads(text, parse_constant=str), indent=2))  # NaN is not JSON, "NaN" is
+        directories = [str(run.path) for run in members]
+        groups.append({"members": directories, **dict(zip(header, row))})
+    text = json.dumps({"runs": runs, "groups": groups}, default=vars)
+    content = json.loads(text, parse_constant=str)  # NaN is not JSON, "NaN" is
+    print(json.dumps(content, indent=2))
 
 
 def print_latex(found: Collection) -> None:
@@ -60,21 +62,22 @@ def print_latex(found: Collection) -> None:
     if found.seed_groups:
         table = seed_table(found.runs, found.seed_groups)
     columns = []
-    for name, *cells in zip(*table):
-        numbers = [getattr(cell, "mean", cell) for cell in cells]
+    for column in zip(*table):
+        numbers = [getattr(cell, "mean", cell) for cell in column]
         finite = [number for number in numbers if is_number(number) and math.isfinite(number)]
-        signs = {run.sign_of(name) for run in found.runs}
+        signs = {run.sign_of(column[0]) for run in found.runs}
         best = math.nan
-        for sign, choose in ((1, min), (-1, max)):
-            if signs == {sign}:
-                best = choose(finite, default=best)
-        column = [format_value(name).translate(LATEX)]
-        for cell, number in zip(cells, numbers):
-            text = format_value(cell).translate(LATEX)
+        if signs == {1}:
+            best = min(finite, default=best)
+        elif signs == {-1}:
+            best = max(finite, default=best)
+        texts = [format_value(cell).translate(LATEX) for cell in column]
+        for i, number in enumerate(numbers):
+            if is_number(number):
+                texts[i] = texts[i].replace("-", "$-$")
             if number == best:
-                text = rf"\textbf{{{text}}}"
-            column.append(text)
-        columns.append(column)
+                texts[i] = rf"\textbf{{{texts[i]}}}"
+        columns.append(texts)
     # {}: after \\, a bracket at the beginning of a row would be an argument.
     header, *rows = [f"{{}}{' & '.join(row)} \\\\" for row in zip(*columns)]
     print(r"% needs \usepackage{booktabs}")

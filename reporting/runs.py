@@ -73,7 +73,7 @@ class RunFiles:
 
     @property
     def key_metrics(self) -> list[str]:
-        """The monitored metric and the first declared ones, without "valid/"."""
+        """The metric to compare and the first declared ones, without "valid/"."""
         return [base_name(self.monitor), *list(self.declared)[:KEY_METRICS]]
 
     @property
@@ -117,16 +117,16 @@ class RunFiles:
         self.monitor = metric
 
     def metric_in(self, file: str) -> str:
-        """The monitored metric of the data in a file: `PREDICTIONS`, or that of the test data."""
+        """The metric to compare of the data in a file: `PREDICTIONS`, or that of the test data."""
         return self.monitor if file == PREDICTIONS else f"test/{base_name(self.monitor)}"
 
     @property
     def score(self) -> float | None:
-        """The monitored figure, negated if higher is better; None if the run can't be ranked."""
+        """The figure to compare, negated if higher is better; None if the run can't be ranked."""
         figure = self.best.get(self.monitor, math.nan)
-        if self.sign is None or not math.isfinite(figure):
-            return None
-        return self.sign * figure
+        if self.sign and math.isfinite(figure):
+            return self.sign * figure
+        return None
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -179,7 +179,7 @@ def run_directories(directory: Path, levels: int = LEVELS) -> list[Path]:
 
 
 def sort_runs(runs: list[RunFiles]) -> list[RunFiles]:
-    """The runs, by monitored metric, from best to worst; those that can't be ranked come last.
+    """The runs, by the metric to compare, from best to worst; those that can't be ranked come last.
 
     Runs that share a label get their path added to it.
     """
@@ -318,7 +318,7 @@ def run_table(runs: list[RunFiles]) -> Table:
 
 
 def shown_figures(runs: list[RunFiles]) -> list[str]:
-    """The figures for a table: the monitored ones, then the key metrics of validation and test."""
+    """The figures for a table: those to compare, then the key metrics of validation and test."""
     names = dict.fromkeys(run.monitor for run in runs)
     for part in ("valid", "test"):
         for run in runs:

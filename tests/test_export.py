@@ -168,15 +168,15 @@ def test_latex_of_groups(tmp_path, capsys):
     header, first, second = cells_of(out)
     assert header == ["runs that differ in seed or fold only", "n", "valid/loss", "valid/acc"]
     # The quantile of Student's t with one degree of freedom is 12.7062; the error is 0.125.
-    low = r"0.3750 $\pm$ 0.1768 (95\%: -1.2133 to 1.9633)"
-    high = r"0.6250 $\pm$ 0.1768 (95\%: -0.9633 to 2.2133)"
+    low = r"0.3750 $\pm$ 0.1768 (95\%: $-$1.2133 to 1.9633)"
+    high = r"0.6250 $\pm$ 0.1768 (95\%: $-$0.9633 to 2.2133)"
     assert first == [r"learning\_rate 0.01", "2", high, rf"\textbf{{{high}}}"]
     assert second == [r"learning\_rate 0.1", "2", rf"\textbf{{{low}}}", low]
 
 
 def test_latex_of_runs(tmp_path, capsys):
-    make_regression(tmp_path / "good", 1.0, name=HOSTILE)
-    make_regression(tmp_path / "bad", 2.0, name="[0pt]", width=3)
+    make_regression(tmp_path / "good", 1.0, name=HOSTILE, width=12)
+    make_regression(tmp_path / "bad", 2.0, name="[0pt]", width=-3)
     for path in (tmp_path / "good", tmp_path / "bad"):
         change(path / "config.json", {"metrics": {"mae": "min", "loss": "up"}})
     out, _ = output_of(tmp_path, "--latex", capsys=capsys)
@@ -188,7 +188,7 @@ def test_latex_of_runs(tmp_path, capsys):
         r'a "b", \& 50 \% of\_x\textbackslash{}n\textbackslash{}end\{tabular\} \#1 '
         r"\{\$\textasciitilde{}\textasciicircum{}\textless{}\textbar{}\textgreater{}\} (good)"
     )
-    assert bad[0] == "[0pt] (bad)"
+    assert bad[0] == "[0pt] (bad)" and good[2] == "12" and bad[2] == "$-$3"
 
 
 # ------------------------------------------------------------------------------------------- --metric
@@ -237,12 +237,8 @@ def test_a_metric_that_no_run_has(tmp_path):
     make_run(tmp_path / "a")
     done = call("report.py", "a", "--metric", "valid/los", cwd=tmp_path)
     assert (done.status, done.out) == (2, "")
-    assert done.err == (
-        "report.py: error: --metric valid/los: no run has it; the nearest: valid/loss, valid/acc, "
-        "valid/ece\n"
-    ) or done.err.startswith(
-        "report.py: error: --metric valid/los: no run has it; the nearest: valid/loss, "
-    )
+    (line,) = done.err.splitlines()
+    assert "--metric valid/los: no run has it; the nearest names: valid/loss, " in line
 
 
 def test_predictions_are_compared_by_the_metric_of_their_data(tmp_path):
