@@ -61,8 +61,7 @@ def compare_runs(runs: list[RunFiles], seed_groups: SeedGroups, file: str = PRED
                 raise UserError(f"not ranked by {run.monitor}")
             if compared[run.monitor] == MOST_COMPARED:
                 raise UserError(f"not among the {MOST_COMPARED} best by {run.monitor}")
-            part = run.monitor.split("/")[0]
-            if part == "train" or (part == "test" and file == PREDICTIONS):
+            if run.monitor.startswith(("train/", "test/") if file == PREDICTIONS else "train/"):
                 raise UserError(f"{file} is not the file for {run.monitor}")
             predictions = read_predictions(run, file)
         except UserError as reason:

@@ -25,11 +25,9 @@ LATEX = str.maketrans(
 
 def exported(runs: list[RunFiles]) -> Table:
     """The table of the runs with directories and names in place of the labels."""
-    header, *rows = run_table(runs)
-    table = [["directory", "name", *header[1:]]]
-    for run, row in zip(runs, rows):
-        table.append([str(run.path), run.config.get("name"), *row[1:]])
-    return table
+    identities = [["directory", "name"]]
+    identities += [[str(run.path), run.config.get("name")] for run in runs]
+    return [identity + row[1:] for identity, row in zip(identities, run_table(runs))]
 
 
 def print_csv(found: Collection) -> None:

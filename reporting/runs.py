@@ -300,8 +300,8 @@ def format_mean(average: float, deviation: float, *interval: float) -> str:
     rounded = Decimal(f"{average:.3e}") + Decimal(f"{deviation:.1e}")  # has the decimals of both
     decimals = max(0, -rounded.as_tuple().exponent)
     shown = [f"{number:.{decimals}f}" for number in (average, deviation, *interval)]
-    between = f" (95%: {' to '.join(shown[2:])})" if interval else ""
-    return " ± ".join(shown[:2]) + between
+    text = f"{shown[0]} ± {shown[1]}"
+    return f"{text} (95%: {shown[2]} to {shown[3]})" if interval else text
 
 
 def run_table(runs: list[RunFiles]) -> Table:
