@@ -18,11 +18,9 @@ from harness.script import in_ipython, run_script
 if __name__ == "__main__" and not in_ipython():
     # Ctrl-C during the imports ends the process without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    import torch
 
-    torch.set_num_threads(1)  # the tensors are small: several threads would wait for each other
-
-from reporting.collection import collect
+from reporting.charts import curves, describe
+from reporting.collection import Collection, collect
 from reporting.export import print_csv, print_json, print_latex
 from reporting.runs import Table, format_value, run_table, seed_table
 
@@ -37,7 +35,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         metavar="RUN_DIRECTORY",
         help="of a run, of a sweep, or of several runs",
     )
-    parser.add_argument("--metric", help="what to compare [the metric that was monitored]")
+    parser.add_argument("--metric", help="what to compare [the monitored metric]")
     outputs = parser.add_mutually_exclusive_group()
     outputs.add_argument(
         "--output", type=Path, default="report.html", help="the page to write [report.html]"
@@ -67,17 +65,8 @@ def print_table(rows: Table) -> None:
         print("  ".join(row).rstrip())
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Print the table and write the page. Raises `UserError` if a directory holds no run."""
-    arguments = parse_arguments(argv)
-    output = arguments.output
-    collect_again = partial(collect, arguments.directories, arguments.metric)
-    found = collect_again()
-    if arguments.export:
-        arguments.export(found)
-        for problem in found.problems:
-            print(problem, file=sys.stderr)
-        return
+def print_tables(found: Collection) -> None:
+    """Print what was found: the runs, means over seeds or folds, and what is wrong."""
     print_table(run_table(found.runs))
     if found.seed_groups:
         print()
@@ -87,19 +76,44 @@ def main(argv: list[str] | None = None) -> None:
         print(f"command: {format_value(command)}")
     for problem in found.problems:
         print(problem)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Print the table and write the page. Raises `UserError` if a directory holds no run."""
+    arguments = parse_arguments(argv)
+    output = arguments.output
+    look = partial(collect, arguments.directories, arguments.metric)
+    found = look()
+    if arguments.export:
+        arguments.export(found)
+        for problem in found.problems:
+            print(problem, file=sys.stderr)
+        return
+    if not arguments.watch:
+        print_tables(found)
     try:
-        from reporting.page import BEGINNING, whole_page
+        from reporting.page import BEGINNING, make_page, tables
         from reporting.server import serve
     except ImportError as error:
         raise UserError(
             f"no page without plotly ({error}): pip install -r requirements-report.txt"
         ) from None
     if arguments.watch:
-        serve(collect_again, arguments.host, arguments.port)
+        serve(found, look, arguments.host, arguments.port)
         return
     if output.is_file() and not output.read_bytes().startswith(BEGINNING.encode()):
         raise UserError(f"--output {output} is not a report; choose another name")
-    page = whole_page(found)
+    import torch  # takes a second and much memory, and --watch does without
+
+    from reporting.analysis import analyze
+
+    if not in_ipython():
+        torch.set_num_threads(1)  # the tensors are small: several threads would wait for each other
+    for run in found.runs:
+        run.log.read(run.config)
+    title = found.runs[0].label if len(found.runs) == 1 else f"{len(found.runs)} runs"
+    data = {**describe(found), "curves": curves(found.runs)}
+    page = make_page(title, data, {"tables": tables(found), **analyze(found)})
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         write_text(output, page)

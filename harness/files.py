@@ -9,14 +9,15 @@ import shutil
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from PIL import Image
-from torch import Tensor, nn
 
 from harness.errors import UserError
 from harness.system import replace
+
+if TYPE_CHECKING:  # torch takes a second and much memory, and report.py --watch does without
+    from torch import Tensor, nn
 
 TEMPORARY = re.compile(r"\..+\.\d+\.unfinished")  # .<name>.<process id>.unfinished
 
@@ -124,6 +125,8 @@ def write_tensors(path: Path, content: Mapping[str, Any], previous: Path | None 
 
     Raises `pickle.UnpicklingError`, and writes nothing, if `read_tensors` would refuse the file.
     """
+    import torch
+
     with temporary_beside(path) as temporary:
         with temporary.open("wb") as file:  # a path would hide why the disk refuses
             torch.save(content, file)
@@ -134,11 +137,13 @@ def write_tensors(path: Path, content: Mapping[str, Any], previous: Path | None 
         replace(temporary, path)
 
 
-def write_onnx(path: Path, model: nn.Module, output: str, **inputs: Tensor) -> None:
+def write_onnx(path: Path, model: "nn.Module", output: str, **inputs: "Tensor") -> None:
     """Export a model with its weights to one ONNX file, on the CPU.
 
     `inputs` are examples by the names of the model's inputs; the size of the batch stays dynamic.
     """
+    import torch
+
     batch = torch.export.Dim("batch")
     program = torch.onnx.export(
         model.cpu().to(memory_format=torch.contiguous_format),
@@ -155,7 +160,7 @@ def write_onnx(path: Path, model: nn.Module, output: str, **inputs: Tensor) -> N
         program.save(temporary, external_data=False)
 
 
-def load_weights(model: nn.Module, source: str) -> None:
+def load_weights(model: "nn.Module", source: str) -> None:
     """Load the weights in a file, or in model.pt of a run's directory. Raises `UserError`."""
     path = Path(source)
     if path.is_dir():
@@ -170,6 +175,8 @@ def load_weights(model: nn.Module, source: str) -> None:
 
 def read_tensors(path: Path) -> Any:
     """What `write_tensors` wrote, on the CPU. Raises one of many exceptions if it is damaged."""
+    import torch
+
     with zipfile.ZipFile(path) as archive:
         damaged = archive.testzip()  # torch.load does not compare the checksums
         # torch.load would read a part that is marked as a directory as if it were empty.

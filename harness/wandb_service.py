@@ -186,7 +186,12 @@ def log_files(run_id: str, token: str | None, directory: Path | None = None) -> 
     # Directories are [offline-]run-<time>-<id>; a second one of the same second has -1 appended.
     files = directory.glob(f"*run-*-{name}*/run-{name}.wandb")
     own = [file for file in files if _has_token(file, token)]
-    return sorted(own, key=lambda file: file.parent.name.removeprefix("offline-"))
+    return sorted(own, key=start_of)
+
+
+def start_of(log: Path) -> str:
+    """When the process of a log file started, to sort by."""
+    return log.parent.name.removeprefix("offline-")
 
 
 def _has_token(file: Path, token: str | None) -> bool:

@@ -4,20 +4,22 @@ from typing import Any
 
 import numpy as np
 
-from reporting.runs import RunFiles, SeedGroups, base_name
+from reporting.collection import Collection
+from reporting.runs import RunFiles, base_name
 
 MAX_POINTS = 1000  # of a curve
 ALL_POINTS = 40_000  # of a metric's curves of all runs in a page without a server
 
 
-def describe(runs: list[RunFiles], seed_groups: SeedGroups) -> dict[str, Any]:
+def describe(found: Collection) -> dict[str, Any]:
     """What page.js needs to know of runs, groups and metrics, apart from the curves."""
     described = {}
-    for run in runs:
-        groups = [i for i, members in enumerate(seed_groups.values()) if run in members]
+    groups = list(found.seed_groups.values())
+    for run in found.runs:
+        numbers = [i for i, members in enumerate(groups) if run in members]
         described[str(run.path)] = {
             "name": run.label,
-            "group": groups[0] if groups else None,
+            "group": numbers[0] if numbers else None,
             "finished": run.metrics is not None,
             "batchSize": run.config.get("batch_size"),
             "file": run.journal.file,
@@ -25,12 +27,12 @@ def describe(runs: list[RunFiles], seed_groups: SeedGroups) -> dict[str, Any]:
         }
     logged = set()
     important = {}
-    for run in runs:
+    for run in found.runs:
         logged.update(run.columns)
         important |= dict.fromkeys([base_name(run.monitor), *run.key_metrics])
     return {
         "runs": described,
-        "groups": [f"{name} (n = {len(members)})" for name, members in seed_groups.items()],
+        "groups": [f"{name} (n = {len(members)})" for name, members in found.seed_groups.items()],
         "metrics": sorted(logged - {"epoch", "minutes"}, key=_validation_first),
         "important": list(important),
     }

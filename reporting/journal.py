@@ -5,6 +5,7 @@ import json
 import math
 import os
 from collections import defaultdict
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -66,12 +67,13 @@ class Journal:
         self._bytes += sum(map(len, lines))
         if rows:
             self.last_step = rows[-1]["step"]
+        steps = np.array([row["step"] for row in rows], float)
         for name in set().union(*rows) - {"step"}:
-            cells = [(row["step"], row[name]) for row in rows if name in row]
-            if {type(value) for _, value in cells} != {float}:
-                cells = [cell for cell in cells if is_number(cell[1])]
-            if cells:
-                chunks[name].append(np.array(cells, float))
+            cells = [row.get(name) for row in rows]
+            numbers = list(map(is_number, cells))
+            values = np.array(list(compress(cells, numbers)), float)
+            if len(values):
+                chunks[name].append(np.column_stack([steps[numbers], values]))
 
     def row(self, step: float) -> dict[str, float]:
         """The last numbers that were logged at a step."""

@@ -7,17 +7,18 @@ const MOST_CHARTS = 24, MOST_POINTS = 2000, PERIOD = 2000; // milliseconds
 const $ = (selector) => document.querySelector(selector);
 const all = (selector, root = document) => [...root.querySelectorAll(selector)];
 
-// ------------------------------------------------------------------------------------------------- data
-// A curve is a list of [step, value], or if thinned of [last step, mean, lowest, highest, count]. The curves of
-// system metrics have minutes for steps.
+// ----------------------------------------------------------------------------------------- data
+// A curve is a list of [step, value], or if thinned of [last step, mean, lowest, highest, count].
+// The curves of system metrics have minutes for steps.
 
 const embedded = JSON.parse(document.body.dataset.curves), isLive = embedded === null;
 let page = embedded ?? { runs: {}, groups: [], metrics: [], important: [], curves: {} };
-let details = {}; // by metric: the range of steps in which a chart is zoomed in, and its points by run
+const details = {}; // by metric: the range of steps in which a chart is zoomed in, and its points by run
 const checksums = {}; // of the sections that this page has
 
 async function ask(question) {
-  const response = await fetch(location.search || "?", { method: "POST", body: JSON.stringify(question) });
+  const body = JSON.stringify({ sections: checksums, range: null, ...question });
+  const response = await fetch(location.search || "?", { method: "POST", body });
   if (!response.ok) throw new Error(response.statusText);
   return response.json();
 }
@@ -37,11 +38,13 @@ async function update() {
       if (points.length > MOST_POINTS) delete page.curves[metric][run]; // the server thins all of them anew
       else lastSteps[metric][run] = points.at(-1)[0];
   }
-  const { sections, curves, ...news } = await ask({ sections: checksums, curves: lastSteps, range: null });
+  const { sections, curves, ...news } = await ask({ curves: lastSteps });
   for (const [run, { file }] of Object.entries(page.runs))
     if (news.runs[run]?.file !== file) // a resumed run has cut its journal
       for (const runs of [...Object.values(page.curves), ...Object.values(curves)]) delete runs[run];
   page = { ...page, ...news };
+  const names = Object.values(page.runs).map(({ name }) => name);
+  document.title = $("h1").textContent = names.length === 1 ? names[0] : `${names.length} runs`;
   for (const [metric, runs] of Object.entries(curves))
     for (const [run, points] of Object.entries(runs)) ((page.curves[metric] ??= {})[run] ??= []).push(...points);
   for (const [name, [checksum, content]] of Object.entries(sections)) {
@@ -52,60 +55,53 @@ async function update() {
 }
 
 async function follow() {
+  await refresh();
+  setTimeout(follow, PERIOD);
+}
+
+async function refresh() {
   try {
-    await update();
+    if (isLive) await update();
     $("#state").textContent = "";
   } catch (error) {
     $("#state").textContent = `No answer from report.py (${error.message}): the page shows what it had.`;
   }
   show();
-  setTimeout(follow, PERIOD);
 }
 
-/** The points of a chart that is zoomed in, in full. */
-async function getDetails(metrics, range) {
-  if (!isLive || !metrics.some((m) => Object.values(page.curves[m] ?? {}).some((points) => points.some((p) => p[4])))) return;
-  const { curves } = await ask({ sections: checksums, curves: Object.fromEntries(metrics.map((m) => [m, {}])), range });
-  for (const metric of metrics) details[metric] = { range, runs: curves[metric] };
-}
-
+/** The points of a run; in full where its chart is zoomed in. */
 function pointsOf(metric, run) {
   const points = page.curves[metric]?.[run] ?? [], { range: [low, high], runs } = details[metric] ?? { range: [], runs: {} };
   if (!runs[run]) return points;
   return [...points.filter(([step]) => step <= low), ...runs[run], ...points.filter(([step]) => step > high)];
 }
 
-// -------------------------------------------------------------------------------- state, in the page's address
+// ----------------------------------------------------------------- state, in the page's address
 
 const form = $("form");
 const defaults = { charts: "", runs: "", x: "examples", smoothing: 0, logX: false, logY: false, together: true,
   each: Object.keys(page.runs).length <= 5, pin: "", hide: [] };
-const state = { ...defaults, hide: [] };
+const state = { ...defaults };
 for (const [name, value] of new URLSearchParams(location.hash.slice(1)))
-  if (name === "hide") state.hide.push(value);
+  if (name === "hide") state.hide = [...state.hide, value];
   else if (name in defaults)
     state[name] = { boolean: value === "true", number: Number(value) || 0, string: value }[typeof defaults[name]];
 
 function setState(changes) {
   Object.assign(state, changes);
-  const parameters = new URLSearchParams();
+  const parameters = new URLSearchParams(state.hide.map((name) => ["hide", name]));
   for (const [name, value] of Object.entries(state))
-    if (name === "hide") for (const run of value) parameters.append("hide", run);
-    else if (value !== defaults[name]) parameters.set(name, value);
+    if (name !== "hide" && value !== defaults[name]) parameters.set(name, value);
   history.replaceState(null, "", `#${parameters}`);
-  if (isLive && neededMetrics().some((metric) => !page.curves[metric])) update().then(show, show);
-  else show();
+  if (neededMetrics().every((metric) => page.curves[metric])) show();
+  else refresh();
 }
 
-for (const control of form.elements)
-  if (control.name) {
-    if (control.type === "checkbox") control.checked = state[control.name];
-    else control.value = state[control.name];
-    control.addEventListener("input", () => {
-      const value = { checkbox: control.checked, range: Number(control.value) }[control.type] ?? control.value;
-      setState({ [control.name]: value });
-    });
-  }
+for (const control of [...form.elements].filter(({ name }) => name)) {
+  const property = control.type === "checkbox" ? "checked" : control.type === "range" ? "valueAsNumber" : "value";
+  control[property] = state[control.name];
+  control.addEventListener("input", () => setState({ [control.name]: control[property] }));
+}
 form.addEventListener("submit", (event) => event.preventDefault());
 addEventListener("hashchange", () => location.reload());
 
@@ -117,7 +113,7 @@ function matches(pattern, name) {
   }
 }
 
-// -------------------------------------------------------------------------------------------- numbers
+// -------------------------------------------------------------------------------------- numbers
 
 /** y at x, between the rows [x, y] of a table; null outside. */
 function interpolate(table, x) {
@@ -132,18 +128,16 @@ function interpolate(table, x) {
   return x1 === x0 ? y1 : y0 + ((y1 - y0) * (x - x0)) / (x1 - x0);
 }
 
-/** Steps and epochs that were trained: where each epoch ended. */
+/** Where each epoch ended: rows [step, epochs]. One that may go on counts as long as the one before. */
 function epochTable(run) {
-  const ends = new Map();
+  const ends = new Map([[0, 0]]);
   for (const [step, epoch, , highest] of page.curves.epoch?.[run] ?? []) ends.set(highest ?? epoch, step);
-  const table = [[0, 0]];
-  for (const [epoch, step] of ends) table.push([step, epoch]);
-  const [previous, last] = table.slice(-2);
-  if (!page.runs[run].finished && table.length > 1) { // the last epoch may go on: it is as long as the one before
-    const length = table.length > 2 ? previous[0] - table.at(-3)[0] : Infinity;
-    if (last[0] - previous[0] < length) table.splice(-1, 1, [previous[0] + length, last[1]]);
-  }
-  return table.at(-1)[0] === Infinity ? [] : table;
+  const table = [...ends].map(([epoch, step]) => [step, epoch]);
+  if (page.runs[run].finished) return table;
+  if (table.length < 3) return []; // the length of the first epoch is not known yet
+  const [[start], [middle], last] = table.slice(-3);
+  last[0] = Math.max(last[0], 2 * middle - start);
+  return table;
 }
 
 /** The function from a step to the x-axis; null where the run does not tell. */
@@ -155,7 +149,7 @@ function axisOf(metric, run) {
   return (step) => interpolate(table, step);
 }
 
-/** Exponential moving average without its bias towards 0; a thinned point counts as often as what it stands for. */
+/** Exponential moving average without its bias towards 0; a thinned point counts as all that it stands for. */
 function smoothed(points) {
   let sum = 0, weight = 0;
   return points.map(([, value, , , count = 1]) => {
@@ -166,7 +160,7 @@ function smoothed(points) {
   });
 }
 
-/** Mean, standard deviation and count of the members' values at each x that two or more have. */
+/** At each x that two or more curves have: x, mean, standard deviation and count. */
 function band(curves) {
   const values = new Map();
   for (const { x, y } of curves) x.forEach((at, i) => at !== null && values.set(at, [...(values.get(at) ?? []), y[i]]));
@@ -178,18 +172,18 @@ function band(curves) {
   });
 }
 
-// --------------------------------------------------------------------------------------------- charts
+// --------------------------------------------------------------------------------------- charts
 
 // plotly.js interprets HTML in names. A long name is shortened in the middle.
 const plain = (name) => (name.length > 48 ? `${name.slice(0, 24)}…${name.slice(-23)}` : name)
   .replaceAll("&", "&amp;").replaceAll("<", "&lt;");
-const button = (format, icon) => ({ name: format, title: `Download as ${format.toUpperCase()}`, icon: Plotly.Icons[icon],
+const download = (format, icon) => ({ name: format, title: `Download as ${format.toUpperCase()}`, icon: Plotly.Icons[icon],
   click: ({ data, layout, clientWidth: width, clientHeight: height, dataset }) => {
     const filename = (dataset.name ?? "chart").replaceAll(/[^\w.-]+/g, "_");
     Plotly.downloadImage({ data, layout: { ...layout, showlegend: true } }, { format, filename, width, height, scale: 2 });
   } });
-const options = { responsive: true, displaylogo: false, displayModeBar: true, // of its own buttons, one uploads
-  modeBarButtons: [[button("png", "camera"), button("svg", "disk")]] };
+const options = { responsive: true, displaylogo: false, displayModeBar: true, // of plotly's own buttons, one uploads
+  modeBarButtons: [[download("png", "camera"), download("svg", "disk")]] };
 const axis = { gridcolor: grid, linecolor: grid, zeroline: false, automargin: true, title: { standoff: 8 } };
 
 function draw(chart, data, layout) {
@@ -204,62 +198,58 @@ function draw(chart, data, layout) {
   return Plotly.react(chart, data, base, options);
 }
 
-const colors = new Map();
-function colorOf(name) {
-  if (!colors.has(name)) colors.set(name, palette[colors.size % palette.length]);
-  return colors.get(name);
-}
-
-const baseName = (metric) =>
-  metric.startsWith("system/") ? metric : metric.replace(/^[^/]*\//, "").replace(/_(step|epoch)$/, "");
-
-/** The charts that are shown, each with its metrics. */
-function charts() {
-  const byName = new Map();
-  for (const metric of page.metrics) {
-    const base = baseName(metric), name = state.together ? base : metric;
-    if (state.charts ? matches(state.charts, metric) || matches(state.charts, base) : page.important.includes(base))
-      byName.set(name, [...(byName.get(name) ?? []), metric]);
-  }
-  const order = ([name]) => page.important.indexOf(baseName(name)) >>> 0; // others last
-  return [...byName].sort((a, b) => order(a) - order(b)).slice(0, MOST_CHARTS);
-}
-
+const colors = {};
+const colorOf = (name) => (colors[name] ??= palette[Object.keys(colors).length % palette.length]);
 const isShown = (name) => !state.hide.includes(name);
 const shownRuns = () => Object.keys(page.runs).sort().filter((run) => matches(state.runs, page.runs[run].name));
 
-/** The curves of a metric: faint ones, bands and lines, in plotly's format. */
-function traces(metric, dash) {
+/** The name of the chart that a metric shares in training and validation. */
+const baseName = (metric) => /^(system|test)\//.test(metric) ? metric :
+  metric.replace(/^[^/]*\//, "").replace(/_(step|epoch)$/, "");
+
+/** The charts that are shown: names and metrics. */
+function charts() {
+  const byName = {};
+  for (const metric of page.metrics) {
+    const base = baseName(metric);
+    const isMean = metric.endsWith("_epoch") && page.metrics.includes(metric.replace(/_epoch$/, "_step"));
+    if (state.together && isMean) continue; // of the batches, which are in the chart
+    if (state.charts ? matches(state.charts, metric) || matches(state.charts, base) : page.important.includes(base))
+      (byName[state.together ? base : metric] ??= []).push(metric);
+  }
+  const order = ([name]) => page.important.indexOf(baseName(name)) >>> 0; // others last
+  return Object.entries(byName).sort((a, b) => order(a) - order(b)).slice(0, MOST_CHARTS);
+}
+
+/** The curves of a metric in plotly's format: those of runs, faint ones behind them if smoothed, and bands. */
+function traces(metric, dash, x) {
   const result = [], members = page.groups.map(() => []);
-  const x = metric.startsWith("system/") ? "minutes" : state.x;
   for (const run of shownRuns()) {
-    const { name, group, processes } = page.runs[run], points = pointsOf(metric, run), toAxis = axisOf(metric, run);
+    const { name, group, processes } = page.runs[run], points = pointsOf(metric, run);
     if (!points.length) continue;
-    const curve = { x: points.map(([step]) => toAxis(step)), y: smoothed(points) };
+    const curve = { x: points.map(([step]) => step).map(axisOf(metric, run)), y: smoothed(points) };
     if (group !== null) members[group].push(curve);
     if (!isShown(name) || (group !== null && !state.each)) continue;
-    const color = state.pin === name ? ink : colorOf(name);
     const raw = { x: [], y: [] }, line = { x: [], y: [] };
-    let process = -1;
+    let process;
     points.forEach(([, value, low = value, high = value], i) => {
-      const at = curve.x[i], now = x === "minutes" ? processes.findLastIndex(([first]) => first <= at) : -1;
+      const at = curve.x[i], now = x === "minutes" ? processes.findLastIndex(([first]) => first <= at) : 0;
       if (at === null) return;
-      if (i && now !== process) for (const part of [raw, line]) part.x.push(null), part.y.push(null); // it was dead
+      if (now !== (process ?? now)) for (const part of [raw, line]) part.x.push(null), part.y.push(null); // it was dead
       process = now;
       raw.x.push(...(low === high ? [at] : [at, at]));
       raw.y.push(...(low === high ? [value] : [low, high]));
       line.x.push(at);
       line.y.push(curve.y[i]);
     });
-    const base = { name: plain(name), legendgroup: name, hovertemplate: `%{x:,.6~g} ${x}<br>${plain(metric)} %{y:.4g}`,
-      mode: points.length > 40 ? "lines" : "lines+markers", line: { color, dash, width: state.pin === name ? 3 : 1.6 } };
-    if (state.smoothing) {
-      result.push({ ...base, ...raw, mode: "lines", opacity: 0.25, showlegend: false, hoverinfo: "skip", hovertemplate: null });
-      result.push({ ...base, ...line });
-    } else result.push({ ...base, ...raw });
+    const isPinned = state.pin === name, mode = points.length > 40 ? "lines" : "lines+markers";
+    const style = { name: plain(name), mode, line: { color: isPinned ? ink : colorOf(name), dash, width: isPinned ? 3 : 1.6 },
+      hovertemplate: `%{x:,.6~g} ${x}<br>${plain(metric)} %{y:.4g}` };
+    if (state.smoothing) result.push({ ...style, ...raw, hovertemplate: null, mode: "lines", opacity: 0.25, showlegend: false, hoverinfo: "skip" });
+    result.push({ ...style, ...(state.smoothing ? line : raw) });
   }
   page.groups.forEach((name, group) => {
-    const points = isShown(name) ? band(members[group]) : [];
+    const points = isShown(name) && x !== "minutes" ? band(members[group]) : [];
     if (!points.length) return;
     const [at, mean, deviation, count] = points[0].map((_, column) => points.map((point) => point[column]));
     const edge = (sign) => mean.map((value, i) => value + sign * deviation[i]);
@@ -272,58 +262,131 @@ function traces(metric, dash) {
   return result;
 }
 
-/** When a chart is zoomed, show the range in full. */
-async function zoomed(chart, metrics, event) {
+/** When a chart is zoomed in, get its range in full. */
+async function zoomed(metrics, event) {
+  const [from, to] = [event["xaxis.range[0]"], event["xaxis.range[1]"]].map((at) => (state.logX ? 10 ** at : at));
+  const isThinned = metrics.some((metric) => Object.values(page.curves[metric] ?? {}).flat().some((point) => point[4]));
   if (event["xaxis.autorange"]) for (const metric of metrics) delete details[metric];
-  const range = [event["xaxis.range[0]"], event["xaxis.range[1]"]].map((at) => (state.logX ? 10 ** at : at));
-  if (range[0] === undefined || Number.isNaN(range[0])) return;
-  const steps = [];
+  if (!isLive || !isThinned || !(from < to)) return;
+  let low = Infinity, high = -Infinity;
   for (const metric of metrics)
     for (const run of shownRuns()) {
       const toAxis = axisOf(metric, run);
-      let before = -1;
-      for (const [step] of page.curves[metric]?.[run] ?? []) {
-        const at = toAxis(step);
-        if (at !== null && at >= range[0] && before <= range[1]) steps.push(step);
-        if (at !== null) before = at;
-      }
+      const steps = (page.curves[metric]?.[run] ?? []).map(([step]) => step);
+      const first = steps.findIndex((step) => toAxis(step) >= from), last = steps.findLastIndex((step) => toAxis(step) <= to);
+      low = Math.min(low, steps[first - 1] ?? -1);
+      high = Math.max(high, steps[last + 1] ?? steps.at(-1) ?? -1);
     }
-  if (!steps.length) return;
-  const [low, high] = [steps.reduce((a, b) => Math.min(a, b)), steps.reduce((a, b) => Math.max(a, b))];
-  await getDetails(metrics, [low - 1, high]);
+  const { curves } = await ask({ curves: Object.fromEntries(metrics.map((metric) => [metric, {}])), range: [low, high] });
+  for (const metric of metrics) details[metric] = { range: [low, high], runs: curves[metric] };
   show();
 }
 
+function showChart(panel, name, metrics) {
+  const isNew = !panel.data, data = [], parts = [], x = metrics[0].startsWith("system/") ? "minutes" : state.x;
+  for (const metric of metrics) {
+    const isSolid = metrics.length === 1 || metric.startsWith("valid/"), dash = isSolid ? "solid" : "dot";
+    data.push(...traces(metric, dash, x));
+    if (metrics.length > 1) parts.push(`${plain(metric)} ${isSolid ? "solid" : "dotted"}`);
+  }
+  const subtitle = { text: parts.join(", "), font: { size: 11 } }, type = (isLog) => (isLog ? "log" : "linear");
+  draw(panel, data, { title: { text: plain(name), font: { size: 14 }, subtitle }, height: 320, showlegend: false,
+    margin: { l: 50, r: 12, t: 56, b: 46 }, uirevision: `${x} ${state.logX} ${state.logY}`,
+    xaxis: { title: { text: x === "examples" ? "examples seen" : x }, type: type(state.logX) }, yaxis: { type: type(state.logY) } });
+  if (isNew) panel.on("plotly_relayout", (event) => zoomed(metrics, event));
+  return data.filter((trace) => trace.name && !trace.x.length).map((trace) => trace.name); // not on this axis
+}
+
+function legendEntry(name) {
+  const entry = document.createElement("li"), label = document.createElement("label"), pin = document.createElement("button");
+  const box = Object.assign(document.createElement("input"), { type: "checkbox", checked: isShown(name) });
+  label.append(box, name);
+  label.style.color = state.pin === name ? ink : colorOf(name);
+  box.addEventListener("change", () =>
+    setState({ hide: box.checked ? state.hide.filter((hidden) => hidden !== name) : [...state.hide, name] }));
+  pin.textContent = state.pin === name ? "unpin" : "pin";
+  pin.addEventListener("click", () => setState({ pin: state.pin === name ? "" : name }));
+  entry.append(label, ...(page.groups.includes(name) ? [] : [pin]));
+  return entry;
+}
+
 function show() {
-  const shown = charts(), panels = $("#panels");
-  const runNames = shownRuns().map((run) => page.runs[run].name);
-  $("#curves").hidden = !isLive && !page.metrics.length;
+  const shown = charts(), panels = $("#panels"), runs = shownRuns().map((run) => page.runs[run]);
+  $("#curves").hidden = !page.metrics.length;
   $("#each").hidden = !page.groups.length;
   $("output").value = state.smoothing || "";
   $("#names").replaceChildren(...page.metrics.map((name) => new Option(name)));
-  for (const name of [...page.groups, ...runNames]) colorOf(name);
-  const entries = [...page.groups, ...(page.groups.length && !state.each ? runNames.filter((name) =>
-    Object.values(page.runs).some((run) => run.name === name && run.group === null)) : runNames)];
-  $("#legend").replaceChildren(...entries.map(legendEntry));
+  for (const name of [...page.groups, ...runs.map(({ name }) => name)]) colorOf(name); // the same whatever is shown
+  const drawn = runs.filter(({ group }) => group === null || state.each).map(({ name }) => name);
+  $("#legend").replaceChildren(...[...page.groups, ...drawn].map(legendEntry));
   for (const panel of [...panels.children])
     if (!shown.some(([name]) => name === panel.dataset.name)) Plotly.purge(panel), panel.remove();
-  const missing = new Set();
-  shown.forEach(([name, metrics], i) => {
-    let panel = [...panels.children].find((panel) => panel.dataset.name === name);
-    if (!panel) {
-      panel = document.createElement("div");
-      panel.dataset.name = name;
-    }
+  shown.forEach(([name], i) => {
+    const panel = [...panels.children].find(({ dataset }) => dataset.name === name) ?? document.createElement("div");
+    panel.dataset.name = name;
     if (panels.children[i] !== panel) panels.insertBefore(panel, panels.children[i] ?? null);
-    const data = metrics.flatMap((metric, j) => traces(metric, ["solid", "dot", "dash"][Math.min(j, 2)]));
-    for (const { x, name } of data) if (name && x.every((at) => at === null)) missing.add(name);
-    const x = metrics[0].startsWith("system/") ? "minutes" : state.x, type = (isLog) => (isLog ? "log" : "linear");
-    const isNew = !panel.data;
-    draw(panel, data, { title: { text: plain(name), font: { size: 14 } }, height: 320, showlegend: false,
-      xaxis: { title: { text: x === "examples" ? "examples seen" : x }, type: type(state.logX) },
-      yaxis: { title: { text: metrics.map(plain).join(", ") }, type: type(state.logY) },
-      uirevision: `${x} ${state.logX} ${state.logY}` });
-    if (isNew) panel.on("plotly_relayout", (event) => zoomed(panel, metrics, event));
   });
-  $("#remark").textContent = "";
+  const missing = new Set(shown.flatMap(([name, metrics], i) => showChart(panels.children[i], name, metrics)));
+  $("#remark").textContent = missing.size ? `${state.x} are not known of ${[...missing].join(", ")}.` : "";
+  markPinned();
 }
+
+// --------------------------------------------------------------------------------------- tables
+
+/** Behind each figure, its difference from that of the pinned run. */
+function markPinned() {
+  for (const note of all("#tables small")) note.remove();
+  const [head, ...rows] = all("#tables table:first-of-type tr");
+  const pinned = rows.find((row) => row.cells[0].textContent === state.pin);
+  for (const row of rows) {
+    row.classList.toggle("pinned", row === pinned);
+    [...(pinned && row !== pinned ? row.cells : [])].forEach((cell, column) => {
+      const difference = Number(cell.dataset.value) - Number(pinned.cells[column].dataset.value);
+      if (!head.cells[column].textContent.includes("/") || Number.isNaN(difference)) return;
+      const note = document.createElement("small");
+      note.textContent = ` (${difference < 0 ? "−" : "+"}${Math.abs(difference).toPrecision(3)})`;
+      cell.append(note);
+    });
+  }
+}
+
+const order = {}; // of the sorted tables, by their headings: the one they are sorted by, and the direction
+
+/** Sort by a column: numbers by size, text by alphabet, what is missing last. */
+function sortTable(head, sign) {
+  const body = head.closest("table").tBodies[0];
+  const value = (row) => row.cells[head.cellIndex].dataset.value ?? row.cells[head.cellIndex].textContent;
+  for (const other of head.parentNode.cells) other.ariaSort = null;
+  head.ariaSort = sign > 0 ? "ascending" : "descending";
+  const missing = (text) => text === "–" || text === "nan";
+  const compare = (a, b) => missing(a) - missing(b) || sign * a.localeCompare(b, undefined, { numeric: true });
+  const byValue = (a, b) => sign * (parseFloat(a) - parseFloat(b)) || compare(a, b); // text has no number: NaN
+  body.append(...[...body.rows].sort((a, b) => byValue(value(a), value(b))));
+}
+
+/** Make a section's tables sortable, sort them as they were, and draw its figures. */
+function prepare(section) {
+  for (const head of all("th", section)) {
+    const table = head.parentNode.textContent, { heading, sign } = order[table] ?? {};
+    if (heading === head.textContent) sortTable(head, sign);
+    head.addEventListener("click", () => {
+      order[table] = { heading: head.textContent, sign: head.ariaSort === "ascending" ? -1 : 1 };
+      sortTable(head, order[table].sign);
+    });
+  }
+  for (const chart of all("[data-figure]", section)) {
+    const figure = JSON.parse(chart.dataset.figure);
+    draw(chart, figure.data, figure.layout);
+  }
+}
+
+function fill(section, content) {
+  const places = all(".scroll", section).map(({ scrollLeft, scrollTop }) => ({ scrollLeft, scrollTop }));
+  section.innerHTML = content;
+  prepare(section);
+  all(".scroll", section).forEach((table, i) => Object.assign(table, places[i]));
+}
+
+for (const section of all("#tables, #seeds, #sweeps, #analysis")) prepare(section);
+if (isLive) follow();
+else show();

@@ -18,7 +18,6 @@ from harness.directory import CONFIG, JOURNAL, METRICS
 from harness.errors import UserError
 from harness.files import read_json
 from harness.options import SharedSettings
-from metrics import mean_interval
 from reporting.journal import Journal, is_number
 from reporting.wandb_log import WandbLog
 
@@ -206,7 +205,7 @@ def read_run(path: Path, known: RunFiles | None = None) -> RunFiles:
         notes.append(f"no readable {METRICS}")
     journal = known.journal if known else Journal(path / JOURNAL)
     journal.read()
-    log = known.log if known else WandbLog(path, config)
+    log = known.log if known else WandbLog(path)
     unreadable = journal.unreadable + journal.ends_early
     if unreadable:
         lines = journal.lines + journal.ends_early
@@ -329,6 +328,8 @@ def shown_figures(runs: list[RunFiles]) -> list[str]:
 
 def seed_table(runs: list[RunFiles], seed_groups: SeedGroups) -> Table:
     """Each group's mean ± standard deviation, and the 95% interval of the mean."""
+    from metrics import mean_interval  # imports torch, which `report.py --watch` does without
+
     figures = shown_figures(runs)
     rows = [["runs that differ in seed or fold only", "n", *figures]]
     for name, members in seed_groups.items():

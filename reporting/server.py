@@ -10,14 +10,14 @@ import time
 import zlib
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from multiprocessing import get_context
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from harness.errors import UserError
 from reporting.charts import describe, thinned
 from reporting.collection import Collection
-from reporting.page import analysis, make_page, sweeps, tables
-from reporting.runs import RunFiles
+from reporting.page import make_page, tables
 
 PERIOD = 2  # seconds between two looks at the files
 LOCAL = ("127.0.0.1", "localhost")
@@ -26,29 +26,29 @@ LOCAL = ("127.0.0.1", "localhost")
 class Watched:
     """What the page shows, as it was at the last look."""
 
-    def __init__(self):
-        self.runs: list[RunFiles] = []
-        self.data: dict[str, Any] = {}
+    def __init__(self, found: Collection):
         self.sections: dict[str, str] = {}
-        self._analyzed: Any = None
+        self.update(found)
 
-    def look(self, collect: Callable[[list[RunFiles]], Collection]) -> None:
-        """Read what is new. What takes seconds is made anew only if other runs have finished."""
-        try:
-            found = collect(self.runs)
-        except UserError as error:
-            self.sections["tables"] = tables(self.runs, {}, [str(error)])
-            return
+    def update(self, found: Collection) -> None:
+        """Show what was found."""
         self.runs = found.runs
-        self.sections["tables"] = tables(found.runs, found.seed_groups, found.problems)
-        self.data = describe(found.runs, found.seed_groups)
-        finished = [run.path for run in found.runs if run.metrics is not None]
-        if finished != self._analyzed:
-            self._analyzed = finished
-            self.sections["sweeps"] = sweeps(found.studies)
-            self.sections["analysis"] = analysis(found.runs, found.seed_groups)
-        for run in found.runs:
-            run.log.read()
+        self.data = describe(found)
+        self.sections["tables"] = tables(found)
+
+    def analyze(self, look: Callable[[], Collection]) -> None:
+        """Whenever other runs have finished, compare them in a process of its own.
+
+        It takes seconds, which would hold up the answers, and the memory of torch.
+        """
+        analyzed = None
+        while True:
+            finished = [run.path for run in self.runs if run.metrics is not None]
+            if finished != analyzed:
+                analyzed = finished
+                with get_context("spawn").Pool(1) as pool:
+                    self.sections |= pool.apply(analysis_of, [look])
+            time.sleep(PERIOD)
 
     def news(self, page: dict[str, Any]) -> dict[str, Any]:
         """What a page lacks: sections with another checksum, and points after its last ones.
@@ -74,19 +74,29 @@ class Watched:
         return {**self.data, "sections": sections, "curves": curves}
 
 
-def serve(collect: Callable[[list[RunFiles]], Collection], host: str, port: int) -> None:
-    """Serve the page of what `collect` finds until Ctrl-C.
+def analysis_of(look: Callable[[], Collection]) -> dict[str, str]:
+    """The sections of the page that take seconds to make."""
+    import torch
+
+    from reporting.analysis import analyze
+
+    torch.set_num_threads(1)  # the tensors are small: several threads would wait for each other
+    return analyze(look())
+
+
+def serve(found: Collection, look: Callable[..., Collection], host: str, port: int) -> None:
+    """Serve the page of what was `found`, and of what another `look` finds, until Ctrl-C.
 
     Other machines need the token in the address that is printed. Raises `UserError` if the address
     can't be used.
     """
-    watched = Watched()
+    watched = Watched(found)
     token = "" if host in LOCAL else secrets.token_urlsafe(16)
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             if self.is_allowed():
-                self.answer("text/html; charset=utf-8", make_page("Runs"))  # it asks for the rest
+                self.answer("text/html; charset=utf-8", make_page("Runs", None, {}))
 
         def do_POST(self) -> None:
             if self.is_allowed():
@@ -122,12 +132,15 @@ def serve(collect: Callable[[list[RunFiles]], Collection], host: str, port: int)
         server = ThreadingHTTPServer((host, port), Handler)
     except (OSError, OverflowError) as error:
         raise UserError(f"--host {host} --port {port}: {error}") from None
-    watched.look(collect)
     threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=watched.analyze, args=[look], daemon=True).start()
     name = socket.gethostname() if host == "0.0.0.0" else host
     query = f"?token={token}" if token else ""
-    print(f"\nThe page: http://{name}:{server.server_port}/{query} (until Ctrl-C)", flush=True)
+    print(f"The page: http://{name}:{server.server_port}/{query} (until Ctrl-C)", flush=True)
     with contextlib.suppress(KeyboardInterrupt):
         while True:
+            for run in watched.runs:
+                run.log.read(run.config)
             time.sleep(PERIOD)
-            watched.look(collect)
+            with contextlib.suppress(UserError):  # no runs any more: the page shows what it had
+                watched.update(look(watched.runs))

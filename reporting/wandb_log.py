@@ -16,9 +16,8 @@ class WandbLog:
     directory or beside its parent.
     """
 
-    def __init__(self, path: Path, config: dict[str, Any]):
-        """`path` and `config` are the run's."""
-        self._run = str(config.get("id")), config.get("run_token")
+    def __init__(self, path: Path):
+        """`path` is the run's directory."""
         roots = [os.environ.get("WANDB_DIR", "."), *path.resolve().parents[:2]]
         self._directories = {Path(root, "wandb").resolve() for root in roots}
         self._read_bytes: dict[Path, int] = {}  # of each file
@@ -32,17 +31,19 @@ class WandbLog:
         """The first and last minute of each process of the run."""
         return list(self._minutes.values())
 
-    def read(self) -> None:
-        """Read the records that were added."""
+    def read(self, config: dict[str, Any]) -> None:
+        """Read the records that were added; `config` is the run's."""
         from harness import wandb_service  # it imports wandb, which takes a second
 
-        files = []
+        files = set()
+        run = str(config.get("id")), config.get("run_token")
         for directory in self._directories:
-            files += wandb_service.log_files(*self._run, directory)
+            files.update(wandb_service.log_files(*run, directory))
         points = defaultdict(list)
-        for file in sorted(files, key=lambda path: path.parent.name.removeprefix("offline-")):
+        for file in sorted(files, key=wandb_service.start_of):
             start = self._read_bytes.get(file, wandb_service.HEADER)
-            for self._read_bytes[file], record in wandb_service.read_log(file, start):
+            for offset, record in wandb_service.read_log(file, start):
+                self._read_bytes[file] = offset
                 time = _time(record)
                 if time is None:
                     continue

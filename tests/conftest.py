@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -38,7 +39,9 @@ DEAD_PROXY = "http://127.0.0.1:9"  # a proxy that refuses every connection, to c
 
 
 def pytest_configure() -> None:
-    """One thread for each run, and for the tests: the workers use all cores."""
+    """One thread for each run, and for the tests: the workers use all cores. `nohup` ignores SIGHUP."""
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 

@@ -1,0 +1,76 @@
+"""What takes seconds: sweeps, comparisons, and the predictions of a run."""
+
+import base64
+import html
+
+from harness.errors import UserError
+from metrics import PER_CLASS, ConfusionMatrix
+from reporting.collection import Collection
+from reporting.comparison import compare_runs
+from reporting.markup import paragraph, table
+from reporting.predictions import (
+    Predictions,
+    largest_first,
+    read_predictions,
+    show_examples,
+)
+from reporting.runs import PREDICTIONS, RunFiles, seed_table
+from reporting.sweep import show_sweep
+
+
+def analyze(found: Collection) -> dict[str, str]:
+    """Sections of the page, by the id of their element."""
+    runs = found.runs
+    if len(runs) == 1:
+        content = show_run(runs[0])
+    else:
+        content = compare_runs(runs, found.seed_groups)
+        content += compare_runs(runs, found.seed_groups, "test_predictions.csv")
+    sweeps = "".join(map(show_sweep, found.studies))
+    return {"sweeps": sweeps, "seeds": show_seeds(found), "analysis": content}
+
+
+def show_seeds(found: Collection) -> str:
+    """The means over seeds or folds."""
+    if not found.seed_groups:
+        return ""
+    remark = (
+        "Mean ± sample standard deviation over finished runs that differ in nothing but seed or "
+        "fold, one of each; in parentheses the 95% interval of the mean, by Student's t, as if "
+        "they were independent: folds share most of their training data."
+    )
+    means = table(seed_table(found.runs, found.seed_groups))
+    return f"<h2>Over seeds or folds</h2>{paragraph(remark, 'soft')}{means}"
+
+
+def show_run(run: RunFiles) -> str:
+    """A single run: predictions, the pictures that the script has left, and settings."""
+    content = ""
+    try:
+        if (run.path / PREDICTIONS).exists():
+            content = show_predictions(read_predictions(run))
+    except UserError as reason:
+        content = paragraph(f"No predictions to show: {reason}.", "soft")
+    for path in sorted(run.path.glob("*.png")):
+        data = base64.b64encode(path.read_bytes()).decode()
+        name = html.escape(path.name)
+        content += f'<img alt="{name}" title="{name}" src="data:image/png;base64,{data}">'
+    settings = table([("setting", "value"), *run.config.items()])
+    return f"{content}<h2>Settings</h2>{settings}"
+
+
+def show_predictions(predictions: Predictions) -> str:
+    """Figures of each class, and the predictions that are most wrong."""
+    wrong = largest_first(predictions.losses, ~predictions.correct)
+    per_class = ""
+    if names := predictions.class_names:
+        confusion = ConfusionMatrix(len(names))
+        confusion.update(predictions.predictions, predictions.labels)
+        per_class = f"<h3>Per class</h3>{table([PER_CLASS, *confusion.per_class(names)])}"
+    heading = f"Worst of {len(wrong):,} mistakes in {len(predictions.labels):,} examples"
+    if predictions.probabilities is None:
+        heading = "Largest errors"
+    examples = show_examples(predictions, wrong)
+    validated = any(name.startswith("valid/") for name in predictions.run.best)
+    part = "validation" if validated else "test"
+    return f"<h2>Predictions of the {part} data</h2>{per_class}<h3>{heading}</h3>{examples}"
