@@ -54,7 +54,7 @@ def print_json(found: Collection) -> None:
 def print_latex(found: Collection) -> None:
     """Print a table of the groups of seeds or folds, or of the runs if there are none.
 
-    The best of a column is bold if all runs declare whether lower or higher is better.
+    The best of a column is bold if all runs that have it declare whether lower or higher is better.
     """
     table = run_table(found.runs)
     if found.seed_groups:
@@ -63,7 +63,8 @@ def print_latex(found: Collection) -> None:
     for column in zip(*table):
         numbers = [getattr(cell, "mean", cell) for cell in column]
         finite = [number for number in numbers if is_number(number) and math.isfinite(number)]
-        signs = {run.sign_of(column[0]) for run in found.runs}
+        name = column[0]
+        signs = {run.sign_of(name) for run in found.runs if name in run.best}
         best = math.nan
         if signs == {1}:
             best = min(finite, default=best)
@@ -80,4 +81,12 @@ def print_latex(found: Collection) -> None:
     header, *rows = [f"{{}}{' & '.join(row)} \\\\" for row in zip(*columns)]
     print(r"% needs \usepackage{booktabs}")
     print(rf"\begin{{tabular}}{{{'l' * len(columns)}}}")
-    print(r"\toprule", header, r"\midrule", *rows, r"\bottomrule", r"\end{tabular}", sep="\n")
+    print(
+        r"\toprule",
+        header,
+        r"\midrule",
+        *rows,
+        r"\bottomrule",
+        r"\end{tabular}",
+        sep="\n",
+    )

@@ -218,7 +218,7 @@ def read_run(path: Path, known: RunFiles | None = None) -> RunFiles:
         state = f"at step {journal.last_step:,.0f}"
         if is_locked(path):
             state = f"under way {state}"
-        elif "monitor" in config:  # other programs don't lock their directory
+        elif "output_dir" in config:  # other programs don't lock their directory
             state = f"died {state}"
         run.state = state
     return run
