@@ -62,7 +62,7 @@ def compare_runs(runs: list[RunFiles], seed_groups: SeedGroups, file: str = PRED
             if compared[run.monitor] == MOST_COMPARED:
                 raise UserError(f"not among the {MOST_COMPARED} best by {run.monitor}")
             if run.monitor.startswith(("train/", "test/") if file == PREDICTIONS else "train/"):
-                raise UserError(f"{file} is not the file for {run.monitor}")
+                raise UserError(f"{run.monitor} is not computed from {file}")
             predictions = read_predictions(run, file)
         except UserError as reason:
             left_out[str(reason)].append(run.label)

@@ -307,7 +307,8 @@ def run_table(runs: list[RunFiles]) -> Table:
     """The settings that differ, and the figures."""
     settings = differing(runs)
     figures = shown_figures(runs)
-    rows = [["run", "state", *settings, "best epoch", *figures, "seconds"]]
+    names = [f"{name} (setting)" if name in figures else name for name in settings]
+    rows = [["run", "state", *names, "best epoch", *figures, "seconds"]]
     for run in runs:
         row = [run.label, run.state]
         row += map(run.settings.get, settings)

@@ -254,7 +254,7 @@ def test_a_metric_that_no_run_has(tmp_path):
 def test_predictions_are_compared_by_the_metric_of_their_data(tmp_path):
     paths = [make_run(tmp_path / name, seed=seed) for seed, name in enumerate("ab")]
     page = page_of(*paths, "--metric", "test/acc", output=tmp_path / "r.html")
-    assert "Not compared: a, b (predictions.csv is not the file for test/acc)." in page
+    assert "Not compared: a, b (test/acc is not computed from predictions.csv)." in page
     assert "best minus this" not in page and "McNemar" not in page
     for path in paths:
         shutil.copy(path / "predictions.csv", path / "test_predictions.csv")
@@ -269,7 +269,7 @@ def test_predictions_are_compared_by_the_metric_of_their_data(tmp_path):
         change(path / "config.json", {"metrics": {"acc_step": "max"}})
     page = page_of(*paths, "--metric", "train/acc_step", output=tmp_path / "r.html")
     assert page.count("Not compared: ") == 1 and "best minus this" not in page
-    assert "(predictions.csv is not the file for train/acc_step)" in page
+    assert "(train/acc_step is not computed from predictions.csv)" in page
 
 
 def test_groups_are_compared_by_the_metric(tmp_path):
@@ -380,6 +380,15 @@ def test_a_journal_is_enough(config, tmp_path, capsys):
         assert ("Not ranked: a" in out) == said
         text = page[page.index('<div id="tables">') : page.index("<script nonce")]
         assert "predictions" not in text.replace("g_loss", "") and "Not compared" not in text
+
+
+def test_a_setting_may_have_the_name_of_a_metric(tmp_path, capsys):
+    for name, loss in (("a", "mse"), ("b", "mae")):
+        make_journal(tmp_path / name, {"step": 1, "loss": 0.5})
+        (tmp_path / f"{name}/config.json").write_text(json.dumps({"loss": loss}))
+    out, _ = output_of(tmp_path, "--metric", "loss", "--json", capsys=capsys)
+    found = [(run["loss (setting)"], run["loss"]) for run in json.loads(out)["runs"]]
+    assert found == [("mse", 0.5), ("mae", 0.5)]
 
 
 def test_odd_values_in_a_journal(tmp_path, capsys):
