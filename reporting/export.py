@@ -59,6 +59,8 @@ def print_latex(found: Collection) -> None:
     table = run_table(found.runs)
     if found.seed_groups:
         table = seed_table(found.runs, found.seed_groups)
+        if alone := len(found.runs) - sum(map(len, found.seed_groups.values())):
+            found.problems.append(f"Runs left out, because they are in no group: {alone}")
     columns = []
     for column in zip(*table):
         numbers = [getattr(cell, "mean", cell) for cell in column]
@@ -66,10 +68,10 @@ def print_latex(found: Collection) -> None:
         name = column[0]
         signs = {run.sign_of(name) for run in found.runs if name in run.best}
         best = math.nan
-        if signs == {1}:
-            best = min(finite, default=best)
-        elif signs == {-1}:
-            best = max(finite, default=best)
+        if len(finite) > 1 and signs == {1}:
+            best = min(finite)
+        elif len(finite) > 1 and signs == {-1}:
+            best = max(finite)
         texts = [format_value(cell).translate(LATEX) for cell in column]
         for i, number in enumerate(numbers):
             if is_number(number):

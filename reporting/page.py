@@ -62,10 +62,11 @@ def make_page(title: str, data: dict[str, Any] | None, sections: dict[str, str])
 def tables(found: Collection) -> str:
     """What could not be read, and the table of the runs."""
     remark = (
-        "The best by the monitored metric is first. Settings that are the same in all runs, or "
+        "The best by the metric to compare is first. Settings that are the same in all runs, or "
         "concern only logging, are left out. Figures are those of the best epoch; of a run that "
-        "has not finished, the best so far; without validation data, of the last epoch. Validation "
-        "data chose the epoch: figures under valid/ are too optimistic. Click a heading to sort."
+        "has not finished, the best so far; without validation data, of the last epoch; a figure "
+        "of --metric that metrics.json lacks is the last value logged by then. Validation data "
+        "chose the epoch: figures under valid/ are too optimistic. Click a heading to sort."
     )
     content = "".join(paragraph(problem, "soft") for problem in found.problems)
     return f"<h2>Runs</h2>{table(run_table(found.runs))}{content}{paragraph(remark, 'soft')}"

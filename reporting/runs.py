@@ -169,6 +169,8 @@ def run_directories(directory: Path, levels: int = LEVELS) -> list[Path]:
             return [directory]
         children = sorted(filter(Path.is_dir, directory.iterdir()))
     except OSError as error:
+        if levels < LEVELS:
+            return []
         raise UserError(f"{directory}: {error.strerror}") from None
     found = []
     for child in children:
@@ -254,8 +256,7 @@ def groups(runs: list[RunFiles]) -> SeedGroups:
         members = by_settings[json.dumps(settings, sort_keys=True)]
         members[str((run.config.get("seed"), run.config.get("fold")))] = run
     seeded = [list(members.values()) for members in by_settings.values() if len(members) > 1]
-    differences = differing([members[0] for members in seeded])
-    names = [name for name in differences if name not in SEED_AND_REMARKS]
+    names = [name for name in differing(runs) if name not in SEED_AND_REMARKS]
     named = {}
     for members in seeded:
         first = members[0]

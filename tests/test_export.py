@@ -164,7 +164,9 @@ def test_latex_of_groups(tmp_path, capsys):
             path = make_run(tmp_path / f"{rate} {seed}", seed=seed, learning_rate=rate)
             figures = {"valid/loss": figure, "valid/acc": figure, "test/acc": None}
             change(path / "metrics.json", figures)
-    out, _ = output_of(tmp_path, "--latex", capsys=capsys)
+    change(make_run(tmp_path / "alone", learning_rate=7) / "metrics.json", {"test/acc": None})
+    out, problems = output_of(tmp_path, "--latex", capsys=capsys)
+    assert "because they are in no group: 1" in str(problems)
     header, first, second = cells_of(out)
     assert header == ["runs that differ in seed or fold only", "n", "valid/loss", "valid/acc"]
     # The quantile of Student's t with one degree of freedom is 12.7062; the error is 0.125.
@@ -179,9 +181,9 @@ def test_latex_of_runs_of_several_tasks(tmp_path, capsys):
     make_run(tmp_path / "b")
     out, _ = output_of(tmp_path, "--latex", capsys=capsys)
     header, *rows = cells_of(out)
-    for name in ("valid/mae", "valid/acc"):  # which the other run neither has nor declares
+    for name in ("valid/mae", "valid/acc"):  # which the other run does not have: it is the best of one
         cells = sorted(row[header.index(name)] for row in rows)
-        assert cells[0].startswith(r"\textbf{") and cells[1] == "–"
+        assert not cells[0].startswith(r"\textbf{") and cells[1] == "–"
 
 
 def test_latex_of_runs(tmp_path, capsys):
