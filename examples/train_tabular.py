@@ -196,7 +196,11 @@ def log_charts(run: Run, name: str, result: Result) -> None:
 def write_curves(session: Session, best_epoch: int) -> None:
     """Draw the learning curves of the run so far."""
     name = METRICS_OF[session.settings.task][1]
-    panels = {"loss": ("train/loss_step", "valid/loss"), name: ("", f"valid/{name}")}
+    panels = {
+        "loss": ("train/loss_step", "valid/loss"),
+        name: ("", f"valid/{name}"),
+        "learning rate": ("train/learning_rate", ""),
+    }
     if distributed.rank() == 0:
         picture = viz.curves_picture(session.run.rows, panels, best_epoch)
         files.write_png(session.output_dir / "curves.png", picture)
