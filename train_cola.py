@@ -255,7 +255,7 @@ def attributions(task: Task, result: Evaluation, name: str = "valid") -> str:
     """
     names = task.corpus.class_names
     part = getattr(task, name)
-    page = f"{viz.SHADED_HEAD}<h1>{name}: the most confident mistakes</h1>\n"
+    page = f"{viz.SHADED_HEAD}<h2>{name}, {len(result.labels):,} examples</h2>\n"
     for i in viz.most_confident_mistakes(result)[:20].tolist():
         label = int(result.labels[i])
         prediction = int(result.predictions[i])

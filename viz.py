@@ -541,6 +541,7 @@ SHADED_HEAD = """<!doctype html>
 <style>
 body { margin: 16px auto; padding: 0 16px; max-width: 1000px; overflow-wrap: anywhere;
   font: 16px/1.8 sans-serif; color: #141820; background: #ffffff; }
+h1, h2 { margin: 16px 0; font-size: 20px; line-height: 1.3; }
 .tokens { margin: 20px 0; }
 .tokens b { display: block; font-size: 14px; font-weight: normal; }
 .tokens span { padding: 3px; border-radius: 3px; -webkit-box-decoration-break: clone;
@@ -550,6 +551,8 @@ body { margin: 16px auto; padding: 0 16px; max-width: 1000px; overflow-wrap: any
   to right, rgb(110, 165, 245), rgb(255, 255, 255), rgb(240, 120, 105)); }
 </style>
 </head>
+<h1>The most confident mistakes</h1>
+<div>What each token does to the decision, compared with the strongest of its sentence:</div>
 <div class="legend">away from the mistake <i></i> toward the mistake</div>
 """
 

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -286,8 +287,8 @@ def test_curves_show_validation_and_the_best_epoch():
     best = [x for x, _ in drawn(picture, viz.DEEP)]
     assert best and all(abs(x - (left + (right - left) * 2 / 3)) <= 2.5 for x in best)
     valid = [x for x, _ in drawn(picture, viz.WARM)]
-    assert min(valid) == pytest.approx(left + (right - left) / 3, abs=5)
-    assert max(valid) == pytest.approx(right, abs=5)
+    assert min(valid) == pytest.approx(left + (right - left) / 3, abs=8)
+    assert max(valid) == pytest.approx(right, abs=8)
 
 
 def test_curves_of_a_regression(monkeypatch):
@@ -315,6 +316,80 @@ def test_curves_of_a_regression(monkeypatch):
     }  # a constant is in the middle, between 6.25 and 18.75
     assert min(ys) + max(ys) == pytest.approx(viz.TOP / 2 + viz.BOTTOM / 2, abs=2)
     assert {"10", "15"} <= set(texts)
+
+
+def y_of(share: float) -> float:
+    """The row of pixels of a value at this share of a panel's range."""
+    return (viz.TOP + (0.97 - 0.94 * share) * (viz.BOTTOM - viz.TOP)) / 2
+
+
+@pytest.mark.quick
+def test_curves_begin_where_training_began():
+    """The first tenth was cut: a loss that fell from 2.3 seemed to start at 0.13."""
+    rows = [
+        {"step": 64 * i, "epoch": 1, "train/loss_step": 2.3 * 0.95**i, "train/lr": 1 - i / 101}
+        for i in range(101)
+    ][1:]
+    picture = viz.curves_picture(rows, PANELS | {"learning rate": ("train/lr", "")}, 0)
+    points = drawn(picture, viz.MIDDLE)
+    assert min(x for x, _ in points) <= viz.LEFT / 2 + 7
+    # A falling exponential is a straight line on a log scale: half way, it is in the middle.
+    middle = (viz.LEFT + viz.RIGHT) / 4
+    ys = [y for x, y in points if abs(x - middle) < 1]
+    assert sum(ys) / len(ys) == pytest.approx(y_of(0.5), abs=4)
+    for panel in (0, 1):
+        ys = [y for _, y in drawn(picture, viz.MIDDLE, panel)]
+        assert min(ys) == pytest.approx(y_of(1), abs=4) and max(ys) == pytest.approx(y_of(0), abs=4)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    "values, log, labels",
+    [
+        ([2.3, 0.4, 0.1, 0.05], True, {"0.1", "0.3", "1"}),  # a loss
+        ([1e-30, 1e30], True, {"1e-20", "1", "1e+20"}),
+        ([30.0, 4.0, 2.5], True, {"3", "4", "6", "10", "20", "30"}),
+        ([0.03, 0.9, 0.95, 0.97], False, {"0.2", "0.8"}),  # an accuracy
+        ([0.01, 1.0, 0.8, 0.6, 0.4, 0.2, 0.01], False, {"0.2", "0.8"}),  # a learning rate
+        ([2.3, 0.3, 0.24], False, {"0.5", "2"}),  # less than a factor of 10
+        ([2.3, 0.1, 0.0], False, {"0", "2"}),
+        ([30.0, 0.1, -0.1], False, {"0", "30"}),
+    ],
+)
+def test_log_scales_are_for_small_values_and_named(values, log, labels, monkeypatch):
+    texts = written(monkeypatch)
+    rows = [{"step": i + 1, "epoch": i + 1, "valid/x": value} for i, value in enumerate(values)]
+    viz.curves_picture(rows, {"x": ("", "valid/x")}, 1)
+    assert ("x (log scale)" in texts) == log != ("x" in texts)
+    assert labels <= set(texts)
+
+
+@pytest.mark.quick
+def test_rows_count_by_their_examples(monkeypatch):
+    """Rows of two batches at an epoch's start counted like rows of ten: the curves had jumps."""
+    texts = written(monkeypatch)
+    rows = [{"step": 900, "train/loss_step": 0.0}, {"step": 1000, "train/loss_step": 10.0}]
+    picture = viz.curves_picture(rows, PANELS, 0)
+    # Two halves of 500 examples; in the second one, 400 * 0 + 100 * 10 = 500 * 2.
+    assert {"0", "2"} <= set(texts) and not {"4", "5", "10"} & set(texts)
+    start = min(x for x, _ in drawn(picture, viz.MIDDLE))
+    assert start == pytest.approx((viz.LEFT + viz.RIGHT) / 4, abs=8)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("panels", [1, 2, 3, 4])
+def test_panels_have_room_for_any_title(panels, monkeypatch):
+    """Long titles and numbers were cut off at the edge."""
+    texts = written(monkeypatch)
+    titles = ["root mean squared error of the logarithm of the price in euros"] + [""] * 3
+    rows = [
+        {"step": 10**9 * i, "epoch": i, "v": -1e-20 * (1 + 1e-4 * i), "t": i} for i in range(1, 6)
+    ]
+    keys = dict.fromkeys(range(panels), ("t", "v"))
+    named = {titles[i] or f"panel {i}": keys[i] for i in keys}
+    picture = viz.curves_picture(rows, named | {titles[0]: ("", "v")}, 3)
+    assert picture.size == (560 * panels, 660)
+    assert titles[0] in texts and any(len(text) >= 10 and "e-20" in text for text in texts)
 
 
 def test_curves_of_hundreds_of_epochs_have_no_markers():
@@ -426,3 +501,43 @@ def test_pictures_need_no_metrics(monkeypatch):
     viz.calibration_picture(result, "valid")
     assert "confidence (expected calibration error 0.203)" in texts
     assert "its accuracy, 75.0%, " in viz.one_class_warning(result, ["a", "b"])
+
+
+# ----------------------------------------------------------------------------------------- attributions
+
+
+def luminance(rgb: tuple[float, ...]) -> float:
+    """Relative luminance of an sRGB color, as WCAG 2.2 defines it."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in rgb]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.quick
+def test_text_is_legible_on_every_shade():
+    """Black on the darkest blue had a contrast of 3.9 : 1; WCAG's level AA is 4.5 : 1."""
+    values = [i / 100 for i in range(-100, 101)]
+    sentence = viz.shaded_tokens(["token"] * len(values), values, "heading")
+    shades = re.findall(r"rgba\((\d+), (\d+), (\d+), ([\d.]+)\)", sentence)
+    ink, paper = (
+        ImageColor.getrgb(re.search(rf"[; ]{name}: (#\w+)", viz.SHADED_HEAD)[1])
+        for name in ("color", "background")
+    )
+    contrasts = []
+    for *color, alpha in shades:
+        blended = [float(alpha) * int(c) + (1 - float(alpha)) * p for c, p in zip(color, paper)]
+        dark, light = luminance([c / 255 for c in ink]), luminance([c / 255 for c in blended])
+        contrasts.append((light + 0.05) / (dark + 0.05))
+    assert len(contrasts) == 201 and max(contrasts) > 15 and min(contrasts) >= 4.5
+    # The legend shows the same two colors.
+    ends = re.findall(r"rgb\((.*?)\)", viz.SHADED_HEAD)
+    assert ends == [", ".join(shade[:3]) for shade in (shades[0], ["255"] * 3, shades[-1])]
+
+
+@pytest.mark.quick
+def test_page_of_attributions_fits_a_phone():
+    assert viz.SHADED_HEAD.startswith(
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">'
+    )
+    assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in viz.SHADED_HEAD
+    for words in ("toward the mistake", "away from the mistake"):
+        assert words in viz.SHADED_HEAD
