@@ -543,7 +543,7 @@ body { margin: 16px auto; padding: 0 16px; max-width: 1000px; overflow-wrap: any
   font: 16px/1.8 sans-serif; color: #141820; background: #ffffff; }
 h1, h2 { margin: 16px 0; font-size: 20px; line-height: 1.3; }
 .tokens { margin: 20px 0; }
-.tokens b { display: block; font-size: 14px; font-weight: normal; }
+.tokens small { display: block; font-size: 14px; }
 .tokens span { padding: 3px; border-radius: 3px; -webkit-box-decoration-break: clone;
   box-decoration-break: clone; }
 .legend { display: flex; gap: 10px; line-height: 1.3; align-items: center; }
@@ -570,4 +570,4 @@ def shaded_tokens(tokens: list[str], attributions: list[float], heading: str) ->
             f'<span style="background: rgba({color}, {abs(value) / largest:.2f})" '
             f'title="{value:+.4f}">{html.escape(token)}</span>'
         )
-    return f'<p class="tokens"><b>{html.escape(heading)}</b>{" ".join(spans)}</p>\n'
+    return f'<p class="tokens"><small>{html.escape(heading)}</small>{" ".join(spans)}</p>\n'
