@@ -348,7 +348,7 @@ def confusion_matrix_picture(counts: Tensor, class_names: list[str], part: str) 
             share = float(shares[label, prediction])
             shade = f"hsl(212, 73%, {100 - 65 * share**0.5:.2f}%)"  # white to `DEEP`
             draw.rectangle((x, y, x + cell, y + cell), fill=shade, outline=GRID)
-            color = PAPER if share > 0.3 else INK
+            color = PAPER if share > 0.62 else "black"  # a contrast of at least 4.5:1
             text = f"{count:,}\n{100 * share:.1f} %" if count else "0"
             _draw_text(canvas, x + cell / 2, y + cell / 2, text, cell * 0.22, color=color)
     return canvas

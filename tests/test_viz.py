@@ -50,6 +50,36 @@ def test_rows_of_the_confusion_matrix_are_labels():
     ]
 
 
+def luminance(rgb: tuple[float, ...]) -> float:
+    """Relative luminance of an sRGB color, as WCAG 2.2 defines it."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in rgb]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one: tuple[int, ...], other: tuple[int, ...]) -> float:
+    """Contrast ratio of two colors of 0 to 255, from 1 to 21."""
+    dark, light = sorted(luminance([c / 255 for c in color]) for color in (one, other))
+    return (light + 0.05) / (dark + 0.05)
+
+
+@pytest.mark.quick
+def test_counts_are_legible_on_every_shade(monkeypatch):
+    """White on a cell of 30 % had a contrast of 2.7:1."""
+    seen, draw = [], viz.ImageDraw.ImageDraw.text
+
+    def text(self, place, words, **more):
+        if "%" in words:
+            corner = (place[0] - 50, place[1] - 50)
+            seen.append(contrast(self._image.getpixel(corner), ImageColor.getrgb(more["fill"])))
+        draw(self, place, words, **more)
+
+    monkeypatch.setattr(viz.ImageDraw.ImageDraw, "text", text)
+    for count in range(0, 101, 5):
+        counts = torch.tensor([[count, 100 - count], [38, 62]])
+        viz.confusion_matrix_picture(counts, ["a", "b"], "valid")
+    assert len(seen) == 2 * 21 + 2 * 21 - 2 and min(seen) >= 4.5
+
+
 @pytest.mark.parametrize("mistakes, rows", [(0, 0), (7, 1), (11, 2), (60, 4)])
 def test_mistakes_picture_shows_at_most_forty(mistakes, rows):
     images = (torch.arange(60, dtype=torch.uint8) * 4).view(60, 1, 1, 1).expand(60, 1, 28, 28)
@@ -508,12 +538,6 @@ def test_pictures_need_no_metrics(monkeypatch):
 # ----------------------------------------------------------------------------------------- attributions
 
 
-def luminance(rgb: tuple[float, ...]) -> float:
-    """Relative luminance of an sRGB color, as WCAG 2.2 defines it."""
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in rgb]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-
 @pytest.mark.quick
 def test_text_is_legible_on_every_shade():
     """Black on the darkest blue had a contrast of 3.9 : 1; WCAG's level AA is 4.5 : 1."""
@@ -527,8 +551,7 @@ def test_text_is_legible_on_every_shade():
     contrasts = []
     for *color, alpha in shades:
         blended = [float(alpha) * int(c) + (1 - float(alpha)) * p for c, p in zip(color, paper)]
-        dark, light = luminance([c / 255 for c in ink]), luminance([c / 255 for c in blended])
-        contrasts.append((light + 0.05) / (dark + 0.05))
+        contrasts.append(contrast(ink, blended))
     assert len(contrasts) == 201 and max(contrasts) > 15 and min(contrasts) >= 4.5
     # The legend shows the same two colors.
     ends = re.findall(r"rgb\((.*?)\)", viz.SHADED_HEAD)
