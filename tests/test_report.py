@@ -804,7 +804,7 @@ def test_both_scripts_together(tmp_path, capsys):
     assert "valid/loss" in out and "valid/mcc" in out and out.count("finished") == 2
     assert page.count("no other run has predicted the same") == 2  # the second: MNIST's test data
     alone = page_of(tmp_path / "mnist", output=tmp_path / "report.html")
-    assert "Worst of " in alone and alone.count("<img alt=") == 3
+    assert "Worst of " in alone and alone.count("<img alt=") == 4
     assert 'title="mistakes.png"' in alone
     alone = page_of(tmp_path / "out", output=tmp_path / "report.html")
     sentences = [
