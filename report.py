@@ -6,6 +6,8 @@ opens from disk.
 
 import argparse
 import signal
+import sys
+from functools import partial
 from pathlib import Path
 
 from harness.errors import UserError
@@ -19,6 +21,7 @@ if __name__ == "__main__" and not in_ipython():
 
 from reporting.charts import curves, describe
 from reporting.collection import Collection, collect
+from reporting.export import print_csv, print_json, print_latex
 from reporting.runs import Table, format_value, run_table, seed_table
 
 
@@ -32,10 +35,20 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         metavar="RUN_DIRECTORY",
         help="of a run, of a sweep, or of several runs",
     )
-    parser.add_argument(
+    parser.add_argument("--metric", help="what to compare [the monitored metric]")
+    outputs = parser.add_mutually_exclusive_group()
+    outputs.add_argument(
         "--output", type=Path, default="report.html", help="the page to write [report.html]"
     )
-    parser.add_argument("--watch", action="store_true", help="serve the page while runs go on")
+    outputs.add_argument("--watch", action="store_true", help="serve the page while runs go on")
+    for name, export in (("csv", print_csv), ("json", print_json), ("latex", print_latex)):
+        outputs.add_argument(
+            f"--{name}",
+            action="store_const",
+            const=export,
+            dest="export",
+            help=f"print the comparison as {name}, and write no page",
+        )
     parser.add_argument("--host", default="127.0.0.1", help="to serve on [127.0.0.1]")
     parser.add_argument("--port", type=int, default=0, help="to serve on [0: a free one]")
     return parser.parse_args(command_line(__name__) if argv is None else argv)
@@ -58,8 +71,9 @@ def print_tables(found: Collection) -> None:
     if found.seed_groups:
         print()
         print_table(seed_table(found.runs, found.seed_groups))
-    if len(found.runs) == 1:
-        print(f"command: {format_value(found.runs[0].config.get('command'))}")
+    command = found.runs[0].config.get("command")
+    if command and len(found.runs) == 1:
+        print(f"command: {format_value(command)}")
     for problem in found.problems:
         print(problem)
 
@@ -68,7 +82,13 @@ def main(argv: list[str] | None = None) -> None:
     """Print the table and write the page. Raises `UserError` if a directory holds no run."""
     arguments = parse_arguments(argv)
     output = arguments.output
-    found = collect(arguments.directories)
+    look = partial(collect, arguments.directories, arguments.metric)
+    found = look()
+    if arguments.export:
+        arguments.export(found)
+        for problem in found.problems:
+            print(problem, file=sys.stderr)
+        return
     if not arguments.watch:
         print_tables(found)
     try:
@@ -79,7 +99,7 @@ def main(argv: list[str] | None = None) -> None:
             f"no page without plotly ({error}): pip install -r requirements-report.txt"
         ) from None
     if arguments.watch:
-        serve(found, arguments.directories, arguments.host, arguments.port)
+        serve(found, look, arguments.host, arguments.port)
         return
     if output.is_file() and not output.read_bytes().startswith(BEGINNING.encode()):
         raise UserError(f"--output {output} is not a report; choose another name")

@@ -103,7 +103,7 @@ from harness.errors import UserError
 from harness.progress import Best, Meter, Progress
 from harness.session import Session, open_session
 from harness.tracking import Run, logs_to_wandb
-from metrics import Evaluation, evaluation, matthews_corrcoef_interval
+from metrics import PER_CLASS, Evaluation, evaluation, matthews_corrcoef_interval
 from tasks import encoders
 from tasks.batching import TokenSet, by_length, inputs_of, tokenise
 from tasks.sentences import Corpus, load_corpus
@@ -248,21 +248,22 @@ def evaluate(task: Task, part: TokenSet) -> Evaluation:
     return evaluation(logits, part.labels, METRICS, task.positive)
 
 
-def attributions(task: Task, result: Evaluation) -> str:
-    """HTML of the 20 most confident mistakes.
+def attributions(task: Task, result: Evaluation, name: str = "valid") -> str:
+    """HTML of the 20 most confident mistakes in `name`, "valid" or "test".
 
     Each token is shaded by how much it moved the decision.
     """
     names = task.corpus.class_names
-    page = '<!doctype html><meta charset="utf-8">'
+    part = getattr(task, name)
+    page = f"{viz.SHADED_HEAD}<h2>{name}, {len(result.labels):,} examples</h2>\n"
     for i in viz.most_confident_mistakes(result)[:20].tolist():
         label = int(result.labels[i])
         prediction = int(result.predictions[i])
-        shades = encoders.attribute(task.model, task.valid, i, prediction, label)
+        shades = encoders.attribute(task.model, part, i, prediction, label)
         if shades is None:
             return f"{page}<p>No attributions: this model does not accept embeddings.</p>"
-        start, end = task.valid.offsets[i : i + 2]
-        tokens = task.tokenizer.batch_decode(task.valid.tokens[start:end, None])
+        start, end = part.offsets[i : i + 2]
+        tokens = task.tokenizer.batch_decode(part.tokens[start:end, None])
         heading = (
             f"{names[label]} taken for {names[prediction]}, {result.probabilities[i].max():.1%}"
         )
@@ -271,30 +272,29 @@ def attributions(task: Task, result: Evaluation) -> str:
 
 
 @logs_to_wandb
-def log_charts(run: Run, task: Task, result: Evaluation) -> None:
-    """Log charts and tables of the validation sentences."""
+def log_charts(run: Run, task: Task, name: str, result: Evaluation) -> None:
+    """Log charts and tables of `name`, "valid" or "test"."""
     names = task.corpus.class_names
-    valid = task.corpus.valid
+    part = getattr(task.corpus, name)
     if warning := viz.one_class_warning(result, names):  # first, because W&B may fail below
         run.alert("One class only", warning)
-    matrix = viz.confusion_matrix_picture(result.confusion.counts, names, "valid")
-    mistakes = viz.mistakes_table(result, valid.columns(), names, run.step)
-    sources = viz.per_source_table(result, valid.sources)
+    matrix = viz.confusion_matrix_picture(result.confusion.counts, names, name)
+    sources = viz.per_source_table(result, part.sources)
     run.log(
         {
-            "valid/confusion_matrix": viz.confusion_matrix_chart(result, names),
-            "valid/confusion_matrix_image": wandb.Image(matrix),
-            "valid/mistakes": mistakes,
-            "valid/per_class": viz.per_class_table(result, names),
-            "valid/calibration": wandb.Image(viz.calibration_picture(result, "valid")),
-            "valid/logits": wandb.Histogram(result.logits.numpy()),
-            "valid/roc": viz.roc_chart(result, names),
-            "valid/pr": viz.precision_recall_chart(result, names),
-            "valid/per_source": sources,
-            "valid/per_source_chart": wandb.plot.bar(
+            f"{name}/confusion_matrix": viz.confusion_matrix_chart(result, names),
+            f"{name}/confusion_matrix_image": wandb.Image(matrix),
+            f"{name}/mistakes": viz.mistakes_table(result, part.columns(), names, run.step),
+            f"{name}/per_class": wandb.Table(PER_CLASS, result.confusion.per_class(names)),
+            f"{name}/calibration": wandb.Image(viz.calibration_picture(result, name)),
+            f"{name}/logits": wandb.Histogram(result.logits.numpy()),
+            f"{name}/roc": viz.roc_chart(result, names),
+            f"{name}/pr": viz.precision_recall_chart(result, names),
+            f"{name}/per_source": sources,
+            f"{name}/per_source_chart": wandb.plot.bar(
                 sources, "source", "acc", title="Accuracy per source"
             ),
-            "valid/attributions": wandb.Html(attributions(task, result), inject=False),
+            f"{name}/attributions": wandb.Html(attributions(task, result, name), inject=False),
         }
     )
 
@@ -303,8 +303,8 @@ def write_curves(session: Session, best_epoch: int) -> None:
     """Draw the learning curves of the run so far."""
     panels = {
         "loss": ("train/loss_step", "valid/loss"),
-        "accuracy": ("train/acc_step", "valid/acc"),
         "Matthews correlation": ("", "valid/mcc"),
+        "learning rate": ("train/learning_rate", ""),
     }
     if distributed.rank() == 0:
         picture = viz.curves_picture(session.run.rows, panels, best_epoch)
@@ -383,7 +383,7 @@ def train(session: Session, progress: Progress, task: Task) -> Best:
         results = {"train/loss_epoch": mean["loss"], "train/acc_epoch": mean["acc"]}
         valid = evaluate(task, task.valid)
         progress.check_finite("validation", valid.metrics["loss"])
-        log_charts(run, task, valid)
+        log_charts(run, task, "valid", valid)
         results |= valid.named("valid")
         results["valid/majority_share"] = valid.confusion.majority_share()
         run.log(results)  # into the row of the last batch, which is still open
@@ -412,6 +412,7 @@ def conclude(session: Session, task: Task, best: Best) -> dict[str, Any]:
     """
     run = session.run
     corpus = task.corpus
+    class_names = corpus.class_names
     output_dir = session.output_dir
     task.model.load_state_dict(best.weights)
     valid = evaluate(task, task.valid)
@@ -435,8 +436,11 @@ def conclude(session: Session, task: Task, best: Best) -> dict[str, Any]:
         files.write_csv(
             output_dir / "test_predictions.csv", shown.columns() | corpus.test.columns()
         )
+        matrix = viz.confusion_matrix_picture(shown.confusion.counts, class_names, "test")
+        files.write_png(output_dir / "test_confusion_matrix.png", matrix)
+        log_charts(run, task, "test", shown)
     files.write_text(output_dir / "attributions.html", attributions(task, valid))
-    matrix = viz.confusion_matrix_picture(valid.confusion.counts, corpus.class_names, "valid")
+    matrix = viz.confusion_matrix_picture(valid.confusion.counts, class_names, "valid")
     files.write_png(output_dir / "confusion_matrix.png", matrix)
     with files.replacing_directory(output_dir / "model") as directory:
         save_model(task, directory)
@@ -459,15 +463,15 @@ def conclude(session: Session, task: Task, best: Best) -> dict[str, Any]:
     return {
         "dataset": corpus.name,
         "model": session.config["model"],
-        "class_names": corpus.class_names,
+        "class_names": class_names,
         "positive_label": session.config["positive_label"],
         "best/epoch": best.epoch,
-        **valid.named("valid", corpus.class_names),
+        **valid.named("valid", class_names),
         f"{name}/mcc_low": low,
         f"{name}/mcc_high": high,
         "mcc_interval": note,
         **more,
-        **shown.named(name, corpus.class_names),
+        **shown.named(name, class_names),
     }
 
 

@@ -81,7 +81,7 @@ from harness.device import seed_everything, seed_rank, shuffled
 from harness.progress import Best, Meter, Progress
 from harness.session import Session, open_session
 from harness.tracking import Run, logs_to_wandb
-from metrics import Evaluation, evaluation
+from metrics import PER_CLASS, Evaluation, evaluation
 from tasks.digits import Digits, ImageSet, load_digits, split_digits
 
 # --------------------------------------------------------------------------------- data
@@ -179,7 +179,7 @@ def log_charts(run: Run, data: Digits, name: str, result: Evaluation) -> None:
             f"{name}/confusion_matrix_image": wandb.Image(matrix),
             f"{name}/calibration": wandb.Image(viz.calibration_picture(result, name)),
             f"{name}/mistakes": mistakes,
-            f"{name}/per_class": viz.per_class_table(result, classes),
+            f"{name}/per_class": wandb.Table(PER_CLASS, result.confusion.per_class(classes)),
             f"{name}/logits": wandb.Histogram(result.logits.numpy()),
         }
     )
@@ -204,6 +204,7 @@ def write_curves(session: Session, best_epoch: int) -> None:
     panels = {
         "loss": ("train/loss_step", "valid/loss"),
         "accuracy": ("train/acc_step", "valid/acc"),
+        "learning rate": ("train/learning_rate", ""),
     }
     if distributed.rank() == 0:
         picture = viz.curves_picture(session.run.rows, panels, best_epoch)
@@ -303,6 +304,7 @@ def conclude(session: Session, progress: Progress, best: Best, data: Digits) -> 
     """
     run = session.run
     output_dir = session.output_dir
+    class_names = data.class_names
     model = make_model(session.settings, data, session.device)
     model.load_state_dict(best.weights)
     test = evaluate(model, data.test)
@@ -313,11 +315,11 @@ def conclude(session: Session, progress: Progress, best: Best, data: Digits) -> 
     if distributed.rank() > 0:
         return {}
 
-    files.write_csv(output_dir / "predictions.csv", shown.columns())
-    files.write_csv(output_dir / "test_predictions.csv", test.columns())
-    matrix = viz.confusion_matrix_picture(shown.confusion.counts, data.class_names, name)
-    files.write_png(output_dir / "confusion_matrix.png", matrix)
-    mistakes = viz.digit_mistakes_picture(part.images.cpu(), shown, data.class_names, name)
+    for prefix, split, result in (("", name, shown), ("test_", "test", test)):
+        files.write_csv(output_dir / f"{prefix}predictions.csv", result.columns())
+        matrix = viz.confusion_matrix_picture(result.confusion.counts, class_names, split)
+        files.write_png(output_dir / f"{prefix}confusion_matrix.png", matrix)
+    mistakes = viz.digit_mistakes_picture(part.images.cpu(), shown, class_names, name)
     files.write_png(output_dir / "mistakes.png", mistakes)
     files.write_tensors(output_dir / "model.pt", best.weights)
     files.write_onnx(
@@ -343,10 +345,10 @@ def conclude(session: Session, progress: Progress, best: Best, data: Digits) -> 
     return {
         "dataset": data.name,
         "model": f"ConvNet {session.settings.kernels}",
-        "class_names": data.class_names,
+        "class_names": class_names,
         "best/epoch": best.epoch,
-        **test.named("test", data.class_names),
-        **shown.named(name, data.class_names),
+        **test.named("test", class_names),
+        **shown.named(name, class_names),
     }
 
 

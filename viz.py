@@ -7,7 +7,9 @@ metrics.py, are for classifiers: of anything, of digits and of sentences.
 import contextlib
 import functools
 import html
+import itertools
 import math
+import statistics
 import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +22,6 @@ from torch import Tensor
 from wandb.plot import CustomChart
 
 from metrics import (
-    PER_CLASS,
     ConfusionMatrix,
     Evaluation,
     calibration,
@@ -38,11 +39,11 @@ WARM = "#ce601e"
 MIDDLE = "#6e829b"
 
 # Size of a chart and the edges of its plot in pixels, at twice the size of the picture.
-CHART = (840, 660)
-LEFT = 124
-TOP = 108
-RIGHT = 800
-BOTTOM = 564
+CHART = (1120, 1320)
+LEFT = 190
+TOP = 210
+RIGHT = 1050
+BOTTOM = 1140
 
 Point = tuple[float, float]
 History = Sequence[Mapping[str, float]]  # the rows of a run's history, each with `step`
@@ -53,52 +54,41 @@ MAX_MARKERS = 20  # of a curve; more would hide it
 
 
 def curves_picture(
-    rows: History,
-    panels: Mapping[str, tuple[str, str]],
-    best_epoch: int,
+    rows: History, panels: Mapping[str, tuple[str, str]], best_epoch: int
 ) -> Image.Image:
     """Draw learning curves over the number of training examples seen, side by side.
 
     `panels` maps a title to the keys of a metric in training and in validation. A key that no row
     has, like "", gives no curve. Values that are not finite are left out. The best epoch is marked
-    in the panels that have its validation.
+    in the panels that have its validation. A panel whose values are positive, span more than a
+    factor of 10 and are mostly small, like a loss, has a logarithmic scale.
     """
-    width, height = CHART
-    canvas = Image.new("RGB", (len(panels) * width, height), PAPER)
-    for i, (title, keys) in enumerate(panels.items()):
-        canvas.paste(_curves_panel(rows, title, *keys, best_epoch), (i * width, 0))
-    return canvas.reduce(2)
+    charts = [_curves_panel(rows, title, *keys, best_epoch) for title, keys in panels.items()]
+    return Image.fromarray(np.hstack(charts)).reduce(2)
 
 
 def _curves_panel(
-    rows: History,
-    title: str,
-    train_key: str,
-    valid_key: str,
-    best_epoch: int,
+    rows: History, title: str, train_key: str, valid_key: str, best_epoch: int
 ) -> Image.Image:
     """One panel of `curves_picture`, at twice its final size."""
-    train = _points(rows, train_key)
-    if train:
-        parts = np.array_split(train, min(len(train), 150))  # of neighboring points
-        train = [tuple(part.mean(0).tolist()) for part in parts]
+    train = _means(_points(rows, train_key))
     valid = _points(rows, valid_key)
-    steep_start = len(train) // 10  # of training: it may be out of range
-    values = [y for _, y in train[steep_start:] + valid] or [0.0, 1.0]
+    values = [y for _, y in train + valid] or [0.0, 1.0]
     low, high = min(values), max(values)
-    train = [(x, y) for x, y in train if low <= y <= high]
+    log = high > 10 * low > 0 and statistics.median_low(values) < 0.4 * high
+    if log:
+        title += " (log scale)"
     if math.isclose(low, high, rel_tol=1e-5, abs_tol=1e-300):  # labels can't tell them apart
-        margin = max(0.5, abs(low) / 2)
+        margin = abs(low) / 2 if abs(low) > 1e-300 else 0.5
         low -= margin
         high += margin
     best = []
     for row in rows:
         if row.get("epoch") == best_epoch and valid_key in row:
-            step = row["step"] / 1000
-            best = [(step, low), (step, high)]
+            best = [(row["step"], low), (row["step"], high)]
 
-    last_step = max([1, *(row["step"] for row in rows)]) / 1000
-    chart, to_pixels = _chart(title, "thousands of training examples", last_step, low, high)
+    last_x = max([1, *(row["step"] for row in rows)]) / 1000
+    chart, to_pixels = _chart(title, "thousands of training examples", last_x, low, high, log)
     draw = ImageDraw.Draw(chart)
     curves = [
         (f"best epoch: {best_epoch}", best, DEEP),
@@ -109,67 +99,83 @@ def _curves_panel(
     for name, points, color in curves:
         if not points:
             continue
-        pixels = [to_pixels(x, y) for x, y in points]
-        draw.line(pixels, fill=color, width=5, joint="curve")
+        pixels = [to_pixels(step / 1000, y) for step, y in points]
+        draw.line(pixels, fill=color, width=9, joint="curve")
         if points is not best and len(points) <= MAX_MARKERS:
             for pixel in pixels:
-                draw.circle(pixel, 7, fill=color)
-        _draw_text(chart, legend_x, TOP - 14, name, 28, "ls", color)
-        legend_x += _font(28, name).getlength(name) + 36
+                draw.circle(pixel, 13, fill=color)
+        legend_x += 40 + _draw_text(chart, legend_x, TOP - 26, name, 44, "ls", color)
     return chart
 
 
 def _points(rows: History, key: str) -> list[Point]:
-    """Step in thousands and value of the rows with a finite `key`, small enough to subtract."""
-    return [(row["step"] / 1000, row[key]) for row in rows if abs(row.get(key, math.nan)) < 1e300]
+    """Step and value of the rows with a finite `key`, small enough to subtract and to add up."""
+    return [(row["step"], row[key]) for row in rows if abs(row.get(key, math.nan)) < 1e250]
+
+
+def _means(points: list[Point]) -> list[Point]:
+    """Means over up to 150 equal parts of training.
+
+    A row counts by its examples in a part: the few batches at an epoch's end count for little.
+    """
+    if len(points) < 2:
+        return points
+    steps, values = np.array(points).T
+    edges = np.linspace(0, steps[-1], 1 + min(len(points), 150))
+    means = []
+    for low, high in itertools.pairwise(edges):
+        examples = np.diff(steps.clip(low, high), prepend=low)
+        means.append((high, np.average(values, weights=examples)))
+    return means
 
 
 # --------------------------------------------------------------------- drawing, any task
 
 
 def _chart(
-    title: str,
-    x_name: str,
-    last_x: float,
-    low: float,
-    high: float,
+    title: str, x_name: str, last_x: float, low: float, high: float, log: bool = False
 ) -> tuple[Image.Image, Callable[[float, float], Point]]:
     """An empty chart, and the function that turns (x, y) into pixels.
 
-    x ranges from 0 to `last_x`, y from `low` to `high`. The chart has twice its final size, so that
-    lines are smooth once it is reduced.
+    x ranges from 0 to `last_x`, y from `low` to `high`, on a logarithmic scale if `log`. The chart
+    has twice its final size, so that lines are smooth once it is reduced.
     """
     width = RIGHT - LEFT
-    height = BOTTOM - TOP
+    scale = math.log10 if log else float
+    lowest = scale(low)
+    highest = scale(high)
 
     def to_pixels(x: float, y: float) -> Point:
-        up = (y - low) / (high - low)
-        return LEFT + x / last_x * width, TOP + (0.97 - 0.94 * up) * height
+        up = (scale(y) - lowest) / (highest - lowest)
+        return LEFT + x / last_x * width, TOP + (0.97 - 0.94 * up) * (BOTTOM - TOP)
 
+    ticks = _ticks(lowest, highest)
+    if log:  # to one digit
+        ticks = [float(f"{10**exponent:.0e}") for exponent in ticks]
     chart = Image.new("RGB", CHART, PAPER)
     draw = ImageDraw.Draw(chart)
-    for tick in _ticks(low, high):
+    for tick in ticks:
         _, y = to_pixels(0, tick)
-        draw.line((LEFT, y, RIGHT, y), fill=GRID, width=2)
-        _draw_text(chart, LEFT - 14, y, f"{tick:.7g}", 26, "rm")
+        if TOP < y < BOTTOM:
+            draw.line((LEFT, y, RIGHT, y), fill=GRID, width=4)
+            _draw_text(chart, LEFT - 18, y, f"{tick:.7g}", 42, "rm", max_width=LEFT - 22)
     for tick in _ticks(0, last_x):
         x, _ = to_pixels(tick, low)
-        draw.line((x, BOTTOM, x, BOTTOM + 8), fill=FAINT, width=2)
-        _draw_text(chart, x, BOTTOM + 14, f"{tick:g}", 26, "mt")
-    draw.rectangle((LEFT, TOP, RIGHT, BOTTOM), outline=FAINT, width=2)
-    _draw_text(chart, LEFT, 18, title, 36, "la")
-    _draw_text(chart, LEFT + width / 2, CHART[1] - 16, x_name, 26, "ms")
+        draw.line((x, BOTTOM, x, BOTTOM + 14), fill=FAINT, width=4)
+        _draw_text(chart, x, BOTTOM + 24, f"{tick:g}", 42, "mt", max_width=140)
+    draw.rectangle((LEFT, TOP, RIGHT, BOTTOM), outline=FAINT, width=4)
+    _draw_text(chart, LEFT, 34, title, 60, "la", max_width=width)
+    _draw_text(chart, LEFT + width / 2, BOTTOM + 136, x_name, 44, "ms")
     return chart, to_pixels
 
 
-def _ticks(low: float, high: float) -> list[float]:
+def _ticks(low: float, high: float) -> np.ndarray:
     """Two to seven round numbers between `low` and `high`."""
     magnitude = 10.0 ** math.floor(math.log10(high - low))
     for step in (0.2 * magnitude, 0.5 * magnitude, magnitude, 2 * magnitude):
         if (high - low) / step <= 6:
             break
-    multiples = range(math.ceil(low / step), math.floor(high / step) + 1)
-    return [multiple * step for multiple in multiples]
+    return step * np.arange(math.ceil(low / step), math.floor(high / step) + 1)
 
 
 # Fonts with many letters on Windows, macOS and Linux; Pillow looks for them in the usual folders.
@@ -237,21 +243,19 @@ def _draw_text(
     size: float,
     anchor: str = "mm",
     color: str = INK,
-) -> None:
-    """Draw text of `size` pixels with its `anchor`, by default its middle, at (x, y)."""
+    max_width: float = math.inf,
+) -> float:
+    """Draw text with its `anchor`, by default its middle, at (x, y); returns its width.
+
+    It is `size` pixels high, or as high as `max_width` allows.
+    """
+    width = _font(size, text).getlength(text)
+    if width > max_width:
+        size = max(1, size * max_width // width)
     ImageDraw.Draw(canvas).text(
-        (x, y),
-        text,
-        fill=color,
-        font=_font(size, text),
-        anchor=anchor,
-        align="center",
+        (x, y), text, fill=color, font=_font(size, text), anchor=anchor, align="center"
     )
-
-
-def _shade(share: float) -> str:
-    """A color between white at 0 and `DEEP` at 1."""
-    return f"hsl(212, 73%, {100 - 65 * share:.2f}%)"
+    return width
 
 
 # -------------------------------------------------------------------------- classifiers
@@ -299,16 +303,7 @@ def confusion_matrix_chart(result: Evaluation, class_names: list[str]) -> Custom
     )
 
 
-def per_class_table(result: Evaluation, class_names: list[str]) -> wandb.Table:
-    """Precision, recall, F1 and number of examples of each class."""
-    return wandb.Table(columns=PER_CLASS, data=result.confusion.per_class(class_names))
-
-
-def confusion_matrix_picture(
-    counts: Tensor,
-    class_names: list[str],
-    part: str,
-) -> Image.Image:
+def confusion_matrix_picture(counts: Tensor, class_names: list[str], part: str) -> Image.Image:
     """Draw a confusion matrix: the counts and each one's share of its row.
 
     `counts` is integer (classes, classes) with a row per label. `part` is the name of the data
@@ -351,8 +346,9 @@ def confusion_matrix_picture(
             y = top + cell * row
             count = int(counts[label, prediction])
             share = float(shares[label, prediction])
-            draw.rectangle((x, y, x + cell, y + cell), fill=_shade(share**0.5), outline=GRID)
-            color = PAPER if share > 0.3 else INK
+            shade = f"hsl(212, 73%, {100 - 65 * share**0.5:.2f}%)"  # white to `DEEP`
+            draw.rectangle((x, y, x + cell, y + cell), fill=shade, outline=GRID)
+            color = PAPER if share > 0.62 else "black"  # a contrast of at least 4.5:1
             text = f"{count:,}\n{100 * share:.1f} %" if count else "0"
             _draw_text(canvas, x + cell / 2, y + cell / 2, text, cell * 0.22, color=color)
     return canvas
@@ -373,23 +369,17 @@ def calibration_picture(result: Evaluation, part: str) -> Image.Image:
         left, bottom = to_pixels(i / bins, 0)
         right, top = to_pixels((i + 1) / bins, float(accuracies[i]))
         draw.rectangle((left + 2, top, right - 2, bottom), fill=DEEP)
-    draw.line((to_pixels(0, 0), to_pixels(1, 1)), fill=WARM, width=4)
+    draw.line((to_pixels(0, 0), to_pixels(1, 1)), fill=WARM, width=8)
     return chart.reduce(2)
 
 
-def roc_chart(
-    result: Evaluation,
-    class_names: list[str],
-) -> CustomChart:
+def roc_chart(result: Evaluation, class_names: list[str]) -> CustomChart:
     """ROC curves: one for the positive class if there are two classes, otherwise one per class."""
     title = "ROC: true over false positive rate"
     return _curves_chart(result, class_names, roc_curve, title, "false positive rate")
 
 
-def precision_recall_chart(
-    result: Evaluation,
-    class_names: list[str],
-) -> CustomChart:
+def precision_recall_chart(result: Evaluation, class_names: list[str]) -> CustomChart:
     """Precision-recall curves, for the same classes as `roc_chart`."""
 
     def curve(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -429,11 +419,7 @@ def _curves_chart(
         title += f", positive class: {names[0]}"
     # W&B requires a line even if there is no curve.
     return wandb.plot.line_series(
-        xs=xs or [[]],
-        ys=ys or [[]],
-        keys=names or [""],
-        title=title,
-        xname=x_name,
+        xs=xs or [[]], ys=ys or [[]], keys=names or [""], title=title, xname=x_name
     )
 
 
@@ -480,10 +466,7 @@ def mistakes_table(
 
 
 def digit_mistakes_picture(
-    images: Tensor,
-    result: Evaluation,
-    class_names: list[str],
-    part: str,
+    images: Tensor, result: Evaluation, class_names: list[str], part: str
 ) -> Image.Image:
     """Draw the 40 most confident mistakes. `part` is the name of the data split, for the heading.
 
@@ -548,6 +531,32 @@ def per_source_table(result: Evaluation, sources: list[str]) -> wandb.Table:
     return wandb.Table(columns=["source", "sentences", "acc", "mcc"], data=rows)
 
 
+# In front of sentences by `shaded_tokens`. Text has a contrast of at least 4.5:1 on every shade.
+SHADED_HEAD = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Attributions</title>
+<style>
+body { margin: 16px auto; padding: 0 16px; max-width: 1000px; overflow-wrap: anywhere;
+  font: 16px/1.8 sans-serif; color: #141820; background: #ffffff; }
+h1, h2 { margin: 16px 0; font-size: 20px; line-height: 1.3; }
+.tokens { margin: 20px 0; }
+.tokens small { display: block; font-size: 14px; }
+.tokens span { padding: 3px; border-radius: 3px; -webkit-box-decoration-break: clone;
+  box-decoration-break: clone; }
+.legend { display: flex; gap: 10px; line-height: 1.3; align-items: center; }
+.legend i { flex: 0 1 200px; min-width: 60px; height: 20px; background: linear-gradient(
+  to right, rgb(110, 165, 245), rgb(255, 255, 255), rgb(240, 120, 105)); }
+</style>
+</head>
+<h1>The most confident mistakes</h1>
+<div>What each token does to the decision, compared with the strongest of its sentence:</div>
+<div class="legend">away from the mistake <i></i> toward the mistake</div>
+"""
+
+
 def shaded_tokens(tokens: list[str], attributions: list[float], heading: str) -> str:
     """HTML of a sentence: red tokens pushed the model to its mistake, blue tokens away from it.
 
@@ -556,10 +565,9 @@ def shaded_tokens(tokens: list[str], attributions: list[float], heading: str) ->
     largest = max(map(abs, attributions)) or 1.0
     spans = []
     for token, value in zip(tokens, attributions):
-        color = "214, 60, 50" if value > 0 else "50, 100, 214"
-        style = f"background: rgba({color}, {abs(value) / largest:.2f}); padding: 2px"
-        spans.append(f'<span style="{style}" title="{value:+.4f}">{html.escape(token)}</span>')
-    return (
-        f'<p style="font: 15px sans-serif"><small>{html.escape(heading)}</small><br>'
-        f"{' '.join(spans)}</p>"
-    )
+        color = "240, 120, 105" if value > 0 else "110, 165, 245"
+        spans.append(
+            f'<span style="background: rgba({color}, {abs(value) / largest:.2f})" '
+            f'title="{value:+.4f}">{html.escape(token)}</span>'
+        )
+    return f'<p class="tokens"><small>{html.escape(heading)}</small>{" ".join(spans)}</p>\n'

@@ -247,6 +247,7 @@ def write_curves(session: Session, best_epoch: int) -> None:
     panels = {
         "loss": ("train/loss_step", "valid/loss"),
         "accuracy": ("train/acc_step", "valid/acc"),
+        "learning rate": ("train/learning_rate", ""),
     }
     if distributed.rank() == 0:
         picture = viz.curves_picture(session.run.rows, panels, best_epoch)
@@ -351,8 +352,9 @@ def conclude(session: Session, progress: Progress, best: Best, data: Folder) -> 
 
     names = [data.content[i][0] for i in data.valid.indices]
     files.write_csv(output_dir / "predictions.csv", {"file": names} | valid.columns())
-    matrix = viz.confusion_matrix_picture(valid.confusion.counts, data.class_names, "valid")
-    files.write_png(output_dir / "confusion_matrix.png", matrix)
+    for prefix, name, result in (("", "valid", valid), ("test_", "test", test)):
+        matrix = viz.confusion_matrix_picture(result.confusion.counts, data.class_names, name)
+        files.write_png(output_dir / f"{prefix}confusion_matrix.png", matrix)
     files.write_tensors(output_dir / "model.pt", best.weights)
     inputs = torch.zeros(2, 3, settings.image_size, settings.image_size)
     files.write_onnx(output_dir / "model.onnx", model, output="logits", images=inputs)

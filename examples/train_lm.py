@@ -184,6 +184,7 @@ def log_sample(run: Run, sample: str) -> None:
 def write_curves(session: Session, best_epoch: int) -> None:
     """Draw the learning curves of the run so far."""
     panels = {"loss": ("train/loss_step", "valid/loss"), "perplexity": ("", "valid/perplexity")}
+    panels["learning rate"] = ("train/learning_rate", "")
     if distributed.rank() == 0:
         picture = viz.curves_picture(session.run.rows, panels, best_epoch)
         files.write_png(session.output_dir / "curves.png", picture)

@@ -197,6 +197,7 @@ def write_curves(session: Session, best_epoch: int) -> None:
     """Draw the learning curves of the run so far."""
     name = METRICS_OF[session.settings.task][1]
     panels = {"loss": ("train/loss_step", "valid/loss"), name: ("", f"valid/{name}")}
+    panels["learning rate"] = ("train/learning_rate", "")
     if distributed.rank() == 0:
         picture = viz.curves_picture(session.run.rows, panels, best_epoch)
         files.write_png(session.output_dir / "curves.png", picture)
@@ -304,8 +305,7 @@ def conclude(session: Session, progress: Progress, best: Best, data: Table) -> d
     log_charts(run, "test", test)
     run.log({"curves": run.call(wandb.Image, str(output_dir / "curves.png"))})
     run.log(test.named("test"), commit=True)  # now: later it would overwrite the summary
-    run.update_summary({"best/epoch": best.epoch})
-    run.update_summary(valid.named("best"))
+    run.update_summary({"best/epoch": best.epoch} | valid.named("best"))
     run.save(output_dir / "model.pt")
     run.save(output_dir / "model.onnx")
     results = test.named("test") | valid.named("valid")

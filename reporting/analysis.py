@@ -14,7 +14,7 @@ from reporting.predictions import (
     read_predictions,
     show_examples,
 )
-from reporting.runs import RunFiles, seed_table
+from reporting.runs import PREDICTIONS, RunFiles, seed_table
 from reporting.sweep import show_sweep
 
 
@@ -45,8 +45,10 @@ def show_seeds(found: Collection) -> str:
 
 def show_run(run: RunFiles) -> str:
     """A single run: predictions, the pictures that the script has left, and settings."""
+    content = ""
     try:
-        content = show_predictions(read_predictions(run))
+        if (run.path / PREDICTIONS).exists():
+            content = show_predictions(read_predictions(run))
     except UserError as reason:
         content = paragraph(f"No predictions to show: {reason}.", "soft")
     for path in sorted(run.path.glob("*.png")):

@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from harness.directory import CONFIG
 from harness.errors import UserError
 from harness.files import list_names
-from reporting.runs import RunFiles, SeedGroups, find_runs, groups, sort_runs
+from reporting.runs import RunFiles, SeedGroups, find_runs, format_value, groups, sort_runs
 from reporting.sweep import open_study
 
 
@@ -22,10 +23,13 @@ class Collection:
     problems: list[str]
 
 
-def collect(directories: list[Path], known: Sequence[RunFiles] = ()) -> Collection:
+def collect(
+    directories: list[Path], metric: str | None = None, known: Sequence[RunFiles] = ()
+) -> Collection:
     """Read the runs and sweeps; of journals that are `known`, what is new.
 
-    Raises `UserError` if a directory holds no run.
+    `metric` is what to compare in place of the monitored one. Raises `UserError` if a directory
+    holds no run, or no run has the metric.
     """
     runs = find_runs(directories, known)
     studies = []
@@ -36,12 +40,21 @@ def collect(directories: list[Path], known: Sequence[RunFiles] = ()) -> Collecti
                 studies.append(open_study(directory, runs))
             except UserError as error:
                 problems.append(f"{directory}: {error}")
+    if metric:
+        names = set()
+        for run in runs:
+            names.update(run.best, run.journal.columns)
+            run.compare_by(metric)
+        if metric not in names:
+            near = ", ".join(map(format_value, get_close_matches(metric, names, cutoff=0)))
+            raise UserError(f"--metric {metric}: no run has it; the nearest names: {near}")
     runs = sort_runs(runs)
     for run in runs:
         problems += [f"{run.label}: {note}" for note in run.notes]
-    if undeclared := [run.label for run in runs if run.sign is None]:
+    undeclared = [run.label for run in runs if run.sign is None and (run.monitor or len(runs) > 1)]
+    if undeclared:
         problems.append(
             f"Not ranked: {list_names(undeclared)}: {CONFIG} does not say whether lower or higher "
-            "is better in the monitored metric"
+            f"is better in {metric or 'the monitored metric'}"
         )
     return Collection(runs, groups(runs), studies, problems)

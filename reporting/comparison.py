@@ -3,7 +3,7 @@
 import html
 import math
 from collections import Counter, defaultdict
-from statistics import NormalDist, mean
+from statistics import NormalDist, mean, stdev
 
 import torch
 from torch import Tensor
@@ -61,6 +61,8 @@ def compare_runs(runs: list[RunFiles], seed_groups: SeedGroups, file: str = PRED
                 raise UserError(f"not ranked by {run.monitor}")
             if compared[run.monitor] == MOST_COMPARED:
                 raise UserError(f"not among the {MOST_COMPARED} best by {run.monitor}")
+            if run.monitor.startswith(("train/", "test/") if file == PREDICTIONS else "train/"):
+                raise UserError(f"{run.monitor} is not computed from {file}")
             predictions = read_predictions(run, file)
         except UserError as reason:
             left_out[str(reason)].append(run.label)
@@ -69,7 +71,9 @@ def compare_runs(runs: list[RunFiles], seed_groups: SeedGroups, file: str = PRED
             comparable[run.monitor, run.sign, predictions.examples].append(predictions)
     if file != PREDICTIONS and not comparable:
         return ""
-    content = f"<h2>Is one better than another? ({file})</h2>{compare_seeds(seed_groups, file)}"
+    if not any((run.path / file).is_file() for run in runs):
+        left_out.clear()
+    content = compare_seeds(seed_groups, file)
     for best, *others in comparable.values():
         if others:
             content += compare_with_best(best, others)
@@ -79,7 +83,7 @@ def compare_runs(runs: list[RunFiles], seed_groups: SeedGroups, file: str = PRED
             left_out[reason].append(best.run.label)
     for reason, labels in left_out.items():
         content += paragraph(f"Not compared: {list_names(labels)} ({reason}).", "soft")
-    return content
+    return content and f"<h2>Is one better than another? ({file})</h2>{content}"
 
 
 def difference(a: Predictions, b: Predictions) -> tuple[float, float, float]:
@@ -166,7 +170,8 @@ def compare_seeds(seed_groups: SeedGroups, file: str = PREDICTIONS) -> str:
         first = members[0]
         metric = first.metric_in(file)
         values = [run.best.get(metric, math.nan) for run in members]
-        if first.sign and all(map(math.isfinite, values)):
+        shown_before = file != PREDICTIONS and metric == first.monitor
+        if first.sign and not shown_before and all(map(math.isfinite, values)):
             try:
                 examples = read_predictions(first, file).examples
             except UserError:
@@ -184,9 +189,10 @@ def compare_seeds(seed_groups: SeedGroups, file: str = PREDICTIONS) -> str:
             else:
                 found = f"no evidence of a difference in {metric} between {best} and {name}"
             content += paragraph(
-                f"Over seeds or folds, {found}: {format_mean(values)} (n = {len(values)}) and "
-                f"{format_mean(other_values)} (n = {len(other_values)}), permutation test of the "
-                f"means, p = {p:.2g} with Holm's correction for all pairs of groups ({pairs}). "
+                f"Over seeds or folds, {found}: {format_mean(mean(values), stdev(values))} "
+                f"(n = {len(values)}) and {format_mean(mean(other_values), stdev(other_values))} "
+                f"(n = {len(other_values)}), permutation test of the means, "
+                f"p = {p:.2g} with Holm's correction for all pairs of groups ({pairs}). "
                 "With three runs each, p can't be below 0.1."
             )
     return content

@@ -21,9 +21,7 @@ POLICY = (
 
 BEGINNING = '<!doctype html>\n<html lang="en"><head><meta name="generator" content="report.py">'
 
-CONTROLS = """<h2>Curves</h2><p class="soft">Drag to zoom, double-click to zoom out. Training is
-dotted where a chart has validation, too. Bands are the mean ± standard deviation over seeds or
-folds. The address of this page keeps what is chosen here.</p><form class="controls">
+CONTROLS = """<h2>Curves</h2><form class="controls">
 <label>Charts <input name="charts" list="names" placeholder="regular expression"></label>
 <datalist id="names"></datalist>
 <label>Runs <input name="runs" placeholder="regular expression"></label>
@@ -34,10 +32,11 @@ folds. The address of this page keeps what is chosen here.</p><form class="contr
 <label><input name="logY" type="checkbox"> log y</label>
 <label><input name="together" type="checkbox"> training with validation</label>
 <label id="each"><input name="each" type="checkbox"> each run of a group</label></form>
-<p id="state" class="soft"></p><p id="remark" class="soft"></p>
-<div id="panels"></div><ul id="legend"></ul>"""
+<p id="remark" class="soft"></p><div id="panels"></div><ul id="legend"></ul>
+<p class="soft">Drag to zoom, double-click to zoom out. Bands are the mean ± standard deviation over
+seeds or folds. The address of this page keeps what is chosen. <span id="state"></span></p>"""
 
-SECTIONS = ("tables", "seeds", "sweeps", "curves", "analysis")  # in their order on the page
+SECTIONS = ("tables", "curves", "seeds", "sweeps", "analysis")  # in their order on the page
 
 
 def make_page(title: str, data: dict[str, Any] | None, sections: dict[str, str]) -> str:
@@ -63,10 +62,11 @@ def make_page(title: str, data: dict[str, Any] | None, sections: dict[str, str])
 def tables(found: Collection) -> str:
     """What could not be read, and the table of the runs."""
     remark = (
-        "The best by the monitored metric is first. Settings that are the same in all runs, or "
+        "The best by the metric to compare is first. Settings that are the same in all runs, or "
         "concern only logging, are left out. Figures are those of the best epoch; of a run that "
-        "has not finished, the best so far; without validation data, of the last epoch. Validation "
-        "data chose the epoch: figures under valid/ are too optimistic. Click a heading to sort."
+        "has not finished, the best so far; without validation data, of the last epoch; a figure "
+        "of --metric that metrics.json lacks is the last value logged by then. Validation data "
+        "chose the epoch: figures under valid/ are too optimistic. Click a heading to sort."
     )
     content = "".join(paragraph(problem, "soft") for problem in found.problems)
-    return f"{content}<h2>Runs</h2>{paragraph(remark, 'soft')}{table(run_table(found.runs))}"
+    return f"<h2>Runs</h2>{table(run_table(found.runs))}{content}{paragraph(remark, 'soft')}"

@@ -64,7 +64,9 @@ def read_predictions(run: RunFiles, file: str = PREDICTIONS) -> Predictions:
         predictions.metric = run.metric_in(file)
         return predictions
     except (OSError, StopIteration, ValueError, csv.Error):
-        raise UserError(f"{file} can't be read") from None
+        raise UserError(
+            f"{file} can't be read, or a label or a probability in it is invalid"
+        ) from None
 
 
 def arrange(run: RunFiles, probabilities: Tensor, columns: dict[str, Any]) -> Predictions:

@@ -5,6 +5,8 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from decimal import Decimal
+from functools import cached_property
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -30,6 +32,8 @@ PROVENANCE = (  # in config.json, but no settings
 )
 SEED_AND_REMARKS = ("seed", "fold", "notes", "tags")  # may differ within a group
 PREDICTIONS = "predictions.csv"
+LEVELS = 2  # of directories below a given one that may hold runs
+NOTHING = np.empty((0, 2))  # the column of a metric that was not logged
 
 
 @dataclasses.dataclass
@@ -53,10 +57,12 @@ class RunFiles:
         """
         return self.journal.columns | self.log.columns
 
-    @property
+    @cached_property
     def monitor(self) -> str:
-        """The metric that selects the best epoch, such as "valid/loss"."""
-        return format_value(self.config.get("monitor"))
+        """The metric to compare, such as "valid/loss": that of `compare_by`, or without a call the
+        one that selects the best epoch.
+        """
+        return format_value(self.config.get("monitor") or "")
 
     @property
     def declared(self) -> dict[str, Any]:
@@ -66,41 +72,60 @@ class RunFiles:
 
     @property
     def key_metrics(self) -> list[str]:
-        """The monitored metric and the first declared ones, without "valid/"."""
+        """The metric to compare and the first declared ones, without "valid/"."""
         return [base_name(self.monitor), *list(self.declared)[:KEY_METRICS]]
 
     @property
     def sign(self) -> int | None:
-        """1 if lower is better in the monitored metric, -1 if higher is; None if not declared."""
-        direction = self.declared.get(base_name(self.monitor))
+        """That of the metric to compare."""
+        return self.sign_of(self.monitor)
+
+    def sign_of(self, metric: str) -> int | None:
+        """1 if lower is better in a metric, -1 if higher is; None if not declared."""
+        direction = self.declared.get(base_name(metric))
         return {"min": 1, "max": -1}.get(str(direction))
 
-    @property
+    @cached_property
     def best(self) -> dict[str, float]:
         """The figures of the best epoch so far, and its number as "epoch"."""
         if self.metrics is not None:
             figures = {name: value for name, value in self.metrics.items() if is_number(value)}
-            figures["epoch"] = figures.pop("best/epoch", math.nan)
+            if "best/epoch" in figures:
+                figures["epoch"] = figures.pop("best/epoch")
             return figures
         if self.sign is None:
             return {}
-        figures = self.journal.columns.get(self.monitor, np.empty((0, 2)))
+        figures = self.journal.columns.get(self.monitor, NOTHING)
         figures = figures[np.isfinite(figures[:, 1])]
         lowest = (self.sign * figures[:, 1]).min(initial=math.inf)
         rows = map(self.journal.row, figures[self.sign * figures[:, 1] == lowest, 0])
         return min(rows, key=lambda row: row.get("valid/loss", 0), default={})  # as `Best`
 
+    def compare_by(self, metric: str) -> None:
+        """Compare the run by another metric than the monitored one.
+
+        Unless it is among the figures of the best epoch, the last value logged by the end of this
+        epoch counts, or the last one if the epoch is unknown.
+        """
+        logged = self.journal.columns.get(metric, NOTHING)
+        epochs = self.journal.columns.get("epoch", NOTHING)
+        later = epochs[epochs[:, 1] > self.best.get("epoch", math.inf), 0]
+        by_then = logged[logged[:, 0] < later.min(initial=math.inf), 1]
+        if len(by_then):
+            self.best.setdefault(metric, float(by_then[-1]))
+        self.monitor = metric
+
     def metric_in(self, file: str) -> str:
-        """The monitored metric of the data in a file: `PREDICTIONS`, or that of the test data."""
+        """The metric to compare of the data in a file: `PREDICTIONS`, or that of the test data."""
         return self.monitor if file == PREDICTIONS else f"test/{base_name(self.monitor)}"
 
     @property
     def score(self) -> float | None:
-        """The monitored figure, negated if higher is better; None if the run can't be ranked."""
+        """The figure to compare, negated if higher is better; None if the run can't be ranked."""
         figure = self.best.get(self.monitor, math.nan)
-        if self.sign is None or not math.isfinite(figure):
-            return None
-        return self.sign * figure
+        if self.sign and math.isfinite(figure):
+            return self.sign * figure
+        return None
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -122,41 +147,48 @@ def base_name(metric: str) -> str:
 
 
 def find_runs(directories: Iterable[Path], known: Sequence[RunFiles] = ()) -> list[RunFiles]:
-    """The runs in these directories or directly beneath them; of `known` ones, what is new is read.
+    """The runs in or below these directories; of `known` ones, what is new is read.
 
     Raises `UserError` if a directory holds no run.
     """
     by_path = {run.path: run for run in known}
     paths = {}
     for directory in directories:
-        children = [directory]
-        if not holds_run(directory):
-            try:
-                children = sorted(filter(holds_run, directory.iterdir()))
-            except OSError as error:
-                raise UserError(f"{directory}: {error.strerror}") from None
-        if not children:
+        found = run_directories(directory)
+        if not found:
             raise UserError(f"{directory} holds no run: no directory with {CONFIG} or {JOURNAL}")
-        for child in children:
-            paths.setdefault(child.resolve(), child)
+        for path in found:
+            paths.setdefault(path.resolve(), path)
     return [read_run(path, by_path.get(path)) for path in paths.values()]
 
 
-def sort_runs(runs: list[RunFiles]) -> list[RunFiles]:
-    """The runs, by monitored metric, from best to worst; those that can't be ranked come last.
+def run_directories(directory: Path, levels: int = LEVELS) -> list[Path]:
+    """The directories of runs: this one, or those up to so many levels below it."""
+    try:
+        if any((directory / name).is_file() for name in (CONFIG, JOURNAL)):
+            return [directory]
+        children = sorted(filter(Path.is_dir, directory.iterdir()))
+    except OSError as error:
+        if levels < LEVELS:
+            return []
+        raise UserError(f"{directory}: {error.strerror}") from None
+    found = []
+    for child in children:
+        if levels and child.name != "wandb":
+            found += run_directories(child, levels - 1)
+    return found
 
-    Runs that share a label get their path as label.
+
+def sort_runs(runs: list[RunFiles]) -> list[RunFiles]:
+    """The runs, by the metric to compare, from best to worst; those that can't be ranked come last.
+
+    Runs that share a label get their path added to it.
     """
     labels = [run.label for run in runs]
     for run in runs:
         if labels.count(run.label) > 1:
-            run.label = format_value(str(run.path))
+            run.label += format_value(f" ({run.path})")
     return sorted(runs, key=lambda run: (run.score is None, run.monitor, run.score or 0.0))
-
-
-def holds_run(directory: Path) -> bool:
-    """Whether a run has written its config or its journal there."""
-    return any((directory / name).is_file() for name in (CONFIG, JOURNAL))
 
 
 def read_run(path: Path, known: RunFiles | None = None) -> RunFiles:
@@ -180,11 +212,17 @@ def read_run(path: Path, known: RunFiles | None = None) -> RunFiles:
     if unreadable:
         lines = journal.lines + journal.ends_early
         notes.append(f"{unreadable} of {lines} rows of {JOURNAL} can't be read")
-    label = format_value(config.get("name") or path.resolve().name)
-    run = RunFiles(path, label, config, journal, log, metrics, notes)
+    label = path.resolve().name
+    if name := config.get("name"):
+        label = f"{format_value(name)} ({label})"
+    run = RunFiles(path, format_value(label), config, journal, log, metrics, notes)
     if metrics is None:
-        state = "under way" if is_locked(path) else "died"
-        run.state = f"{state} at step {journal.last_step:,.0f}"
+        state = f"at step {journal.last_step:,.0f}"
+        if is_locked(path):
+            state = f"under way {state}"
+        elif "output_dir" in config:  # other programs don't lock their directory
+            state = f"died {state}"
+        run.state = state
     return run
 
 
@@ -218,8 +256,7 @@ def groups(runs: list[RunFiles]) -> SeedGroups:
         members = by_settings[json.dumps(settings, sort_keys=True)]
         members[str((run.config.get("seed"), run.config.get("fold")))] = run
     seeded = [list(members.values()) for members in by_settings.values() if len(members) > 1]
-    differences = differing([members[0] for members in seeded])
-    names = [name for name in differences if name not in SEED_AND_REMARKS]
+    names = [name for name in differing(runs) if name not in SEED_AND_REMARKS]
     named = {}
     for members in seeded:
         first = members[0]
@@ -231,8 +268,20 @@ def groups(runs: list[RunFiles]) -> SeedGroups:
     return named
 
 
+@dataclasses.dataclass
+class Mean:
+    """The mean of a figure over seeds or folds."""
+
+    mean: float
+    sd: float  # of the sample
+    low: float  # ends of the 95% interval of the mean
+    high: float
+
+
 def format_value(value: Any) -> str:
-    """A value from a file as it is shown: floats to four digits, control characters escaped."""
+    """A value as it is shown: floats to four digits, control characters escaped."""
+    if isinstance(value, Mean):
+        return format_mean(*dataclasses.astuple(value))
     if isinstance(value, float):
         if 1e4 <= abs(value) < 1e9:
             return f"{value:.0f}"
@@ -243,16 +292,24 @@ def format_value(value: Any) -> str:
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in string)
 
 
-def format_mean(values: list[float]) -> str:
-    """Mean ± sample standard deviation of two or more values."""
-    return f"{format_value(mean(values))} ± {format_value(stdev(values))}"
+def format_mean(average: float, deviation: float, *interval: float) -> str:
+    """Mean ± standard deviation, and the 95% interval, all with the same decimals.
+
+    The mean has at least four digits, the deviation two.
+    """
+    rounded = Decimal(f"{average:.3e}") + Decimal(f"{deviation:.1e}")  # has the decimals of both
+    decimals = max(0, -rounded.as_tuple().exponent)
+    shown = [f"{number:.{decimals}f}" for number in (average, deviation, *interval)]
+    text = f"{shown[0]} ± {shown[1]}"
+    return f"{text} (95%: {shown[2]} to {shown[3]})" if interval else text
 
 
 def run_table(runs: list[RunFiles]) -> Table:
     """The settings that differ, and the figures."""
     settings = differing(runs)
     figures = shown_figures(runs)
-    rows = [["run", "state", *settings, "best epoch", *figures, "seconds"]]
+    names = [f"{name} (setting)" if name in figures else name for name in settings]
+    rows = [["run", "state", *names, "best epoch", *figures, "seconds"]]
     for run in runs:
         row = [run.label, run.state]
         row += map(run.settings.get, settings)
@@ -262,7 +319,7 @@ def run_table(runs: list[RunFiles]) -> Table:
 
 
 def shown_figures(runs: list[RunFiles]) -> list[str]:
-    """The figures for a table: the monitored ones, then the key metrics of validation and test."""
+    """The figures for a table: those to compare, then the key metrics of validation and test."""
     names = dict.fromkeys(run.monitor for run in runs)
     for part in ("valid", "test"):
         for run in runs:
@@ -278,13 +335,12 @@ def seed_table(runs: list[RunFiles], seed_groups: SeedGroups) -> Table:
     figures = shown_figures(runs)
     rows = [["runs that differ in seed or fold only", "n", *figures]]
     for name, members in seed_groups.items():
-        row = [name, str(len(members))]
+        row = [name, len(members)]
         for figure in figures:
             values = [run.best.get(figure, math.nan) for run in members]
-            cell = "–"
+            average = None
             if all(map(math.isfinite, values)):
-                low, high = map(format_value, mean_interval(values))
-                cell = f"{format_mean(values)} (95%: {low} to {high})"
-            row.append(cell)
+                average = Mean(mean(values), stdev(values), *mean_interval(values))
+            row.append(average)
         rows.append(row)
     return rows

@@ -10,15 +10,15 @@ import sys
 import threading
 import time
 import zlib
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from harness.errors import UserError
 from reporting.charts import describe, thinned
-from reporting.collection import Collection, collect
+from reporting.collection import Collection
 from reporting.page import make_page, tables
 
 PERIOD = 2  # seconds between two looks at the files
@@ -62,7 +62,7 @@ class Watched:
         return {**self.data, "sections": sections, "curves": curves}
 
 
-def begin_analysis(directories: list[Path], sections: dict[str, str]) -> Any:
+def begin_analysis(look: Callable[[], Collection], sections: dict[str, str]) -> Any:
     """Compare the runs in a process of its own, then add the `sections`.
 
     It takes seconds, which would hold up the answers, and the memory of torch.
@@ -71,25 +71,23 @@ def begin_analysis(directories: list[Path], sections: dict[str, str]) -> Any:
     on_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process inherits this
     pool = get_context("spawn").Pool(1)
     signal.signal(signal.SIGINT, on_interrupt)
-    result = pool.apply_async(
-        analysis_of, [directories], callback=sections.update, error_callback=print
-    )
+    result = pool.apply_async(analysis_of, [look], callback=sections.update, error_callback=print)
     pool.close()
     return result
 
 
-def analysis_of(directories: list[Path]) -> dict[str, str]:
+def analysis_of(look: Callable[[], Collection]) -> dict[str, str]:
     """The sections of the page that take seconds to make."""
     import torch
 
     from reporting.analysis import analyze
 
     torch.set_num_threads(1)  # the tensors are small: several threads would wait for each other
-    return analyze(collect(directories))
+    return analyze(look())
 
 
-def serve(found: Collection, directories: list[Path], host: str, port: int) -> None:
-    """Serve the page of what was `found` in some directories, and of what is new, until Ctrl-C.
+def serve(found: Collection, look: Callable[..., Collection], host: str, port: int) -> None:
+    """Serve the page of what was `found`, and of what another `look` finds, until Ctrl-C.
 
     Other machines need the token in the address that is printed. Raises `UserError` if the address
     can't be used.
@@ -145,11 +143,11 @@ def serve(found: Collection, directories: list[Path], host: str, port: int) -> N
             with contextlib.suppress(OSError, UserError):  # gone: the page shows what it had
                 for run in watched.runs:
                     run.log.read(run.config)
-                watched.update(collect(directories, watched.runs))
+                watched.update(look(watched.runs))
             finished = [run.path for run in watched.runs if run.metrics is not None]
             if finished != analyzed and (analysis is None or analysis.ready()):
                 analyzed = finished
-                analysis = begin_analysis(directories, watched.sections)
+                analysis = begin_analysis(look, watched.sections)
             time.sleep(PERIOD)
     server.shutdown()  # IPython lives on
     server.server_close()

@@ -73,6 +73,7 @@ def losses(out: Path) -> list[float]:
 def test_run_leaves_its_files(reference):
     names = {path.name for path in reference.files.iterdir()}
     assert {"model.onnx", "model.pt", "curves.png", "confusion_matrix.png"} <= names
+    assert "test_confusion_matrix.png" in names  # of the data that the headline is about
     assert reference.config["metrics"] == {
         "loss": "min",
         "acc": "max",

@@ -190,8 +190,8 @@ def test_seeds_yaml_over_folds_offline_and_its_report(tmp_path, capsys):
     values = [json.loads((path / "metrics.json").read_text())["valid/loss"] for path in paths]
     low, high = scipy.stats.t.interval(0.95, 1, statistics.mean(values), scipy.stats.sem(values))
     (group,) = (line for line in out.splitlines() if line.startswith("all but seed and fold alike"))
-    shown = f"{statistics.mean(values):.4g} ± {statistics.stdev(values):.4g}"
-    assert f"  2  {shown} (95%: {low:.4g} to {high:.4g})  " in group
+    shown = f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
+    assert f"  2  {shown} (95%: {low:.3f} to {high:.3f})  " in group
     page = (tmp_path / "report.html").read_text()
     assert shown in page and "Over seeds or folds" in page
     # The folds have no example in common, but the same test images.

@@ -316,7 +316,7 @@ def test_table_shows_what_differs(tmp_path, capsys):
         json.loads((tmp_path / f"runs/r0.1-{i}/metrics.json").read_text())["valid/loss"]
         for i in (1, 2, 3)
     ]
-    expected = f"{statistics.mean(values):.4g} ± {statistics.stdev(values):.4g}"
+    expected = f"{statistics.mean(values):.4f} ± {statistics.stdev(values):.4f}"
     (group,) = (line for line in lines[7:] if line.startswith("learning_rate 0.1 "))
     assert expected in group and expected in page
     assert "permutation test of the means, p = " in page
@@ -333,7 +333,7 @@ def test_seeds_count_once_and_unfinished_runs_not_at_all(tmp_path, capsys):
         json.loads((tmp_path / f"runs/{n}/metrics.json").read_text())["valid/loss"]
         for n in ("a1", "a2")
     ]
-    expected = f"{statistics.mean(values):.4g} ± {statistics.stdev(values):.4g}"
+    expected = f"{statistics.mean(values):.4f} ± {statistics.stdev(values):.4f}"
     lines = capsys.readouterr().out.splitlines()
     (group,) = (line for line in lines if line.startswith("learning_rate 0.01  "))
     assert group.split()[2] == "2" and expected in group and f"{expected} (n = 2)" in page
@@ -572,9 +572,9 @@ def test_runs_of_folds_are_a_group_and_those_of_seeds_and_folds_too(tmp_path):
     values = [run.metrics["valid/loss"] for run in members]
     low, high = scipy.stats.t.interval(0.95, 5, np.mean(values), scipy.stats.sem(values))
     expected = (
-        f"{np.mean(values):.4g} ± {np.std(values, ddof=1):.4g} (95%: {low:.4g} to {high:.4g})"
+        f"{np.mean(values):.4f} ± {np.std(values, ddof=1):.4f} (95%: {low:.4f} to {high:.4f})"
     )
-    assert row[1] == "6" and row[header.index("valid/loss")] == expected
+    assert row[1] == 6 and runs.format_value(row[header.index("valid/loss")]) == expected
 
 
 def test_seeds_on_other_examples_are_not_compared(tmp_path):
@@ -809,7 +809,7 @@ def test_both_scripts_together(tmp_path, capsys):
     assert "valid/loss" in out and "valid/mcc" in out and out.count("finished") == 2
     assert page.count("no other run has predicted the same") == 2  # the second: MNIST's test data
     alone = page_of(tmp_path / "mnist", output=tmp_path / "report.html")
-    assert "Worst of " in alone and alone.count("<img alt=") == 3
+    assert "Worst of " in alone and alone.count("<img alt=") == 4
     assert 'title="mistakes.png"' in alone
     alone = page_of(tmp_path / "out", output=tmp_path / "report.html")
     sentences = [

@@ -23,6 +23,7 @@ import sklearn.metrics
 import torch
 import transformers
 from conftest import call, clean_environment, finished_run, made_once, merged
+from PIL import Image
 
 import train_cola
 import viz
@@ -81,8 +82,8 @@ def own_files(small_cola, tmp_path_factory: pytest.TempPathFactory) -> SimpleNam
     return made_once(tmp_path_factory, "own_files", make)
 
 
-def predictions(run: SimpleNamespace) -> list[dict[str, str]]:
-    with (run.files / "predictions.csv").open(newline="") as file:
+def predictions(run: SimpleNamespace, name: str = "predictions.csv") -> list[dict[str, str]]:
+    with (run.files / name).open(newline="") as file:
         return list(csv.DictReader(file))
 
 
@@ -324,6 +325,24 @@ def test_own_test_file_is_reported(own_files):
     assert ", 3 for the test" in next(line for line in lines if line.startswith("files: 6 + 6"))
     assert "on the test file" in lines[-2] and f"accuracy {accuracy:.2%}" in lines[-2]
     assert metrics["positive_label"] is None and "positive class" not in own_files.out
+
+
+def test_own_test_file_has_its_pictures(own_files):
+    """The result was of the test sentences, but every picture was of the validation sentences."""
+    last = own_files.history[-1]
+
+    def charts(part: str) -> set[str]:
+        names = {re.sub(r"\..*", "", name) for name in last if name.startswith(f"{part}/")}
+        return {name.removeprefix(f"{part}/") for name in names}
+
+    assert charts("test") == charts("valid") - {"majority_share"}
+    assert "<h2>test, 3 examples</h2>" in media(own_files, last, "test/attributions")
+    labels, predicted, _ = as_arrays(predictions(own_files, "test_predictions.csv"), 3)
+    counts = torch.from_numpy(sklearn.metrics.confusion_matrix(labels, predicted, labels=range(3)))
+    picture = viz.confusion_matrix_picture(counts, own_files.metrics["class_names"], "test")
+    logged = own_files.cwd / "wandb/latest-run/files" / last["test/confusion_matrix_image.path"]
+    for file in (own_files.files / "test_confusion_matrix.png", logged):
+        assert np.array_equal(np.asarray(Image.open(file)), np.asarray(picture))
 
 
 def test_without_a_test_file_the_interval_is_called_too_optimistic(small_cola):
@@ -586,6 +605,7 @@ def test_roc_and_pr_curves(small_cola):
 
 def test_attributions_show_the_20_most_confident_mistakes(small_cola):
     page = media(small_cola, small_cola.best, "valid/attributions")
+    assert page.startswith("<!doctype html>") and "<h2>valid, 1,000 examples</h2>" in page
     paragraphs = re.findall(r"<p .*?</p>", page)
     assert len(paragraphs) == page.count("<p") == 20
     mistakes = json.loads(media(small_cola, small_cola.best, "valid/mistakes"))["data"]
@@ -606,7 +626,7 @@ def test_attributions_escape_html():
     assert "<script>" not in page and "<b>" not in page
     assert html.unescape(re.sub(r"<[^>]*>", "|", page)).count("<script>") == 1
     assert (
-        "rgba(214, 60, 50, 0.50)" in page and "rgba(50, 100, 214, 1.00)" in page
+        "rgba(240, 120, 105, 0.50)" in page and "rgba(110, 165, 245, 1.00)" in page
     )  # red towards the mistake
 
 

@@ -20,6 +20,7 @@ from conftest import REPO, call, clean_environment, finished_run, merged, write_
 from PIL import Image
 
 import train_mnist
+import viz
 from harness.device import seed_everything
 from metrics import BINARY_METRICS, EVALUATION_METRICS
 from reporting.runs import PROVENANCE
@@ -66,7 +67,22 @@ def media(run, key: str, row: dict) -> dict:
 def test_every_file_is_there(small_mnist):
     names = "config.json history.jsonl checkpoint.pt metrics.json predictions.csv confusion_matrix.png mistakes.png"
     names += " curves.png model.onnx model.pt checkpoint.previous.pt test_predictions.csv"
+    names += " test_confusion_matrix.png"
     assert {file.name for file in small_mnist.files.iterdir()} == {*names.split()}
+    assert Image.open(small_mnist.files / "curves.png").size == (1680, 660)
+
+
+@pytest.mark.quick
+def test_confusion_matrices_are_of_validation_and_test(small_mnist):
+    """The test accuracy was reported, but the only picture was of the validation data."""
+    for part, prefix in (("valid", ""), ("test", "test_")):
+        counts = torch.zeros(10, 10, dtype=torch.int64)
+        with (small_mnist.files / f"{prefix}predictions.csv").open(newline="") as file:
+            for row in csv.DictReader(file):
+                counts[int(row["label"]), int(row["prediction"])] += 1
+        expected = viz.confusion_matrix_picture(counts, [str(i) for i in range(10)], part)
+        picture = Image.open(small_mnist.files / f"{prefix}confusion_matrix.png")
+        assert np.array_equal(np.asarray(picture), np.asarray(expected))
 
 
 def test_every_key_is_in_wandb(small_mnist):

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,36 @@ def test_rows_of_the_confusion_matrix_are_labels():
         [True, False, True],
         [True, True, False],
     ]
+
+
+def luminance(rgb: tuple[float, ...]) -> float:
+    """Relative luminance of an sRGB color, as WCAG 2.2 defines it."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in rgb]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one: tuple[int, ...], other: tuple[int, ...]) -> float:
+    """Contrast ratio of two colors of 0 to 255, from 1 to 21."""
+    dark, light = sorted(luminance([c / 255 for c in color]) for color in (one, other))
+    return (light + 0.05) / (dark + 0.05)
+
+
+@pytest.mark.quick
+def test_counts_are_legible_on_every_shade(monkeypatch):
+    """White on a cell of 30 % had a contrast of 2.7:1."""
+    seen, draw = [], viz.ImageDraw.ImageDraw.text
+
+    def text(self, place, words, **more):
+        if "%" in words:
+            corner = (place[0] - 50, place[1] - 50)
+            seen.append(contrast(self._image.getpixel(corner), ImageColor.getrgb(more["fill"])))
+        draw(self, place, words, **more)
+
+    monkeypatch.setattr(viz.ImageDraw.ImageDraw, "text", text)
+    for count in range(0, 101, 5):
+        counts = torch.tensor([[count, 100 - count], [38, 62]])
+        viz.confusion_matrix_picture(counts, ["a", "b"], "valid")
+    assert len(seen) == 2 * 21 + 2 * 21 - 2 and min(seen) >= 4.5
 
 
 @pytest.mark.parametrize("mistakes, rows", [(0, 0), (7, 1), (11, 2), (60, 4)])
@@ -253,7 +284,7 @@ def history(epochs: int, rows_per_epoch: int = 10, **validation: float) -> list[
 
 def drawn(picture, color: str, panel: int = 0) -> list[tuple[int, int]]:
     """x and y of the pixels inside a panel's plot that are close to a color."""
-    pixels = torch.tensor(np.asarray(picture)[PLOT, 420 * panel : 420 * (panel + 1)].astype(int))
+    pixels = torch.tensor(np.asarray(picture)[PLOT, 560 * panel : 560 * (panel + 1)].astype(int))
     close = (pixels - torch.tensor(ImageColor.getrgb(color))).abs().sum(2) <= 20
     ys, xs = close.nonzero(as_tuple=True)
     return list(zip(xs.tolist(), (ys + PLOT.start).tolist()))
@@ -284,10 +315,10 @@ def test_curves_show_validation_and_the_best_epoch():
 
     left, right = viz.LEFT / 2, viz.RIGHT / 2
     best = [x for x, _ in drawn(picture, viz.DEEP)]
-    assert best and all(abs(x - (left + (right - left) * 2 / 3)) <= 1.5 for x in best)
+    assert best and all(abs(x - (left + (right - left) * 2 / 3)) <= 2.5 for x in best)
     valid = [x for x, _ in drawn(picture, viz.WARM)]
-    assert min(valid) == pytest.approx(left + (right - left) / 3, abs=5)
-    assert max(valid) == pytest.approx(right, abs=5)
+    assert min(valid) == pytest.approx(left + (right - left) / 3, abs=8)
+    assert max(valid) == pytest.approx(right, abs=8)
 
 
 def test_curves_of_a_regression(monkeypatch):
@@ -300,7 +331,7 @@ def test_curves_of_a_regression(monkeypatch):
         **PANELS,
     }
     picture = viz.curves_picture(history(5, **{"valid/mae": 12.5}), panels, best_epoch=4)
-    assert picture.size == (4 * 420, 330)
+    assert picture.size == (4 * 560, 660)
     colors = (viz.DEEP, viz.MIDDLE, viz.WARM)
     assert [[bool(drawn(picture, c, panel)) for c in colors] for panel in range(4)] == [
         [True, False, True],
@@ -317,6 +348,82 @@ def test_curves_of_a_regression(monkeypatch):
     assert {"10", "15"} <= set(texts)
 
 
+def y_of(share: float) -> float:
+    """The row of pixels of a value at this share of a panel's range."""
+    return (viz.TOP + (0.97 - 0.94 * share) * (viz.BOTTOM - viz.TOP)) / 2
+
+
+@pytest.mark.quick
+def test_curves_begin_where_training_began():
+    """The first tenth was cut: a loss that fell from 2.3 seemed to start at 0.13."""
+    rows = [
+        {"step": 64 * i, "epoch": 1, "train/loss_step": 2.3 * 0.95**i, "train/lr": 1 - i / 101}
+        for i in range(101)
+    ][1:]
+    picture = viz.curves_picture(rows, PANELS | {"learning rate": ("train/lr", "")}, 0)
+    points = drawn(picture, viz.MIDDLE)
+    assert min(x for x, _ in points) <= viz.LEFT / 2 + 7
+    # A falling exponential is a straight line on a log scale: half way, it is in the middle.
+    middle = (viz.LEFT + viz.RIGHT) / 4
+    ys = [y for x, y in points if abs(x - middle) < 1]
+    assert sum(ys) / len(ys) == pytest.approx(y_of(0.5), abs=4)
+    for panel in (0, 1):
+        ys = [y for _, y in drawn(picture, viz.MIDDLE, panel)]
+        assert min(ys) == pytest.approx(y_of(1), abs=4) and max(ys) == pytest.approx(y_of(0), abs=4)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    "values, log, labels",
+    [
+        ([2.3, 0.4, 0.1, 0.05], True, {"0.1", "0.3", "1"}),  # a loss
+        ([1e-15, 1e15], True, {"1e-15", "1e-10", "1e-05", "1", "100000", "1e+10", "1e+15"}),
+        ([26.0, 4.0, 2.5], True, {"3", "4", "6", "10", "20"}),  # not 30, which is out of range
+        ([0.03, 0.9, 0.95, 0.97], False, {"0.2", "0.8"}),  # an accuracy
+        ([0.01, 1.0, 0.8, 0.6, 0.4, 0.2, 0.01], False, {"0.2", "0.8"}),  # a learning rate
+        ([2.3, 0.3, 0.24], False, {"0.5", "2"}),  # less than a factor of 10
+        ([2.3, 0.1, 0.0], False, {"0", "2"}),
+        ([30.0, 0.1, -0.1], False, {"0", "30"}),
+    ],
+)
+def test_log_scales_are_for_small_values_and_named(values, log, labels, monkeypatch):
+    texts = written(monkeypatch)
+    rows = [{"step": i + 1, "epoch": i + 1, "valid/x": value} for i, value in enumerate(values)]
+    viz.curves_picture(rows, {"x": ("", "valid/x")}, 1)
+    assert ("x (log scale)" in texts) == log != ("x" in texts)
+    assert labels <= set(texts)
+    if log:
+        assert set(texts[: texts.index("0")]) == labels  # the x-axis begins at 0
+
+
+@pytest.mark.quick
+def test_rows_count_by_their_examples(monkeypatch):
+    """Rows of two batches at an epoch's start counted like rows of ten: the curves had jumps."""
+    texts = written(monkeypatch)
+    rows = [{"step": 900, "train/loss_step": 0.0}, {"step": 1000, "train/loss_step": 10.0}]
+    picture = viz.curves_picture(rows, PANELS, 0)
+    # Two halves of 500 examples; in the second one, 400 * 0 + 100 * 10 = 500 * 2.
+    assert {"0", "2"} <= set(texts) and not {"4", "5", "10"} & set(texts)
+    start = min(x for x, _ in drawn(picture, viz.MIDDLE))
+    assert start == pytest.approx((viz.LEFT + viz.RIGHT) / 4, abs=8)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("panels", [1, 2, 3, 4])
+def test_panels_have_room_for_any_title(panels, monkeypatch):
+    """Long titles and numbers were cut off at the edge."""
+    texts = written(monkeypatch)
+    titles = ["root mean squared error of the logarithm of the price in euros"] + [""] * 3
+    rows = [
+        {"step": 10**9 * i, "epoch": i, "v": -1e-20 * (1 + 1e-4 * i), "t": i} for i in range(1, 6)
+    ]
+    keys = dict.fromkeys(range(panels), ("t", "v"))
+    named = {titles[i] or f"panel {i}": keys[i] for i in keys}
+    picture = viz.curves_picture(rows, named | {titles[0]: ("", "v")}, 3)
+    assert picture.size == (560 * panels, 660)
+    assert titles[0] in texts and any(len(text) >= 10 and "e-20" in text for text in texts)
+
+
 def test_curves_of_hundreds_of_epochs_have_no_markers():
     """With a marker for each of 400 epochs, the curve would be a band."""
     few = drawn(viz.curves_picture(history(20), {"": ("", "valid/loss")}, 0), viz.WARM)
@@ -327,7 +434,7 @@ def test_curves_of_hundreds_of_epochs_have_no_markers():
         xs = [x for x, _ in points]
         return max(xs.count(x) for x in set(xs))
 
-    assert thickness(few) > 5 > thickness(many)
+    assert thickness(few) > 10 > thickness(many)
     xs = {x for x, _ in many}
     assert len(xs) >= (viz.RIGHT - viz.LEFT) / 2 - 5, "the curve has gaps"
 
@@ -347,7 +454,7 @@ def test_curves_leave_out_values_that_are_not_finite(bad):
         assert min(ys) == pytest.approx(min(expected_ys), abs=1)
         assert max(ys) == pytest.approx(max(expected_ys), abs=1)
         end = viz.LEFT / 2 + (viz.RIGHT - viz.LEFT) / 2 * 4 / 6
-        assert max(x for x, _ in drawn(picture, color)) <= end + 5
+        assert max(x for x, _ in drawn(picture, color)) <= end + 8
 
 
 @pytest.mark.parametrize(
@@ -398,7 +505,8 @@ def test_labels_of_any_values_differ_and_fit(values, monkeypatch):
     ],
 )
 def test_curves_of_odd_histories(rows):
-    assert viz.curves_picture(rows, PANELS, best_epoch=1).size == (420, 330)
+    panels = PANELS | {"learning rate": ("train/learning_rate", "")}
+    assert viz.curves_picture(rows, panels, best_epoch=1).size == (2 * 560, 660)
 
 
 # ------------------------------------------------------------------------------------------ calibration
@@ -425,3 +533,36 @@ def test_pictures_need_no_metrics(monkeypatch):
     viz.calibration_picture(result, "valid")
     assert "confidence (expected calibration error 0.203)" in texts
     assert "its accuracy, 75.0%, " in viz.one_class_warning(result, ["a", "b"])
+
+
+# ----------------------------------------------------------------------------------------- attributions
+
+
+@pytest.mark.quick
+def test_text_is_legible_on_every_shade():
+    """Black on the darkest blue had a contrast of 3.9 : 1; WCAG's level AA is 4.5 : 1."""
+    values = [i / 100 for i in range(-100, 101)]
+    sentence = viz.shaded_tokens(["token"] * len(values), values, "heading")
+    shades = re.findall(r"rgba\((\d+), (\d+), (\d+), ([\d.]+)\)", sentence)
+    ink, paper = (
+        ImageColor.getrgb(re.search(rf"[; ]{name}: (#\w+)", viz.SHADED_HEAD)[1])
+        for name in ("color", "background")
+    )
+    contrasts = []
+    for *color, alpha in shades:
+        blended = [float(alpha) * int(c) + (1 - float(alpha)) * p for c, p in zip(color, paper)]
+        contrasts.append(contrast(ink, blended))
+    assert len(contrasts) == 201 and max(contrasts) > 15 and min(contrasts) >= 4.5
+    # The legend shows the same two colors.
+    ends = re.findall(r"rgb\((.*?)\)", viz.SHADED_HEAD)
+    assert ends == [", ".join(shade[:3]) for shade in (shades[0], ["255"] * 3, shades[-1])]
+
+
+@pytest.mark.quick
+def test_page_of_attributions_fits_a_phone():
+    assert viz.SHADED_HEAD.startswith(
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">'
+    )
+    assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in viz.SHADED_HEAD
+    for words in ("toward the mistake", "away from the mistake"):
+        assert words in viz.SHADED_HEAD
