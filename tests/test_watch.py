@@ -30,6 +30,7 @@ from harness.directory import output_directory
 from harness.errors import UserError
 from reporting import runs
 from reporting.journal import Journal
+from reporting.wandb_log import WandbLog
 from tests import forking
 from tests.conftest import REPO, clean_environment
 from tests.pages import (
@@ -289,15 +290,23 @@ for step in range(first, first + 3):
     time.sleep(0.2)
 run.finish()
 """
+    log = WandbLog(tmp_path / "runs/a")
     for first in (1, 4):
         command = [sys.executable, "-c", program, first]
         done = forking.run(
             list(map(str, command)), cwd=tmp_path, env=clean_environment(tmp_path), text=True
         )
         assert done.returncode == 0, done.stderr
+        log.read({"id": "i", "run_token": "t"})  # as it grows
         time.sleep(1)
     rows = [{"step": step, "valid/loss": 1 / step} for step in range(1, 7)]
     write_run(tmp_path / "runs/a", rows, {"valid/loss": 1 / 6}, id="i", run_token="t")
+    whole = WandbLog(tmp_path / "runs/a")
+    whole.read({"id": "i", "run_token": "t"})
+    assert log.processes == whole.processes and len(log.processes) == 2
+    assert log.columns.keys() == whole.columns.keys() > {"minutes", "system/memory_percent"}
+    for name, column in whole.columns.items():
+        assert np.array_equal(log.columns[name], column)
     opened(browser, static_page(tmp_path / "runs").as_uri() + "#x=minutes")
     x, y = curve(browser, "loss", "a")
     assert y == [1, 0.5, pytest.approx(1 / 3, rel=1e-5), None, *map(pytest.approx, y[4:])]
@@ -387,31 +396,34 @@ def test_hostile_names_stay_text(browser, resize, tmp_path):
             for step in (1, 2)
         ]
         figures = {"valid/loss": number, f"valid/{name}": 1}
+        directory = f"{number}" if seed > 1 else name.replace("/", "|")
         write_run(
-            tmp_path / f"runs/{number}-{seed}",
+            tmp_path / "runs" / directory,
             rows,
             figures,
             metrics={"loss": "min", name: "min"},
-            name=f"{name} {seed}" if seed > 1 else name,
+            name=name if seed > 1 else None,
             seed=seed,
             setting=name,
             batch_size=name,
         )
     page = static_page(tmp_path / "runs").as_uri()
     opened(browser, page + "#each=true")
-    expected = {name.replace("\n", "\\n") for name in ODD_NAMES}
+    shown_names = [name.replace("\n", "\\n") for name in ODD_NAMES]
+    expected = {name.replace("/", "|") for name in shown_names}
+    expected |= {f"{name} ({number})" for number, name in enumerate(shown_names)}
     assert {"loss", "constructor", "__proto__", "a\nb"} <= set(charts(browser))
     script = """return [...document.querySelectorAll(arguments[0])].map(e => e.textContent)"""
     labels = browser.execute_script(script, "#legend label")
     cells = browser.execute_script(script, "#tables td:first-child")
-    assert expected < set(labels) and expected < set(cells)
+    assert expected < set(labels) and expected == set(cells)
     groups = [label for label in labels if label.endswith(" (n = 2)")]
     assert len(groups) == len(ODD_NAMES) and any(EVIL in group for group in groups)
     choose(browser, x="batches")
     remark = text(browser, "#remark")
     assert EVIL in remark and "\"'`${1}" in remark
-    legend(browser, EVIL)[1].click()
-    assert browser.execute_script(script, "tr.pinned td:first-child") == [EVIL]
+    legend(browser, f"{EVIL} (0)")[1].click()
+    assert browser.execute_script(script, "tr.pinned td:first-child") == [f"{EVIL} (0)"]
     choose(browser, together=False, charts=".")
     titles = browser.execute_script(script, "#panels .gtitle")
     assert len(titles) >= 14
@@ -499,12 +511,7 @@ def test_updates_arrive(browser, resize, serve, tmp_path):
     append(going, ROWS[2:])
     wait_until(lambda: curve(browser, "loss", "going", "dot")[0] == [100, 200, 300, 400])
     assert curve(browser, "loss", "going") == ([200, 400], [0.6, 0.5])
-    wait_until(
-        lambda: (
-            "under way" in text(browser, "#tables")
-            or "died at step 400" in text(browser, "#tables")
-        )
-    )
+    wait_until(lambda: "at step 400" in text(browser, "#tables"))
     news = server.ask("valid/loss", "train/loss_step", after=lasts)
     assert news["curves"] == {
         "valid/loss": {str(going): [[400, 0.5]]},
@@ -571,6 +578,15 @@ def test_updates_arrive(browser, resize, serve, tmp_path):
         shutil.copy(directory / "done" / name, going)
     wait_until(lambda: "The best by valid/loss" in text(browser, "#analysis"), 30)
     assert "McNemar" in text(browser, "#analysis")
+
+    # The address keeps what is chosen here, too.
+    choose(browser, charts="acc|loss", smoothing=0.3, logY=True)
+    legend(browser, "done")[1].click()
+    legend(browser, "new")[0].click()
+    chosen = picture(browser)
+    opened(browser, browser.current_url)
+    wait_until(lambda: picture(browser) == chosen)
+    legend(browser, "new")[0].click()
 
     # Directories disappear, at last all of them: the page shows what it had.
     shutil.rmtree(directory / "new")
@@ -669,7 +685,7 @@ def test_long_curves(browser, resize, serve, tmp_path):
     server = serve(tmp_path / "runs")
     urllib.request.urlopen(server.address).read()
     first = server.ask("train/loss_step", "lr", "epoch")
-    assert server.seconds() < 3
+    assert server.seconds() < 5  # 3 s on a machine that does nothing else
     assert {len(points) for points in first["curves"]["train/loss_step"].values()} == {1000}
 
     opened(browser, server.address)
