@@ -473,7 +473,7 @@ def test_both_widths(browser, resize, tmp_path):
     long = "a-name-without-any-place-to-break-it-" * 5
     for seed in (1, 2, 3):
         make_run(tmp_path / f"runs/{seed}{long}"[:200], seed=seed, sentence=long, examples=30)
-    page = static_page(tmp_path / "runs")
+    page = static_page(tmp_path / "runs").as_uri() + "#together=false"
     boxes = """return [...document.querySelectorAll('#panels > div, #legend')]
         .map(e => e.getBoundingClientRect()).map(({x, y, width, bottom}) => ({x, y, width, bottom}))"""
     for width, columns in ((WIDE, 2), (PHONE, 1)):
@@ -481,7 +481,7 @@ def test_both_widths(browser, resize, tmp_path):
         opened(browser, page)
         assert browser.execute_script("return document.scrollingElement.scrollWidth") <= width
         *panels, under = browser.execute_script(boxes)
-        assert len(panels) == 2 and len({panel["x"] for panel in panels}) == columns
+        assert len(panels) == 4 and len({panel["x"] for panel in panels}) == columns
         assert all(380 <= panel["width"] <= width for panel in panels)
         assert under["y"] >= max(panel["bottom"] for panel in panels)
         drawn = browser.execute_script(
@@ -520,6 +520,10 @@ def test_updates_arrive(browser, resize, serve, tmp_path):
     checksums = {name: checksum for name, (checksum, _) in news["sections"].items()}
     question = {"sections": checksums, "range": None, "curves": {}}
     assert json.loads(server.post(json.dumps(question).encode()))["sections"] == {}
+
+    choose(browser, x="epochs")  # their ends are asked for
+    wait_until(lambda: curve(browser, "loss", "going", "dot")[0] == [0.5, 1, 1.5, 2])
+    choose(browser, x="examples")
 
     # A row of which the first half is written, then the rest, then one without its end.
     with (going / "history.jsonl").open("a") as journal:
