@@ -24,7 +24,7 @@ def cell(value: Any) -> str:
 def table(rows: Table) -> str:
     """A table that a click on a column head sorts."""
     header, *rows = rows
-    head = "".join(f"<th>{html.escape(format_value(name))}</th>" for name in header)
+    head = "".join(f"<th tabindex=0>{html.escape(format_value(name))}</th>" for name in header)
     body = ""
     for row in rows:
         body += f"<tr>{''.join(map(cell, row))}</tr>"

@@ -1,5 +1,5 @@
 "use strict";
-const dark = matchMedia("(prefers-color-scheme: dark)").matches;
+const [dark, isTouch] = ["prefers-color-scheme: dark", "pointer: coarse"].map((query) => matchMedia(`(${query})`).matches);
 const ink = dark ? "#e4e7ec" : "#1b1f27", grid = dark ? "#363c47" : "#e3e7ec", paper = dark ? "#14171c" : "#ffffff";
 const palette = ["#3b82c4", "#d9662b", "#2e9d6a", "#b8479b", "#a08a1f",
   "#7667d6", "#d14343", "#2ea3b7", "#808792", "#a5703f"];
@@ -66,7 +66,7 @@ let latest, refreshing = Promise.resolve(); // answer of the server, and the que
 const refresh = () => (refreshing = refreshing.then(async () => {
   try {
     if (await update()) show();
-    $("#state").textContent = "";
+    $("#state").textContent = `Up to date at ${new Date().toLocaleTimeString()}.`;
   } catch (error) {
     $("#state").textContent = `No answer from report.py (${error.message}): the page shows what it had.`;
   }
@@ -201,7 +201,7 @@ function draw(chart, data, layout) {
   const base = { font: { color: ink, family: "system-ui, sans-serif", size: 12 }, colorway: palette,
     paper_bgcolor: paper, plot_bgcolor: paper, margin: { l: 60, r: 20, t: 44, b: 46 },
     modebar: { bgcolor: "rgba(0,0,0,0)", color: dark ? "#98a2b3" : "#808792", activecolor: ink },
-    hovermode: "closest", hoverlabel: { namelength: -1 }, ...layout, template: undefined };
+    dragmode: !isTouch && "zoom", hovermode: "closest", hoverlabel: { namelength: -1 }, ...layout, template: undefined };
   for (const name of Object.keys({ xaxis: 0, yaxis: 0, ...layout }).filter((name) => /^[xy]axis/.test(name)))
     base[name] = { ...axis, ...base[name], title: { ...axis.title, ...base[name]?.title } };
   return Plotly.react(chart, data, base, options);
@@ -300,9 +300,12 @@ function showChart(panel, name, metrics) {
       data.push({ showlegend: !data.some(({ name, showlegend }) => showlegend && name === trace.name), ...trace });
     if (metrics.length > 1) parts.push(`${plain(metric)} ${isSolid ? "solid" : "dotted"}`);
   }
+  const y = data.flatMap((trace) => trace.y).filter(Number.isFinite), pad = Math.abs(y[0]) / 2 || 1;
+  const range = !state.logY && y.length && y.every((at) => at === y[0]) ? [y[0] - pad, y[0] + pad] : undefined;
+  panel.hidden = !data.length;
   draw(panel, data, { height: 320, showlegend: false, uirevision: `${x} ${state.logX} ${state.logY}`,
     title: { text: plain(name), font: { size: 14 }, subtitle: { text: parts.join(", "), font: { size: 11 } } },
-    margin: { l: 50, r: 12, t: 56, b: 46 }, yaxis: { type: state.logY ? "log" : "linear" },
+    margin: { l: 50, r: 12, t: 56, b: 46 }, yaxis: { type: state.logY ? "log" : "linear", range, exponentformat: "e" },
     xaxis: { title: { text: x === "examples" ? "examples seen" : x }, type: state.logX ? "log" : "linear" } });
   if (isNew) panel.on("plotly_relayout", (event) => zoomed(metrics, event));
   return data.filter(({ meta, x }) => meta && !x.length).map(({ meta }) => meta); // not on this axis
@@ -311,7 +314,7 @@ function showChart(panel, name, metrics) {
 function legendEntry(name) {
   const [entry, label, box, pin] = ["li", "label", "input", "button"].map((tag) => document.createElement(tag));
   label.append(Object.assign(box, { type: "checkbox", checked: isShown(name) }), name);
-  label.style.color = state.pin === name ? ink : colorOf(name);
+  box.style.accentColor = state.pin === name ? ink : colorOf(name);
   box.addEventListener("change", () =>
     setState({ hide: box.checked ? state.hide.filter((hidden) => hidden !== name) : [...state.hide, name] }));
   pin.textContent = state.pin === name ? "unpin" : "pin";
@@ -336,7 +339,8 @@ function show() {
   $("output").value = state.smoothing || "";
   if ($("#names").options.length !== page.metrics.length)
     $("#names").replaceChildren(...page.metrics.map((name) => new Option(name)));
-  for (const name of [...page.groups, ...runs.map(({ name }) => name)]) colorOf(name); // the same whatever is shown
+  const names = Object.keys(page.runs).sort().map((run) => page.runs[run].name);
+  for (const name of [...page.groups, ...names]) colorOf(name); // the same whatever is shown
   const drawn = runs.filter(({ group }) => group === null || state.each).map(({ name }) => name);
   showLegend([...page.groups, ...drawn]);
   for (const panel of [...panels.children])
@@ -389,6 +393,7 @@ function prepare(section) {
   for (const head of all("th", section)) {
     const table = head.parentNode.textContent, { heading, sign } = order[table] ?? {};
     if (heading === head.textContent) sortTable(head, sign);
+    head.addEventListener("keydown", ({ key }) => key === "Enter" && head.click());
     head.addEventListener("click", () => {
       order[table] = { heading: head.textContent, sign: head.ariaSort === "ascending" ? -1 : 1 };
       sortTable(head, order[table].sign);

@@ -788,7 +788,7 @@ def test_two_tabular_runs(tmp_path):
         declare(run.files.rename(tmp_path / f"run{seed}"), loss="min", mae="min", r2="max")
     page = page_of(tmp_path / "run1", tmp_path / "run2", output=tmp_path / "report.html")
     assert "in mean absolute error" in page and " is closer than " in page
-    assert "<th>test/mae</th>" in page
+    assert "<th tabindex=0>test/mae</th>" in page
 
 
 def test_both_scripts_together(tmp_path, capsys):
