@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
     if not arguments.watch:
         print_tables(found)
     try:
-        from reporting.page import BEGINNING, make_page, tables
+        from reporting.page import BEGINNING, make_page, show_tables
         from reporting.server import serve
     except ImportError as error:
         raise UserError(
@@ -103,17 +103,15 @@ def main(argv: list[str] | None = None) -> None:
         return
     if output.is_file() and not output.read_bytes().startswith(BEGINNING.encode()):
         raise UserError(f"--output {output} is not a report; choose another name")
-    import torch  # takes a second and much memory, and --watch does without
-
+    # It imports torch, which takes a second and much memory; --watch does without.
     from reporting.analysis import analyze
 
-    if not in_ipython():
-        torch.set_num_threads(1)  # the tensors are small: several threads would wait for each other
     for run in found.runs:
         run.log.read(run.config)
-    title = found.runs[0].label if len(found.runs) == 1 else f"{len(found.runs)} runs"
-    data = {**describe(found), "curves": curves(found.runs)}
-    page = make_page(title, data, {"tables": tables(found), **analyze(found)})
+    data = describe(found)
+    metrics = [*data["metrics"], "epoch", "minutes"]
+    data["curves"] = curves(found.runs, {metric: {} for metric in metrics}, None)
+    page = make_page(data, show_tables(found), **analyze(found))
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         write_text(output, page)

@@ -3,7 +3,10 @@
 import base64
 import html
 
+import torch
+
 from harness.errors import UserError
+from harness.script import in_ipython
 from metrics import PER_CLASS, ConfusionMatrix
 from reporting.collection import Collection
 from reporting.comparison import compare_runs
@@ -20,6 +23,8 @@ from reporting.sweep import show_sweep
 
 def analyze(found: Collection) -> dict[str, str]:
     """Sections of the page, by the id of their element."""
+    if not in_ipython():
+        torch.set_num_threads(1)  # the tensors are small: several threads would wait for each other
     runs = found.runs
     if len(runs) == 1:
         content = show_run(runs[0])

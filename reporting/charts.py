@@ -1,14 +1,15 @@
 """The data of the curves, as page.js draws them."""
 
+import math
 from typing import Any
 
 import numpy as np
 
 from reporting.collection import Collection
-from reporting.runs import RunFiles, base_name
+from reporting.runs import NOTHING, RunFiles
 
 MAX_POINTS = 1000  # of a curve
-ALL_POINTS = 40_000  # of a metric's curves of all runs in a page without a server
+ALL_POINTS = 40_000  # of a metric's curves of all runs
 
 
 def describe(found: Collection) -> dict[str, Any]:
@@ -29,7 +30,7 @@ def describe(found: Collection) -> dict[str, Any]:
     important = {}
     for run in found.runs:
         logged.update(run.columns)
-        important |= dict.fromkeys([base_name(run.monitor), *run.key_metrics])
+        important |= dict.fromkeys(run.key_metrics)
     return {
         "runs": described,
         "groups": [f"{name} (n = {len(members)})" for name, members in found.seed_groups.items()],
@@ -42,17 +43,29 @@ def _validation_first(metric: str) -> tuple[bool, bool, str]:
     return metric.startswith("system/"), not metric.startswith("valid/"), metric
 
 
-def curves(runs: list[RunFiles]) -> dict[str, Any]:
-    """All curves, by metric and run."""
+def curves(
+    runs: list[RunFiles],
+    last_steps: dict[str, dict[str, float]],
+    bounds: tuple[float, float] | None,
+) -> dict[str, Any]:
+    """Curves by metric and run, of the metrics that have `last_steps`: the points after these.
+
+    In place of them, the points between two steps if there are `bounds`.
+    """
     most = min(MAX_POINTS, max(200, ALL_POINTS // len(runs)))
     by_metric: dict[str, Any] = {}
-    for run in runs:
-        for metric, column in run.columns.items():
-            by_metric.setdefault(metric, {})[str(run.path)] = thinned(column, most)
+    for metric, steps in last_steps.items():
+        by_metric[metric] = {}
+        for run in runs:
+            column = run.columns.get(metric, NOTHING)
+            low, high = bounds or (steps.get(str(run.path), -math.inf), math.inf)
+            chosen = column[(low < column[:, 0]) & (column[:, 0] <= high)]
+            if len(chosen):
+                by_metric[metric][str(run.path)] = thinned(chosen, most)
     return by_metric
 
 
-def thinned(column: np.ndarray, most: int = MAX_POINTS) -> list[list[float]]:
+def thinned(column: np.ndarray, most: int) -> list[list[float]]:
     """Step and value of each finite number in a column of a journal.
 
     Of more than `most`, those of as many parts: last step, mean, lowest, highest, count.

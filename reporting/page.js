@@ -47,8 +47,6 @@ async function update() {
     if (news.runs[run]?.journal !== journal) // a resumed run has cut its journal
       for (const runs of [...Object.values(page.curves), ...Object.values(curves), ...zoomedIn]) delete runs[run];
   page = { ...page, ...news };
-  const names = Object.values(page.runs).map(({ name }) => name);
-  document.title = $("h1").textContent = names.length === 1 ? names[0] : `${names.length} runs`;
   for (const [metric, runs] of Object.entries(curves))
     for (const [run, points] of Object.entries(runs))
       (page.curves[metric] ??= { __proto__: null })[run] =
@@ -340,6 +338,7 @@ function show() {
   if ($("#names").options.length !== page.metrics.length)
     $("#names").replaceChildren(...page.metrics.map((name) => new Option(name)));
   const names = Object.keys(page.runs).sort().map((run) => page.runs[run].name);
+  document.title = $("h1").textContent = names.length === 1 ? names[0] : `${names.length} runs`;
   for (const name of [...page.groups, ...names]) colorOf(name); // the same whatever is shown
   const drawn = runs.filter(({ group }) => group === null || state.each).map(({ name }) => name);
   showLegend([...page.groups, ...drawn]);

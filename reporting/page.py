@@ -36,30 +36,34 @@ CONTROLS = """<h2>Curves</h2><form class="controls">
 <p class="soft">Drag to zoom, double-click to zoom out. Bands are the mean ± standard deviation over
 seeds or folds. The address of this page keeps what is chosen. <span id="state"></span></p>"""
 
-SECTIONS = ("tables", "curves", "seeds", "sweeps", "analysis")  # in their order on the page
 
-
-def make_page(title: str, data: dict[str, Any] | None, sections: dict[str, str]) -> str:
-    """The page of the curves' `data` and of `sections`; without, it asks the server for both."""
-    sections = {"curves": CONTROLS, **sections}
-    content = ""
-    for name in SECTIONS:
-        content += f'<div id="{name}">{sections.get(name, "")}</div>\n'
+def make_page(
+    data: dict[str, Any] | None,
+    tables: str = "",
+    seeds: str = "",
+    sweeps: str = "",
+    analysis: str = "",
+) -> str:
+    """The page of the curves' `data` and of some sections; without, it asks the server for both."""
     style = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
     code = Path(__file__).with_name("page.js").read_text(encoding="utf-8")
     nonce = secrets.token_urlsafe(16)
     return f"""{BEGINNING}
-<meta charset="utf-8"><title>{html.escape(title)}</title>
+<meta charset="utf-8"><title>Runs</title>
 <meta http-equiv="Content-Security-Policy" content="{POLICY.format(nonce)}">
 <meta name="viewport" content="width=device-width"><style>{style}</style></head>
-<body data-curves="{html.escape(json.dumps(data))}"><h1>{html.escape(title)}</h1>
-{content}
+<body data-curves="{html.escape(json.dumps(data))}"><h1></h1>
+<div id="tables">{tables}</div>
+<div id="curves">{CONTROLS}</div>
+<div id="seeds">{seeds}</div>
+<div id="sweeps">{sweeps}</div>
+<div id="analysis">{analysis}</div>
 <script nonce="{nonce}">{get_plotlyjs()}</script>
 <script nonce="{nonce}">{code}</script></body></html>
 """
 
 
-def tables(found: Collection) -> str:
+def show_tables(found: Collection) -> str:
     """What could not be read, and the table of the runs."""
     remark = (
         "The best by the metric to compare is first. Settings that are the same in all runs, or "

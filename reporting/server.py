@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import math
 import secrets
 import signal
 import socket
@@ -14,56 +13,35 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing import get_context
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
 
 from harness.errors import UserError
-from reporting.charts import describe, thinned
+from reporting.charts import curves, describe
 from reporting.collection import Collection
-from reporting.page import make_page, tables
+from reporting.page import make_page, show_tables
 
 PERIOD = 2  # seconds between two looks at the files
 LOCAL = ("127.0.0.1", "localhost")
 
 
-class Watched:
-    """What the page shows, as it was at the last look."""
+def news(found: Collection, analysis: dict[str, str], page: dict[str, Any]) -> dict[str, Any]:
+    """What a page lacks: sections with another checksum, and points after its last ones.
 
-    def __init__(self, found: Collection):
-        self.sections = {}
-        self.update(found)
-
-    def update(self, found: Collection) -> None:
-        """Show what was found."""
-        self.runs = found.runs
-        self.data = describe(found)
-        self.sections["tables"] = tables(found)
-
-    def news(self, page: dict[str, Any]) -> dict[str, Any]:
-        """What a page lacks: sections with another checksum, and points after its last ones.
-
-        Or in place of these, the points of a range of steps, from one to the other.
-        """
-        sections = {}
-        for name, content in list(self.sections.items()):  # an analysis may add some
-            checksum = zlib.crc32(content.encode())
-            if page["sections"].get(name) != checksum:
-                sections[name] = [checksum, content]
-        curves = {}
-        for metric, last_steps in page["curves"].items():
-            curves[metric] = {}
-            for run in self.runs:
-                column = run.columns.get(metric)
-                if column is None:
-                    continue
-                low, high = page["range"] or (last_steps.get(str(run.path), -math.inf), math.inf)
-                chosen = (low < column[:, 0]) & (column[:, 0] <= high)
-                if chosen.any():
-                    curves[metric][str(run.path)] = thinned(column[chosen])
-        return {**self.data, "sections": sections, "curves": curves}
+    Or in place of these, the points of a range of steps, from one to the other.
+    """
+    sections = {}
+    for name, content in {"tables": show_tables(found), **analysis}.items():
+        checksum = zlib.crc32(content.encode())
+        if page["sections"].get(name) != checksum:
+            sections[name] = [checksum, content]
+    return {
+        **describe(found),
+        "sections": sections,
+        "curves": curves(found.runs, page["curves"], page["range"]),
+    }
 
 
 def begin_analysis(look: Callable[[], Collection], sections: dict[str, str]) -> Any:
-    """Compare the runs in a process of its own, then add the `sections`.
+    """Compare the runs in a process of its own, then update the `sections`.
 
     It takes seconds, which would hold up the answers, and the memory of torch.
     """
@@ -78,11 +56,8 @@ def begin_analysis(look: Callable[[], Collection], sections: dict[str, str]) -> 
 
 def analysis_of(look: Callable[[], Collection]) -> dict[str, str]:
     """The sections of the page that take seconds to make."""
-    import torch
-
     from reporting.analysis import analyze
 
-    torch.set_num_threads(1)  # the tensors are small: several threads would wait for each other
     return analyze(look())
 
 
@@ -92,27 +67,26 @@ def serve(found: Collection, look: Callable[..., Collection], host: str, port: i
     Other machines need the token in the address that is printed. Raises `UserError` if the address
     can't be used.
     """
-    watched = Watched(found)
-    token = "" if host in LOCAL else secrets.token_urlsafe(16)
+    sections: dict[str, str] = {}
+    query = "" if host in LOCAL else f"?token={secrets.token_urlsafe(16)}"
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             if self.is_allowed():
-                self.answer("text/html; charset=utf-8", make_page("Runs", None, {}))
+                self.answer("text/html; charset=utf-8", make_page(None))
 
         def do_POST(self) -> None:
             if self.is_allowed():
                 page = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                self.answer("application/json", json.dumps(watched.news(page)))
+                self.answer("application/json", json.dumps(news(found, sections, page)))
 
         def is_allowed(self) -> bool:
             """Whether the token is right, or without one the name of this machine.
 
             A page from elsewhere could have its own name lead here.
             """
-            if token:
-                given = parse_qs(urlsplit(self.path).query).get("token", [""])[0]
-                allowed = secrets.compare_digest(given.encode(), token.encode())
+            if query:
+                allowed = secrets.compare_digest(self.path.encode(), f"/{query}".encode())
             else:
                 allowed = str(self.headers["Host"]).split(":")[0] in LOCAL
             if not allowed:
@@ -135,19 +109,18 @@ def serve(found: Collection, look: Callable[..., Collection], host: str, port: i
     Handler.log_message = server.handle_error = lambda *_: None
     threading.Thread(target=server.serve_forever, daemon=True).start()
     name = socket.gethostname() if host == "0.0.0.0" else host
-    query = f"?token={token}" if token else ""
     analyzed = analysis = None
     with contextlib.suppress(KeyboardInterrupt):
         print(f"The page: http://{name}:{server.server_port}/{query} (until Ctrl-C)", flush=True)
         while True:
             with contextlib.suppress(OSError, UserError):  # gone: the page shows what it had
-                for run in watched.runs:
+                for run in found.runs:
                     run.log.read(run.config)
-                watched.update(look(watched.runs))
-            finished = [run.path for run in watched.runs if run.metrics is not None]
+                found = look(found.runs)
+            finished = [run.path for run in found.runs if run.metrics is not None]
             if finished != analyzed and (analysis is None or analysis.ready()):
                 analyzed = finished
-                analysis = begin_analysis(look, watched.sections)
+                analysis = begin_analysis(look, sections)
             time.sleep(PERIOD)
     server.shutdown()  # IPython lives on
     server.server_close()
