@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 
 from reporting.collection import Collection
-from reporting.runs import NOTHING, RunFiles
+from reporting.journal import NOTHING
+from reporting.runs import RunFiles
 
 MAX_POINTS = 1000  # of a curve
 ALL_POINTS = 40_000  # of a metric's curves of all runs
@@ -75,19 +76,17 @@ def thinned(column: np.ndarray, most: int) -> list[list[float]]:
     if len(column) > most:
         bounds = np.linspace(0, len(column), most + 1).astype(int)
         starts = bounds[:-1]
-        steps, values = column.T
         counts = np.diff(bounds)
+        values = column[:, 1]
         shares = values / np.repeat(counts, counts)  # their sum does not overflow
-        last_steps = steps[bounds[1:] - 1]
-        points = np.stack(
+        points = np.column_stack(
             [
-                last_steps,
+                column[bounds[1:] - 1, 0],
                 np.add.reduceat(shares, starts),
                 np.minimum.reduceat(values, starts),
                 np.maximum.reduceat(values, starts),
                 counts,
-            ],
-            axis=1,
+            ]
         )
     return [
         [step, *(float(f"{value:.6g}") for value in values)] for step, *values in points.tolist()

@@ -99,12 +99,10 @@ def difference(a: Predictions, b: Predictions) -> tuple[float, float, float]:
     positive = int(a.run.metrics.get("positive_label") != a.class_names[0])  # of two classes
 
     def figure(rows: Tensor) -> float:
-        log_probabilities = rows[:, :-1].clamp(min=1e-300).log()
-        labels = rows[:, -1].long()
-        result = evaluation(log_probabilities, labels, known, positive)
+        result = evaluation(rows[:, :-1], rows[:, -1].long(), known, positive)
         return result.metrics.get(name, math.nan)
 
-    rows_a, rows_b = (torch.cat([run.probabilities, run.labels[:, None]], 1) for run in (a, b))
+    rows_a, rows_b = (torch.column_stack([run.probabilities.log(), run.labels]) for run in (a, b))
     gap = figure(rows_a) - figure(rows_b)
     reported = a.run.best.get(a.metric, math.nan) - b.run.best.get(b.metric, math.nan)
     if not math.isclose(gap, reported, rel_tol=0.01, abs_tol=1e-4):

@@ -25,9 +25,11 @@ LATEX = str.maketrans(
 
 def exported(runs: list[RunFiles]) -> Table:
     """The table of the runs with directories and names in place of the labels."""
-    identities = [["directory", "name"]]
-    identities += [[str(run.path), run.config.get("name")] for run in runs]
-    return [identity + row[1:] for identity, row in zip(identities, run_table(runs))]
+    header, *rows = run_table(runs)
+    table = [["directory", "name", *header[1:]]]
+    for run, row in zip(runs, rows):
+        table.append([str(run.path), run.config.get("name"), *row[1:]])
+    return table
 
 
 def print_csv(found: Collection) -> None:
@@ -81,9 +83,9 @@ def print_latex(found: Collection) -> None:
         columns.append(texts)
     # {}: after \\, a bracket at the beginning of a row would be an argument.
     header, *rows = [f"{{}}{' & '.join(row)} \\\\" for row in zip(*columns)]
-    print(r"% needs \usepackage{booktabs}")
-    print(rf"\begin{{tabular}}{{{'l' * len(columns)}}}")
     print(
+        r"% needs \usepackage{booktabs}",
+        rf"\begin{{tabular}}{{{'l' * len(columns)}}}",
         r"\toprule",
         header,
         r"\midrule",

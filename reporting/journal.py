@@ -4,7 +4,6 @@ import contextlib
 import json
 import math
 import os
-from collections import defaultdict
 from itertools import compress
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 
 CHUNK = 1 << 22  # bytes to parse at once
+NOTHING = np.empty((0, 2))  # the column of a metric that was not logged
 
 
 def is_number(value: Any) -> bool:
@@ -39,7 +39,6 @@ class Journal:
 
     def read(self) -> None:
         """Read the rows that were added; all of them if a resumed run has cut the journal."""
-        chunks = defaultdict(list)
         with contextlib.suppress(OSError):
             if not self.path.is_file():  # reading a pipe would wait
                 return
@@ -53,16 +52,12 @@ class Journal:
                     self.ends_early = not (lines[-1].endswith(b"\n") or _parse(lines[-1:]))
                     if self.ends_early:
                         lines.pop()
-                    self._add(lines, chunks)
+                    self._add(lines)
                     if self.ends_early:
                         break  # its rest may be there by now
-        for name, arrays in chunks.items():
-            if name in self.columns:
-                arrays.insert(0, self.columns[name])
-            self.columns[name] = np.concatenate(arrays)
 
-    def _add(self, lines: list[bytes], chunks: dict[str, list[np.ndarray]]) -> None:
-        """Parse lines and append the columns of their rows to `chunks`."""
+    def _add(self, lines: list[bytes]) -> None:
+        """Parse lines and append their rows to the columns."""
         self._bytes += sum(map(len, lines))
         lines = [line for line in lines if line.strip()]
         rows = _parse(lines)
@@ -76,7 +71,8 @@ class Journal:
             numbers = list(map(is_number, cells))
             values = np.array(list(compress(cells, numbers)), float)
             if len(values):
-                chunks[name].append(np.column_stack([steps[numbers], values]))
+                new = np.column_stack([steps[numbers], values])
+                self.columns[name] = np.concatenate([self.columns.get(name, NOTHING), new])
 
     def row(self, step: float) -> dict[str, float]:
         """The last numbers that were logged at a step."""

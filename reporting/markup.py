@@ -30,8 +30,3 @@ def table(rows: Table) -> str:
         body += f"<tr>{''.join(map(cell, row))}</tr>"
     content = f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
     return f'<div class="scroll"><table>{content}</table></div>'
-
-
-def chart(figure: Any) -> str:
-    """The element in which page.js draws a figure of plotly."""
-    return f'<div class="chart" data-figure="{html.escape(figure.to_json())}"></div>'

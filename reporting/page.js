@@ -199,7 +199,8 @@ function draw(chart, data, layout) {
   const base = { font: { color: ink, family: "system-ui, sans-serif", size: 12 }, colorway: palette,
     paper_bgcolor: paper, plot_bgcolor: paper, margin: { l: 60, r: 20, t: 44, b: 46 },
     modebar: { bgcolor: "rgba(0,0,0,0)", color: dark ? "#98a2b3" : "#808792", activecolor: ink },
-    dragmode: !isTouch && "zoom", hovermode: "closest", hoverlabel: { namelength: -1 }, ...layout, template: undefined };
+    dragmode: !isTouch && "zoom", hovermode: "closest", hoverlabel: { namelength: -1 }, ...layout };
+  Object.assign(base, { template: undefined, width: undefined }); // those of Optuna
   for (const name of Object.keys({ xaxis: 0, yaxis: 0, ...layout }).filter((name) => /^[xy]axis/.test(name)))
     base[name] = { ...axis, ...base[name], title: { ...axis.title, ...base[name]?.title } };
   return Plotly.react(chart, data, base, options);

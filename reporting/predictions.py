@@ -88,8 +88,8 @@ def arrange(run: RunFiles, probabilities: Tensor, columns: dict[str, Any]) -> Pr
         classes = probabilities.shape[1]
         ConfusionMatrix(classes).update(predictions, labels)  # checks the range
         calibration(probabilities, labels)  # checks the probabilities
-        log_probabilities = probabilities.clamp(min=1e-300).log()
-        losses = -log_probabilities[range(len(labels)), labels]
+        probabilities = probabilities.clamp(min=1e-300)  # whose logarithm is finite
+        losses = -probabilities[range(len(labels)), labels].log()
         names = (run.metrics or {}).get("class_names")
         if not isinstance(names, list) or len(names) != classes:
             names = range(classes)
@@ -122,12 +122,10 @@ def largest_first(values: Tensor, chosen: Tensor) -> list[int]:
     return indices[values[indices].argsort(descending=True, stable=True)].tolist()
 
 
-def show_examples(
-    predictions: Predictions, indices: list[int], other: Predictions | None = None
-) -> str:
+def show_examples(predictions: Predictions, indices: list[int], *others: Predictions) -> str:
     """A table of the first few of some examples: texts or numbers, labels and predictions.
 
-    The last columns have the loss of the run, and that of the `other` one.
+    The last columns have the loss of the run, and those of `others`.
     """
     columns = dict(predictions.texts) or {"example": range(len(predictions.labels))}
     columns["label"] = predictions.labels.tolist()
@@ -135,7 +133,7 @@ def show_examples(
     if names := predictions.class_names:
         for column in ("label", "prediction"):
             columns[column] = [names[label] for label in columns[column]]
-    for run in filter(None, [predictions, other]):
+    for run in (predictions, *others):
         columns[f"loss of {run.run.label}"] = run.losses.tolist()
     rows = [list(columns)]
     for i in indices[:MOST_SHOWN]:

@@ -18,7 +18,7 @@ from harness.directory import CONFIG, JOURNAL, METRICS
 from harness.errors import UserError
 from harness.files import read_json
 from harness.options import SharedSettings
-from reporting.journal import Journal, is_number
+from reporting.journal import NOTHING, Journal, is_number
 from reporting.wandb_log import WandbLog
 
 KEY_METRICS = 2  # of those that a script declares, shown beside the monitored one
@@ -33,7 +33,6 @@ PROVENANCE = (  # in config.json, but no settings
 SEED_AND_REMARKS = ("seed", "fold", "notes", "tags")  # may differ within a group
 PREDICTIONS = "predictions.csv"
 LEVELS = 2  # of directories below a given one that may hold runs
-NOTHING = np.empty((0, 2))  # the column of a metric that was not logged
 
 
 @dataclasses.dataclass
@@ -97,8 +96,8 @@ class RunFiles:
             return {}
         figures = self.journal.columns.get(self.monitor, NOTHING)
         figures = figures[np.isfinite(figures[:, 1])]
-        lowest = (self.sign * figures[:, 1]).min(initial=math.inf)
-        rows = map(self.journal.row, figures[self.sign * figures[:, 1] == lowest, 0])
+        scores = self.sign * figures[:, 1]
+        rows = map(self.journal.row, figures[scores == scores.min(initial=math.inf), 0])
         return min(rows, key=lambda row: row.get("valid/loss", 0), default={})  # as `Best`
 
     def compare_by(self, metric: str) -> None:
@@ -130,10 +129,9 @@ class RunFiles:
     @property
     def settings(self) -> dict[str, Any]:
         """The settings that may tell runs apart."""
-        hidden = {"metrics", "run_token", "name", *PROVENANCE}
-        for option in dataclasses.fields(SharedSettings):
-            if not option.metadata["tells_apart"]:
-                hidden.add(option.name)
+        options = dataclasses.fields(SharedSettings)
+        hidden = {option.name for option in options if not option.metadata["tells_apart"]}
+        hidden |= {"metrics", "run_token", "name", *PROVENANCE}
         return {name: value for name, value in self.config.items() if name not in hidden}
 
 
@@ -253,12 +251,14 @@ def groups(runs: list[RunFiles]) -> SeedGroups:
         settings = run.settings
         for name in SEED_AND_REMARKS:
             settings.pop(name, None)
-        members = by_settings[json.dumps(settings, sort_keys=True)]
-        members[str((run.config.get("seed"), run.config.get("fold")))] = run
-    seeded = [list(members.values()) for members in by_settings.values() if len(members) > 1]
+        by_seed = by_settings[json.dumps(settings, sort_keys=True)]
+        by_seed[str((run.config.get("seed"), run.config.get("fold")))] = run
     names = [name for name in differing(runs) if name not in SEED_AND_REMARKS]
     named = {}
-    for members in seeded:
+    for by_seed in by_settings.values():
+        members = list(by_seed.values())
+        if len(members) < 2:
+            continue
         first = members[0]
         parts = [f"{name} {format_value(first.settings.get(name))}" for name in names]
         label = ", ".join(parts) or "all but seed and fold alike"

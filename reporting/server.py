@@ -94,12 +94,10 @@ def serve(found: Collection, look: Callable[..., Collection], host: str, port: i
             return allowed
 
         def answer(self, kind: str, content: str) -> None:
-            encoded = content.encode()
             self.send_response(200)
             self.send_header("Content-Type", kind)
-            self.send_header("Content-Length", str(len(encoded)))
             self.end_headers()
-            self.wfile.write(encoded)
+            self.wfile.write(content.encode())
 
     try:
         server = ThreadingHTTPServer((host, port), Handler)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.errors import UserError
-from reporting.markup import chart, paragraph
+from reporting.markup import paragraph
 from reporting.runs import RunFiles, base_name, format_value
 
 ENOUGH_TRIALS = 20  # complete ones; importances of fewer are chance
@@ -26,8 +26,7 @@ def open_study(directory: Path, runs: list[RunFiles]) -> Any:
     url = f"sqlite:///{file}?mode=ro&uri=true"  # read-only: the search may be under way
     try:
         storage = optuna.storages.RDBStorage(url, skip_table_creation=True)
-        [name] = optuna.get_all_study_names(storage)
-        study = optuna.load_study(study_name=name, storage=storage)
+        study = optuna.load_study(study_name=None, storage=storage)
         trials = study.trials
         if "metric" not in study.user_attrs.get("sweep", ""):
             raise ValueError("it is not of sweep_offline.py")
@@ -72,6 +71,6 @@ def show_sweep(study: Any) -> str:
         evaluator = importance.PedAnovaImportanceEvaluator(target_quantile=0.5)
         figures.append(visualization.plot_param_importances(study, evaluator=evaluator))
     for figure in figures:
-        figure.layout.width = None  # that of the page
-        content += chart(figure)
+        data = html.escape(figure.to_json())  # drawn by page.js
+        content += f'<div class="chart" data-figure="{data}"></div>'
     return content

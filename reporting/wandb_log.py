@@ -1,12 +1,13 @@
 """Reads from W&B's log files when a run's rows were logged, and its system metrics."""
 
-import json
 import os
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from reporting.journal import NOTHING
 
 
 class WandbLog:
@@ -48,10 +49,9 @@ class WandbLog:
                 if record.HasField("history"):
                     points["minutes"].append((record.history.step.num, minute))
                 for item in record.stats.item:
-                    points[f"system/{item.key}"].append((minute, json.loads(item.value_json)))
-        for name, column in points.items():
-            new = np.array(column, float)
-            self.columns[name] = np.concatenate([self.columns.get(name, new[:0]), new])
+                    points[f"system/{item.key}"].append((minute, float(item.value_json)))
+        for name, new in points.items():
+            self.columns[name] = np.concatenate([self.columns.get(name, NOTHING), new])
 
 
 def _time(record: Any) -> float | None:
