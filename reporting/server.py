@@ -23,6 +23,7 @@ from reporting.page import make_page, tables
 
 PERIOD = 2  # seconds between two looks at the files
 LOCAL = ("127.0.0.1", "localhost")
+GONE = contextlib.suppress(OSError, UserError)  # files, or all runs: the page shows what it had
 
 
 class Watched:
@@ -38,13 +39,32 @@ class Watched:
         self.data = describe(found)
         self.sections["tables"] = tables(found)
 
+    def analyze(self, look: Callable[[], Collection]) -> None:
+        """Whenever other runs have finished, compare them in a process of its own.
+
+        It takes seconds, which would hold up the answers, and the memory of torch.
+        """
+        vars(sys.modules["__main__"]).setdefault("__spec__")  # IPython's has none; spawning asks
+        context = get_context("spawn")
+        context.Lock()  # starts multiprocessing's own process, which unblocks signals here
+        if hasattr(signal, "pthread_sigmask"):  # Ctrl-C does not reach what this thread spawns
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        analyzed = None
+        while self.runs:
+            finished = [run.path for run in self.runs if run.metrics is not None]
+            if finished != analyzed:
+                analyzed = finished
+                with GONE, context.Pool(1) as pool:
+                    self.sections = self.sections | pool.apply(analysis_of, [look])
+            time.sleep(PERIOD)
+
     def news(self, page: dict[str, Any]) -> dict[str, Any]:
         """What a page lacks: sections with another checksum, and points after its last ones.
 
         Or in place of these, the points of a range of steps, from one to the other.
         """
         sections = {}
-        for name, content in list(self.sections.items()):  # an analysis may add some
+        for name, content in self.sections.items():
             checksum = zlib.crc32(content.encode())
             if page["sections"].get(name) != checksum:
                 sections[name] = [checksum, content]
@@ -60,20 +80,6 @@ class Watched:
                 if chosen.any():
                     curves[metric][str(run.path)] = thinned(column[chosen])
         return {**self.data, "sections": sections, "curves": curves}
-
-
-def begin_analysis(look: Callable[[], Collection], sections: dict[str, str]) -> Any:
-    """Compare the runs in a process of its own, then add the `sections`.
-
-    It takes seconds, which would hold up the answers, and the memory of torch.
-    """
-    vars(sys.modules["__main__"]).setdefault("__spec__")  # IPython's has none, and spawning asks
-    on_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process inherits this
-    pool = get_context("spawn").Pool(1)
-    signal.signal(signal.SIGINT, on_interrupt)
-    result = pool.apply_async(analysis_of, [look], callback=sections.update, error_callback=print)
-    pool.close()
-    return result
 
 
 def analysis_of(look: Callable[[], Collection]) -> dict[str, str]:
@@ -134,20 +140,17 @@ def serve(found: Collection, look: Callable[..., Collection], host: str, port: i
     # A line for each request, or for each that is broken off, would flood the terminal.
     Handler.log_message = server.handle_error = lambda *_: None
     threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=watched.analyze, args=[look], daemon=True).start()
     name = socket.gethostname() if host == "0.0.0.0" else host
     query = f"?token={token}" if token else ""
-    analyzed = analysis = None
     with contextlib.suppress(KeyboardInterrupt):
         print(f"The page: http://{name}:{server.server_port}/{query} (until Ctrl-C)", flush=True)
         while True:
-            with contextlib.suppress(OSError, UserError):  # gone: the page shows what it had
+            with GONE:
                 for run in watched.runs:
                     run.log.read(run.config)
                 watched.update(look(watched.runs))
-            finished = [run.path for run in watched.runs if run.metrics is not None]
-            if finished != analyzed and (analysis is None or analysis.ready()):
-                analyzed = finished
-                analysis = begin_analysis(look, watched.sections)
             time.sleep(PERIOD)
-    server.shutdown()  # IPython lives on
+    watched.runs = []  # ends the other thread: IPython lives on
+    server.shutdown()
     server.server_close()
