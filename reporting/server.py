@@ -21,6 +21,7 @@ from reporting.page import make_page, show_tables
 
 PERIOD = 2  # seconds between two looks at the files
 LOCAL = ("127.0.0.1", "localhost")
+GONE = contextlib.suppress(OSError, UserError)  # files, or all runs: the page shows what it had
 
 
 def news(found: Collection, analysis: dict[str, str], page: dict[str, Any]) -> dict[str, Any]:
@@ -40,20 +41,6 @@ def news(found: Collection, analysis: dict[str, str], page: dict[str, Any]) -> d
     }
 
 
-def begin_analysis(look: Callable[[], Collection], sections: dict[str, str]) -> Any:
-    """Compare the runs in a process of its own, then update the `sections`.
-
-    It takes seconds, which would hold up the answers, and the memory of torch.
-    """
-    vars(sys.modules["__main__"]).setdefault("__spec__")  # IPython's has none, and spawning asks
-    on_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process inherits this
-    pool = get_context("spawn").Pool(1)
-    signal.signal(signal.SIGINT, on_interrupt)
-    result = pool.apply_async(analysis_of, [look], callback=sections.update, error_callback=print)
-    pool.close()
-    return result
-
-
 def analysis_of(look: Callable[[], Collection]) -> dict[str, str]:
     """The sections of the page that take seconds to make."""
     from reporting.analysis import analyze
@@ -67,7 +54,7 @@ def serve(found: Collection, look: Callable[..., Collection], host: str, port: i
     Other machines need the token in the address that is printed. Raises `UserError` if the address
     can't be used.
     """
-    sections: dict[str, str] = {}
+    analysis: dict[str, str] = {}
     query = "" if host in LOCAL else f"?token={secrets.token_urlsafe(16)}"
 
     class Handler(BaseHTTPRequestHandler):
@@ -78,7 +65,7 @@ def serve(found: Collection, look: Callable[..., Collection], host: str, port: i
         def do_POST(self) -> None:
             if self.is_allowed():
                 page = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                self.answer("application/json", json.dumps(news(found, sections, page)))
+                self.answer("application/json", json.dumps(news(found, analysis, page)))
 
         def is_allowed(self) -> bool:
             """Whether the token is right, or without one the name of this machine.
@@ -99,26 +86,42 @@ def serve(found: Collection, look: Callable[..., Collection], host: str, port: i
             self.end_headers()
             self.wfile.write(content.encode())
 
+    def compare() -> None:
+        """Whenever other runs have finished, compare them in a process of its own.
+
+        It takes seconds, which would hold up the answers, and the memory of torch.
+        """
+        vars(sys.modules["__main__"]).setdefault("__spec__")  # IPython's has none; spawning asks
+        context = get_context("spawn")
+        context.Lock()  # starts multiprocessing's own process, which unblocks signals here
+        if hasattr(signal, "pthread_sigmask"):  # Ctrl-C does not reach what this thread spawns
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        analyzed = None
+        while found.runs:
+            finished = [run.path for run in found.runs if run.metrics is not None]
+            if finished != analyzed:
+                analyzed = finished
+                with GONE, context.Pool(1) as pool:
+                    analysis.update(pool.apply(analysis_of, [look]))
+            time.sleep(PERIOD)
+
     try:
         server = ThreadingHTTPServer((host, port), Handler)
     except (OSError, OverflowError) as error:
         raise UserError(f"--host {host} --port {port}: {error}") from None
     # A line for each request, or for each that is broken off, would flood the terminal.
     Handler.log_message = server.handle_error = lambda *_: None
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    for target in (server.serve_forever, compare):
+        threading.Thread(target=target, daemon=True).start()
     name = socket.gethostname() if host == "0.0.0.0" else host
-    analyzed = analysis = None
     with contextlib.suppress(KeyboardInterrupt):
         print(f"The page: http://{name}:{server.server_port}/{query} (until Ctrl-C)", flush=True)
         while True:
-            with contextlib.suppress(OSError, UserError):  # gone: the page shows what it had
+            with GONE:
                 for run in found.runs:
                     run.log.read(run.config)
                 found = look(found.runs)
-            finished = [run.path for run in found.runs if run.metrics is not None]
-            if finished != analyzed and (analysis is None or analysis.ready()):
-                analyzed = finished
-                analysis = begin_analysis(look, sections)
             time.sleep(PERIOD)
-    server.shutdown()  # IPython lives on
+    found.runs = []  # ends the other thread: IPython lives on
+    server.shutdown()
     server.server_close()
