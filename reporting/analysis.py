@@ -25,12 +25,11 @@ def analyze(found: Collection) -> dict[str, str]:
     """Sections of the page, by the id of their element."""
     if not in_ipython():
         torch.set_num_threads(1)  # the tensors are small: several threads would wait for each other
-    runs = found.runs
-    if len(runs) == 1:
-        content = show_run(runs[0])
+    if len(found.runs) == 1:
+        content = show_run(found.runs[0])
     else:
-        content = compare_runs(runs, found.seed_groups)
-        content += compare_runs(runs, found.seed_groups, "test_predictions.csv")
+        content = compare_runs(found, PREDICTIONS)
+        content += compare_runs(found, "test_predictions.csv")
     sweeps = "".join(map(show_sweep, found.studies))
     return {"sweeps": sweeps, "seeds": show_seeds(found), "analysis": content}
 

@@ -16,32 +16,27 @@ ALL_POINTS = 40_000  # of a metric's curves of all runs
 def describe(found: Collection) -> dict[str, Any]:
     """What page.js needs to know of runs, groups and metrics, apart from the curves."""
     described = {}
-    groups = list(found.seed_groups.values())
-    for run in found.runs:
-        numbers = [i for i, members in enumerate(groups) if run in members]
-        described[str(run.path)] = {
-            "name": run.label,
-            "group": numbers[0] if numbers else None,
-            "finished": run.metrics is not None,
-            "batchSize": str(run.config.get("batch_size")),
-            "journal": id(run.journal.columns),  # another one after each cut
-            "processes": list(run.log.processes.values()),
-        }
     logged = set()
     important = {}
     for run in found.runs:
         logged.update(run.columns)
         important |= dict.fromkeys(run.key_metrics)
+        described[str(run.path)] = {
+            "name": run.label,
+            "finished": run.metrics is not None,
+            "batchSize": str(run.config.get("batch_size")),
+            "journal": id(run.journal.columns),  # another one after each cut
+            "processes": list(run.log.processes.values()),
+        }
+    groups = {}
+    for name, members in found.seed_groups.items():
+        groups[f"{name} (n = {len(members)})"] = [str(run.path) for run in members]
     return {
         "runs": described,
-        "groups": [f"{name} (n = {len(members)})" for name, members in found.seed_groups.items()],
-        "metrics": sorted(logged - {"epoch", "minutes"}, key=_validation_first),
+        "groups": groups,
+        "metrics": sorted(logged - {"epoch", "minutes"}),
         "important": list(important),
     }
-
-
-def _validation_first(metric: str) -> tuple[bool, bool, str]:
-    return metric.startswith("system/"), not metric.startswith("valid/"), metric
 
 
 def curves(

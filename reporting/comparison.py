@@ -20,6 +20,7 @@ from metrics import (
     paired_bootstrap_counts,
     permutation_test,
 )
+from reporting.collection import Collection
 from reporting.markup import paragraph, table
 from reporting.predictions import (
     MOST_SHOWN,
@@ -28,13 +29,7 @@ from reporting.predictions import (
     read_predictions,
     show_examples,
 )
-from reporting.runs import (
-    PREDICTIONS,
-    RunFiles,
-    SeedGroups,
-    base_name,
-    format_mean,
-)
+from reporting.runs import PREDICTIONS, SeedGroups, base_name, format_mean
 
 MOST_COMPARED = 20  # runs per metric: each comparison takes about half a second
 MOST_GROUPS = 5  # of seeds
@@ -44,16 +39,16 @@ CAUTION = (
 )
 
 
-def compare_runs(runs: list[RunFiles], seed_groups: SeedGroups, file: str = PREDICTIONS) -> str:
+def compare_runs(found: Collection, file: str) -> str:
     """The section that compares the best run with the others, and the best group of seeds.
 
-    `runs` are sorted from best to worst. Those that monitor the same metric and have predicted the
-    same examples are compared. There is none if no run has a `file` of test data.
+    Runs that monitor the same metric and have predicted the same examples are compared. There is
+    none if no run has a `file` of test data.
     """
     comparable = defaultdict(list)  # lists of predictions
     left_out = defaultdict(list)  # labels of runs, by reason
     compared = Counter()  # runs, by metric
-    for run in runs:
+    for run in found.runs:
         try:
             if run.metrics is None:
                 raise UserError("not finished")
@@ -71,9 +66,9 @@ def compare_runs(runs: list[RunFiles], seed_groups: SeedGroups, file: str = PRED
             comparable[run.monitor, run.sign, predictions.examples].append(predictions)
     if file != PREDICTIONS and not comparable:
         return ""
-    if not any((run.path / file).is_file() for run in runs):
+    if not any((run.path / file).is_file() for run in found.runs):
         left_out.clear()
-    content = compare_seeds(seed_groups, file)
+    content = compare_seeds(found.seed_groups, file)
     for best, *others in comparable.values():
         if others:
             content += compare_with_best(best, others)

@@ -13,7 +13,7 @@ const all = (selector, root = document) => [...root.querySelectorAll(selector)];
 // of names such as "constructor".
 
 const embedded = JSON.parse(document.body.dataset.curves), isLive = embedded === null;
-let page = embedded ?? { runs: {}, groups: [], metrics: [], important: [], curves: { __proto__: null } };
+let page = embedded ?? { runs: {}, groups: {}, metrics: [], important: [], curves: { __proto__: null } };
 const details = { __proto__: null }; // by metric: the steps between which a chart is zoomed in, and their points by run
 const checksums = {}; // of the sections that this page has
 
@@ -198,9 +198,8 @@ const axis = { gridcolor: grid, linecolor: grid, zeroline: false, automargin: tr
 function draw(chart, data, layout) {
   const base = { font: { color: ink, family: "system-ui, sans-serif", size: 12 }, colorway: palette,
     paper_bgcolor: paper, plot_bgcolor: paper, margin: { l: 60, r: 20, t: 44, b: 46 },
-    modebar: { bgcolor: "rgba(0,0,0,0)", color: dark ? "#98a2b3" : "#808792", activecolor: ink },
-    dragmode: !isTouch && "zoom", hovermode: "closest", hoverlabel: { namelength: -1 }, ...layout };
-  Object.assign(base, { template: undefined, width: undefined }); // those of Optuna
+    modebar: { bgcolor: "rgba(0,0,0,0)", color: dark ? "#98a2b3" : "#808792", activecolor: ink }, hovermode: "closest",
+    dragmode: !isTouch && "zoom", hoverlabel: { namelength: -1 }, ...layout, template: undefined, width: undefined };
   for (const name of Object.keys({ xaxis: 0, yaxis: 0, ...layout }).filter((name) => /^[xy]axis/.test(name)))
     base[name] = { ...axis, ...base[name], title: { ...axis.title, ...base[name]?.title } };
   return Plotly.react(chart, data, base, options);
@@ -215,10 +214,13 @@ const shownRuns = () => Object.keys(page.runs).sort().filter((run) => matches(st
 const baseName = (metric) => /^(system|test)\//.test(metric) ? metric :
   metric.replace(/^[^/]*\//, "").replace(/_(step|epoch)$/, "");
 
+/** The name of a run's group of seeds or folds. */
+const groupOf = (run) => Object.keys(page.groups).find((name) => page.groups[name].includes(run));
+
 /** The charts that are shown: names and metrics. */
 function charts() {
-  const byName = { __proto__: null };
-  for (const metric of page.metrics) {
+  const byName = { __proto__: null }, rank = (metric) => metric.startsWith("system/") - metric.startsWith("valid/");
+  for (const metric of page.metrics.toSorted((a, b) => rank(a) - rank(b))) {
     const base = baseName(metric);
     const isMean = metric.endsWith("_epoch") && page.metrics.includes(metric.replace(/_epoch$/, "_step"));
     if (state.together && isMean) continue; // of the batches, which are in the chart
@@ -231,13 +233,13 @@ function charts() {
 
 /** The curves of a metric in plotly's format: those of runs, faint ones behind them if smoothed, and bands. */
 function traces(metric, dash, x) {
-  const result = [], members = page.groups.map(() => []);
+  const result = [], members = { __proto__: null }; // curves by group
   for (const run of shownRuns()) {
-    const { name, group, processes } = page.runs[run], points = pointsOf(metric, run);
+    const { name, processes } = page.runs[run], group = groupOf(run), points = pointsOf(metric, run);
     if (!points.length) continue;
     const curve = { x: points.map(([step]) => step).map(axisOf(metric, run)), y: smoothed(points) };
-    if (group !== null) members[group].push(curve);
-    if (!isShown(name) || (group !== null && !state.each)) continue;
+    if (group) (members[group] ??= []).push(curve);
+    if (!isShown(name) || (group && !state.each)) continue;
     const raw = { x: [], y: [] }, line = { x: [], y: [] };
     let process;
     points.forEach(([, value, low = value, high = value], i) => {
@@ -258,8 +260,8 @@ function traces(metric, dash, x) {
     if (state.smoothing) result.push({ ...style, ...raw, ...faint });
     result.push({ ...style, ...(state.smoothing ? line : raw) });
   }
-  page.groups.forEach((name, group) => {
-    const points = isShown(name) && x !== "minutes" ? band(members[group]) : [];
+  Object.entries(members).forEach(([name, curves]) => {
+    const points = isShown(name) && x !== "minutes" ? band(curves) : [];
     if (!points.length) return;
     const [at, mean, deviation, count] = points[0].map((_, column) => points.map((point) => point[column]));
     const edge = (sign) => mean.map((value, i) => value + sign * deviation[i]);
@@ -318,7 +320,7 @@ function legendEntry(name) {
     setState({ hide: box.checked ? state.hide.filter((hidden) => hidden !== name) : [...state.hide, name] }));
   pin.textContent = state.pin === name ? "unpin" : "pin";
   pin.addEventListener("click", () => setState({ pin: state.pin === name ? "" : name }));
-  entry.append(label, ...(page.groups.includes(name) ? [] : [pin]));
+  entry.append(label, ...(Object.hasOwn(page.groups, name) ? [] : [pin]));
   return entry;
 }
 
@@ -332,17 +334,17 @@ function showLegend(names) {
 }
 
 function show() {
-  const shown = charts(), panels = $("#panels"), runs = shownRuns().map((run) => page.runs[run]);
+  const shown = charts(), panels = $("#panels"), groups = Object.keys(page.groups);
   $("#curves").hidden = !page.metrics.length;
-  $("#each").hidden = !page.groups.length;
+  $("#each").hidden = !groups.length;
   $("output").value = state.smoothing || "";
   if ($("#names").options.length !== page.metrics.length)
     $("#names").replaceChildren(...page.metrics.map((name) => new Option(name)));
   const names = Object.keys(page.runs).sort().map((run) => page.runs[run].name);
   document.title = $("h1").textContent = names.length === 1 ? names[0] : `${names.length} runs`;
-  for (const name of [...page.groups, ...names]) colorOf(name); // the same whatever is shown
-  const drawn = runs.filter(({ group }) => group === null || state.each).map(({ name }) => name);
-  showLegend([...page.groups, ...drawn]);
+  for (const name of [...groups, ...names]) colorOf(name); // the same whatever is shown
+  const drawn = shownRuns().filter((run) => state.each || !groupOf(run)).map((run) => page.runs[run].name);
+  showLegend([...groups, ...drawn]);
   for (const panel of [...panels.children])
     if (!shown.some(([name]) => name === panel.dataset.name)) Plotly.purge(panel), panel.remove();
   shown.forEach(([name], i) => {

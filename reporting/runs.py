@@ -213,15 +213,14 @@ def read_run(path: Path, known: RunFiles | None = None) -> RunFiles:
     label = path.resolve().name
     if name := config.get("name"):
         label = f"{format_value(name)} ({label})"
-    run = RunFiles(path, format_value(label), config, journal, log, metrics, notes)
+    state = "finished"
     if metrics is None:
         state = f"at step {journal.last_step:,.0f}"
         if is_locked(path):
             state = f"under way {state}"
         elif "output_dir" in config:  # other programs don't lock their directory
             state = f"died {state}"
-        run.state = state
-    return run
+    return RunFiles(path, format_value(label), config, journal, log, metrics, notes, state)
 
 
 def is_locked(directory: Path) -> bool:
@@ -286,7 +285,7 @@ def format_value(value: Any) -> str:
         if 1e4 <= abs(value) < 1e9:
             return f"{value:.0f}"
         return f"{value:.4g}"
-    if value is None or value == []:
+    if value is None:
         return "–"
     string = value if isinstance(value, str) else json.dumps(value)
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in string)

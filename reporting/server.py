@@ -59,32 +59,30 @@ def serve(found: Collection, look: Callable[..., Collection], host: str, port: i
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            if self.is_allowed():
-                self.answer("text/html; charset=utf-8", make_page(None))
+            """Send the page, or to a POST what is new, to those who know the token.
 
-        def do_POST(self) -> None:
-            if self.is_allowed():
-                page = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                self.answer("application/json", json.dumps(news(found, analysis, page)))
-
-        def is_allowed(self) -> bool:
-            """Whether the token is right, or without one the name of this machine.
-
-            A page from elsewhere could have its own name lead here.
+            Without a token, to those who know the name of this machine: a page from elsewhere could
+            have its own name lead here.
             """
+            allowed = str(self.headers["Host"]).split(":")[0] in LOCAL
             if query:
                 allowed = secrets.compare_digest(self.path.encode(), f"/{query}".encode())
-            else:
-                allowed = str(self.headers["Host"]).split(":")[0] in LOCAL
             if not allowed:
                 self.send_error(403, "the address that report.py printed has a token")
-            return allowed
-
-        def answer(self, kind: str, content: str) -> None:
+                return
+            if self.command == "POST":
+                page = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                kind = "application/json"
+                content = json.dumps(news(found, analysis, page))
+            else:
+                kind = "text/html; charset=utf-8"
+                content = make_page(None)
             self.send_response(200)
             self.send_header("Content-Type", kind)
             self.end_headers()
             self.wfile.write(content.encode())
+
+        do_POST = do_GET
 
     def compare() -> None:
         """Whenever other runs have finished, compare them in a process of its own.

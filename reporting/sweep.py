@@ -26,7 +26,8 @@ def open_study(directory: Path, runs: list[RunFiles]) -> Any:
     url = f"sqlite:///{file}?mode=ro&uri=true"  # read-only: the search may be under way
     try:
         storage = optuna.storages.RDBStorage(url, skip_table_creation=True)
-        study = optuna.load_study(study_name=None, storage=storage)
+        [name] = optuna.get_all_study_names(storage)
+        study = optuna.load_study(study_name=name, storage=storage)
         trials = study.trials
         if "metric" not in study.user_attrs.get("sweep", ""):
             raise ValueError("it is not of sweep_offline.py")

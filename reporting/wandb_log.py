@@ -21,8 +21,8 @@ class WandbLog:
         """`path` is the run's directory."""
         roots = [os.environ.get("WANDB_DIR", "."), *path.resolve().parents[:2]]
         self._directories = {Path(root, "wandb").resolve() for root in roots}
-        self._read_bytes: dict[Path, int] = {}  # of each file
-        self._start: float | None = None  # of the run, in seconds
+        self._read_bytes = {}  # of each file
+        self._start = None  # of the run, in seconds
         self.processes: dict[Path, float] = {}  # the first minute of each, by file
         # By metric: float64 (rows, 2), step and minute of "minutes", minute and value of others.
         self.columns: dict[str, np.ndarray] = {}
@@ -45,13 +45,17 @@ class WandbLog:
                     continue
                 self._start = self._start or time
                 minute = max(0.0, time - self._start) / 60  # records may be out of order
-                self.processes[file] = min(minute, self.processes.get(file, minute))
+                first = self.processes.get(file, minute)
+                self.processes[file] = min(minute, first)
                 if record.HasField("history"):
-                    points["minutes"].append((record.history.step.num, minute))
+                    step = record.history.step.num
+                    points["minutes"].append((step, minute))
                 for item in record.stats.item:
-                    points[f"system/{item.key}"].append((minute, float(item.value_json)))
+                    value = float(item.value_json)
+                    points[f"system/{item.key}"].append((minute, value))
         for name, new in points.items():
-            self.columns[name] = np.concatenate([self.columns.get(name, NOTHING), new])
+            known = self.columns.get(name, NOTHING)
+            self.columns[name] = np.concatenate([known, new])
 
 
 def _time(record: Any) -> float | None:

@@ -708,7 +708,7 @@ def test_numbers_are_compared_by_their_absolute_errors(tmp_path, capsys):
     assert "1 is closer than 30: " in page and "30 is closer than 1: " in page
     assert "Street 7" in page and "McNemar" not in page and "can&#x27;t be read" not in page
     curves = json.loads(html.unescape(page.split('data-curves="')[1].split('"')[0]))
-    assert curves["metrics"] == ["valid/mae", "valid/r2", "lr"]
+    assert curves["metrics"] == ["lr", "valid/mae", "valid/r2"]
     assert curves["important"] == ["mae", "loss"]  # the charts that are shown at first
 
     a, b = (comparison.read_predictions(run) for run in runs.find_runs([good, bad]))
