@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> None:
     data = describe(found)
     metrics = [*data["metrics"], "epoch", "minutes"]
     data["curves"] = curves(found.runs, {metric: {} for metric in metrics}, None)
-    page = make_page(data, show_tables(found), **analyze(found))
+    page = make_page(data, tables=show_tables(found), **analyze(found))
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         write_text(output, page)

@@ -37,14 +37,8 @@ CONTROLS = """<h2>Curves</h2><form class="controls">
 seeds or folds. The address of this page keeps what is chosen. <span id="state"></span></p>"""
 
 
-def make_page(
-    data: dict[str, Any] | None,
-    tables: str = "",
-    seeds: str = "",
-    sweeps: str = "",
-    analysis: str = "",
-) -> str:
-    """The page of the curves' `data` and of some sections; without, it asks the server for both."""
+def make_page(data: dict[str, Any] | None, **sections: str) -> str:
+    """The page of the curves' `data` and of `sections`; without, it asks the server for both."""
     style = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
     code = Path(__file__).with_name("page.js").read_text(encoding="utf-8")
     nonce = secrets.token_urlsafe(16)
@@ -53,11 +47,11 @@ def make_page(
 <meta http-equiv="Content-Security-Policy" content="{POLICY.format(nonce)}">
 <meta name="viewport" content="width=device-width"><style>{style}</style></head>
 <body data-curves="{html.escape(json.dumps(data))}"><h1></h1>
-<div id="tables">{tables}</div>
+<div id="tables">{sections.get("tables", "")}</div>
 <div id="curves">{CONTROLS}</div>
-<div id="seeds">{seeds}</div>
-<div id="sweeps">{sweeps}</div>
-<div id="analysis">{analysis}</div>
+<div id="seeds">{sections.get("seeds", "")}</div>
+<div id="sweeps">{sections.get("sweeps", "")}</div>
+<div id="analysis">{sections.get("analysis", "")}</div>
 <script nonce="{nonce}">{get_plotlyjs()}</script>
 <script nonce="{nonce}">{code}</script></body></html>
 """
