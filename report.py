@@ -109,8 +109,7 @@ def main(argv: list[str] | None = None) -> None:
     for run in found.runs:
         run.log.read(run.config)
     data = describe(found)
-    metrics = [*data["metrics"], "epoch", "minutes"]
-    data["curves"] = curves(found.runs, {metric: {} for metric in metrics}, None)
+    data["curves"] = curves(found.runs, {metric: {} for metric in data["metrics"]}, None)
     page = make_page(data, tables=show_tables(found), **analyze(found))
     try:
         output.parent.mkdir(parents=True, exist_ok=True)

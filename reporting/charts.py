@@ -34,7 +34,7 @@ def describe(found: Collection) -> dict[str, Any]:
     return {
         "runs": described,
         "groups": groups,
-        "metrics": sorted(logged - {"epoch", "minutes"}),
+        "metrics": sorted(logged),
         "important": list(important),
     }
 
