@@ -17,7 +17,8 @@ def wait_until(condition: Callable[[], Any], seconds: float = 10) -> Any:
 
 def check_console_and_requests(browser: Any, address: str) -> None:
     """No error was logged, and nothing was asked for but `address`, since the last time."""
-    assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
+    errors = [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+    assert not errors, errors
     events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     urls = [
         e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"

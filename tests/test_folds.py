@@ -202,7 +202,7 @@ def test_seeds_yaml_over_folds_offline_and_its_report(tmp_path, capsys):
     assert f"command: {command}\n" in capsys.readouterr().out
     page = (tmp_path / "report.html").read_text()
     assert f"<td>{command}</td>" in page
-    assert "Per class" in page and page.count("<th>precision</th>") == 1
+    assert "Per class" in page and page.count("<th tabindex=0>precision</th>") == 1
 
 
 @pytest.mark.quick
