@@ -20,6 +20,12 @@ from reporting.predictions import (
 from reporting.runs import PREDICTIONS, RunFiles, seed_table
 from reporting.sweep import show_sweep
 
+SEEDS = (
+    "Mean ± sample standard deviation over finished runs that differ in nothing but seed or fold, "
+    "one of each; in parentheses the 95% interval of the mean, by Student's t, as if they were "
+    "independent: folds share most of their training data."
+)
+
 
 def analyze(found: Collection) -> dict[str, str]:
     """Sections of the page, by the id of their element."""
@@ -30,21 +36,12 @@ def analyze(found: Collection) -> dict[str, str]:
     else:
         content = compare_runs(found, PREDICTIONS)
         content += compare_runs(found, "test_predictions.csv")
+    seeds = ""
+    if found.seed_groups:
+        means = table(seed_table(found.runs, found.seed_groups))
+        seeds = f"<h2>Over seeds or folds</h2>{paragraph(SEEDS, 'soft')}{means}"
     sweeps = "".join(map(show_sweep, found.studies))
-    return {"sweeps": sweeps, "seeds": show_seeds(found), "analysis": content}
-
-
-def show_seeds(found: Collection) -> str:
-    """The means over seeds or folds."""
-    if not found.seed_groups:
-        return ""
-    remark = (
-        "Mean ± sample standard deviation over finished runs that differ in nothing but seed or "
-        "fold, one of each; in parentheses the 95% interval of the mean, by Student's t, as if "
-        "they were independent: folds share most of their training data."
-    )
-    means = table(seed_table(found.runs, found.seed_groups))
-    return f"<h2>Over seeds or folds</h2>{paragraph(remark, 'soft')}{means}"
+    return {"sweeps": sweeps, "seeds": seeds, "analysis": content}
 
 
 def show_run(run: RunFiles) -> str:

@@ -25,10 +25,10 @@ LATEX = str.maketrans(
 
 def exported(runs: list[RunFiles]) -> Table:
     """The table of the runs with directories and names in place of the labels."""
-    header, *rows = run_table(runs)
-    table = [["directory", "name", *header[1:]]]
-    for run, row in zip(runs, rows):
-        table.append([str(run.path), run.config.get("name"), *row[1:]])
+    table = run_table(runs)
+    table[0][:1] = ["directory", "name"]
+    for run, row in zip(runs, table[1:]):
+        row[:1] = [str(run.path), run.config.get("name")]
     return table
 
 

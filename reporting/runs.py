@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from decimal import Decimal
 from functools import cached_property
 from pathlib import Path
@@ -144,7 +144,7 @@ def base_name(metric: str) -> str:
     return metric.split("/", 1)[-1]
 
 
-def find_runs(directories: Iterable[Path], known: Sequence[RunFiles] = ()) -> list[RunFiles]:
+def find_runs(directories: Sequence[Path], known: Sequence[RunFiles] = ()) -> list[RunFiles]:
     """The runs in or below these directories; of `known` ones, what is new is read.
 
     Raises `UserError` if a directory holds no run.
@@ -212,7 +212,7 @@ def read_run(path: Path, known: RunFiles | None = None) -> RunFiles:
         notes.append(f"{unreadable} of {lines} rows of {JOURNAL} can't be read")
     label = path.resolve().name
     if name := config.get("name"):
-        label = f"{format_value(name)} ({label})"
+        label = f"{name} ({label})"
     state = "finished"
     if metrics is None:
         state = f"at step {journal.last_step:,.0f}"

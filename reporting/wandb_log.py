@@ -32,9 +32,10 @@ class WandbLog:
         from harness import wandb_service  # it imports wandb, which takes a second
 
         files = set()
-        run = str(config.get("id")), config.get("run_token")
+        run_id = str(config.get("id"))
+        token = config.get("run_token")
         for directory in self._directories:
-            files.update(wandb_service.log_files(*run, directory))
+            files.update(wandb_service.log_files(run_id, token, directory))
         points = defaultdict(list)
         for file in sorted(files, key=wandb_service.start_of):
             start = self._read_bytes.get(file, wandb_service.HEADER)
@@ -44,7 +45,8 @@ class WandbLog:
                 if time is None:
                     continue
                 self._start = self._start or time
-                minute = max(0.0, time - self._start) / 60  # records may be out of order
+                seconds = max(0.0, time - self._start)  # records may be out of order
+                minute = seconds / 60
                 first = self.processes.get(file, minute)
                 self.processes[file] = min(minute, first)
                 if record.HasField("history"):
@@ -61,7 +63,8 @@ class WandbLog:
 def _time(record: Any) -> float | None:
     """When a row or system metrics were logged, in seconds; None for other records."""
     if record.HasField("stats"):
-        return record.stats.timestamp.ToNanoseconds() / 1e9
+        nanoseconds = record.stats.timestamp.ToNanoseconds()
+        return nanoseconds / 1e9
     for item in record.history.item:
         if "_timestamp" in (item.key, *item.nested_key):
             return float(item.value_json)
