@@ -49,7 +49,7 @@ def curves(
     In place of them, the points between two steps if there are `bounds`.
     """
     most = min(MAX_POINTS, max(200, ALL_POINTS // len(runs)))
-    by_metric: dict[str, Any] = {}
+    by_metric = {}
     for metric, steps in last_steps.items():
         by_metric[metric] = {}
         for run in runs:

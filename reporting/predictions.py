@@ -118,8 +118,8 @@ def arrange(run: RunFiles, probabilities: Tensor, columns: dict[str, Any]) -> Pr
 
 def largest_first(values: Tensor, chosen: Tensor) -> list[int]:
     """The indices of the chosen examples, by falling value."""
-    indices = chosen.nonzero().flatten()
-    return indices[values[indices].argsort(descending=True, stable=True)].tolist()
+    order = values.argsort(descending=True, stable=True)
+    return order[chosen[order]].tolist()
 
 
 def show_examples(predictions: Predictions, indices: list[int], *others: Predictions) -> str:

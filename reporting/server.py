@@ -54,7 +54,7 @@ def serve(found: Collection, look: Callable[..., Collection], host: str, port: i
     Other machines need the token in the address that is printed. Raises `UserError` if the address
     can't be used.
     """
-    analysis: dict[str, str] = {}
+    analysis = {}  # sections of the page
     query = "" if host in LOCAL else f"?token={secrets.token_urlsafe(16)}"
 
     class Handler(BaseHTTPRequestHandler):
