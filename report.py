@@ -20,9 +20,9 @@ if __name__ == "__main__" and not in_ipython():
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from reporting.charts import curves, describe
-from reporting.collection import Collection, collect
+from reporting.collection import collect
 from reporting.export import print_csv, print_json, print_latex
-from reporting.runs import Table, format_value, run_table, seed_table
+from reporting.runs import Collection, Table, format_value, run_table, seed_table
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:

@@ -8,7 +8,6 @@ import torch
 from harness.errors import UserError
 from harness.script import in_ipython
 from metrics import PER_CLASS, ConfusionMatrix
-from reporting.collection import Collection
 from reporting.comparison import compare_runs
 from reporting.markup import paragraph, table
 from reporting.predictions import (
@@ -17,7 +16,7 @@ from reporting.predictions import (
     read_predictions,
     show_examples,
 )
-from reporting.runs import PREDICTIONS, RunFiles, seed_table
+from reporting.runs import PREDICTIONS, Collection, RunFiles, seed_table
 from reporting.sweep import show_sweep
 
 SEEDS = (

@@ -5,9 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from reporting.collection import Collection
 from reporting.journal import NOTHING
-from reporting.runs import RunFiles
+from reporting.runs import Collection, RunFiles
 
 MAX_POINTS = 1000  # of a curve
 ALL_POINTS = 40_000  # of a metric's curves of all runs

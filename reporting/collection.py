@@ -1,26 +1,14 @@
 """Collects what report.py shows: runs, their groups, sweeps, and what is wrong with their files."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
 
 from harness.directory import CONFIG
 from harness.errors import UserError
 from harness.files import list_names
-from reporting.runs import RunFiles, SeedGroups, find_runs, format_value, groups, sort_runs
+from reporting.runs import Collection, RunFiles, find_runs, format_value, groups, sort_runs
 from reporting.sweep import open_study
-
-
-@dataclass
-class Collection:
-    """What is in some directories."""
-
-    runs: list[RunFiles]  # the best first
-    seed_groups: SeedGroups
-    studies: list[Any]  # Optuna's
-    problems: list[str]
 
 
 def collect(

@@ -20,7 +20,6 @@ from metrics import (
     paired_bootstrap_counts,
     permutation_test,
 )
-from reporting.collection import Collection
 from reporting.markup import paragraph, table
 from reporting.predictions import (
     MOST_SHOWN,
@@ -29,7 +28,7 @@ from reporting.predictions import (
     read_predictions,
     show_examples,
 )
-from reporting.runs import PREDICTIONS, SeedGroups, base_name, format_mean
+from reporting.runs import PREDICTIONS, Collection, SeedGroups, base_name, format_mean
 
 MOST_COMPARED = 20  # runs per metric: each comparison takes about half a second
 MOST_GROUPS = 5  # of seeds

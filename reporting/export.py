@@ -5,9 +5,8 @@ import json
 import math
 import sys
 
-from reporting.collection import Collection
 from reporting.journal import is_number
-from reporting.runs import RunFiles, Table, format_value, run_table, seed_table
+from reporting.runs import Collection, RunFiles, Table, format_value, run_table, seed_table
 
 LATEX = str.maketrans(
     {

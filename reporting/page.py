@@ -8,9 +8,8 @@ from typing import Any
 
 from plotly.offline import get_plotlyjs
 
-from reporting.collection import Collection
 from reporting.markup import paragraph, table
-from reporting.runs import run_table
+from reporting.runs import Collection, run_table
 
 # Only the page's own scripts may run, and only the server is asked. plotly.js needs 'unsafe-eval'
 # for parallel coordinates.

@@ -139,6 +139,16 @@ SeedGroups = dict[str, list[RunFiles]]  # by a printable name
 Table = list[list[Any]]  # rows; the first one is the header
 
 
+@dataclasses.dataclass
+class Collection:
+    """What is in some directories."""
+
+    runs: list[RunFiles]  # the best first
+    seed_groups: SeedGroups
+    studies: list[Any]  # Optuna's
+    problems: list[str]
+
+
 def base_name(metric: str) -> str:
     """A metric's name without its prefix: "loss" for "valid/loss"."""
     return metric.split("/", 1)[-1]

@@ -16,8 +16,8 @@ from typing import Any
 
 from harness.errors import UserError
 from reporting.charts import curves, describe
-from reporting.collection import Collection
 from reporting.page import make_page, show_tables
+from reporting.runs import Collection
 
 PERIOD = 2  # seconds between two looks at the files
 LOCAL = ("127.0.0.1", "localhost")
