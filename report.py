@@ -70,7 +70,7 @@ def print_tables(found: Collection) -> None:
     print_table(run_table(found.runs))
     if found.seed_groups:
         print()
-        print_table(seed_table(found.runs, found.seed_groups))
+        print_table(seed_table(found))
     command = found.runs[0].config.get("command")
     if command and len(found.runs) == 1:
         print(f"command: {format_value(command)}")

@@ -37,7 +37,7 @@ def analyze(found: Collection) -> dict[str, str]:
         content += compare_runs(found, "test_predictions.csv")
     seeds = ""
     if found.seed_groups:
-        means = table(seed_table(found.runs, found.seed_groups))
+        means = table(seed_table(found))
         seeds = f"<h2>Over seeds or folds</h2>{paragraph(SEEDS, 'soft')}{means}"
     sweeps = "".join(map(show_sweep, found.studies))
     return {"sweeps": sweeps, "seeds": seeds, "analysis": content}

@@ -41,7 +41,7 @@ def print_json(found: Collection) -> None:
     """Print an object for each run and for each group of seeds or folds."""
     header, *rows = exported(found.runs)
     runs = [dict(zip(header, row)) for row in rows]
-    header, *rows = seed_table(found.runs, found.seed_groups)
+    header, *rows = seed_table(found)
     header[0] = "name"
     groups = []
     for row, members in zip(rows, found.seed_groups.values()):
@@ -59,7 +59,7 @@ def print_latex(found: Collection) -> None:
     """
     table = run_table(found.runs)
     if found.seed_groups:
-        table = seed_table(found.runs, found.seed_groups)
+        table = seed_table(found)
         if alone := len(found.runs) - sum(map(len, found.seed_groups.values())):
             found.problems.append(f"Runs left out, because they are in no group: {alone}")
     columns = []

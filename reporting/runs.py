@@ -337,13 +337,13 @@ def shown_figures(runs: list[RunFiles]) -> list[str]:
     return [name for name in names if any(name in run.best for run in runs)]
 
 
-def seed_table(runs: list[RunFiles], seed_groups: SeedGroups) -> Table:
+def seed_table(found: Collection) -> Table:
     """Each group's mean ± standard deviation, and the 95% interval of the mean."""
     from metrics import mean_interval  # imports torch, which `report.py --watch` does without
 
-    figures = shown_figures(runs)
+    figures = shown_figures(found.runs)
     rows = [["runs that differ in seed or fold only", "n", *figures]]
-    for name, members in seed_groups.items():
+    for name, members in found.seed_groups.items():
         row = [name, len(members)]
         for figure in figures:
             values = [run.best.get(figure, math.nan) for run in members]

@@ -568,7 +568,7 @@ def test_runs_of_folds_are_a_group_and_those_of_seeds_and_folds_too(tmp_path):
     found = runs.find_runs([tmp_path])
     (members,) = runs.groups(found).values()
     assert len(members) == 6
-    header, row = runs.seed_table(found, runs.groups(found))
+    header, row = runs.seed_table(runs.Collection(found, runs.groups(found), [], []))
     values = [run.metrics["valid/loss"] for run in members]
     low, high = scipy.stats.t.interval(0.95, 5, np.mean(values), scipy.stats.sem(values))
     expected = (
