@@ -110,7 +110,7 @@ def main(argv: list[str] | None = None) -> None:
         run.log.read(run.config)
     data = describe(found)
     data["curves"] = curves(found.runs, {metric: {} for metric in data["metrics"]}, None)
-    page = make_page(data, tables=show_tables(found), **analyze(found))
+    page = make_page(len(found.runs), data, tables=show_tables(found), **analyze(found))
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         write_text(output, page)

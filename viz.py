@@ -349,7 +349,7 @@ def confusion_matrix_picture(counts: Tensor, class_names: list[str], part: str) 
             shade = f"hsl(212, 73%, {100 - 65 * share**0.5:.2f}%)"  # white to `DEEP`
             draw.rectangle((x, y, x + cell, y + cell), fill=shade, outline=GRID)
             color = PAPER if share > 0.62 else "black"  # a contrast of at least 4.5:1
-            text = f"{count:,}\n{100 * share:.1f} %" if count else "0"
+            text = f"{count:,}\n{share:.1%}" if count else "0"
             _draw_text(canvas, x + cell / 2, y + cell / 2, text, cell * 0.22, color=color)
     return canvas
 
@@ -471,7 +471,7 @@ def digit_mistakes_picture(
     """Draw the 40 most confident mistakes. `part` is the name of the data split, for the heading.
 
     `images` is uint8 (examples, 1, height, width). A 7 that was predicted to be a 1 with
-    probability 98 % has the caption "7 as 1, 98 %".
+    probability 98% has the caption "7 as 1, 98%".
     """
     wrong = most_confident_mistakes(result)
     shown = wrong[:40]
@@ -480,8 +480,8 @@ def digit_mistakes_picture(
     for i in shown.tolist():
         label = names[result.labels[i]]
         prediction = names[result.predictions[i]]
-        percent = 100 * result.probabilities[i].max()
-        captions.append(f"{label[:14]} as {prediction[:14]}, {percent:.0f} %")
+        confidence = float(result.probabilities[i].max())
+        captions.append(f"{label[:14]} as {prediction[:14]}, {confidence:.0%}")
     title = (
         f"{part}: {len(shown)} of {len(wrong):,} mistakes in {len(images):,} examples, "
         "most confident first, label as prediction"

@@ -22,6 +22,9 @@ LISTS = (list[int], list[str])
 BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 IDENTITY = {"config", "id", "output_dir", "resume"}  # of one run: `--config` leaves them out
 SWEEP_FILE = "WANDB_SWEEP_PARAM_PATH"  # both kinds of W&B's agent write a run's values to this file
+PROVENANCE = ("command", "date", "host", "git_commit", "code", "resumed")  # of a run
+# Keys of config.json that are not options.
+RESERVED = {*PROVENANCE, "versions", "metrics", "task_name", "run_token"}
 
 
 def option(
@@ -154,6 +157,8 @@ def parse(settings_class: type[Settings], argv: Sequence[str] | None = None) -> 
     given = _check(settings_class, _read_command_line(settings_class, argv), prefix="--")
     if not issubclass(settings_class, SharedSettings):
         return settings_class(**given)
+    if taken := RESERVED & _kinds(settings_class).keys():
+        raise UserError(f"{min(taken)}: config.json needs this name; give your option another one")
     given |= _check(settings_class, _read_sweep_file(), prefix="config.")
     if given.get("config"):
         given = _read_config(settings_class, Path(given["config"]), "--config") | given

@@ -1,4 +1,4 @@
-"""What takes seconds: sweeps, comparisons, and the predictions of a run."""
+"""The slow sections of the page: sweeps, comparisons, and the predictions of a run."""
 
 import base64
 import html
@@ -73,4 +73,6 @@ def show_predictions(predictions: Predictions) -> str:
     examples = show_examples(predictions, wrong)
     validated = any(name.startswith("valid/") for name in predictions.run.best)
     part = "validation" if validated else "test"
-    return f"<h2>Predictions of the {part} data</h2>{per_class}<h3>{heading}</h3>{examples}"
+    name = html.escape(predictions.run.label)
+    title = f"Predictions of the {part} data: {name}"
+    return f"<h2>{title}</h2>{per_class}<h3>{heading}</h3>{examples}"

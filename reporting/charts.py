@@ -19,12 +19,12 @@ def describe(found: Collection) -> dict[str, Any]:
     important = {}
     for run in found.runs:
         logged.update(run.columns)
-        important |= dict.fromkeys(run.key_metrics)
+        important |= dict.fromkeys([run.monitor, *run.key_metrics])
         described[str(run.path)] = {
             "name": run.label,
             "finished": run.metrics is not None,
             "batchSize": str(run.config.get("batch_size")),
-            "journal": id(run.journal.columns),  # another one after each cut
+            "journal": id(run.journal.columns),  # changes when a resumed run cuts it
             "processes": list(run.log.processes.values()),
         }
     groups = {}

@@ -132,7 +132,7 @@ def compare_with_best(best: Predictions, others: list[Predictions]) -> str:
     pairs = math.comb(len(others) + 1, 2)
     if pairs > 1:
         method += (
-            f" Both have Bonferroni's correction for all {pairs} pairs of these runs, "
+            f" Bonferroni's correction is for all {pairs} pairs of these runs, "
             "because the best was chosen."
         )
     # The interval at 1 - 0.05 / pairs, if the difference has a normal distribution.

@@ -85,7 +85,7 @@ class Journal:
 
 
 def _parse(lines: list[bytes]) -> list[dict[str, Any]]:
-    """The rows with a step."""
+    """The lines that are JSON objects with a finite step."""
     try:
         rows = json.loads(b"[%s]" % b",".join(lines))
     except (ValueError, RecursionError):

@@ -86,7 +86,7 @@ function pointsOf(metric, run) {
 
 const form = $("form");
 const defaults = { charts: "", runs: "", x: "examples", smoothing: 0, logX: false, logY: false, together: true,
-  each: Object.keys(page.runs).length <= 5, pin: "", hide: [] };
+  each: Number(document.body.dataset.runs) <= 5, pin: "", hide: [] };
 const state = { ...defaults };
 for (const [name, value] of new URLSearchParams(location.hash.slice(1)))
   if (Object.hasOwn(defaults, name)) state[name] = { boolean: value === "true", number: Number(value) || 0,
@@ -211,8 +211,7 @@ const isShown = (name) => !state.hide.includes(name);
 const shownRuns = () => Object.keys(page.runs).sort().filter((run) => matches(state.runs, page.runs[run].name));
 
 /** The name of the chart that a metric shares in training and validation. */
-const baseName = (metric) => /^(system|test)\//.test(metric) ? metric :
-  metric.replace(/^[^/]*\//, "").replace(/_(step|epoch)$/, "");
+const baseName = (metric) => metric.replace(/^(train|valid)\/(.*?)(_step|_epoch)?$/, "$2");
 
 /** The name of a run's group of seeds or folds. */
 const groupOf = (run) => Object.keys(page.groups).find((name) => page.groups[name].includes(run));
@@ -239,7 +238,7 @@ function traces(metric, dash, x) {
     if (!points.length) continue;
     const curve = { x: points.map(([step]) => step).map(axisOf(metric, run)), y: smoothed(points) };
     if (group) (members[group] ??= []).push(curve);
-    if (!isShown(name) || (group && !state.each)) continue;
+    if (!isShown(name) || (group && !state.each && x !== "minutes")) continue;
     const raw = { x: [], y: [] }, line = { x: [], y: [] };
     let process;
     points.forEach(([, value, low = value, high = value], i) => {
@@ -343,7 +342,7 @@ function show() {
   const names = Object.keys(page.runs).sort().map((run) => page.runs[run].name);
   document.title = $("h1").textContent = names.length === 1 ? names[0] : `${names.length} runs`;
   for (const name of [...groups, ...names]) colorOf(name); // the same whatever is shown
-  const drawn = shownRuns().filter((run) => state.each || !groupOf(run)).map((run) => page.runs[run].name);
+  const drawn = shownRuns().filter((run) => state.each || state.x === "minutes" || !groupOf(run)).map((run) => page.runs[run].name);
   showLegend([...groups, ...drawn]);
   for (const panel of [...panels.children])
     if (!shown.some(([name]) => name === panel.dataset.name)) Plotly.purge(panel), panel.remove();

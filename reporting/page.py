@@ -31,13 +31,14 @@ CONTROLS = """<h2>Curves</h2><form class="controls">
 <label><input name="logY" type="checkbox"> log y</label>
 <label><input name="together" type="checkbox"> training with validation</label>
 <label id="each"><input name="each" type="checkbox"> each run of a group</label></form>
-<p id="remark" class="soft"></p><div id="panels"></div><ul id="legend"></ul>
+<p class="soft"><span id="state"></span> <span id="remark"></span></p>
+<div id="panels"></div><ul id="legend"></ul>
 <p class="soft">Drag to zoom, double-click to zoom out. Bands are the mean ± standard deviation over
-seeds or folds. The address of this page keeps what is chosen. <span id="state"></span></p>"""
+seeds or folds. The address of this page keeps what is chosen above.</p>"""
 
 
-def make_page(data: dict[str, Any] | None, **sections: str) -> str:
-    """The page of the curves' `data` and of `sections`; without, it asks the server for both."""
+def make_page(runs: int, data: dict[str, Any] | None, **sections: str) -> str:
+    """The page of so many runs; without `data`, it asks the server for curves and sections."""
     style = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
     code = Path(__file__).with_name("page.js").read_text(encoding="utf-8")
     nonce = secrets.token_urlsafe(16)
@@ -45,7 +46,7 @@ def make_page(data: dict[str, Any] | None, **sections: str) -> str:
 <meta charset="utf-8"><title>Runs</title>
 <meta http-equiv="Content-Security-Policy" content="{POLICY.format(nonce)}">
 <meta name="viewport" content="width=device-width"><style>{style}</style></head>
-<body data-curves="{html.escape(json.dumps(data))}"><h1></h1>
+<body data-runs="{runs}" data-curves="{html.escape(json.dumps(data))}"><h1></h1>
 <div id="tables">{sections.get("tables", "")}</div>
 <div id="curves">{CONTROLS}</div>
 <div id="seeds">{sections.get("seeds", "")}</div>

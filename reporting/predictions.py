@@ -128,13 +128,15 @@ def show_examples(predictions: Predictions, indices: list[int], *others: Predict
     The last columns have the loss of the run, and those of `others`.
     """
     columns = dict(predictions.texts) or {"example": range(len(predictions.labels))}
-    columns["label"] = predictions.labels.tolist()
-    columns["prediction"] = predictions.predictions.tolist()
+    labels = predictions.labels.tolist()
+    predicted = predictions.predictions.tolist()
     if names := predictions.class_names:
-        for column in ("label", "prediction"):
-            columns[column] = [names[label] for label in columns[column]]
+        columns["label"] = [names[label] for label in labels]
+        columns["prediction"] = [names[label] for label in predicted]
+    else:
+        columns |= {"target": labels, "prediction": predicted}
     for run in (predictions, *others):
-        columns[f"loss of {run.run.label}"] = run.losses.tolist()
+        columns[f"{'loss' if names else 'error'} of {run.run.label}"] = run.losses.tolist()
     rows = [list(columns)]
     for i in indices[:MOST_SHOWN]:
         rows.append([column[i] for column in columns.values()])

@@ -17,19 +17,11 @@ from harness import system
 from harness.directory import CONFIG, JOURNAL, METRICS
 from harness.errors import UserError
 from harness.files import read_json
-from harness.options import SharedSettings
+from harness.options import PROVENANCE, SharedSettings
 from reporting.journal import NOTHING, Journal, is_number
 from reporting.wandb_log import WandbLog
 
 KEY_METRICS = 2  # of those that a script declares, shown beside the monitored one
-PROVENANCE = (  # in config.json, but no settings
-    "command",
-    "date",
-    "host",
-    "git_commit",
-    "code",
-    "resumed",
-)
 SEED_AND_REMARKS = ("seed", "fold", "notes", "tags")  # may differ within a group
 PREDICTIONS = "predictions.csv"
 LEVELS = 2  # of directories below a given one that may hold runs
@@ -58,9 +50,7 @@ class RunFiles:
 
     @cached_property
     def monitor(self) -> str:
-        """The metric to compare, such as "valid/loss": that of `compare_by`, or without a call the
-        one that selects the best epoch.
-        """
+        """The metric that runs are compared by: that of `compare_by`, or the monitored one."""
         return format_value(self.config.get("monitor") or "")
 
     @property
@@ -76,7 +66,7 @@ class RunFiles:
 
     @property
     def sign(self) -> int | None:
-        """That of the metric to compare."""
+        """`sign_of` the metric to compare."""
         return self.sign_of(self.monitor)
 
     def sign_of(self, metric: str) -> int | None:
@@ -129,9 +119,11 @@ class RunFiles:
     @property
     def settings(self) -> dict[str, Any]:
         """The settings that may tell runs apart."""
-        options = dataclasses.fields(SharedSettings)
-        hidden = {option.name for option in options if not option.metadata["tells_apart"]}
-        hidden |= {"metrics", "run_token", "name", *PROVENANCE}
+        hidden = {"metrics", "name"}
+        if "run_token" in self.config:  # it is of this project's scripts
+            options = dataclasses.fields(SharedSettings)
+            hidden = {option.name for option in options if not option.metadata["tells_apart"]}
+            hidden |= {"metrics", "run_token", "name", *PROVENANCE}
         return {name: value for name, value in self.config.items() if name not in hidden}
 
 
@@ -318,11 +310,11 @@ def run_table(runs: list[RunFiles]) -> Table:
     settings = differing(runs)
     figures = shown_figures(runs)
     names = [f"{name} (setting)" if name in figures else name for name in settings]
-    rows = [["run", "state", *names, "best epoch", *figures, "seconds"]]
+    rows = [["run", "state", "best epoch", *figures, "seconds", *names]]
     for run in runs:
         row = [run.label, run.state]
-        row += map(run.settings.get, settings)
         row += map(run.best.get, ["epoch", *figures, "seconds"])
+        row += map(run.settings.get, settings)
         rows.append(row)
     return rows
 

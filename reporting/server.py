@@ -76,7 +76,7 @@ def serve(found: Collection, look: Callable[..., Collection], host: str, port: i
                 content = json.dumps(news(found, analysis, page))
             else:
                 kind = "text/html; charset=utf-8"
-                content = make_page(None)
+                content = make_page(len(found.runs), None)
             self.send_response(200)
             self.send_header("Content-Type", kind)
             self.end_headers()
@@ -85,7 +85,7 @@ def serve(found: Collection, look: Callable[..., Collection], host: str, port: i
         do_POST = do_GET
 
     def compare() -> None:
-        """Whenever other runs have finished, compare them in a process of its own.
+        """Whenever a run has begun or finished, compare them in a process of its own.
 
         It takes seconds, which would hold up the answers, and the memory of torch.
         """
@@ -96,9 +96,9 @@ def serve(found: Collection, look: Callable[..., Collection], host: str, port: i
             signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
         analyzed = None
         while found.runs:
-            finished = [run.path for run in found.runs if run.metrics is not None]
-            if finished != analyzed:
-                analyzed = finished
+            states = [(run.path, run.metrics is None) for run in found.runs]
+            if states != analyzed:
+                analyzed = states
                 with GONE, context.Pool(1) as pool:
                     analysis.update(pool.apply(analysis_of, [look]))
             time.sleep(PERIOD)

@@ -196,14 +196,14 @@ def test_latex_of_runs(tmp_path, capsys):
         change(path / "config.json", {"metrics": {"mae": "min", "loss": "up"}})
     out, _ = output_of(tmp_path, "--latex", capsys=capsys)
     header, good, bad = cells_of(out)
-    assert header[-5:] == ["best epoch", "valid/mae", "test/mae", "test/loss", "seconds"]
-    assert good[-4:] == [r"\textbf{1}", r"\textbf{2}", "12346", "–"]
-    assert bad[-4:] == ["2", "4", "12346", "–"]
+    assert header[2:] == ["best epoch", "valid/mae", "test/mae", "test/loss", "seconds", "width"]
+    assert good[3:-1] == [r"\textbf{1}", r"\textbf{2}", "12346", "–"]
+    assert bad[3:-1] == ["2", "4", "12346", "–"]
     assert good[0] == (
         r'a "b", \& 50 \% of\_x\textbackslash{}n\textbackslash{}end\{tabular\} \#1 '
         r"\{\$\textasciitilde{}\textasciicircum{}\textless{}\textbar{}\textgreater{}\} (good)"
     )
-    assert bad[0] == "[0pt] (bad)" and good[2] == "12" and bad[2] == "$-$3"
+    assert bad[0] == "[0pt] (bad)" and good[-1] == "12" and bad[-1] == "$-$3"
 
 
 # ------------------------------------------------------------------------------------------- --metric

@@ -13,8 +13,8 @@ import torch
 import train_mnist
 from harness import session
 from harness.device import restoring_globals
-from harness.errors import Stopped
-from harness.options import given_options, parse
+from harness.errors import Stopped, UserError
+from harness.options import given_options, option, parse
 from tests import forking, killing
 from tests.conftest import call, clean_environment
 from tests.wandb_server import serving
@@ -261,3 +261,15 @@ def test_an_explicit_none_is_not_ignored_on_resuming(cwd):
     err = train(cwd, *command, "--micro_batch_size", "None", expected=2)
     assert "--micro_batch_size was 16, is None" in err
     assert "is finished" in train(cwd, *command, "--device", "auto")
+
+
+@pytest.mark.quick
+def test_an_option_can_not_have_a_name_that_config_json_uses():
+    """`--config` took the machine's name for the option, and a resumed run was refused."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Settings(train_mnist.Settings):
+        host: str = option("localhost", "of the database")
+
+    with pytest.raises(UserError, match="host: config"):
+        parse(Settings, [])

@@ -51,7 +51,8 @@ def make_run(
         "dataset": "nothing",
         "name": None,
     }
-    config |= {"id": path.name, "output_dir": str(path), "versions": {"torch": "2.9"}}
+    config |= {"id": path.name, "output_dir": str(path), "run_token": "0"}
+    config["versions"] = {"torch": "2.9"}
     config |= {"metrics": DIRECTIONS} | settings
     rng = random.Random(f"{config['seed']} {config['learning_rate']}")
     journal = []
@@ -289,7 +290,7 @@ def test_the_table_of_runs_is_corrected_for_the_choice_of_the_best(tmp_path):
         paths.append(path)
     best, *others = map(comparison.read_predictions, runs.sort_runs(runs.find_runs(paths)))
     page = comparison.compare_with_best(best, others)
-    assert "correction for all 3 pairs" in page
+    assert "correction is for all 3 pairs" in page
     gap, low, high = comparison.difference(best, others[1])
     widening = scipy.stats.norm.isf(0.025 / 3) / scipy.stats.norm.isf(0.025)
     p = metrics.mcnemar_exact(best.correct, others[1].correct).p_value
@@ -308,9 +309,9 @@ def test_table_shows_what_differs(tmp_path, capsys):
         make_run(tmp_path / f"runs/r{rate}-{seed}", seed=seed, learning_rate=rate)
     page = page_of(tmp_path / "runs", output=tmp_path / "report.html")
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["run", "state", "learning_rate", "seed", "best", "epoch", "valid/loss", "valid/acc",
-                                "test/acc", "seconds"]  # fmt: skip
-    losses = [float(line.split()[5]) for line in lines[1:7]]
+    assert lines[0].split() == ["run", "state", "best", "epoch", "valid/loss", "valid/acc", "test/acc",
+                                "seconds", "learning_rate", "seed"]  # fmt: skip
+    losses = [float(line.split()[3]) for line in lines[1:7]]
     assert losses == sorted(losses)
     values = [
         json.loads((tmp_path / f"runs/r0.1-{i}/metrics.json").read_text())["valid/loss"]
@@ -702,14 +703,14 @@ def test_numbers_are_compared_by_their_absolute_errors(tmp_path, capsys):
     good, bad = (make_regression(tmp_path / f"{e:g}", error=e, seed=e) for e in (1.0, 30.0))
     page = page_of(bad, good, output=tmp_path / "report.html")
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split()[-5:] == ["epoch", "valid/mae", "test/mae", "test/loss", "seconds"]
+    assert lines[0].split()[3:8] == ["epoch", "valid/mae", "test/mae", "test/loss", "seconds"]
     assert lines[1].startswith("1 ") and lines[2].startswith("30 ") and "12346" in lines[1]
     assert "The best is better in mean absolute error" in page
     assert "1 is closer than 30: " in page and "30 is closer than 1: " in page
     assert "Street 7" in page and "McNemar" not in page and "can&#x27;t be read" not in page
     curves = json.loads(html.unescape(page.split('data-curves="')[1].split('"')[0]))
     assert curves["metrics"] == ["lr", "valid/mae", "valid/r2"]
-    assert curves["important"] == ["mae", "loss"]  # the charts that are shown at first
+    assert curves["important"] == ["valid/mae", "mae", "loss"]  # the charts that are shown at first
 
     a, b = (comparison.read_predictions(run) for run in runs.find_runs([good, bad]))
     gap, low, high = comparison.difference(a, b)
@@ -737,7 +738,7 @@ def test_runs_without_a_direction_are_not_ranked(declared, tmp_path, capsys):
     page = page_of(a, b, output=tmp_path / "report.html")
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].startswith("30 ")
-    assert lines[2].split()[:6] == ["1", "finished", "1", "3", "1", "2"]  # its best is shown
+    assert lines[2].split()[:5] == ["1", "finished", "3", "1", "2"]  # its best is shown
     (line,) = (line for line in lines if line.startswith("Not ranked: 1: "))
     assert line in page and "Not compared: 1 (not ranked by valid/mae)." in page
     assert "The best is" not in page and "Over seeds or folds, " not in page
@@ -913,7 +914,7 @@ def test_page_in_a_browser(browser, tmp_path):
         rows = browser.find_elements("css selector", "table:first-of-type tbody")[
             0
         ].text.splitlines()
-        losses = [float(row.split()[-5]) for row in rows]
+        losses = [float(row.split()[-6]) for row in rows]
         assert losses == sorted(losses, reverse=direction < 0)
     assert browser.get_log("browser") == []
 

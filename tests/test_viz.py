@@ -104,7 +104,7 @@ def test_captions_name_label_and_prediction(monkeypatch):
     viz.digit_mistakes_picture(
         torch.zeros(1, 1, 28, 28, dtype=torch.uint8), result, ["zero", "one", "two"], "valid"
     )
-    assert "zero as one, 100 %" in written
+    assert "zero as one, 100%" in written
     heading = "valid: 1 of 1 mistakes in 1 examples, most confident first, label as prediction"
     assert heading in written
 
@@ -245,7 +245,7 @@ def test_names_are_drawn_with_a_font_that_has_their_letters(
         (tmp_path / "bin/fc-match").write_text(f"#!/bin/sh\necho -n '{file}'\n")
         (tmp_path / "bin/fc-match").chmod(0o755)
     korean_pictures()
-    for text in (*KOREAN, "긍정 as 부정, 99 %", "손실"):
+    for text in (*KOREAN, "긍정 as 부정, 99%", "손실"):
         assert Path(files[text]).resolve() == file
     assert not isinstance(files["prediction"], str | Path)  # the look of Latin text does not change
     assert capsys.readouterr().out == ""
@@ -256,7 +256,7 @@ def test_without_a_font_names_are_numbers_that_are_printed_once(no_fonts, files,
     """They were boxes, and nothing said so."""
     korean_pictures()
     korean_pictures()
-    assert "0 as 1, 99 %" in files and {"0", "1"} <= files.keys()
+    assert "0 as 1, 99%" in files and {"0", "1"} <= files.keys()
     assert not any(name in text for name in KOREAN for text in files)
     (line,) = capsys.readouterr().out.splitlines()
     assert line.endswith("PNG pictures show numbers: {0: '긍정', 1: '부정'}")
