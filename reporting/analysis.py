@@ -10,12 +10,7 @@ from harness.script import in_ipython
 from metrics import PER_CLASS, ConfusionMatrix
 from reporting.comparison import compare_runs
 from reporting.markup import paragraph, table
-from reporting.predictions import (
-    Predictions,
-    largest_first,
-    read_predictions,
-    show_examples,
-)
+from reporting.predictions import Predictions, largest_first, read_predictions, show_examples
 from reporting.runs import PREDICTIONS, Collection, RunFiles, seed_table
 from reporting.sweep import show_sweep
 
@@ -63,13 +58,12 @@ def show_predictions(predictions: Predictions) -> str:
     """Figures of each class, and the predictions that are most wrong."""
     wrong = largest_first(predictions.losses, ~predictions.correct)
     per_class = ""
+    heading = "Largest errors"
     if names := predictions.class_names:
         confusion = ConfusionMatrix(len(names))
         confusion.update(predictions.predictions, predictions.labels)
         per_class = f"<h3>Per class</h3>{table([PER_CLASS, *confusion.per_class(names)])}"
-    heading = f"Worst of {len(wrong):,} mistakes in {len(predictions.labels):,} examples"
-    if predictions.probabilities is None:
-        heading = "Largest errors"
+        heading = f"Worst of {len(wrong):,} mistakes in {len(predictions.labels):,} examples"
     examples = show_examples(predictions, wrong)
     validated = any(name.startswith("valid/") for name in predictions.run.best)
     part = "validation" if validated else "test"

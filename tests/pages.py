@@ -33,6 +33,7 @@ def opened(browser: Any, page: Path | str) -> None:
     address = page.as_uri() if isinstance(page, Path) else page
     browser.get("about:blank")  # the same page with another state would not be loaded anew
     browser.get_log("performance")
+    browser.get_log("browser")  # of a page whose server has ended with the test before
     browser.get(address)
     drawn = (
         "const charts = [...document.querySelectorAll('[data-figure], #panels > div')];"
