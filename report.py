@@ -109,7 +109,7 @@ def main(argv: list[str] | None = None) -> None:
     for run in found.runs:
         run.log.read(run.config)
     data = describe(found)
-    data["curves"] = curves(found.runs, {metric: {} for metric in data["metrics"]}, None)
+    data["curves"] = curves(found.runs, {metric: {} for metric in data["metrics"]})
     page = make_page(len(found.runs), data, tables=show_tables(found), **analyze(found))
     try:
         output.parent.mkdir(parents=True, exist_ok=True)

@@ -71,8 +71,10 @@ def _curves_panel(
     rows: History, title: str, train_key: str, valid_key: str, best_epoch: int
 ) -> Image.Image:
     """One panel of `curves_picture`, at twice its final size."""
-    train = _means(_points(rows, train_key))
+    train = _points(rows, train_key)
     valid = _points(rows, valid_key)
+    if valid_key:  # else it is no mean over batches, such as the learning rate
+        train = _means(train)
     values = [y for _, y in train + valid] or [0.0, 1.0]
     low, high = min(values), max(values)
     log = high > 10 * low > 0 and statistics.median_low(values) < 0.4 * high

@@ -185,7 +185,7 @@ def log_files(run_id: str, token: str | None, directory: Path | None = None) -> 
     directory = directory or Path(wandb.setup().settings.wandb_dir)
     # Directories are [offline-]run-<time>-<id>; a second one of the same second has -1 appended.
     files = directory.glob(f"*run-*-{name}*/run-{name}.wandb")
-    own = [file for file in files if _has_token(file, token)]
+    own = [file for file in files if file.is_file() and _has_token(file, token)]
     return sorted(own, key=start_of)
 
 

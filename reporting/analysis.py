@@ -2,6 +2,7 @@
 
 import base64
 import html
+from pathlib import Path
 
 import torch
 
@@ -46,7 +47,7 @@ def show_run(run: RunFiles) -> str:
             content = show_predictions(read_predictions(run))
     except UserError as reason:
         content = paragraph(f"No predictions to show: {reason}.", "soft")
-    for path in sorted(run.path.glob("*.png")):
+    for path in filter(Path.is_file, sorted(run.path.glob("*.png"))):
         data = base64.b64encode(path.read_bytes()).decode()
         name = html.escape(path.name)
         content += f'<img alt="{name}" title="{name}" src="data:image/png;base64,{data}">'

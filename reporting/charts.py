@@ -1,6 +1,5 @@
 """The data of the curves, as page.js draws them."""
 
-import math
 from typing import Any
 
 import numpy as np
@@ -40,32 +39,27 @@ def describe(found: Collection) -> dict[str, Any]:
 
 def curves(
     runs: list[RunFiles],
-    last_steps: dict[str, dict[str, float]],
-    bounds: tuple[float, float] | None,
+    wanted: dict[str, dict[str, list[int | None]]],
 ) -> dict[str, Any]:
-    """Curves by metric and run, of the metrics that have `last_steps`: the points after these.
-
-    In place of them, the points between two steps if there are `bounds`.
-    """
+    """Curves by metric and run: all rows of each `wanted` metric, or those from one to another."""
     most = min(MAX_POINTS, max(200, ALL_POINTS // len(runs)))
     by_metric = {}
-    for metric, steps in last_steps.items():
+    for metric, bounds in wanted.items():
         by_metric[metric] = {}
         for run in runs:
             column = run.columns.get(metric, NOTHING)
-            low, high = bounds or (steps.get(str(run.path), -math.inf), math.inf)
-            chosen = column[(low < column[:, 0]) & (column[:, 0] <= high)]
-            if len(chosen):
-                by_metric[metric][str(run.path)] = thinned(chosen, most)
+            finite = column[np.isfinite(column[:, 1])]
+            rows = slice(*bounds.get(str(run.path), [None]))
+            if len(finite[rows]):
+                by_metric[metric][str(run.path)] = thinned(finite[rows], most)
     return by_metric
 
 
 def thinned(column: np.ndarray, most: int) -> list[list[float]]:
-    """Step and value of each finite number in a column of a journal.
+    """Step and value of each number in a column of a journal.
 
     Of more than `most`, those of as many parts: last step, mean, lowest, highest, count.
     """
-    column = column[np.isfinite(column[:, 1])]
     points = column
     if len(column) > most:
         bounds = np.linspace(0, len(column), most + 1).astype(int)

@@ -33,7 +33,7 @@ def collect(
         for run in runs:
             names.update(run.best, run.journal.columns)
             run.compare_by(metric)
-        if metric not in names:
+        if metric not in names and not known:
             near = ", ".join(map(format_value, get_close_matches(metric, names, cutoff=0)))
             raise UserError(f"--metric {metric}: no run has it; the nearest names: {near}")
     runs = sort_runs(runs)

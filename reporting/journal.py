@@ -3,7 +3,6 @@
 import contextlib
 import json
 import math
-import os
 from itertools import compress
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,6 @@ class Journal:
 
     def __init__(self, path: Path):
         self.path = path
-        self._file: int | None = None  # the number of the file that was read
         self._clear()
 
     def _clear(self) -> None:
@@ -36,18 +34,18 @@ class Journal:
         self.unreadable = 0  # of the lines
         self.ends_early = False  # whether the last row is being written, or was cut by a crash
         self._bytes = 0  # that were read
+        self._last = b""  # line of them
 
     def read(self) -> None:
-        """Read the rows that were added; all of them if a resumed run has cut the journal."""
+        """Read the rows that were added; all of them if the last one is no longer where it was."""
         with contextlib.suppress(OSError):
             if not self.path.is_file():  # reading a pipe would wait
                 return
             with self.path.open("rb") as file:
-                status = os.fstat(file.fileno())
-                if status.st_ino != self._file or status.st_size < self._bytes:
+                file.seek(self._bytes - len(self._last))
+                if file.read(len(self._last)) != self._last:
                     self._clear()
-                    self._file = status.st_ino
-                file.seek(self._bytes)
+                    file.seek(0)
                 while lines := file.readlines(CHUNK):
                     self.ends_early = not (lines[-1].endswith(b"\n") or _parse(lines[-1:]))
                     if self.ends_early:
@@ -59,6 +57,7 @@ class Journal:
     def _add(self, lines: list[bytes]) -> None:
         """Parse lines and append their rows to the columns."""
         self._bytes += sum(map(len, lines))
+        self._last = (lines or [self._last])[-1]
         lines = [line for line in lines if line.strip()]
         rows = _parse(lines)
         self.lines += len(lines)

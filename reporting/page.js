@@ -1,8 +1,9 @@
 "use strict";
-const [dark, isTouch] = ["prefers-color-scheme: dark", "pointer: coarse"].map((query) => matchMedia(`(${query})`).matches);
+const [dark, isTouch] = ["prefers-color-scheme: dark", "pointer: coarse"].map((q) => matchMedia(`(${q})`).matches);
 const ink = dark ? "#e4e7ec" : "#1b1f27", grid = dark ? "#363c47" : "#e3e7ec", paper = dark ? "#14171c" : "#ffffff";
 const palette = ["#3b82c4", "#d9662b", "#2e9d6a", "#b8479b", "#a08a1f",
   "#7667d6", "#d14343", "#2ea3b7", "#808792", "#a5703f"];
+const DASHES = ["solid", "dot", "dash", "dashdot", "longdash", "longdashdot"];
 const MOST_CHARTS = 24, MOST_POINTS = 2000, PERIOD = 2000; // milliseconds
 const $ = (selector) => document.querySelector(selector);
 const all = (selector, root = document) => [...root.querySelectorAll(selector)];
@@ -14,11 +15,14 @@ const all = (selector, root = document) => [...root.querySelectorAll(selector)];
 
 const embedded = JSON.parse(document.body.dataset.curves), isLive = embedded === null;
 let page = embedded ?? { runs: {}, groups: {}, metrics: [], important: [], curves: { __proto__: null } };
-const details = { __proto__: null }; // by metric: the steps between which a chart is zoomed in, and their points by run
+const details = { __proto__: null }; // by metric and run: the points where a chart is zoomed in
 const checksums = {}; // of the sections that this page has
 
-async function ask(question) {
-  const body = JSON.stringify({ sections: checksums, range: null, ...question });
+/** How many rows of the journal some points stand for. */
+const rowsOf = (points) => points.reduce((sum, [, , , , count = 1]) => sum + count, 0);
+
+async function ask(curves) {
+  const body = JSON.stringify({ sections: checksums, curves });
   const response = await fetch(location.search || "?", { method: "POST", body });
   if (!response.ok) throw new Error(response.statusText);
   return response.text();
@@ -32,17 +36,17 @@ function neededMetrics() {
 
 /** Get what is new: sections, runs, and points of the metrics that are needed. Returns whether anything is. */
 async function update() {
-  const needed = neededMetrics(), lastSteps = { __proto__: null };
+  const needed = neededMetrics(), wanted = { __proto__: null };
   for (const metric of needed) {
-    lastSteps[metric] = { __proto__: null };
+    wanted[metric] = { __proto__: null };
     for (const [run, points] of Object.entries(page.curves[metric] ?? {}))
       // Of others, the server sends all, thinned anew.
-      if (points.length && points.length <= MOST_POINTS) lastSteps[metric][run] = points.at(-1)[0];
+      if (points.length && points.length <= MOST_POINTS) wanted[metric][run] = [rowsOf(points), null];
   }
-  const answer = await ask({ curves: lastSteps });
+  const answer = await ask(wanted);
   if (answer === latest) return false;
   latest = answer;
-  const { sections, curves, ...news } = JSON.parse(answer), zoomedIn = Object.values(details).map(({ runs }) => runs);
+  const { sections, curves, ...news } = JSON.parse(answer), zoomedIn = Object.values(details);
   for (const [run, { journal }] of Object.entries(page.runs))
     if (news.runs[run]?.journal !== journal) // a resumed run has cut its journal
       for (const runs of [...Object.values(page.curves), ...Object.values(curves), ...zoomedIn]) delete runs[run];
@@ -50,7 +54,7 @@ async function update() {
   for (const [metric, runs] of Object.entries(curves))
     for (const [run, points] of Object.entries(runs))
       (page.curves[metric] ??= { __proto__: null })[run] =
-        run in lastSteps[metric] ? [...page.curves[metric][run], ...points] : points;
+        run in wanted[metric] ? [...page.curves[metric][run], ...points] : points;
   for (const [name, [checksum, content]] of Object.entries(sections)) {
     checksums[name] = checksum;
     fill($("#" + name), content);
@@ -77,9 +81,10 @@ async function follow() {
 
 /** The points of a run; in full where its chart is zoomed in. */
 function pointsOf(metric, run) {
-  const points = page.curves[metric]?.[run] ?? [], { low, high, runs } = details[metric] ?? {};
-  if (!runs?.[run]) return points;
-  return [...points.filter(([step]) => step <= low), ...runs[run], ...points.filter(([step]) => step > high)];
+  const points = page.curves[metric]?.[run] ?? [], inFull = details[metric]?.[run];
+  if (!inFull) return points;
+  const [first, last] = [inFull[0][0], inFull.at(-1)[0]];
+  return [...points.filter(([step]) => step < first), ...inFull, ...points.filter(([step]) => step > last)];
 }
 
 // ----------------------------------------------------------------- state, in the page's address
@@ -218,12 +223,14 @@ const groupOf = (run) => Object.keys(page.groups).find((name) => page.groups[nam
 
 /** The charts that are shown: names and metrics. */
 function charts() {
+  const hasImportant = page.metrics.some((metric) => page.important.includes(baseName(metric)));
   const byName = { __proto__: null }, rank = (metric) => metric.startsWith("system/") - metric.startsWith("valid/");
   for (const metric of page.metrics.toSorted((a, b) => rank(a) - rank(b))) {
     const base = baseName(metric);
     const isMean = metric.endsWith("_epoch") && page.metrics.includes(metric.replace(/_epoch$/, "_step"));
     if (state.together && isMean) continue; // of the batches, which are in the chart
-    if (state.charts ? matches(state.charts, metric) || matches(state.charts, base) : page.important.includes(base))
+    const isDefault = hasImportant ? page.important.includes(base) : !metric.startsWith("system/");
+    if (state.charts ? matches(state.charts, metric) || matches(state.charts, base) : isDefault)
       (byName[state.together ? base : metric] ??= []).push(metric);
   }
   const order = ([name]) => page.important.indexOf(baseName(name)) >>> 0; // others last
@@ -247,15 +254,14 @@ function traces(metric, dash, x) {
       if (at === null) return;
       if (now !== (process ?? now)) [raw, line].forEach((part) => (part.x.push(null), part.y.push(null)));
       process = now;
-      raw.x.push(...(low === high ? [at] : [at, at]));
-      raw.y.push(...(low === high ? [value] : [low, high]));
+      for (const y of low === high ? [value] : [low, high]) raw.x.push(at), raw.y.push(y);
       line.x.push(at);
       line.y.push(curve.y[i]);
     });
     const isPinned = state.pin === name, mode = points.length > 40 ? "lines" : "lines+markers";
     const style = { name: plain(name), meta: name, mode, hovertemplate: `%{x:,.6~g} ${x}<br>${plain(metric)} %{y:.4g}`,
       line: { color: isPinned ? ink : colorOf(name), dash, width: isPinned ? 3 : 1.6 } };
-    const faint = { hovertemplate: null, mode: "lines", opacity: 0.25, showlegend: false, hoverinfo: "skip" };
+    const faint = { hovertemplate: null, hoverinfo: "skip", opacity: 0.25, showlegend: false };
     if (state.smoothing) result.push({ ...style, ...raw, ...faint });
     result.push({ ...style, ...(state.smoothing ? line : raw) });
   }
@@ -278,27 +284,24 @@ async function zoomed(metrics, event) {
   const [from, to] = [event["xaxis.range[0]"], event["xaxis.range[1]"]].map((at) => (state.logX ? 10 ** at : at));
   if (event["xaxis.autorange"]) for (const metric of metrics) delete details[metric];
   if (!isLive || !(from < to)) return;
-  let low = Infinity, high = -Infinity;
+  const wanted = { __proto__: null };
   for (const metric of metrics)
     for (const run of shownRuns()) {
-      const steps = (page.curves[metric]?.[run] ?? []).map(([step]) => step), at = steps.map(axisOf(metric, run));
-      const first = at.findIndex((x) => x >= from), last = at.findLastIndex((x) => x <= to);
-      low = Math.min(low, steps[first - 1] ?? -1);
-      high = Math.max(high, steps[last + 1] ?? steps.at(-1) ?? -1);
+      const points = page.curves[metric]?.[run] ?? [], at = points.map(([step]) => step).map(axisOf(metric, run));
+      const first = at.findIndex((x) => (x ?? NaN) >= from), last = at.findLastIndex((x) => (x ?? NaN) <= to) + 2;
+      (wanted[metric] ??= {})[run] = [first, last].map((i) => rowsOf(points.slice(0, first < 0 ? 0 : Math.max(0, i))));
     }
-  const wanted = Object.fromEntries(metrics.map((metric) => [metric, {}]));
-  for (const [metric, runs] of Object.entries(JSON.parse(await ask({ curves: wanted, range: [low, high] })).curves))
-    details[metric] = { low, high, runs };
+  for (const [metric, runs] of Object.entries(JSON.parse(await ask(wanted)).curves)) details[metric] = runs;
   show();
 }
 
 function showChart(panel, name, metrics) {
   const isNew = !panel.data, data = [], parts = [], x = metrics[0].startsWith("system/") ? "minutes" : state.x;
   for (const metric of metrics) {
-    const isSolid = metrics.length === 1 || metric.startsWith("valid/"), dash = isSolid ? "solid" : "dot";
+    const dash = DASHES[metrics.indexOf(metric) % DASHES.length];
     for (const trace of traces(metric, dash, x)) // in the legend of a download, a name stands once
       data.push({ showlegend: !data.some(({ name, showlegend }) => showlegend && name === trace.name), ...trace });
-    if (metrics.length > 1) parts.push(`${plain(metric)} ${isSolid ? "solid" : "dotted"}`);
+    if (metrics.length > 1) parts.push(`${plain(metric)} ${dash}`);
   }
   const y = data.flatMap((trace) => trace.y).filter(Number.isFinite), pad = Math.abs(y[0]) / 2 || 1;
   const range = !state.logY && y.length && y.every((at) => at === y[0]) ? [y[0] - pad, y[0] + pad] : undefined;
@@ -342,8 +345,8 @@ function show() {
   const names = Object.keys(page.runs).sort().map((run) => page.runs[run].name);
   document.title = $("h1").textContent = names.length === 1 ? names[0] : `${names.length} runs`;
   for (const name of [...groups, ...names]) colorOf(name); // the same whatever is shown
-  const drawn = shownRuns().filter((run) => state.each || state.x === "minutes" || !groupOf(run)).map((run) => page.runs[run].name);
-  showLegend([...groups, ...drawn]);
+  const drawn = shownRuns().filter((run) => state.each || state.x === "minutes" || !groupOf(run));
+  showLegend([...groups, ...drawn.map((run) => page.runs[run].name)]);
   for (const panel of [...panels.children])
     if (!shown.some(([name]) => name === panel.dataset.name)) Plotly.purge(panel), panel.remove();
   shown.forEach(([name], i) => {
@@ -362,12 +365,13 @@ function show() {
 function markPinned() {
   for (const note of all("#tables small")) note.remove();
   const [head, ...rows] = all("#tables table:first-of-type tr");
+  const seconds = [...(head?.cells ?? [])].findIndex((cell) => cell.textContent === "seconds");
   const pinned = rows.find((row) => row.cells[0].textContent === state.pin);
   for (const row of rows) {
     row.classList.toggle("pinned", row === pinned);
     [...(pinned && row !== pinned ? row.cells : [])].forEach((cell, column) => {
       const difference = Number(cell.dataset.value) - Number(pinned.cells[column].dataset.value);
-      if (!head.cells[column].textContent.includes("/") || Number.isNaN(difference)) return;
+      if (column <= 2 || column >= seconds || Number.isNaN(difference)) return; // no figure
       const text = ` (${difference < 0 ? "−" : "+"}${Math.abs(difference).toPrecision(3)})`;
       cell.append(Object.assign(document.createElement("small"), { textContent: text }));
     });

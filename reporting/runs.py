@@ -154,11 +154,14 @@ def find_runs(directories: Sequence[Path], known: Sequence[RunFiles] = ()) -> li
     by_path = {run.path: run for run in known}
     paths = {}
     for directory in directories:
-        found = run_directories(directory)
-        if not found:
+        gone = known and not directory.exists()
+        found = [] if gone else run_directories(directory)
+        if not found and not known:
             raise UserError(f"{directory} holds no run: no directory with {CONFIG} or {JOURNAL}")
         for path in found:
             paths.setdefault(path.resolve(), path)
+    if not paths:
+        raise UserError("there are no runs any more")
     return [read_run(path, by_path.get(path)) for path in paths.values()]
 
 
@@ -196,18 +199,21 @@ def read_run(path: Path, known: RunFiles | None = None) -> RunFiles:
 
     If the run is `known`, only what is new of its journal is read. Its W&B log is not read yet.
     """
-    config = read_json(path / CONFIG) or {}
+    config = read_json(path / CONFIG)
     metrics = read_json(path / METRICS)
     notes = []
+    for name, content in ((CONFIG, config), (METRICS, metrics)):
+        if content is None and (path / name).exists():
+            notes.append(f"no readable {name}")
+    config = config or {}
     versions = config.pop("versions", None)
     if isinstance(versions, dict):
         for library, version in versions.items():
             config[f"version of {library}"] = version
-    if metrics is None and (path / METRICS).exists():
-        notes.append(f"no readable {METRICS}")
     journal = known.journal if known else Journal(path / JOURNAL)
     journal.read()
-    log = known.log if known else WandbLog(path)
+    is_same = known and known.config.get("run_token") == config.get("run_token")
+    log = known.log if is_same else WandbLog(path)
     unreadable = journal.unreadable + journal.ends_early
     if unreadable:
         lines = journal.lines + journal.ends_early
@@ -309,7 +315,8 @@ def run_table(runs: list[RunFiles]) -> Table:
     """The settings that differ, and the figures."""
     settings = differing(runs)
     figures = shown_figures(runs)
-    names = [f"{name} (setting)" if name in figures else name for name in settings]
+    taken = {"directory", "run", "state", "seconds", *figures}
+    names = [f"{name} (setting)" if name in taken else name for name in settings]
     rows = [["run", "state", "best epoch", *figures, "seconds", *names]]
     for run in runs:
         row = [run.label, run.state]

@@ -25,10 +25,7 @@ GONE = contextlib.suppress(OSError, UserError)  # files, or all runs: the page s
 
 
 def news(found: Collection, analysis: dict[str, str], page: dict[str, Any]) -> dict[str, Any]:
-    """What a page lacks: sections with another checksum, and points after its last ones.
-
-    Or in place of these, the points of a range of steps, from one to the other.
-    """
+    """What a page lacks: sections with another checksum, and the rows that it asks for."""
     sections = {}
     for name, content in {"tables": show_tables(found), **analysis}.items():
         checksum = zlib.crc32(content.encode())
@@ -37,7 +34,7 @@ def news(found: Collection, analysis: dict[str, str], page: dict[str, Any]) -> d
     return {
         **describe(found),
         "sections": sections,
-        "curves": curves(found.runs, page["curves"], page["range"]),
+        "curves": curves(found.runs, page["curves"]),
     }
 
 
@@ -116,9 +113,9 @@ def serve(found: Collection, look: Callable[..., Collection], host: str, port: i
         print(f"The page: http://{name}:{server.server_port}/{query} (until Ctrl-C)", flush=True)
         while True:
             with GONE:
+                found = look(found.runs)
                 for run in found.runs:
                     run.log.read(run.config)
-                found = look(found.runs)
             time.sleep(PERIOD)
     found.runs = []  # ends the other thread: IPython lives on
     server.shutdown()

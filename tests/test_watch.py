@@ -105,10 +105,10 @@ class Server:
         request = urllib.request.Request(self.address, data=body, method="POST")
         return urllib.request.urlopen(request, timeout=20).read()
 
-    def ask(self, *metrics: str, after: dict | None = None, reach: list | None = None) -> dict:
+    def ask(self, *metrics: str, after: dict | None = None) -> dict:
         """What is new of some metrics, as page.js asks for it."""
-        question = {"sections": {}, "range": reach}
-        question["curves"] = {metric: (after or {}).get(metric, {}) for metric in metrics}
+        curves = {metric: (after or {}).get(metric, {}) for metric in metrics}
+        question = {"sections": {}, "curves": curves}
         return json.loads(self.post(json.dumps(question).encode()))
 
     def interrupt(self) -> tuple[int, float]:
@@ -505,7 +505,7 @@ def test_updates_arrive(browser, resize, serve, tmp_path):
     # Only new points are sent, and they show in the chart and in the table.
     before = server.ask("valid/loss", "train/loss_step")
     lasts = {
-        name: {run: points[-1][0] for run, points in by_run.items()}
+        name: {run: [len(points), None] for run, points in by_run.items()}
         for name, by_run in before["curves"].items()
     }
     append(going, ROWS[2:])
@@ -518,7 +518,7 @@ def test_updates_arrive(browser, resize, serve, tmp_path):
         "train/loss_step": {str(going): [[300, 4], [400, 2]]},
     }
     checksums = {name: checksum for name, (checksum, _) in news["sections"].items()}
-    question = {"sections": checksums, "range": None, "curves": {}}
+    question = {"sections": checksums, "curves": {}}
     assert json.loads(server.post(json.dumps(question).encode()))["sections"] == {}
 
     choose(browser, x="epochs")  # their ends are asked for
@@ -613,7 +613,7 @@ def test_updates_arrive(browser, resize, serve, tmp_path):
 def status_of(server: Server, address: str, **headers: str) -> tuple[int, int]:
     """What GET and POST are answered."""
     statuses = []
-    for data in (None, b'{"sections": {}, "curves": {}, "range": null}'):
+    for data in (None, b'{"sections": {}, "curves": {}}'):
         request = urllib.request.Request(address, data=data, headers=headers)
         try:
             statuses.append(urllib.request.urlopen(request, timeout=20).status)
@@ -654,8 +654,8 @@ def test_only_those_who_may_are_answered(serve, tmp_path):
 
     # Questions that make no sense, and connections that end in the middle of one.
     for body in (b"", b"{", b"[]", b"null", b"{}", b'{"sections": 1, "curves": {}}', b"[" * 9999,
-                 b'{"sections": {}, "curves": {"valid/loss": 3}, "range": null}',
-                 b'{"sections": {}, "curves": {"valid/loss": {}}, "range": ["a", 1]}'):  # fmt: skip
+                 b'{"sections": {}, "curves": {"valid/loss": 3}}',
+                 b'{"sections": 1, "curves": {}}'):  # fmt: skip
         with pytest.raises((http.client.HTTPException, urllib.error.URLError)):
             own.post(body)
     for length in ("x", None):
@@ -718,7 +718,7 @@ def test_long_curves(browser, resize, serve, tmp_path):
     wait_until(lambda: len(curve(browser, "loss", "r3")[1]) == 2000)
     assert curve(browser, "loss", "r3") == (x, y)
 
-    lasts = {"train/loss_step": {str(tmp_path / f"runs/r{i}"): 128 * 20_000 for i in range(10)}}
+    lasts = {"train/loss_step": {str(tmp_path / f"runs/r{i}"): [20_000, None] for i in range(10)}}
     for i in range(10):
         append(tmp_path / f"runs/r{i}", [{"step": 128 * 20_001, "train/loss_step": float(i)}])
     wait_until(lambda: curve(browser, "loss", "r9")[1][-1] == 9)
