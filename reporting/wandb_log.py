@@ -1,13 +1,17 @@
 """Reads from W&B's log files when a run's rows were logged, and its system metrics."""
 
+import contextlib
 import os
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from google.protobuf.message import DecodeError
 
 from reporting.journal import NOTHING
+
+UNREADABLE = contextlib.suppress(OSError, ValueError, DecodeError)  # what a damaged log raises
 
 
 class WandbLog:
@@ -35,26 +39,28 @@ class WandbLog:
         run_id = str(config.get("id"))
         token = config.get("run_token")
         for directory in self._directories:
-            files.update(wandb_service.log_files(run_id, token, directory))
+            with UNREADABLE:
+                files.update(wandb_service.log_files(run_id, token, directory))
         points = defaultdict(list)
         for file in sorted(files, key=wandb_service.start_of):
             start = self._read_bytes.get(file, wandb_service.HEADER)
-            for offset, record in wandb_service.read_log(file, start):
-                self._read_bytes[file] = offset
-                time = _time(record)
-                if time is None:
-                    continue
-                self._start = self._start or time
-                seconds = max(0.0, time - self._start)  # records may be out of order
-                minute = seconds / 60
-                first = self.processes.get(file, minute)
-                self.processes[file] = min(minute, first)
-                if record.HasField("history"):
-                    step = record.history.step.num
-                    points["minutes"].append((step, minute))
-                for item in record.stats.item:
-                    value = float(item.value_json)
-                    points[f"system/{item.key}"].append((minute, value))
+            with UNREADABLE:
+                for offset, record in wandb_service.read_log(file, start):
+                    self._read_bytes[file] = offset
+                    time = _time(record)
+                    if time is None:
+                        continue
+                    self._start = self._start or time
+                    seconds = max(0.0, time - self._start)  # records may be out of order
+                    minute = seconds / 60
+                    first = self.processes.get(file, minute)
+                    self.processes[file] = min(minute, first)
+                    if record.HasField("history"):
+                        step = record.history.step.num
+                        points["minutes"].append((step, minute))
+                    for item in record.stats.item:
+                        value = float(item.value_json)
+                        points[f"system/{item.key}"].append((minute, value))
         for name, new in points.items():
             known = self.columns.get(name, NOTHING)
             self.columns[name] = np.concatenate([known, new])

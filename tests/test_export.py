@@ -408,3 +408,15 @@ def test_odd_values_in_a_journal(tmp_path, capsys):
         assert row[metric] == expected
     with pytest.raises(UserError, match="--metric g: no run has it"):
         report.main([str(tmp_path), "--metric", "g"])
+
+
+@pytest.mark.quick
+def test_settings_named_like_columns_keep_a_column_of_their_own(tmp_path, capsys):
+    """A setting called directory replaced the run's own."""
+    for name in "ab":
+        make_run(tmp_path / name, directory=f"D{name}", state=name, seconds=name)
+    out, _ = output_of(tmp_path, "--json", capsys=capsys)
+    for run in json.loads(out)["runs"]:
+        name = Path(run["directory"]).name
+        assert run["directory (setting)"] == f"D{name}" and run["state"] == "finished"
+        assert run["state (setting)"] == name and run["seconds (setting)"] == name

@@ -10,12 +10,14 @@ import re
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
 import time
 import urllib.error
 import urllib.request
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,11 +25,13 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from wandb.proto.wandb_internal_pb2 import Record
 
 import report
 from harness import system
 from harness.directory import output_directory
 from harness.errors import UserError
+from reporting import charts as chart_data
 from reporting import runs
 from reporting.journal import Journal
 from reporting.wandb_log import WandbLog
@@ -774,3 +778,65 @@ def test_a_page_that_looks_at_a_run_does_not_stop_it(tmp_path):
         output_directory(path, True, config).__enter__()
     system.unlock(path, lock)
     assert not runs.is_locked(path)
+
+
+@pytest.mark.quick
+def test_another_journal_under_the_same_name_is_read_anew(tmp_path):
+    """A file that is removed and written again often has the same inode: its rows followed the old ones."""
+    path = tmp_path / "history.jsonl"
+    journal = Journal(path)
+    for content in ('{"step": 1, "a": 1}\n', '{"step": 2, "a": 7}\n{"step": 3, "a": 8}\n'):
+        path.write_text(content)
+        journal.read()
+    assert journal.columns["a"].tolist() == [[2, 7], [3, 8]]
+
+
+@pytest.mark.quick
+def test_curves_are_asked_for_by_rows(tmp_path):
+    """Rows of equal or falling steps never came; beside short curves, zooming did not bring all rows."""
+    steps = [10, 20, 5, 20]
+    run = write_run(tmp_path / "a", [{"step": step, "x": 1.0 * i} for i, step in enumerate(steps)])
+    found = runs.find_runs([tmp_path])
+    after = chart_data.curves(found, {"x": {str(run): [2, None]}, "lr": {}})
+    assert after == {"x": {str(run): [[5, 2], [20, 3]]}, "lr": {}}
+    assert chart_data.curves(found, {"x": {str(run): [1, 3]}})["x"][str(run)] == [[20, 1], [5, 2]]
+    append(run, [{"step": 30, "x": math.nan}, {"step": 40, "x": 4.0}])
+    (known,) = runs.find_runs([tmp_path], found)
+    assert chart_data.curves([known], {"x": {str(run): [4, None]}})["x"][str(run)] == [[40, 4]]
+
+
+@pytest.mark.quick
+def test_runs_that_are_gone_do_not_hold_up_the_others(tmp_path):
+    paths = [write_run(tmp_path / name, ROWS[:1]) for name in "ab"]
+    known = runs.find_runs(paths)
+    shutil.rmtree(paths[0])
+    append(paths[1], ROWS[1:2])
+    (run,) = runs.find_runs(paths, known)
+    assert run.journal.last_step == ROWS[1]["step"]
+    with pytest.raises(UserError, match="No such file"):
+        runs.find_runs(paths)
+    shutil.rmtree(paths[1])
+    with pytest.raises(UserError, match="no runs any more"):
+        runs.find_runs(paths, known)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("damage", ["text", "directory", "not a record"])
+def test_a_damaged_log_of_wandb_does_not_stop_the_report(damage, tmp_path):
+    """It was a traceback."""
+    run = write_run(tmp_path / "runs/a", ROWS, id="abc")
+    log = tmp_path / "wandb/offline-run-20260101_000000-abc/run-abc.wandb"
+    log.parent.mkdir(parents=True)
+    if damage == "directory":
+        log.mkdir()
+    else:
+        record = Record()
+        record.history.step.num = 1
+        item = record.history.item.add()
+        item.nested_key.append("_timestamp")
+        item.value_json = "text"
+        data = record.SerializeToString() if damage == "text" else b"\xff\xff\xff"
+        header = struct.pack("<IHB", zlib.crc32(data, zlib.crc32(b"\x01")), len(data), 1)
+        log.write_bytes(b":W&B\x00\x00\x00"[:7] + header + data)
+    (run / "x.png").mkdir()  # no picture, and none was needed
+    static_page(run.parent)
