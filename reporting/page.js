@@ -282,7 +282,7 @@ function traces(metric, dash, x) {
 /** When a chart is zoomed in, get its range in full. */
 async function zoomed(metrics, event) {
   const [from, to] = [event["xaxis.range[0]"], event["xaxis.range[1]"]].map((at) => (state.logX ? 10 ** at : at));
-  if (event["xaxis.autorange"]) for (const metric of metrics) delete details[metric];
+  if (event["xaxis.autorange"]) return metrics.forEach((metric) => delete details[metric]), show();
   if (!isLive || !(from < to)) return;
   const wanted = { __proto__: null };
   for (const metric of metrics)
