@@ -301,7 +301,7 @@ function showChart(panel, name, metrics) {
     const dash = DASHES[metrics.indexOf(metric) % DASHES.length];
     for (const trace of traces(metric, dash, x)) // in the legend of a download, a name stands once
       data.push({ showlegend: !data.some(({ name, showlegend }) => showlegend && name === trace.name), ...trace });
-    if (metrics.length > 1) parts.push(`${plain(metric)} ${dash}`);
+    if (metrics.length > 1) parts.push(`${plain(metric)} ${{ dot: "dotted", dash: "dashed" }[dash] ?? dash}`);
   }
   const y = data.flatMap((trace) => trace.y).filter(Number.isFinite), pad = Math.abs(y[0]) / 2 || 1;
   const range = !state.logY && y.length && y.every((at) => at === y[0]) ? [y[0] - pad, y[0] + pad] : undefined;
