@@ -115,7 +115,12 @@ def test_an_interrupted_run_goes_on(notebook):
 def test_a_second_interrupt_is_immediate(place, notebook):
     """The kernel died: the second SIGINT had its default action."""
     call = f"train_mnist.main({LONG.split()})"
-    stopped = notebook.run(f"import train_mnist; {call}", interrupt_at=place, times=2)
+    for _ in range(
+        3
+    ):  # now and then the second one comes when IPython is showing the first, and hides it
+        stopped = notebook.run(f"import train_mnist; {call}", interrupt_at=place, times=2)
+        if stopped.error:
+            break
     last = re.sub(r"\x1b\[[0-9;]*m", "", stopped.error[-1])
     assert last.startswith(
         ("KeyboardInterrupt", "stopped by SIGINT")
