@@ -115,9 +115,7 @@ def test_an_interrupted_run_goes_on(notebook):
 def test_a_second_interrupt_is_immediate(place, notebook):
     """The kernel died: the second SIGINT had its default action."""
     call = f"train_mnist.main({LONG.split()})"
-    for _ in range(
-        3
-    ):  # now and then the second one comes when IPython is showing the first, and hides it
+    for _ in range(3):  # the second one may come when IPython is showing the first, and hide it
         stopped = notebook.run(f"import train_mnist; {call}", interrupt_at=place, times=2)
         if stopped.error:
             break
