@@ -97,7 +97,7 @@ def test_captions_name_label_and_prediction(monkeypatch):
 
     def text(self, place, words, **more):
         written.append(words)
-        draw(self, place, words, *others, **more)
+        draw(self, place, words, **more)
 
     monkeypatch.setattr(viz.ImageDraw.ImageDraw, "text", text)
     result = evaluation([0], [1], [30.0])
@@ -118,7 +118,7 @@ def test_mistakes_are_legible_at_any_size(size, name, monkeypatch):
         fonts.append(more["font"].size)
         box = self.textbbox(place, words, font=more["font"], anchor=more.get("anchor"))
         boxes.append(box)
-        draw(self, place, words, *others, **more)
+        draw(self, place, words, **more)
 
     monkeypatch.setattr(viz.ImageDraw.ImageDraw, "text", text)
     result = evaluation([0] * 50, [1] * 50, [60.0] * 50)
@@ -298,7 +298,7 @@ def written(monkeypatch) -> list[str]:
         texts.append(words)
         box = self.textbbox(place, words, font=more["font"], anchor=more["anchor"])
         assert box[0] >= 0 and box[2] <= self.im.size[0], f"{words} is cut off"
-        draw(self, place, words, *others, **more)
+        draw(self, place, words, **more)
 
     monkeypatch.setattr(viz.ImageDraw.ImageDraw, "text", text)
     return texts
