@@ -106,7 +106,8 @@ def _curves_panel(
         if points is not best and len(points) <= MAX_MARKERS:
             for pixel in pixels:
                 draw.circle(pixel, 13, fill=color)
-        legend_x += 40 + _draw_text(chart, legend_x, TOP - 26, name, 44, "ls", color)
+        _draw_text(chart, legend_x, TOP - 26, name, 44, "ls", color)
+        legend_x += 40 + _font(44, name).getlength(name)
     return chart
 
 
@@ -160,13 +161,15 @@ def _chart(
         _, y = to_pixels(0, tick)
         if TOP < y < BOTTOM:
             draw.line((LEFT, y, RIGHT, y), fill=GRID, width=4)
-            _draw_text(chart, LEFT - 18, y, f"{tick:.7g}", 42, "rm", max_width=LEFT - 22)
+            number = f"{tick:.7g}"
+            _draw_text(chart, LEFT - 18, y, number, _fitting(42, number, LEFT - 22), "rm")
     for tick in _ticks(0, last_x):
         x, _ = to_pixels(tick, low)
         draw.line((x, BOTTOM, x, BOTTOM + 14), fill=FAINT, width=4)
-        _draw_text(chart, x, BOTTOM + 24, f"{tick:g}", 42, "mt", max_width=140)
+        number = f"{tick:g}"
+        _draw_text(chart, x, BOTTOM + 24, number, _fitting(42, number, 140), "mt")
     draw.rectangle((LEFT, TOP, RIGHT, BOTTOM), outline=FAINT, width=4)
-    _draw_text(chart, LEFT, 34, title, 60, "la", max_width=width)
+    _draw_text(chart, LEFT, 34, title, _fitting(60, title, width), "la")
     _draw_text(chart, LEFT + width / 2, BOTTOM + 136, x_name, 44, "ms")
     return chart, to_pixels
 
@@ -245,19 +248,17 @@ def _draw_text(
     size: float,
     anchor: str = "mm",
     color: str = INK,
-    max_width: float = math.inf,
-) -> float:
-    """Draw text with its `anchor`, by default its middle, at (x, y); returns its width.
-
-    It is `size` pixels high, or as high as `max_width` allows.
-    """
-    width = _font(size, text).getlength(text)
-    if width > max_width:
-        size = max(1, size * max_width // width)
+) -> None:
+    """Draw text of `size` pixels with its `anchor`, by default its middle, at (x, y)."""
     ImageDraw.Draw(canvas).text(
         (x, y), text, fill=color, font=_font(size, text), anchor=anchor, align="center"
     )
-    return width
+
+
+def _fitting(size: float, text: str, max_width: float) -> float:
+    """`size`, or the largest whole one that makes the text no wider than `max_width` pixels."""
+    width = _font(size, text).getlength(text)
+    return size if width <= max_width else max(1, size * max_width // width)
 
 
 # -------------------------------------------------------------------------- classifiers

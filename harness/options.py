@@ -158,7 +158,9 @@ def parse(settings_class: type[Settings], argv: Sequence[str] | None = None) -> 
     if not issubclass(settings_class, SharedSettings):
         return settings_class(**given)
     if taken := RESERVED & _kinds(settings_class).keys():
-        raise UserError(f"{min(taken)}: config.json needs this name; give your option another one")
+        raise UserError(
+            f"{min(taken)}: config.json uses this name; choose another one for your option"
+        )
     given |= _check(settings_class, _read_sweep_file(), prefix="config.")
     if given.get("config"):
         given = _read_config(settings_class, Path(given["config"]), "--config") | given

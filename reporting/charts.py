@@ -23,7 +23,7 @@ def describe(found: Collection) -> dict[str, Any]:
             "name": run.label,
             "finished": run.metrics is not None,
             "batchSize": str(run.config.get("batch_size")),
-            "journal": id(run.journal.columns),  # changes when a resumed run cuts it
+            "journal": id(run.journal.columns),  # changes when it is read anew
             "processes": list(run.log.processes.values()),
         }
     groups = {}

@@ -60,11 +60,12 @@ def make_page(runs: int, data: dict[str, Any] | None, **sections: str) -> str:
 def show_tables(found: Collection) -> str:
     """What could not be read, and the table of the runs."""
     remark = (
-        "The best by the metric to compare is first. Settings that are the same in all runs, or "
-        "concern only logging, are left out. Figures are those of the best epoch; of a run that "
-        "has not finished, the best so far; without validation data, of the last epoch; a figure "
-        "of --metric that metrics.json lacks is the last value logged by then. Validation data "
-        "chose the epoch: figures under valid/ are too optimistic. Click a heading to sort."
+        "The best run by the metric that is compared comes first. Settings that are the same in "
+        "all runs, or concern only logging, are left out. Figures are those of the best epoch; of "
+        "a run that has not finished, the best so far; without validation data, of the last epoch; "
+        "a figure of --metric that metrics.json lacks is the last one logged by then. The epoch "
+        "was chosen on the validation data, so figures under valid/ are too optimistic. Click a "
+        "heading to sort."
     )
     content = "".join(paragraph(problem, "soft") for problem in found.problems)
     return f"<h2>Runs</h2>{table(run_table(found.runs))}{content}{paragraph(remark, 'soft')}"

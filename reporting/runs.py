@@ -161,7 +161,7 @@ def find_runs(directories: Sequence[Path], known: Sequence[RunFiles] = ()) -> li
         for path in found:
             paths.setdefault(path.resolve(), path)
     if not paths:
-        raise UserError("there are no runs any more")
+        raise UserError("no runs are left")
     return [read_run(path, by_path.get(path)) for path in paths.values()]
 
 

@@ -58,8 +58,8 @@ def serve(found: Collection, look: Callable[..., Collection], host: str, port: i
         def do_GET(self) -> None:
             """Send the page, or to a POST what is new, to those who know the token.
 
-            Without a token, to those who know the name of this machine: a page from elsewhere could
-            have its own name lead here.
+            Without a token, the request must name this machine: the name of another site could
+            resolve to it.
             """
             allowed = str(self.headers["Host"]).split(":")[0] in LOCAL
             if query:

@@ -29,7 +29,7 @@ from reporting.journal import Journal
 from reporting.predictions import read_predictions
 from reporting.wandb_log import WandbLog
 from tests.conftest import REPO, call, finished_run, made_once
-from tests.pages import EVIL, choose, opened, shown, wait_until
+from tests.pages import EVIL, charts, choose, opened, shown, wait_until
 
 DIRECTIONS = {"loss": "min", "acc": "max", "mcc": "max", "f1_macro": "max", "recall_micro": "max"}
 
@@ -917,6 +917,37 @@ def test_page_in_a_browser(browser, tmp_path):
         losses = [float(row.split()[-6]) for row in rows]
         assert losses == sorted(losses, reverse=direction < 0)
     assert browser.get_log("browser") == []
+
+
+def test_defaults_of_the_charts(browser, tmp_path):
+    """Without a metric that is declared there were no charts; minutes were empty beside groups."""
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "history.jsonl").write_text('{"step": 1, "mse": 3}\n{"step": 2, "mse": 2}\n')
+    page_of(bare, output=tmp_path / "report.html")
+    opened(browser, tmp_path / "report.html")
+    assert list(charts(browser)) == ["mse"]
+    for seed in range(6):
+        make_run(tmp_path / f"runs/{seed}", seed=seed)
+    page_of(tmp_path / "runs", output=tmp_path / "report.html")
+    opened(browser, tmp_path / "report.html")
+    assert set(shown(browser)) == {"all but seed and fold alike (n = 6)"}
+    browser.get(f"{(tmp_path / 'report.html').as_uri()}#x=minutes")
+    browser.refresh()
+    wait_until(lambda: "minutes are not known of" in browser.find_element("id", "remark").text)
+
+
+@pytest.mark.quick
+def test_settings_of_other_programs_count(tmp_path, capsys):
+    """Names that this project's scripts use for other things were ignored: the runs were averaged."""
+    for seed, code in itertools.product((1, 2), ("a", "b")):
+        path = tmp_path / f"{seed}{code}"
+        path.mkdir()
+        (path / "config.json").write_text(json.dumps({"seed": seed, "code": code, "watch": code}))
+        (path / "metrics.json").write_text('{"valid/loss": 1.0}')
+    found = runs.find_runs([tmp_path])
+    assert runs.differing(found) == ["seed", "code", "watch"]
+    assert sorted(len(members) for members in runs.groups(found).values()) == [2, 2]
 
 
 def test_seeds_in_a_browser(browser, tmp_path):

@@ -566,3 +566,15 @@ def test_page_of_attributions_fits_a_phone():
     assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in viz.SHADED_HEAD
     for words in ("toward the mistake", "away from the mistake"):
         assert words in viz.SHADED_HEAD
+
+
+@pytest.mark.quick
+def test_a_learning_rate_is_no_mean(monkeypatch):
+    """Its peak was lower, and it had kinks, because it was averaged as a loss is."""
+    seen = []
+    monkeypatch.setattr(viz, "_means", lambda points: seen.append(points) or points)
+    rows = [{"step": step, "train/learning_rate": 0.1 * step} for step in (1, 2, 3)]
+    viz.curves_picture(rows, {"learning rate": ("train/learning_rate", "")}, 1)
+    assert seen == []
+    viz.curves_picture(rows, {"loss": ("train/learning_rate", "valid/loss")}, 1)
+    assert len(seen) == 1

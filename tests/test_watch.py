@@ -816,7 +816,7 @@ def test_runs_that_are_gone_do_not_hold_up_the_others(tmp_path):
     with pytest.raises(UserError, match="No such file"):
         runs.find_runs(paths)
     shutil.rmtree(paths[1])
-    with pytest.raises(UserError, match="no runs any more"):
+    with pytest.raises(UserError, match="no runs are left"):
         runs.find_runs(paths, known)
 
 
