@@ -186,6 +186,7 @@ def predict(arguments: argparse.Namespace) -> dict[str, Sequence[Any]]:
     if not metrics or not config:
         raise UserError(f"{arguments.run} holds no finished run: there is no {METRICS}")
     device = find_device(arguments.device)
+    torch.backends.cudnn.allow_tf32 = False  # float32, as in the run's own evaluation
     class_names = metrics.get("class_names")
     if "max_length" in config:
         predicted = predict_sentences(arguments, config, device)

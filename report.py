@@ -51,7 +51,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         )
     parser.add_argument("--host", default="127.0.0.1", help="to serve on [127.0.0.1]")
     parser.add_argument("--port", type=int, default=0, help="to serve on [0: a free one]")
-    return parser.parse_args(command_line(__name__) if argv is None else argv)
+    arguments = parser.parse_args(command_line(__name__) if argv is None else argv)
+    if (arguments.host, arguments.port) != ("127.0.0.1", 0) and not arguments.watch:
+        raise UserError("--host and --port are for --watch")
+    return arguments
 
 
 def print_table(rows: Table) -> None:

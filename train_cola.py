@@ -346,7 +346,7 @@ def train(session: Session, progress: Progress, task: Task) -> Best:
                 run.watch(model, log=settings.watch, log_freq=progress.watch_freq)
             share = distributed.share_of(indices)  # all, unless torchrun started several processes
             for part in share.split(settings.micro_batch_size or len(share)):
-                labels = train_set.labels[part.to(session.device, non_blocking=True)]
+                labels = train_set.labels[part.to(session.device)]
                 with session.autocast():
                     logits = model(**inputs_of(train_set, part)).logits
                     loss = F.cross_entropy(

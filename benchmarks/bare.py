@@ -7,6 +7,7 @@ import os
 import statistics
 import tempfile
 import time
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
@@ -126,14 +127,14 @@ def in_new_directory() -> Iterator[None]:
             os.chdir(before)
 
 
-def our_rate(options: list[str]) -> float:
-    """Examples per second of train_mnist.py: the median of its rows after the first quarter."""
+def our_rate(options: list[str], script: types.ModuleType = train_mnist) -> float:
+    """Examples per second of a script: the median of its rows after the first quarter."""
     with (
         in_new_directory(),
         contextlib.redirect_stdout(io.StringIO()),
-        mock.patch("train_mnist.conclude", lambda *_: {}),  # what follows training
+        mock.patch.object(script, "conclude", lambda *_: {}),  # what follows training
     ):
-        train_mnist.main([*options, "--output_dir", "out"])
+        script.main([*options, "--output_dir", "out"])
         lines = Path("out/history.jsonl").read_text().splitlines()
     rows = map(json.loads, lines)
     rates = [row["train/examples_per_second"] for row in rows if "train/examples_per_second" in row]

@@ -6,6 +6,8 @@ python -m benchmarks.step --host    # what a batch costs besides arithmetic: ope
 
 import argparse
 import collections
+import functools
+import itertools
 import json
 import os
 import statistics
@@ -13,18 +15,23 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import train_cola
 import train_mnist
 from benchmarks import bare, pairs
 from harness import options
 from harness.device import keep_freed_memory
+from tasks import encoders
+from tasks.sentences import load_corpus
 
 BATCH, SIDE = 128, 2048
 FORWARD = (
@@ -91,61 +98,105 @@ class Operators(TorchDispatchMode):
 TINY = (
     "--dataset synthetic --valid_size 0 --watch off --batch_size 1 --kernels 1 1 --epochs 1".split()
 )
-SHORT, LONG = 100, 200  # batches
+COLA = "--dataset synthetic --model scratch --watch off --batch_size 8 --epochs 1".split()
+SHORT, LONG = 50, 100  # batches
+Counts = collections.Counter[str]
 
 
-def our_operators(batches: int) -> collections.Counter[str]:
-    """Those of the script's `train` with `batches` batches, an epoch's end included."""
-    train, operators = train_mnist.train, Operators()
+def difference(count: Callable[[int], Counts]) -> Counts:
+    """The operators of a batch, without what happens once: an epoch's end included."""
+    counts = count(LONG)
+    counts.subtract(count(SHORT))
+    return collections.Counter({name: n / (LONG - SHORT) for name, n in counts.items()})
 
-    def counted(*arguments: object) -> object:
+
+def our_operators(script: types.ModuleType, arguments: list[str], batches: int) -> Counts:
+    """Those of the script's `train` with `batches` batches."""
+    train, operators = script.train, Operators()
+
+    def counted(*given: object) -> object:
         with operators:
-            return train(*arguments)
+            return train(*given)
 
-    train_mnist.train = counted
-    try:
-        bare.our_rate([*TINY, "--wandb", "disabled", "--max_steps", str(batches)])
-    finally:
-        train_mnist.train = train
+    options = [*arguments, "--wandb", "disabled", "--max_steps", str(batches)]
+    with mock.patch.object(script, "train", counted):
+        bare.our_rate(options, script)
     return operators.counts
+
+
+def operators_of(step: Callable[[], object]) -> Counts:
+    """Those of the second of two equal batches of a bare loop: the first one makes the optimizer's state."""
+    step()
+    with Operators() as operators:
+        step()
+    return operators.counts
+
+
+def bare_mnist(precision: str) -> Counts:
+    settings = options.parse(train_mnist.Settings, [*TINY, "--precision", precision])
+    device = torch.device("cpu")
+    digits = train_mnist.load(settings, device).train
+    step = bare.make_step(settings, digits, device, len(digits.labels))
+    first = torch.tensor([0])
+    return operators_of(lambda: step(first))
+
+
+def bare_cola(precision: str) -> Counts:
+    """BERT-tiny's batch of sentences of one length."""
+    corpus = load_corpus("synthetic", "")
+    model, _ = encoders.load_model("scratch", corpus.train.sentences, corpus.class_names, 128)
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    tokens = torch.randint(5, 100, (8, 10))
+    mask = torch.ones_like(tokens)
+    labels = torch.zeros(8, dtype=torch.long)
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            logits = model(input_ids=tokens, attention_mask=mask).logits
+            loss = F.cross_entropy(logits, labels)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return operators_of(step)
 
 
 def host_work(repeats: int) -> None:
     """Print a batch's operators beside those of a bare loop, and host time with one image and one channel."""
     os.environ["WANDB_SILENT"] = "true"
+    print(pairs.header("a batch", ("torch", "transformers"), ("ours", "bare", "ratio")))
+    for script, arguments, bare_one in (
+        (train_mnist, TINY, bare_mnist),
+        (train_cola, COLA, bare_cola),
+    ):
+        for precision in ("fp32", "bf16"):
+            given = [*arguments, "--precision", precision]
+            ours = difference(functools.partial(our_operators, script, given))
+            plain = bare_one(precision)
+            a, b = ours.total(), plain.total()
+            work = f"`{script.__name__}.py`, operators dispatched in {precision}"
+            print(f"| {work} | {a:.1f} | {b:.1f} | {b / a:.2f} |", flush=True)
+            more = {name: ours[name] - plain[name] for name in ours | plain}
+            listed = sorted(more.items(), key=lambda item: -abs(item[1]))
+            names = ", ".join(f"{name} {n:+.1f}" for name, n in listed if abs(n) > 0.05)
+            print(f"more than the bare loop: {names}", file=sys.stderr)
     settings = options.parse(train_mnist.Settings, TINY)
-    digits = train_mnist.load(settings, torch.device("cpu")).train
-
-    def batches() -> list[torch.Tensor]:
-        return list(bare.batches_of(settings, len(digits.labels), torch.device("cpu")))[:1000]
-
-    ours = our_operators(LONG)
-    ours.subtract(our_operators(SHORT))  # without what happens once
-    step = bare.make_step(settings, digits, torch.device("cpu"), len(digits.labels))
-    with Operators() as operators:
-        for indices in batches()[: LONG - SHORT]:
-            step(indices)
-    count = LONG - SHORT
-    more = {name: (ours[name] - operators.counts[name]) / count for name in ours | operators.counts}
+    device = torch.device("cpu")
+    digits = train_mnist.load(settings, device).train
     rates: dict[str, list[float]] = {"offline": [], "disabled": [], "bare": []}
     for _ in range(repeats):
         for mode in ("offline", "disabled"):
             rates[mode].append(bare.our_rate([*TINY, "--wandb", mode, "--max_steps", "1000"]))
-        step = bare.make_step(settings, digits, torch.device("cpu"), len(digits.labels))
-        rates["bare"].append(bare.rate(step, batches(), 1))
+        step = bare.make_step(settings, digits, device, len(digits.labels))
+        batches = itertools.islice(bare.batches_of(settings, len(digits.labels), device), 1000)
+        rates["bare"].append(bare.rate(step, batches, 1))
     plain = statistics.median(rates["bare"])
-    print(pairs.header("a batch of one image, one channel", ("torch",), ("ours", "bare", "ratio")))
-    a, b = ours.total() / count, operators.counts.total() / count
-    print(f"| operators dispatched | {a:.1f} | {b:.1f} | {b / a:.2f} |")
     for mode in ("offline", "disabled"):
         rate = statistics.median(rates[mode])
         times = f"{1e6 / rate:.0f} µs | {1e6 / plain:.0f} µs | {rate / plain:.2f}"
-        print(f"| host time, `--wandb {mode}` | {times} |")
-    listed = sorted(more.items(), key=lambda item: -abs(item[1]))
-    print(
-        "\nMore than the bare loop:",
-        ", ".join(f"{n} {x:+.2f}" for n, x in listed if abs(x) > 0.005),
-    )
+        print(f"| `train_mnist.py` with one image, one channel, `--wandb {mode}` | {times} |")
 
 
 def main() -> None:

@@ -159,9 +159,9 @@ class Result(NamedTuple):
 def evaluate(model: GPT, part: Tensor) -> Result:
     """Predict every sequence; few enough for each rank to predict all of them."""
     model.eval()
-    losses = torch.cat([model.losses(sequences) for sequences in part.split(64)])
+    losses = torch.cat([model.losses(sequences) for sequences in part.split(64)]).cpu()
     loss = losses.double().mean()
-    return Result(losses.cpu(), {"loss": float(loss), "perplexity": float(loss.exp())})
+    return Result(losses, {"loss": float(loss), "perplexity": float(loss.exp())})
 
 
 @torch.inference_mode()

@@ -80,6 +80,8 @@ class Checkpoints:
             raise UserError("--resume: the data are not those that the run was begun with")
         try:
             self._restore(checkpoint)
+        except torch.OutOfMemoryError:
+            raise
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             reason = textwrap.shorten(str(error), 200)
             raise UserError(
@@ -158,7 +160,9 @@ class Checkpoints:
         own = {
             "meter": self._meter.state_dict(),
             "random": _random_state(self._session.device),
-            "gradients": [weight.grad for weight in self._parameters],  # if they accumulate
+            "gradients": [  # if they accumulate
+                None if weight.grad is None else weight.grad.cpu() for weight in self._parameters
+            ],
         }
         processes = distributed.gather(own)
         if distributed.rank() > 0:

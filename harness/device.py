@@ -85,17 +85,14 @@ def keep_freed_memory() -> None:
 def find_device(name: str) -> torch.device:
     """The device for `--device`; under torchrun, a GPU per process.
 
-    "auto" is the fastest kind there is. Raises `UserError`.
+    "auto" is "cuda" or "cpu": on "mps", a run does not repeat to the last bit. Raises `UserError`.
     """
     alone = distributed.world_size() == 1
-    available = {
-        "cuda": torch.cuda.is_available(),
-        "mps": alone and torch.backends.mps.is_available(),
-        "cpu": True,
-    }
+    has_cuda = name in ("auto", "cuda") and torch.cuda.is_available() and _runs_kernels()
+    has_mps = alone and torch.backends.mps.is_available()
     if name == "auto":
-        name = next(kind for kind in available if available[kind])
-    if not available[name]:
+        name = "cuda" if has_cuda else "cpu"
+    if (name == "cuda" and not has_cuda) or (name == "mps" and not has_mps):
         raise UserError(
             f"--device {name}: not available on this machine, or in this torch: use --device cpu"
         )
@@ -110,6 +107,15 @@ def find_device(name: str) -> torch.device:
         )
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     return torch.device(name, torch.cuda.current_device())
+
+
+def _runs_kernels() -> bool:
+    """Whether this build of torch has kernels for the GPU; if not, torch itself warns."""
+    try:
+        torch.ones(1, device="cuda").item()
+    except RuntimeError as error:
+        return "no kernel image" not in str(error)
+    return True
 
 
 def find_precision(name: str, device: torch.device) -> str:

@@ -87,7 +87,7 @@ class SharedSettings:
     )
     device: str = option(
         "auto",
-        "device to train on",
+        "device to train on; auto: cuda or cpu",
         placeholder="auto",
         choices=("auto", "cpu", "cuda", "mps"),
     )

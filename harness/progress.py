@@ -238,8 +238,10 @@ class Meter:
         """
         for name, value in sums.items():
             if isinstance(value, Tensor):
-                value = value.detach().float()  # a long sum in bf16 would lose its last terms
-            self._sums[name] = self._sums[name] + value  # += would change the tensor
+                value = value.detach()
+                if not isinstance(self._sums[name], Tensor):
+                    value = value.float()  # a long sum in bf16 would lose its last terms
+            self._sums[name] += value  # in place, but for the first one
             self._sums[f"{name}/examples"] += examples
 
     def take_row(self) -> dict[str, float]:

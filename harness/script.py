@@ -23,7 +23,7 @@ GRACE = 2  # seconds from a signal to the exit if there is nothing to save
 EXIT_TIMEOUT = 30  # seconds
 PATH_ERRORS = (errno.EACCES, errno.EPERM)
 ALLOCATION_ERRORS = re.compile(
-    "out of memory|can't allocate memory|storage size calculation", re.IGNORECASE
+    "out of memory|can't allocate memory|storage size calculation|ALLOC_FAILED", re.IGNORECASE
 )
 
 
@@ -135,6 +135,9 @@ def _explained(error: Exception) -> tuple[str | None, int]:
         return f"{path}: {failure.strerror}", 1 if failure.errno in DISK_ERRORS else 2
     if isinstance(error, MemoryError) or ALLOCATION_ERRORS.search(str(error)):
         return "out of memory: a smaller --micro_batch_size, or a smaller model, needs less", 1
+    if "not have a deterministic implementation" in str(error):
+        problem = str(error).partition(",")[0]
+        return f"{problem}: --deterministic false allows it", 1
     if type(error).__module__.startswith("wandb.errors"):
         return f"W&B: {error}", 2
     return None, 1

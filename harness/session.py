@@ -205,6 +205,8 @@ def _open_on_rank_0(
             yield Session(settings, requests, metrics=metrics, finished=True)
             return
         device = find_device(settings.device)
+        if device.type == "mps" and settings.deterministic:
+            raise UserError("--device mps does not repeat a run exactly: add --deterministic false")
         precision = find_precision(settings.precision, device)
         config = dataclasses.asdict(settings)
         config |= {"device": device.type, "precision": precision}

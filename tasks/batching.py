@@ -99,9 +99,9 @@ def inputs_of(token_set: TokenSet, indices: Tensor) -> dict[str, Tensor]:
     within_sentence = positions < ends[:, None]
     positions = positions.where(within_sentence, 0)  # the padding token is at position 0
     device = token_set.tokens.device
-    positions = positions.to(device, non_blocking=True)
+    positions = positions.to(device)
     tokens = token_set.tokens[positions]
-    mask = within_sentence.to(device, non_blocking=True)
+    mask = within_sentence.to(device)
     inputs = {"input_ids": tokens.long(), "attention_mask": mask.long()}
     if token_set.types is not None:
         inputs["token_type_ids"] = token_set.types[positions].long()

@@ -137,6 +137,15 @@ def test_one_output(arguments, tmp_path):
         report.main([str(tmp_path / "a"), *arguments])
 
 
+@pytest.mark.quick
+@pytest.mark.parametrize("arguments", [["--port", "8000"], ["--host", "0.0.0.0", "--csv"]])
+def test_an_address_without_watch(arguments, tmp_path):
+    """It was ignored."""
+    with pytest.raises(UserError, match="--host and --port are for --watch"):
+        report.main([str(tmp_path / "a"), *arguments])
+    assert not list(tmp_path.iterdir())
+
+
 # --------------------------------------------------------------------------------------------- LaTeX
 
 

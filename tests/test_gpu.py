@@ -41,8 +41,8 @@ def missing() -> str:
     torch would have to initialize CUDA to be certain, and this process is to stay without it: the driver's tool knows.
     If torch can't use what that finds, the tests fail.
     """
-    if not GPU:
-        return "CUDA_VISIBLE_DEVICES is empty"
+    if GPU in ("", "-1"):
+        return "CUDA_VISIBLE_DEVICES hides all"
     if torch.version.cuda is None:
         return "this torch is built without CUDA"
     if not shutil.which("nvidia-smi"):

@@ -626,7 +626,7 @@ def test_closed_streams(tmp_path):
 
 
 def test_out_of_memory_is_one_line(tmp_path):
-    done = call("train_mnist.py", *QUICK, "--kernels", "100000", "100000", cwd=tmp_path)
+    done = call("train_mnist.py", *QUICK, "--kernels", "3000000", "3000000", cwd=tmp_path)
     assert done.status == 1 and "Traceback" not in done.err
     assert done.err.splitlines()[-1] == (
         "train_mnist.py: error: out of memory: a smaller --micro_batch_size, or a smaller model, needs less"
