@@ -520,6 +520,7 @@ def paired_bootstrap_counts(
     """`paired_bootstrap` of a metric of counts, such as `ConfusionMatrix.matthews_corrcoef`.
 
     `predictions` of the two models and `labels` are int64 (examples,), with at least one example.
+    `statistic` may only call the confusion matrix's metrics.
     Resampling examples is the same as drawing the counts of the distinct (label, prediction,
     prediction) triples from a multinomial distribution, whose cost does not grow with the number of
     examples. Raises `ValueError` if the shapes differ or a class is negative.

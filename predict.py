@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from harness import files
-from harness.directory import CONFIG, METRICS
+from harness.directory import CONFIG_FILE, METRICS_FILE
 from harness.errors import UserError
 from harness.files import list_names
 from harness.options import Parser, command_line
@@ -181,10 +181,10 @@ def log_to_wandb(
 @torch.inference_mode()
 def predict(arguments: argparse.Namespace) -> dict[str, Sequence[Any]]:
     """The columns of the CSV file, after evaluating and logging what was asked for."""
-    metrics = files.read_json(arguments.run / METRICS)
-    config = files.read_json(arguments.run / CONFIG)
+    metrics = files.read_json(arguments.run / METRICS_FILE)
+    config = files.read_json(arguments.run / CONFIG_FILE)
     if not metrics or not config:
-        raise UserError(f"{arguments.run} holds no finished run: there is no {METRICS}")
+        raise UserError(f"{arguments.run} holds no finished run: there is no {METRICS_FILE}")
     device = find_device(arguments.device)
     torch.backends.cudnn.allow_tf32 = False  # float32, as in the run's own evaluation
     class_names = metrics.get("class_names")

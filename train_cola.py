@@ -241,8 +241,7 @@ def evaluate(task: Task, part: TokenSet) -> Evaluation:
     logits = torch.zeros(len(part.labels), model.config.num_labels, device=part.labels.device)
     batches = part.lengths.argsort(stable=True).split(64)
     for indices in distributed.share_of(batches):
-        inputs = inputs_of(part, indices)
-        output = type(model).forward(model, **inputs)  # without the hooks of run.watch
+        output = model(**inputs_of(part, indices))
         logits[indices.to(logits.device)] = output.logits
     distributed.sum_over_ranks(logits)  # the other ranks' logits are zero here
     return evaluation(logits, part.labels, METRICS, task.positive)
@@ -341,9 +340,8 @@ def train(session: Session, progress: Progress, task: Task) -> Best:
         # From seed and epoch alone, so that a resumed run repeats them.
         batches = by_length(train_set.lengths, settings.batch_size, seed=(settings.seed, epoch))
         for indices in progress.remaining(batches):  # after a resume, the rest of the epoch
-            run.log({}, step=progress.step)  # begin the row of this batch
             if progress.watch_is_due:
-                run.watch(model, log=settings.watch, log_freq=progress.watch_freq)
+                run.watch(model, log=settings.watch)
             share = distributed.share_of(indices)  # all, unless torchrun started several processes
             for part in share.split(settings.micro_batch_size or len(share)):
                 labels = train_set.labels[part.to(session.device)]
@@ -375,7 +373,7 @@ def train(session: Session, progress: Progress, task: Task) -> Best:
                 )
                 progress.show(row)
             schedule.step()
-            # Writes the row, except an epoch's last, which stays open for the rest; saves if due.
+            # Writes the row, and saves if due. An epoch's last row stays open for the validation.
             # Ctrl-C or SIGTERM: saves, and raises Stopped. A second Ctrl-C kills.
             checkpoints.end_batch()
 
@@ -446,7 +444,7 @@ def conclude(session: Session, task: Task, best: Best) -> dict[str, Any]:
         save_model(task, directory)
 
     run.log({"curves": run.call(wandb.Image, str(output_dir / "curves.png"))})
-    run.log(more, commit=True)  # now: later it would overwrite the summary
+    run.log(more)
     run.update_summary(valid.named("best"))
     share = valid.confusion.majority_share()
     run.update_summary({"best/epoch": best.epoch, "best/majority_share": share})

@@ -144,7 +144,7 @@ def make_optimizer(
     optimizer = torch.optim.Adam(model.parameters(), rate, betas, fused=True)
     if constant:
         return optimizer, ConstantLR(optimizer, factor=1)
-    batches = max(batches, 2)  # the last one has almost no learning rate
+    batches = max(batches, 2)  # OneCycleLR would give a single batch almost no learning rate
     rise = 0.11 if batches == 10 else 0.1  # a rise of exactly one batch would divide by zero
     return optimizer, OneCycleLR(optimizer, rate, batches, pct_start=rise, cycle_momentum=False)
 
@@ -159,7 +159,7 @@ def evaluate(model: ConvNet, part: ImageSet) -> Evaluation:
     logits = torch.zeros(len(part.images), model.fc.out_features, device=part.images.device)
     batches = list(zip(part.images.split(200), logits.split(200)))
     for images, slots in distributed.share_of(batches):
-        slots.copy_(type(model).forward(model, pixels(images)))  # without the hooks of run.watch
+        slots.copy_(model(pixels(images)))
     distributed.sum_over_ranks(logits)  # the other ranks' logits are zero here
     return evaluation(logits, part.labels, METRICS)
 
@@ -191,7 +191,7 @@ def log_inputs(run: Run, model: ConvNet, data: Digits, indices: Tensor) -> None:
     """Log some training images with the model's predictions."""
     images = data.train.images[indices]
     labels = data.train.labels[indices]
-    predictions = type(model).forward(model.eval(), pixels(images)).argmax(1)
+    predictions = model.eval()(pixels(images)).argmax(1)
     inputs = []
     for image, prediction, label in zip(images.cpu(), predictions, labels):
         caption = f"Pred: {data.class_names[prediction]} Truth: {data.class_names[label]}"
@@ -239,9 +239,8 @@ def train(session: Session, progress: Progress, model: ConvNet, data: Digits) ->
         order = shuffled(len(train_set.labels), settings.seed, epoch).to(session.device)
         batches = order.split(settings.batch_size)
         for indices in progress.remaining(batches):  # after a resume, the rest of the epoch
-            run.log({}, step=progress.step)  # begin the row of this batch
             if progress.watch_is_due:
-                run.watch(model, log=settings.watch, log_freq=progress.watch_freq)
+                run.watch(model, log=settings.watch)
             share = distributed.share_of(indices)  # all, unless torchrun started several processes
             for part in share.split(settings.micro_batch_size or len(share)):
                 images = train_set.images[part]
@@ -271,7 +270,7 @@ def train(session: Session, progress: Progress, model: ConvNet, data: Digits) ->
                 )
                 progress.show(row)
             schedule.step()
-            # Writes the row, except an epoch's last, which stays open for the rest; saves if due.
+            # Writes the row, and saves if due. An epoch's last row stays open for the validation.
             # Ctrl-C or SIGTERM: saves, and raises Stopped. A second Ctrl-C kills.
             checkpoints.end_batch()
 
@@ -328,7 +327,7 @@ def conclude(session: Session, progress: Progress, best: Best, data: Digits) -> 
 
     log_charts(run, data, "test", test)
     run.log({"curves": run.call(wandb.Image, str(output_dir / "curves.png"))})
-    run.log(test.named("test"), commit=True)  # now: later it would overwrite the summary
+    run.log(test.named("test"))
     run.update_summary({"best/epoch": best.epoch})
     if name == "valid":
         run.update_summary(shown.named("best"))

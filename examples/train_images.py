@@ -24,7 +24,7 @@ class Settings(options.SharedSettings):
     folder: str | None = option(None, "your folder of images [shapes, made up]", path=True)
     image_size: int = option(32, "side of the images that the model sees", at_least=8)
     norm: str = option("batch", "group: GroupNorm, for torchrun", choices=("batch", "group"))
-    weights: str | None = option(None, "begin with these, model.pt of another run", path=True)
+    init_from: str | None = option(None, "begin with these, model.pt of another run", path=True)
     workers: int = option(2, "processes that load images", may_change=True, at_least=0)
     epochs: int = option(20, "passes over the training data", at_least=1, below=10**6)
     batch_size: int = option(32, "images in a batch", at_least=1)
@@ -190,18 +190,18 @@ def load_weights(model: ResNet, path: str) -> None:
         new = model.state_dict()
         if weights["fc.bias"].shape != new["fc.bias"].shape:
             weights |= {name: new[name] for name in ("fc.weight", "fc.bias")}
-            print(f"--weights {path} is of other classes: the last layer is new.")
+            print(f"--init_from {path} is of other classes: the last layer is new.")
         model.load_state_dict(weights)
     except Exception as error:  # of torch, pickle and others
         reason = textwrap.shorten(str(error), 200)
-        raise UserError(f"--weights {path} does not fit this model: {reason}") from None
+        raise UserError(f"--init_from {path} does not fit this model: {reason}") from None
 
 
 def make_optimizer(
     model: ResNet, settings: Settings, batches: int
 ) -> tuple[Optimizer, LRScheduler]:
     optimizer = torch.optim.AdamW(model.parameters(), settings.learning_rate)
-    batches = max(batches, 2)  # OneCycleLR gives the last one almost no learning rate
+    batches = max(batches, 2)  # OneCycleLR would give a single batch almost no learning rate
     return optimizer, OneCycleLR(optimizer, settings.learning_rate, batches, cycle_momentum=False)
 
 
@@ -217,7 +217,7 @@ def evaluate(model: ResNet, part: Subset, workers: int) -> Evaluation:
     loader = DataLoader(Subset(part, rows.tolist()), batch_size=100, num_workers=workers)
     logits = torch.zeros(len(part), model.fc.out_features, device=device)
     for indices, (images, _) in zip(rows.split(100), iterate(loader)):
-        logits[indices] = type(model).forward(model, images.to(device))  # without run.watch's hooks
+        logits[indices] = model(images.to(device))
     distributed.sum_over_ranks(logits)  # the other ranks' logits are zero here
     labels = torch.tensor(part.dataset.targets)[part.indices]
     return evaluation(logits, labels, METRICS)
@@ -281,9 +281,8 @@ def train(session: Session, progress: Progress, model: ResNet, data: Folder) -> 
         batches = shuffled(len(data.train), settings.seed, epoch).split(settings.batch_size)
         loaded = load_batches(progress, data.train, batches, num_workers=settings.workers)
         for indices, (images, labels) in loaded:  # after a resume, the rest of the epoch
-            run.log({}, step=progress.step)  # begin the row of this batch
             if progress.watch_is_due:
-                run.watch(model, log=settings.watch, log_freq=progress.watch_freq)
+                run.watch(model, log=settings.watch)
             size = settings.micro_batch_size or len(labels)
             for inputs, targets in zip(images.split(size), labels.to(device).split(size)):
                 with session.autocast():
@@ -309,18 +308,17 @@ def train(session: Session, progress: Progress, model: ResNet, data: Folder) -> 
                 )
                 progress.show(row)
             schedule.step()
-            # Writes the row, except an epoch's last, which stays open for the rest; saves if due.
+            # Writes the row, and saves if due. An epoch's last row stays open for the validation.
             # Ctrl-C or SIGTERM: saves, and raises Stopped. A second Ctrl-C kills.
             checkpoints.end_batch()
 
         mean = meter.take_epoch()
         results = {"train/loss_epoch": mean["loss"], "train/acc_epoch": mean["acc"]}
-        run.log(results)  # into the row of the last batch, like what follows
         valid = evaluate(model, data.valid, settings.workers)
         progress.check_finite("validation", valid.metrics["loss"])
         log_charts(run, data, "valid", valid)
-        run.log(valid.named("valid"))
         results |= valid.named("valid")
+        run.log(results)  # into the row of the last batch, which is still open
         improved = best.offer(epoch, results, model)
         write_curves(session, best.epoch)
         if settings.log_model == "all":
@@ -361,7 +359,7 @@ def conclude(session: Session, progress: Progress, best: Best, data: Folder) -> 
 
     log_charts(run, data, "test", test)
     run.log({"curves": run.call(wandb.Image, str(output_dir / "curves.png"))})
-    run.log(test.named("test"), commit=True)  # now: later it would overwrite the summary
+    run.log(test.named("test"))
     run.update_summary({"best/epoch": best.epoch})
     run.update_summary(valid.named("best"))
     run.save(output_dir / "model.pt")
@@ -400,8 +398,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         log_dataset(run, data)
         seed_everything(settings.seed, settings.deterministic)
         model = make_model(settings, data, session.device)
-        if settings.weights and not session.checkpoint:
-            load_weights(model, settings.weights)
+        if settings.init_from and not session.checkpoint:
+            load_weights(model, settings.init_from)
         seed_rank(settings.seed)
         print(
             f"{data.name}: {len(data.train):,} + {len(data.valid):,} + "

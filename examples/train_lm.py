@@ -26,7 +26,7 @@ class Settings(options.SharedSettings):
     context: int = option(32, "characters in a sequence", at_least=1)
     layers: int = option(2, "layers of the transformer", at_least=1)
     heads: int = option(4, "attention heads in a layer, of 16 units each", at_least=1)
-    clip: float = option(1.0, "scale gradients down to this norm if theirs is larger", above=0)
+    clip_norm: float = option(1.0, "scale gradients down to this norm if theirs is larger", above=0)
     ema_decay: float = option(0.95, "of the running average of weights", at_least=0, below=1)
     batch_size: int = option(32, "examples in a batch", at_least=1)
     monitor: str = option("valid/perplexity", "selects the best model", choices=MONITORS)
@@ -138,7 +138,7 @@ def make_model(settings: Settings, data: Text, device: torch.device) -> GPT:
 def make_optimizer(model: GPT, settings: Settings, batches: int) -> tuple[Optimizer, LRScheduler]:
     """AdamW and its learning rate schedule over all `batches`."""
     optimizer = torch.optim.AdamW(model.parameters(), settings.learning_rate)
-    batches = max(batches, 2)  # OneCycleLR gives the last one almost no learning rate
+    batches = max(batches, 2)  # OneCycleLR would give a single batch almost no learning rate
     return optimizer, OneCycleLR(optimizer, settings.learning_rate, batches, cycle_momentum=False)
 
 
@@ -202,7 +202,7 @@ def train(session: Session, progress: Progress, model: GPT, data: Text) -> Best:
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(settings.ema_decay))
     best = Best(settings.monitor, METRICS)
     meter = Meter()
-    # Also saved: position, meter, random state. At an epoch's end that is before validation.
+    # Also saves position, meter and random state. An epoch's last save precedes its validation.
     checkpoints = Checkpoints(
         progress,
         [data.train, data.valid, data.test],
@@ -220,9 +220,8 @@ def train(session: Session, progress: Progress, model: GPT, data: Text) -> Best:
         order = shuffled(len(train_set), settings.seed, epoch).to(session.device)
         batches = order.split(settings.batch_size)
         for indices in progress.remaining(batches):  # after a resume, the rest of the epoch
-            run.log({}, step=progress.step)  # begin the row of this batch
             if progress.watch_is_due:
-                run.watch(model, log=settings.watch, log_freq=progress.watch_freq)
+                run.watch(model, log=settings.watch)
             share = distributed.share_of(indices)  # all, unless torchrun started several processes
             for part in share.split(settings.micro_batch_size or len(share)):
                 with session.autocast():
@@ -230,7 +229,7 @@ def train(session: Session, progress: Progress, model: GPT, data: Text) -> Best:
                 (loss / len(indices)).backward()  # parts and ranks add up to the batch's gradient
                 meter.add(len(part), loss=loss)
             distributed.sum_gradients(model)
-            norm = nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)
             optimizer.step()
             average.update_parameters(model)
             optimizer.zero_grad()
@@ -242,28 +241,27 @@ def train(session: Session, progress: Progress, model: GPT, data: Text) -> Best:
                     {
                         "epoch": epoch,
                         "train/loss_step": row["loss"],
-                        "train/gradient_norm": norm,  # of this batch, before it is clipped
+                        "train/grad_norm": norm,  # of this batch, before it is clipped
                         "train/learning_rate": schedule.get_last_lr()[0],
                         "train/examples_per_second": progress.examples_per_second(),
                     }
                 )
                 progress.show(row)
             schedule.step()
-            # Writes the row, except an epoch's last, which stays open for the rest; saves if due.
+            # Writes the row, and saves if due. An epoch's last row stays open for the validation.
             # Ctrl-C or SIGTERM: saves, and raises Stopped. A second Ctrl-C kills.
             checkpoints.end_batch()
 
         mean = meter.take_epoch()
         results = {"train/loss_epoch": mean["loss"]}
-        run.log(results)  # into the row of the last batch, like what follows
         valid = evaluate(average.module, data.valid)
         progress.check_finite("validation", valid.metrics["loss"])
         sample = generate(average.module, data, settings)
         log_sample(run, sample)
         if distributed.rank() == 0:
             files.write_text(session.output_dir / "sample.txt", sample)
-        run.log(valid.named("valid"))
         results |= valid.named("valid")
+        run.log(results)  # into the row of the last batch, which is still open
         improved = best.offer(epoch, results, average.module)
         write_curves(session, best.epoch)
         if settings.log_model == "all":
@@ -298,7 +296,7 @@ def conclude(session: Session, progress: Progress, best: Best, data: Text) -> di
     files.write_onnx(output_dir / "model.onnx", model, "logits", codes=data.test[:2, :-1].cpu())
 
     run.log({"curves": run.call(wandb.Image, str(output_dir / "curves.png"))})
-    run.log(test.named("test"), commit=True)  # now: later it would overwrite the summary
+    run.log(test.named("test"))
     run.update_summary({"best/epoch": best.epoch})
     run.update_summary(valid.named("best"))
     run.save(output_dir / "model.pt")

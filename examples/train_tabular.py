@@ -173,7 +173,7 @@ class Result(NamedTuple):
 def evaluate(model: nn.Module, part: TensorDataset, table: Table) -> Result:
     """Predict every row; few enough for each rank to predict all of them."""
     features, targets = part.tensors
-    outputs = type(model.eval()).forward(model, features).cpu()  # without the hooks of run.watch
+    outputs = model.eval()(features).cpu()
     if table.classes:
         result = evaluation(outputs, targets, METRICS_OF["classification"])
         return Result(result.columns(), result.metrics)
@@ -214,7 +214,7 @@ def train(session: Session, progress: Progress, model: nn.Module, data: Table) -
     optimizer, schedule = make_optimizer(model, settings.learning_rate, progress.total_batches)
     best = Best(settings.monitor, METRICS)
     meter = Meter()
-    # Also saved: position, meter, random state. At an epoch's end that is before validation.
+    # Also saves position, meter and random state. An epoch's last save precedes its validation.
     checkpoints = Checkpoints(
         progress,
         [data.classes, data.mean, data.scale, *(part.tensors for part in data[-3:])],
@@ -231,9 +231,8 @@ def train(session: Session, progress: Progress, model: nn.Module, data: Table) -
         order = shuffled(len(train_set), settings.seed, epoch).to(session.device)
         batches = order.split(settings.batch_size)
         for indices in progress.remaining(batches):  # after a resume, the rest of the epoch
-            run.log({}, step=progress.step)  # begin the row of this batch
             if progress.watch_is_due:
-                run.watch(model, log=settings.watch, log_freq=progress.watch_freq)
+                run.watch(model, log=settings.watch)
             share = distributed.share_of(indices)  # all, unless torchrun started several processes
             for part in share.split(settings.micro_batch_size or len(share)):
                 features, targets = train_set[part]
@@ -258,18 +257,17 @@ def train(session: Session, progress: Progress, model: nn.Module, data: Table) -
                 )
                 progress.show(row)
             schedule.step()
-            # Writes the row, except an epoch's last, which stays open for the rest; saves if due.
+            # Writes the row, and saves if due. An epoch's last row stays open for the validation.
             # Ctrl-C or SIGTERM: saves, and raises Stopped. A second Ctrl-C kills.
             checkpoints.end_batch()
 
         mean = meter.take_epoch()
         results = {"train/loss_epoch": mean["loss"]}
-        run.log(results)  # into the row of the last batch, like what follows
         valid = evaluate(model, data.valid, data)
         progress.check_finite("validation", valid.metrics["loss"])
         log_charts(run, "valid", valid)
-        run.log(valid.named("valid"))
         results |= valid.named("valid")
+        run.log(results)  # into the row of the last batch, which is still open
         improved = best.offer(epoch, results, model)
         write_curves(session, best.epoch)
         if settings.log_model == "all":
@@ -304,7 +302,7 @@ def conclude(session: Session, progress: Progress, best: Best, data: Table) -> d
 
     log_charts(run, "test", test)
     run.log({"curves": run.call(wandb.Image, str(output_dir / "curves.png"))})
-    run.log(test.named("test"), commit=True)  # now: later it would overwrite the summary
+    run.log(test.named("test"))
     run.update_summary({"best/epoch": best.epoch} | valid.named("best"))
     run.save(output_dir / "model.pt")
     run.save(output_dir / "model.onnx")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from harness import distributed
-from harness.directory import CHECKPOINT, CONTENT, METRICS, PREVIOUS_CHECKPOINT
+from harness.directory import CHECKPOINT, CONTENT, METRICS_FILE, PREVIOUS_CHECKPOINT
 from harness.errors import Stopped, UserError
 from harness.files import remove, write_tensors
 from harness.progress import Meter, Progress
@@ -105,7 +105,7 @@ class Checkpoints:
             else:
                 thing.load_state_dict(checkpoint[name])
         if grows:  # from here on the run is not finished
-            remove(self._session.output_dir / METRICS)
+            remove(self._session.output_dir / METRICS_FILE)
         processes = checkpoint["processes"]
         rank = distributed.rank()
         meters = [process["meter"] for process in processes]
@@ -137,6 +137,7 @@ class Checkpoints:
         """
         progress = self._progress
         requests = self._session.stop_requests
+        self._session.run.unwatch()
         if not progress.epoch_ends:
             self._session.run.commit()
         # Asking all ranks takes time, so only when a row is due.

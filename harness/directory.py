@@ -20,9 +20,10 @@ from harness.files import (
     write_json,
 )
 
-CONFIG, JOURNAL, METRICS = "config.json", "history.jsonl", "metrics.json"
+CONFIG_FILE, JOURNAL_FILE, METRICS_FILE = "config.json", "history.jsonl", "metrics.json"
 CHECKPOINT, PREVIOUS_CHECKPOINT = "checkpoint.pt", "checkpoint.previous.pt"
-RESULTS = {JOURNAL, CHECKPOINT, PREVIOUS_CHECKPOINT, METRICS}  # of a run that has begun to train
+# Of a run that has begun to train.
+RESULTS = {JOURNAL_FILE, CHECKPOINT, PREVIOUS_CHECKPOINT, METRICS_FILE}
 # What every checkpoint holds, beside the state of the script's other objects.
 CONTENT = {"model", "position", "history", "processes", "settings", "data", "seconds"}
 LOCKED: set[int] = set()  # descriptors of the locked directories
@@ -49,9 +50,9 @@ def output_directory(path: Path, resume: bool, config: Mapping[str, Any]) -> Ite
         for name in before:
             if TEMPORARY.fullmatch(name):  # of a process that was killed while writing
                 remove(path / name)
-        new_run = not (path / CONFIG).exists()
+        new_run = not (path / CONFIG_FILE).exists()
         if new_run:
-            write_json(path / CONFIG, config)
+            write_json(path / CONFIG_FILE, config)
         try:
             yield
         except BaseException as error:
@@ -60,7 +61,7 @@ def output_directory(path: Path, resume: bool, config: Mapping[str, Any]) -> Ite
                     f"--output_dir {path} was removed while the run was using it", 1
                 ) from None
             if new_run and not any((path / name).exists() for name in RESULTS - before):
-                (path / CONFIG).unlink(missing_ok=True)
+                (path / CONFIG_FILE).unlink(missing_ok=True)
             raise
 
 
@@ -68,7 +69,7 @@ def _check_content(path: Path, resume: bool) -> set[str]:
     """The names in the directory. Raises `UserError` if they are not of a run to resume."""
     names = set(os.listdir(path)) - {system.LOCK_FILE}
     lasting = {name for name in names if not TEMPORARY.fullmatch(name)}
-    config = read_json(path / CONFIG) or {}
+    config = read_json(path / CONFIG_FILE) or {}
     has_checkpoint = {CHECKPOINT, PREVIOUS_CHECKPOINT} & names
     is_run = has_checkpoint or {"id", "output_dir", "resume"} <= config.keys()
     if lasting and not is_run:
@@ -78,7 +79,7 @@ def _check_content(path: Path, resume: bool) -> set[str]:
         )
     if lasting and not resume:
         raise UserError(
-            f"--output_dir {path} already holds another run ({CONFIG}); "
+            f"--output_dir {path} already holds another run ({CONFIG_FILE}); "
             "choose another directory, or continue that run: --resume"
         )
     return names
@@ -147,7 +148,7 @@ def read_checkpoint(output_dir: Path) -> dict[str, Any] | None:
         return state
     if problems:
         raise UserError(f"{'; '.join(problems)}; to start over, give another --output_dir", 1)
-    journal = output_dir / JOURNAL
-    if journal.exists() and journal.stat().st_size and not (output_dir / METRICS).exists():
+    journal = output_dir / JOURNAL_FILE
+    if journal.exists() and journal.stat().st_size and not (output_dir / METRICS_FILE).exists():
         raise UserError(f"{output_dir} has lost its checkpoint; give another --output_dir", 1)
     return None

@@ -14,13 +14,12 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
+from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 from harness.errors import UserError
 
-LISTS = (list[int], list[str])
 BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-IDENTITY = {"config", "id", "output_dir", "resume"}  # of one run: `--config` leaves them out
+NOT_TAKEN = {"config", "id", "output_dir", "resume"}  # by `--config`: they are of one run
 SWEEP_FILE = "WANDB_SWEEP_PARAM_PATH"  # both kinds of W&B's agent write a run's values to this file
 PROVENANCE = ("command", "date", "host", "git_commit", "code", "resumed")  # of a run
 # Keys of config.json that are not options.
@@ -142,10 +141,10 @@ class SharedSettings:
     )
 
 
-Settings = TypeVar("Settings")
+AnySettings = TypeVar("AnySettings")
 
 
-def parse(settings_class: type[Settings], argv: Sequence[str] | None = None) -> Settings:
+def parse(settings_class: type[AnySettings], argv: Sequence[str] | None = None) -> AnySettings:
     """Settings from the command line; the values of a sweep's run override it.
 
     Without `argv`, the arguments are those of this process, if its script declares the settings.
@@ -182,14 +181,14 @@ def _read_config(settings_class: type, path: Path, source: str) -> dict[str, Any
         if not isinstance(values, dict):
             raise ValueError("it holds no options, such as epochs: 3")
         if "run_token" in values:  # a run's, which also holds what is no option
-            ignored = set(IDENTITY) if source == "--config" else set()
+            ignored = set(NOT_TAKEN) if source == "--config" else set()
             # This machine may be offline. WANDB_MODE takes precedence over a file.
             if values.get("wandb") == "online" or os.environ.get("WANDB_MODE"):
                 ignored.add("wandb")
             names = [name for name in _kinds(settings_class) if name not in ignored]
             values = {name: values[name] for name in names if name in values}
         elif source == "--resume":
-            return {}  # no run's: its directory is refused
+            return {}  # not a run's: `output_directory` refuses the directory
         return _check(settings_class, values, prefix="")
     except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
         problem = f"can't be read: {' '.join(str(error).split())}"
@@ -248,7 +247,7 @@ def _read_command_line(settings_class: type, argv: Sequence[str] | None) -> dict
         nargs = None
         if kind is bool:
             nargs = "?"  # --resume, or as sweeps write it: --resume=True
-        elif kind in LISTS:
+        elif get_origin(kind) is list:
             nargs = "*"
         parser.add_argument(
             f"--{field.name}",
@@ -319,7 +318,7 @@ def _nearest(word: str, words: Sequence[str]) -> str:
 
 def _convert(kind: Any, value: Any, limits: Mapping[str, Any]) -> Any:
     """`value`, a string or a value of a sweep, as `kind`. Raises `ValueError` if it is invalid."""
-    if kind in LISTS:
+    if get_origin(kind) is list:
         return _list(*get_args(kind), value, **limits)
     if value == []:  # --batch_size=--
         raise ValueError("expected one argument")

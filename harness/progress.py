@@ -78,8 +78,6 @@ class Progress:
 
     def epochs(self) -> Iterator[int]:
         """The epochs that are left, the interrupted one first; on a terminal, with a bar."""
-        # A resumed run logs its histograms in the same batches as one that was not interrupted.
-        self._first_watched = math.ceil(self.batch / self.watch_every) * self.watch_every + 1
         bar = tqdm(
             total=self.total_batches,
             initial=self.batch,
@@ -117,25 +115,19 @@ class Progress:
         return batches[done : done + self.total_batches - self.batch]
 
     def remaining(self, batches: Sequence[Indices]) -> Iterator[Indices]:
-        """Yield the batches that are `left`, and advance the position."""
+        """Yield the batches that are `left`: advance the position, and begin the row of each."""
         for indices in self.left(batches):
             self.batch += 1
             self.step += len(indices)
+            self.session.run.log({}, step=self.step)
             yield indices
             self.bar.update()
 
     @property
-    def watch_freq(self) -> int:
-        """The `log_freq` of `run.watch`, which counts forward passes."""
-        size = self._settings.batch_size
-        share = math.ceil(size / distributed.world_size())
-        return self.watch_every * math.ceil(share / (self._settings.micro_batch_size or size))
-
-    @property
     def watch_is_due(self) -> bool:
-        """Whether `run.watch` is to be called now, before the model sees this batch."""
+        """Whether to call `run.watch` for this batch, before the model sees it."""
         watching = self._settings.watch != "off" and not self.session.run.wandb.disabled
-        return watching and self.batch == self._first_watched
+        return watching and self.batch % self.watch_every == 0
 
     @property
     def epoch_ends(self) -> bool:

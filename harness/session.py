@@ -26,9 +26,9 @@ from harness import distributed, tracking, wandb_service
 from harness.device import find_device, find_precision, keep_freed_memory, restoring_globals
 from harness.directory import (
     CHECKPOINT,
-    CONFIG,
-    JOURNAL,
-    METRICS,
+    CONFIG_FILE,
+    JOURNAL_FILE,
+    METRICS_FILE,
     PREVIOUS_CHECKPOINT,
     output_directory,
     read_checkpoint,
@@ -81,13 +81,13 @@ class Session:
         if distributed.rank() > 0:
             self.run = tracking.Run(init(mode="disabled"))
             return self.run
-        journal = self.output_dir / JOURNAL
+        journal = self.output_dir / JOURNAL_FILE
         state = self.checkpoint and self.checkpoint["history"]
         if state:
             rows = tracking.rewind(journal, state)
             token = state.get("token")  # none in a run that was begun before runs had one
         else:
-            token = read_json(self.output_dir / CONFIG).get(wandb_service.TOKEN)
+            token = read_json(self.output_dir / CONFIG_FILE).get(wandb_service.TOKEN)
         if self.settings.wandb != "online":  # online, it is first compared with the server's
             self.config[wandb_service.TOKEN] = token  # `init` logs it with the first record
         self.run = tracking.start(
@@ -100,7 +100,7 @@ class Session:
         record = _record_of_process(self.command)
         if state:
             record = _add_to_records(record, self.output_dir)
-        write_json(self.output_dir / CONFIG, self.config | record)
+        write_json(self.output_dir / CONFIG_FILE, self.config | record)
         _log_config(self.run, self.config)
         if state:
             self.run.take_over(rows, state["checksum"])
@@ -155,7 +155,7 @@ def open_session(
 def resume_command(settings: SharedSettings) -> str:
     """The command that resumes a run; its directory has the other settings."""
     output_dir = settings.output_dir
-    if output_dir and Path(output_dir, CONFIG).exists():
+    if output_dir and Path(output_dir, CONFIG_FILE).exists():
         return _command(settings, ["--output_dir", output_dir, "--resume"])
     return _command(settings, given_options(settings))
 
@@ -191,7 +191,7 @@ def _open_on_rank_0(
     begun = dataclasses.asdict(requested) | identity
     begun |= {"task_name": task, wandb_service.TOKEN: secrets.token_hex(8)}
     with output_directory(output_dir, requested.resume, begun):
-        for path in (output_dir / CONFIG, Path(requested.config or "")):
+        for path in (output_dir / CONFIG_FILE, Path(requested.config or "")):
             if (read_json(path) or {}).get("task_name", task) != task:
                 raise UserError(f"the run in {path.parent} is of another script")
         checkpoint = read_checkpoint(output_dir)
@@ -218,7 +218,7 @@ def _open_on_rank_0(
             yield session
             last_line = _where_to_look(session.run, output_dir)
         session.metrics["seconds"] = time.perf_counter() - started
-        write_json(output_dir / METRICS, session.metrics)
+        write_json(output_dir / METRICS_FILE, session.metrics)
     print(last_line)
 
 
@@ -281,7 +281,7 @@ def _settings_of(
     if used.keys() - fields.keys():
         names = ", ".join(f"--{name}" for name in sorted(used.keys() ^ fields.keys()))
         raise UserError(f"{run} is of another script or version: its options differ ({names})")
-    identity = ("project", "entity", "id")
+    wandb_identity = ("project", "entity", "id")
     differ = []
     taken = {}
     for name in sorted(fields):
@@ -289,7 +289,7 @@ def _settings_of(
         if name not in used:
             print(f"--{name} is new in the script: the run goes on with {value!r}.")
             continue
-        placeholder = None if name in identity else fields[name]["placeholder"]
+        placeholder = None if name in wandb_identity else fields[name]["placeholder"]
         same = value in (used[name], placeholder)
         if name == "device" and not same:
             print(
@@ -298,7 +298,7 @@ def _settings_of(
             )
         elif name in LENGTHS and used[name] and (value or 0) > used[name]:
             print(f"--{name} was {used[name]}, is {value}.")
-        elif name in identity or not fields[name]["may_change"]:
+        elif name in wandb_identity or not fields[name]["may_change"]:
             taken[name] = used[name]
             if not same:
                 differ.append(f"--{name} was {used[name]!r}, is {value!r}")
@@ -311,7 +311,7 @@ def _finished_before(
     output_dir: Path, settings: SharedSettings, checkpoint: Mapping[str, Any] | None
 ) -> dict[str, Any] | None:
     """The content of metrics.json if the run is finished and W&B has all of it; else None."""
-    metrics = read_json(output_dir / METRICS)
+    metrics = read_json(output_dir / METRICS_FILE)
     if metrics is None:
         return None
     if checkpoint:
@@ -327,7 +327,7 @@ def _finished_before(
                 f"{output_dir} is finished, but W&B does not have all of it: the end is repeated."
             )
             return None
-    print(f"{output_dir} is finished: see {output_dir / METRICS}")
+    print(f"{output_dir} is finished: see {output_dir / METRICS_FILE}")
     for field in dataclasses.fields(settings):
         describes = field.metadata["may_change"] and field.metadata["tells_apart"]
         if describes and checkpoint and getattr(settings, field.name) != used[field.name]:
@@ -361,7 +361,7 @@ def _add_to_records(record: dict[str, Any], output_dir: Path) -> dict[str, Any]:
 
     Prints a line if the versions or the code are not those of the first process.
     """
-    before = read_json(output_dir / CONFIG) or {}  # it may be damaged
+    before = read_json(output_dir / CONFIG_FILE) or {}  # it may be damaged
     first = {name: before.get(name, record[name]) for name in record}
     changed = []
     for library, new in record["versions"].items() - first["versions"].items():

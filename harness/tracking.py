@@ -111,6 +111,7 @@ class Run:
         self._checksum = 0
         self._wandb_step = wandb_step
         self._finish_timeout = finish_timeout
+        self._watched: list[nn.Module] = []
         self._artifacts = queue.SimpleQueue()
         self._worker: threading.Thread | None = None
         if not run.disabled:
@@ -211,7 +212,12 @@ class Run:
         setattr(self.wandb, LOG_METHOD, log)
 
     def state_dict(self) -> dict[str, Any]:
-        """Flush the journal; returns its length, its CRC-32, and the current row without media."""
+        """Flush the journal; returns its length, its CRC-32, and the current row without media.
+
+        Raises `ValueError` if a resumed run was not restored.
+        """
+        if self._restoring:
+            raise ValueError("call checkpoints.restore_or_begin() before training")
         with self._journal.open("ab") as journal:
             os.fsync(journal.fileno())
             length = journal.tell()
@@ -278,9 +284,20 @@ class Run:
         """Set values in the summary of the W&B run."""
         self.wandb.summary.update(values)
 
-    def watch(self, model: nn.Module, **options: Any) -> None:
-        """`wandb.Run.watch`: histograms of the model's gradients and parameters."""
-        self.call(self.wandb.watch, model, **options)
+    def watch(self, model: nn.Module, log: str) -> None:
+        """`wandb.Run.watch` for the current batch: histograms of a model.
+
+        `log` is "gradients", "parameters" or "all".
+        """
+        index = len(self._watched)  # is part of the names of a second model
+        self._watched.append(model)
+        self.call(self.wandb.watch, model, log=log, log_freq=1, idx=index)
+
+    def unwatch(self) -> None:
+        """End `watch`; `Checkpoints.end_batch` calls it, so that no evaluation is watched."""
+        for model in self._watched:
+            self.call(self.wandb.unwatch, model)
+        self._watched.clear()
 
     @logs_to_wandb
     def save(self, path: Path, name: str | None = None) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
-from harness.directory import CONFIG
+from harness.directory import CONFIG_FILE
 from harness.errors import UserError
 from harness.files import list_names
 from reporting.runs import Collection, RunFiles, find_runs, format_value, groups, sort_runs
@@ -42,7 +42,7 @@ def collect(
     undeclared = [run.label for run in runs if run.sign is None and (run.monitor or len(runs) > 1)]
     if undeclared:
         problems.append(
-            f"Not ranked: {list_names(undeclared)}: {CONFIG} does not say whether lower or higher "
-            f"is better in {metric or 'the monitored metric'}"
+            f"Not ranked: {list_names(undeclared)}: {CONFIG_FILE} does not say whether lower or "
+            f"higher is better in {metric or 'the monitored metric'}"
         )
     return Collection(runs, groups(runs), studies, problems)

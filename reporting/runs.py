@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from harness import system
-from harness.directory import CONFIG, JOURNAL, METRICS
+from harness.directory import CONFIG_FILE, JOURNAL_FILE, METRICS_FILE
 from harness.errors import UserError
 from harness.files import read_json
 from harness.options import PROVENANCE, SharedSettings
@@ -157,7 +157,9 @@ def find_runs(directories: Sequence[Path], known: Sequence[RunFiles] = ()) -> li
         gone = known and not directory.exists()
         found = [] if gone else run_directories(directory)
         if not found and not known:
-            raise UserError(f"{directory} holds no run: no directory with {CONFIG} or {JOURNAL}")
+            raise UserError(
+                f"{directory} holds no run: no directory with {CONFIG_FILE} or {JOURNAL_FILE}"
+            )
         for path in found:
             paths.setdefault(path.resolve(), path)
     if not paths:
@@ -168,7 +170,7 @@ def find_runs(directories: Sequence[Path], known: Sequence[RunFiles] = ()) -> li
 def run_directories(directory: Path, levels: int = LEVELS) -> list[Path]:
     """The directories of runs: this one, or those up to so many levels below it."""
     try:
-        if any((directory / name).is_file() for name in (CONFIG, JOURNAL)):
+        if any((directory / name).is_file() for name in (CONFIG_FILE, JOURNAL_FILE)):
             return [directory]
         children = sorted(filter(Path.is_dir, directory.iterdir()))
     except OSError as error:
@@ -199,10 +201,10 @@ def read_run(path: Path, known: RunFiles | None = None) -> RunFiles:
 
     If the run is `known`, only what is new of its journal is read. Its W&B log is not read yet.
     """
-    config = read_json(path / CONFIG)
-    metrics = read_json(path / METRICS)
+    config = read_json(path / CONFIG_FILE)
+    metrics = read_json(path / METRICS_FILE)
     notes = []
-    for name, content in ((CONFIG, config), (METRICS, metrics)):
+    for name, content in ((CONFIG_FILE, config), (METRICS_FILE, metrics)):
         if content is None and (path / name).exists():
             notes.append(f"no readable {name}")
     config = config or {}
@@ -210,14 +212,14 @@ def read_run(path: Path, known: RunFiles | None = None) -> RunFiles:
     if isinstance(versions, dict):
         for library, version in versions.items():
             config[f"version of {library}"] = version
-    journal = known.journal if known else Journal(path / JOURNAL)
+    journal = known.journal if known else Journal(path / JOURNAL_FILE)
     journal.read()
     is_same = known and known.config.get("run_token") == config.get("run_token")
     log = known.log if is_same else WandbLog(path)
     unreadable = journal.unreadable + journal.ends_early
     if unreadable:
         lines = journal.lines + journal.ends_early
-        notes.append(f"{unreadable} of {lines} rows of {JOURNAL} can't be read")
+        notes.append(f"{unreadable} of {lines} rows of {JOURNAL_FILE} can't be read")
     label = path.resolve().name
     if name := config.get("name"):
         label = f"{name} ({label})"

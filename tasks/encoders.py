@@ -286,9 +286,7 @@ def attribute(
     embedded = model.get_input_embeddings()(inputs.pop("input_ids")).detach().requires_grad_()
     try:
         with torch.enable_grad():
-            # model(...) would run the hooks of run.watch
-            output = type(model).forward(model, inputs_embeds=embedded, **inputs)
-            logits = output.logits[0]
+            logits = model(inputs_embeds=embedded, **inputs).logits[0]
             (gradient,) = torch.autograd.grad(logits[answer] - logits[label], embedded)
     except (NotImplementedError, TypeError, ValueError):  # T5 and BART, Longformer, others
         return None

@@ -213,7 +213,7 @@ def test_average_and_clipped_gradients(references):
     assert not killing.same(average, state["model"])
     best = torch.load(run.files / "model.pt", weights_only=True)
     assert killing.same(average, best)  # of the last epoch, which is the best
-    norms = [row["train/gradient_norm"] for row in run.journal if "train/gradient_norm" in row]
+    norms = [row["train/grad_norm"] for row in run.journal if "train/grad_norm" in row]
     assert len(norms) > 10 and all(norm > 0 for norm in norms)
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import train_mnist
+from harness.checkpoints import Checkpoints
 from harness.progress import Best, Progress
 from tests import forking, killing
 from tests.conftest import REPO, clean_environment
@@ -210,12 +211,16 @@ def test_another_number_of_batches_on_resuming_is_an_error(tmp_path):
         Progress(made_up(tmp_path), 10, 1, batches=[3, 5]).load_state_dict(state)
 
 
-@pytest.mark.quick
-def test_histograms_come_once_in_watch_every_batches_with_parts(tmp_path):
-    """`log_freq` of wandb.watch counts forward passes."""
-    whole = Progress(made_up(tmp_path, watch_every=5), 10, 1)
-    parts = Progress(made_up(tmp_path, watch_every=5, micro_batch_size=3), 10, 1)
-    assert (whole.watch_freq, parts.watch_freq) == (5, 10)
+def test_forgetting_to_restore_is_an_error(tmp_path, monkeypatch):
+    """Training began anew, and its rows were lost: none of them was written before `load_state_dict`."""
+    monkeypatch.chdir(tmp_path)
+    arguments = f"{killing.DIGITS} --slice 40 --valid_size 1000 --batch_size 16 --wandb disabled --output_dir out"
+    train_mnist.main([*arguments.split(), "--max_steps", "1"])
+    before = Path("out/checkpoint.pt").read_bytes()
+    monkeypatch.setattr(Checkpoints, "restore_or_begin", lambda _: None)
+    with pytest.raises(ValueError, match=r"call checkpoints\.restore_or_begin"):
+        train_mnist.main([*arguments.split(), "--max_steps", "2", "--resume"])
+    assert Path("out/checkpoint.pt").read_bytes() == before
 
 
 def test_parts_of_a_batch_give_its_gradient(tmp_path):

@@ -16,11 +16,21 @@ import onnxruntime
 import pytest
 import sklearn.metrics
 import torch
-from conftest import REPO, call, clean_environment, finished_run, merged, write_mnist
+import wandb
+from conftest import (
+    REPO,
+    call,
+    clean_environment,
+    finished_run,
+    merged,
+    wandb_records,
+    write_mnist,
+)
 from PIL import Image
 
 import train_mnist
 import viz
+from harness import tracking
 from harness.device import seed_everything
 from metrics import BINARY_METRICS, EVALUATION_METRICS
 from reporting.runs import PROVENANCE
@@ -145,7 +155,8 @@ def test_watch_logs_every_weight_once_per_epoch(small_mnist):
         assert found == (expected if row["_step"] % 3200 == 0 else set())
 
 
-def test_watch_between_rows_keeps_its_own_step(tmp_path):
+@pytest.mark.parametrize("parts", [[], ["--micro_batch_size", 50]])
+def test_watch_between_rows_keeps_its_own_step(parts, tmp_path):
     run = finished_run(
         "train_mnist.py",
         tmp_path,
@@ -156,9 +167,36 @@ def test_watch_between_rows_keeps_its_own_step(tmp_path):
         4,
         "--max_steps",
         7,
+        *parts,
     )
     assert [row["_step"] for row in run.history if "gradients/fc.bias._type" in row] == [4 * 128]
     assert not any(key.startswith("parameters/") for row in run.history for key in row)
+
+
+@pytest.mark.quick
+def test_watch_sees_training_only_and_each_model_by_its_name(tmp_path):
+    """W&B counted forward passes, those of an evaluation too, and went on counting models in a second run."""
+    first, second = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    names = ["bias", "graph_1bias", "graph_1weight", "weight"]
+    expected = {f"{kind}/{name}" for kind in ("gradients", "parameters") for name in names}
+    for number in ("one", "two"):  # runs in a process
+        directory = tmp_path / number
+        directory.mkdir()
+        run = tracking.Run(wandb.init(mode="offline", dir=directory))
+        for step in (1, 2):
+            run.log({"loss": 1.0}, step=step)
+            for model in (first, second):
+                if step == 1:
+                    run.watch(model, log="all")
+                model(torch.ones(1, 1)).backward()
+            run.unwatch()
+        run.commit()
+        run.finish(0)
+        records = wandb_records(directory)
+        rows = [record["history"]["item"] for record in records if record["type"] == "history"]
+        kind = "._type"
+        found = [{key.removesuffix(kind) for key in row if key.endswith(kind)} for row in rows]
+        assert found == [expected, set()]
 
 
 def test_best_is_the_epoch_with_the_lowest_validation_loss(tmp_path):
