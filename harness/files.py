@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import warnings
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -145,15 +146,17 @@ def write_onnx(path: Path, model: "nn.Module", output: str, **inputs: "Tensor") 
     import torch
 
     batch = torch.export.Dim("batch")
-    program = torch.onnx.export(
-        model.cpu().to(memory_format=torch.contiguous_format),
-        tuple(inputs.values()),
-        input_names=list(inputs),
-        output_names=[output],
-        dynamic_shapes=tuple({0: batch} for _ in inputs),
-        dynamo=True,  # torch's default since 2.9
-        verbose=False,
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of torch itself, about torch itself
+        program = torch.onnx.export(
+            model.cpu().to(memory_format=torch.contiguous_format),
+            tuple(inputs.values()),
+            input_names=list(inputs),
+            output_names=[output],
+            dynamic_shapes=tuple({0: batch} for _ in inputs),
+            dynamo=True,  # torch's default since 2.9
+            verbose=False,
+        )
     for node in program.model.graph:
         node.metadata_props.clear()  # paths of the source code on this machine
     with replacing(path) as temporary:
