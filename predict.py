@@ -42,7 +42,7 @@ from tasks.downloads import one_line
 from tasks.image_files import read_images
 from train_mnist import ConvNet, pixels
 
-COLUMN_OPTIONS = ("text_column", "text_pair_column", "label_column", "encoding")
+COLUMN_OPTIONS = ("text_column", "text_pair_column", "label_column")
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -60,6 +60,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         choices=("auto", "online", "offline", "disabled"),
         help="log the predictions, as a run of their own [disabled]",
     )
+    parser.add_argument("--encoding", help="of the inputs [UTF-8, or UTF-16 by its mark]")
     for name in COLUMN_OPTIONS:
         parser.add_argument(f"--{name}", help="of the inputs, as for train_cola.py")
     arguments = parser.parse_args(command_line(__name__) if argv is None else argv)
@@ -87,7 +88,10 @@ def predict_sentences(
     device: torch.device,
 ) -> Predicted:
     """Apply the model that train_cola.py has saved. Raises `UserError`."""
-    chosen = {name: getattr(arguments, name) or config.get(name) for name in COLUMN_OPTIONS}
+    # A new file may have another encoding than the training data: UTF-8, unless it is given.
+    chosen = {"encoding": arguments.encoding}
+    for name in COLUMN_OPTIONS:
+        chosen[name] = getattr(arguments, name) or config.get(name)
     part = Sentences([], [], [])
     for text in arguments.inputs:
         more = Sentences([text], [""], [""])
@@ -188,9 +192,10 @@ def predict(arguments: argparse.Namespace) -> dict[str, Sequence[Any]]:
     device = find_device(arguments.device)
     torch.backends.cudnn.allow_tf32 = False  # float32, as in the run's own evaluation
     class_names = metrics.get("class_names")
-    if "max_length" in config:
+    task = config.get("task_name")
+    if task == "cola":
         predicted = predict_sentences(arguments, config, device)
-    elif "kernels" in config:
+    elif task == "mnist":
         predicted = predict_images(arguments, config, class_names, device)
     else:
         raise UserError(f"{arguments.run} is a run of neither train_cola.py nor train_mnist.py")

@@ -100,6 +100,8 @@ def read_image(path: str) -> Image.Image:
         with Image.open(path) as image:
             if image.mode[0] in "IF":  # `convert` would cut off what is above 255
                 raise OSError(f"its mode is {image.mode}; 8 bits per channel are needed")
+            if image.has_transparency_data:  # `convert` would lose what is drawn
+                raise OSError("save it without transparency")
             return image.convert("RGB")
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} can't be read: {error}") from None

@@ -205,14 +205,8 @@ def given_options(settings: SharedSettings) -> list[str]:
     arguments = []
     for name, default in vars(type(settings)()).items():
         value = getattr(settings, name)
-        if value == default or name == "config":
-            continue
-        values = value if isinstance(value, list) else [value]
-        words = [] if value is True else list(map(str, values))
-        if any(word.startswith("-") for word in words):  # it would be taken for an option
-            arguments += [f"--{name}={word}" for word in words]
-        else:
-            arguments += [f"--{name}", *words]
+        if value != default and name != "config":
+            arguments.append(f"--{name}={value}")
     return arguments
 
 
@@ -227,6 +221,9 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (--help lists the options)")
+
+    def parse_known_args(self, args: Sequence[Any], namespace: Any = None) -> Any:
+        return super().parse_known_args(list(map(str, args)), namespace)
 
 
 def _read_command_line(settings_class: type, argv: Sequence[str] | None) -> dict[str, Any]:
@@ -348,6 +345,8 @@ def _text(value: Any, choices: Sequence[str] = (), path: bool = False) -> str:
     if choices and value is False:
         value = "off"  # which YAML takes for false
     text = "" if value is None else str(value)
+    if isinstance(value, (bool, dict, list)):  # of YAML
+        raise ValueError(f"must be text, got {value!r}: put it in quotes")
     if not text:
         raise ValueError("must not be empty")
     if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):

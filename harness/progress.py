@@ -60,7 +60,6 @@ class Progress:
         self._ends = [0, *itertools.accumulate(batches)]  # batches by the end of each epoch
         self.total_batches = min(self._ends[-1], settings.max_steps or self._ends[-1])
         self.watch_every = settings.watch_every or batches[0]
-        session.config["watch_every"] = self.watch_every
         self._settings = settings
         self._patience_from = 0  # the epoch after which patience counts
         self.session = session

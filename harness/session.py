@@ -204,6 +204,8 @@ def _open_on_rank_0(
             distributed.broadcast(None)
             yield Session(settings, requests, metrics=metrics, finished=True)
             return
+        if settings.wandb != "disabled":
+            _check_copy(output_dir)
         device = find_device(settings.device)
         if device.type == "mps" and settings.deterministic:
             raise UserError("--device mps does not repeat a run exactly: add --deterministic false")
@@ -333,6 +335,20 @@ def _finished_before(
         if describes and checkpoint and getattr(settings, field.name) != used[field.name]:
             print(f"--{field.name} changes nothing in a finished run.")
     return metrics
+
+
+def _check_copy(output_dir: Path) -> None:
+    """Raise `UserError` if the run's directory is a copy of one that is still there."""
+    config = read_json(output_dir / CONFIG_FILE) or {}
+    original = Path(str(config.get("output_dir", output_dir)))
+    if original.resolve() == output_dir.resolve():
+        return
+    token = (read_json(original / CONFIG_FILE) or {}).get(wandb_service.TOKEN)
+    if token and token == config.get(wandb_service.TOKEN):
+        raise UserError(
+            f"--resume: {output_dir} is a copy of {original}, and W&B would mix the two: "
+            f"go on there, or begin another run with --init_from {output_dir}"
+        )
 
 
 def _record_of_process(command: str) -> dict[str, Any]:

@@ -103,6 +103,8 @@ def read_sweep(path: Path) -> Sweep:
         if rules and rules.min_iter is None and None in (rules.max_iter, rules.s):
             raise ValueError("early_terminate: needs min_iter, or max_iter and s")
         sweep.parameters = read_parameters(sweep.parameters, sweep.method)
+        if taken := {"output_dir", "resume"} & sweep.parameters.keys():
+            raise ValueError(f"parameters: {min(taken)} is set by the search itself")
     except (OSError, yaml.YAMLError, ValueError) as error:
         raise UserError(f"{path}: {' '.join(explain(error).split())}") from None
     sweep.name = sweep.name or path.stem

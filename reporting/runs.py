@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import zlib
 from collections import defaultdict
 from collections.abc import Sequence
 from decimal import Decimal
@@ -16,7 +17,7 @@ import numpy as np
 from harness import system
 from harness.directory import CONFIG_FILE, JOURNAL_FILE, METRICS_FILE
 from harness.errors import UserError
-from harness.files import read_json
+from harness.files import list_names, read_json
 from harness.options import PROVENANCE, SharedSettings
 from reporting.journal import NOTHING, Journal, is_number
 from reporting.wandb_log import WandbLog
@@ -52,6 +53,12 @@ class RunFiles:
     def monitor(self) -> str:
         """The metric that runs are compared by: that of `compare_by`, or the monitored one."""
         return format_value(self.config.get("monitor") or "")
+
+    @property
+    def code(self) -> dict[str, str]:
+        """The checksums of the files of code of a run of this project's scripts."""
+        code = self.config.get("code")
+        return code if "run_token" in self.config and isinstance(code, dict) else {}
 
     @property
     def declared(self) -> dict[str, Any]:
@@ -164,7 +171,22 @@ def find_runs(directories: Sequence[Path], known: Sequence[RunFiles] = ()) -> li
             paths.setdefault(path.resolve(), path)
     if not paths:
         raise UserError("no runs are left")
-    return [read_run(path, by_path.get(path)) for path in paths.values()]
+    runs = [read_run(path, by_path.get(path)) for path in paths.values()]
+    _compare_code(runs)
+    return runs
+
+
+def _compare_code(runs: list[RunFiles]) -> None:
+    """Make the code a setting that differs between runs, if a file does; else leave it out."""
+    checksums = defaultdict(set)
+    for run in runs:
+        for file, checksum in run.code.items():
+            checksums[file].add(str(checksum))
+    changed = [file for file, distinct in checksums.items() if len(distinct) > 1]
+    for run in runs:
+        if changed and run.code:
+            code = str([run.code.get(file) for file in changed])
+            run.config[f"code of {list_names(changed)}"] = f"{zlib.crc32(code.encode()):08x}"
 
 
 def run_directories(directory: Path, levels: int = LEVELS) -> list[Path]:

@@ -39,11 +39,11 @@ def open_study(directory: Path, runs: list[RunFiles]) -> Any:
         if run:
             run.label = f"trial {trial.number}"
             metric = study.user_attrs["sweep"]["metric"]
-            defaults = trial.user_attrs.get("parameters", {})
+            run.config = trial.user_attrs.get("parameters", {}) | run.config
             if metric:
                 direction = "max" if study.direction.name == "MAXIMIZE" else "min"
-                defaults |= {"monitor": metric, "metrics": {base_name(metric): direction}}
-            run.config = defaults | run.config
+                run.config["monitor"] = metric
+                run.config["metrics"] = {base_name(metric): direction} | run.declared
             if trial.state.name == "PRUNED":
                 run.state = "pruned"
             elif "error" in trial.user_attrs:

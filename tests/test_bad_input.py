@@ -1,5 +1,6 @@
 """User errors end in one clear line and exit status 2, and leave no half-written files."""
 
+import dataclasses
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import torch
 from conftest import REPO, call, clean_environment
 from wandb.sdk.lib import config_util
 
+import report
 import train_mnist
 from harness import options
 from harness.errors import UserError
@@ -293,6 +295,21 @@ def test_tags_add_up_and_keep_their_brackets():
     settings = options.parse(train_mnist.Settings, ["--tags", "a", "--tags", "b", "c"])
     assert settings.tags == ["a", "b", "c"]
     assert options.parse(train_mnist.Settings, ["--tags", "[wip]"]).tags == ["[wip]"]
+
+
+@pytest.mark.quick
+def test_values_that_are_not_text_and_lists_of_floats():
+    """`main(["--epochs", 2])` was a traceback; a list of floats had to be of finite numbers, said the refusal of one."""
+    assert (
+        options.parse(train_mnist.Settings, ["--epochs", 2, "--output_dir", Path("a")]).epochs == 2
+    )
+    with pytest.raises(UserError, match="nowhere"):
+        report.main([Path("nowhere")])
+    kind = list[float]
+    field = options.option([0.9, 0.99], "betas", length=2)
+    Own = dataclasses.make_dataclass("Own", [("betas", kind, field)], kw_only=True, frozen=True)
+    Own.__module__ = __name__
+    assert options.parse(Own, ["--betas", "0.8", "0.9"]).betas == [0.8, 0.9]
 
 
 @pytest.mark.quick

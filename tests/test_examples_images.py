@@ -221,6 +221,9 @@ def test_folders_that_are_none(folder, tmp_path):
     Image.fromarray(np.full((32, 32), 30000, np.uint16)).save(folder / "c/0.png")
     with pytest.raises(UserError, match="its mode is I;16; 8 bits"):
         load(Settings(folder=str(folder))).train.dataset[80]
+    Image.new("LA", (32, 32)).save(folder / "c/0.png")  # what is drawn by transparency was lost
+    with pytest.raises(UserError, match="save it without transparency"):
+        load(Settings(folder=str(folder))).train.dataset[80]
     one = tmp_path / "one"
     one.mkdir()
     (folder / "a").rename(one / "a")

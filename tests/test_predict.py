@@ -107,8 +107,24 @@ def test_what_can_not_be_predicted(text_run, tmp_path, monkeypatch):
     assert "copy/model can't be loaded: " in refusal(copy, "A sentence.")
     shutil.rmtree(copy / "model")  # "A sentence. can't be read as an image"
     assert "copy/model can't be loaded: " in refusal(copy, "A sentence.")
-    (copy / "config.json").write_text('{"task_name": "lm"}')
+    # Options of these names decided, so that a copy's model got the preprocessing of train_mnist.py.
+    (copy / "config.json").write_text('{"task_name": "lm", "kernels": [8, 16], "max_length": 9}')
     assert "neither train_cola.py nor train_mnist.py" in refusal(copy, "A sentence.")
+
+
+def test_the_encoding_of_the_training_data_is_not_that_of_new_files(text_run, tmp_path):
+    """A file in UTF-8 was read as Latin-1, in silence."""
+    copy = tmp_path / "run"
+    shutil.copytree(text_run, copy)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"encoding": "latin-1"}))
+    (tmp_path / "new.tsv").write_text("text\nLe café était là.\n", encoding="utf-8")
+    ((row,), _) = answers(copy, tmp_path / "new.tsv")
+    assert row["input"] == "Le café était là."
+    (tmp_path / "old.tsv").write_text("text\nLe café était là.\n", encoding="latin-1")
+    assert "pass the file's --encoding" in refusal(copy, tmp_path / "old.tsv")
+    ((again,), _) = answers(copy, tmp_path / "old.tsv", "--encoding", "latin-1")
+    assert again == row
 
 
 def test_files_that_are_no_sentences(text_run, tmp_path, monkeypatch, capsys):

@@ -96,6 +96,19 @@ def test_more_epochs_after_patience_was_over(tmp_path):
     assert history(tmp_path / "out")[-1]["epoch"] == 5
 
 
+def test_a_copied_directory_does_not_mix_with_its_original(cwd, monkeypatch):
+    """Both went on under one id: W&B had rows of the one in place of the other's."""
+    monkeypatch.chdir(cwd)
+    train(cwd, *SMALL, "--max_steps", 2, "--wandb", "offline", "--output_dir", "original")
+    shutil.copytree("original", "copied")
+    more = ["--resume", "--max_steps", 3]
+    error = train(cwd, "--output_dir", "copied", *more, expected=2)
+    assert "--resume: copied is a copy of original, and W&B would mix the two" in error
+    train(cwd, "--output_dir", "original", *more)  # a copy may be a backup
+    shutil.rmtree("original")
+    train(cwd, "--output_dir", "copied", *more)  # as if it had been moved
+
+
 def test_another_runs_settings_as_defaults(cwd):
     train(cwd, "--config", "four/config.json", "--output_dir", "again")
     assert same_run(cwd / "again", cwd / "four")
@@ -111,6 +124,8 @@ def test_another_runs_settings_as_defaults(cwd):
         "epochs: many": "does not fit this script: epochs: must be a whole number",
         "- epochs": "can't be read: it holds no options",  # "'list' object has no attribute 'get'"
         "": "can't be read: it holds no options",
+        "name: yes": "does not fit this script: name: must be text, got True: put it in quotes",
+        "tags: {a: 1}": "does not fit this script: tags: must be text, got {'a': 1}: put it in quotes",
     }.items():
         (cwd / "x.yaml").write_text(content)
         err = train(cwd, "--config", "x.yaml", expected=2)
@@ -183,8 +198,9 @@ def test_a_signal_amid_imports_ends_in_a_line(monkeypatch):
 def test_config_tells_how_it_was_made(cwd):
     config = json.loads((cwd / "four/config.json").read_text())
     arguments = config["command"].split("train_mnist.py ")[1].split()
-    train(cwd, *arguments[2:], "--output_dir", "repeated")  # without its own --output_dir
-    assert arguments[:2] == ["--output_dir", "four"] and same_run(cwd / "repeated", cwd / "four")
+    train(cwd, *arguments[1:], "--output_dir", "repeated")  # without its own --output_dir
+    assert arguments[0] == "--output_dir=four" and same_run(cwd / "repeated", cwd / "four")
+    assert config["watch_every"] is None  # `--config` would take another run's, of other batches
     assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d [-+]\d{4}", config["date"])
     assert config["host"] and re.fullmatch(
         r"[0-9a-f]{40}(-modified)?|None", str(config["git_commit"])

@@ -24,7 +24,7 @@ import metrics
 import report
 from harness import system
 from harness.errors import UserError
-from reporting import comparison, runs
+from reporting import collection, comparison, runs
 from reporting.journal import Journal
 from reporting.predictions import read_predictions
 from reporting.wandb_log import WandbLog
@@ -349,6 +349,23 @@ def test_versions_that_differ_are_settings_that_differ(tmp_path):
     found = runs.find_runs(paths)
     assert "version of torch" in runs.differing(found)
     assert not runs.groups(found)
+
+
+@pytest.mark.quick
+def test_runs_of_other_code_are_no_seeds_of_one_thing(tmp_path, capsys):
+    """They were averaged. A module that only one process had imported, such as the report, tells nothing apart."""
+    codes = [{"t.py": "1"}, {"t.py": "1", "report.py": "7"}, {"t.py": "2"}, {"t.py": "2"}]
+    for seed, code in enumerate(codes):
+        make_run(tmp_path / f"{seed}", seed=seed, code=code)
+    report.main([str(tmp_path), "--json"])
+    rows = json.loads(capsys.readouterr().out)["runs"]
+    assert len({row["code of t.py"] for row in rows}) == 2
+    grouped = runs.groups(runs.find_runs([tmp_path])).values()
+    assert sorted(sorted(run.path.name for run in members) for members in grouped) == [
+        ["0", "1"],
+        ["2", "3"],
+    ]
+    assert "code of" not in str(runs.differing(runs.find_runs([tmp_path / "0", tmp_path / "1"])))
 
 
 def test_without_plotly_the_table_is_printed(tmp_path):
@@ -859,6 +876,19 @@ def test_sweep(sweep, tmp_path, capsys):
         assert ("pruned" in line) == (row["state"] == "pruned")
         assert f"{float(row['x']):.4g}" in line and f"{float(row['score']):.4g}" in line
     assert "Sweep s" in page and '"parcoords"' in page
+
+
+def test_trials_are_ranked_by_the_metric_of_the_sweep(sweep, tmp_path):
+    """They were ranked by what each run monitored, so that another one came first than in the search."""
+    directory = tmp_path / "sweep-s"
+    shutil.copytree(sweep, directory)
+    own = {"monitor": "valid/loss", "metrics": {"loss": "min"}, "run_token": "0"}
+    for file in directory.glob("*/metrics.json"):
+        file.with_name("config.json").write_text(json.dumps(own))
+    found = collection.collect([directory]).runs
+    scores = [run.best["score"] for run in found if run.metrics]
+    assert len(scores) > 2 and scores == sorted(scores, reverse=True)
+    assert {run.monitor for run in found} == {"score"} and found[0].sign_of("loss") == 1
 
 
 def test_importances_need_twenty_complete_trials(sweep, tmp_path, monkeypatch):

@@ -693,6 +693,7 @@ MISTAKES = {
     "metric is a string": ("{name: score, goal: maximize}", "score", "metric: Input should be a valid dictionary"),
     "metric without a name": ("name: score, ", "", "metric.name: Field required"),
     "goal": ("maximize", "maximise", "metric.goal: Input should be 'minimize' or 'maximize', got 'maximise'"),
+    "taken": ("parameters:", "parameters:\n  output_dir: {values: [a, b]}", "parameters: output_dir is set by the search itself"),
     "no parameters": (GRID[GRID.index("parameters:") :], "parameters: {}", "parameters: Dictionary should have at least 1"),
     "parameters are a list": (GRID[GRID.index("parameters:") :], "parameters: [x]", "parameters: Input should be a valid dict"),
     "parameter is a number": ("{values: [1, 2, 3, 4]}", "3", "parameters.x: must be a name without spaces and /, with a mapping"),
