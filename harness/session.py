@@ -341,7 +341,7 @@ def _check_copy(output_dir: Path) -> None:
     """Raise `UserError` if the run's directory is a copy of one that is still there."""
     config = read_json(output_dir / CONFIG_FILE) or {}
     original = Path(str(config.get("output_dir", output_dir)))
-    if original.resolve() == output_dir.resolve():
+    if not original.is_dir() or original.samefile(output_dir):
         return
     token = (read_json(original / CONFIG_FILE) or {}).get(wandb_service.TOKEN)
     if token and token == config.get(wandb_service.TOKEN):

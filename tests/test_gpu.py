@@ -33,6 +33,7 @@ from tests.conftest import clean_environment, made_once, wandb_records
 GPU = os.environ["GPUS_OF_TESTS"].split(",")[0].strip()  # one, as two processes on it are tested
 SCRIPTS = tuple(killing.ARGUMENTS)
 RUNS = [(script, precision) for script in SCRIPTS for precision in ("fp32", "bf16")]
+EXAMPLES = [(script, "fp32") for script in killing.EXAMPLES]
 
 
 def missing() -> str:
@@ -72,7 +73,7 @@ def ended(process: subprocess.Popen) -> SimpleNamespace:
 
 
 def kill_in_second_epoch(process: subprocess.Popen, cwd: Path) -> None:
-    """SIGKILL the run and W&B's service in the second of three epochs, after seven rows."""
+    """SIGKILL the run and W&B's service after seven rows, in the second of three epochs (in train_lm.py, the first)."""
     journal = cwd / "out/history.jsonl"
     while not journal.exists() or journal.read_bytes().count(b"\n") < 7:
         assert process.poll() is None, process.communicate()[0].decode()
@@ -111,11 +112,11 @@ def runs(tmp_path_factory):
     return get
 
 
-@pytest.mark.parametrize("script, precision", RUNS)
+@pytest.mark.parametrize("script, precision", RUNS + EXAMPLES)
 def test_same_bits_twice_and_after_a_kill(script, precision, runs):
     made = runs(script, precision)
     assert f"parameters on cuda in {precision}, seed 42" in made.printed
-    assert re.search("Resuming out at epoch [23], batch ", made.resumed)
+    assert re.search("Resuming out at epoch [123], batch ", made.resumed)
     assert "on cuda in " in made.resumed and "continues on" not in made.resumed
     first = made.directory / "first/out"
     assert killing.differences(first, made.directory / "second/out") == []

@@ -595,7 +595,7 @@ def test_a_process_that_waits_alone_says_what_to_type(tmp_path):
     done = call("train_mnist.py", "--peer_timeout", "1.5", cwd=tmp_path, **environment)
     assert done.status == 1 and not list(tmp_path.iterdir())
     command = shlex.split(done.err.splitlines()[-1].partition("To go on: ")[2])
-    assert command == ["python", str(REPO / "train_mnist.py"), "--peer_timeout", "1.5"]
+    assert command == ["python", str(REPO / "train_mnist.py"), "--peer_timeout=1.5"]
 
 
 def test_names_need_not_be_ascii(tmp_path):
