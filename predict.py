@@ -94,6 +94,8 @@ def predict_sentences(
         chosen[name] = getattr(arguments, name) or config.get(name)
     part = Sentences([], [], [])
     for text in arguments.inputs:
+        if not text.strip():
+            raise UserError("an input is empty")
         more = Sentences([text], [""], [""])
         if os.path.exists(text) or re.search(r"\.\w{2,7}$", text) or arguments.evaluate:
             more = read_inputs(Path(text), OwnFiles(**chosen), arguments.evaluate)

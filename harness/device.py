@@ -88,7 +88,9 @@ def find_device(name: str) -> torch.device:
     "auto" is "cuda" or "cpu": on "mps", a run does not repeat to the last bit. Raises `UserError`.
     """
     alone = distributed.world_size() == 1
-    has_cuda = name in ("auto", "cuda") and torch.cuda.is_available() and _runs_kernels()
+    has_cuda = name in ("auto", "cuda") and torch.cuda.is_available()
+    if has_cuda and alone:  # several processes would all use memory of the first GPU
+        has_cuda = _runs_kernels()
     has_mps = alone and torch.backends.mps.is_available()
     if name == "auto":
         name = "cuda" if has_cuda else "cpu"

@@ -361,7 +361,8 @@ def _record_of_process(command: str) -> dict[str, Any]:
     for file in sorted(_imported_files()):
         name = file.relative_to(ROOT) if file.is_relative_to(ROOT) else file.name
         with contextlib.suppress(OSError):  # it was removed meanwhile
-            code[Path(name).as_posix()] = f"{zlib.crc32(file.read_bytes()):08x}"
+            content = file.read_bytes().replace(b"\r\n", b"\n")  # git on Windows changes them
+            code[Path(name).as_posix()] = f"{zlib.crc32(content):08x}"
     return {
         "command": command,
         "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),

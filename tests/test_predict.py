@@ -133,6 +133,7 @@ def test_files_that_are_no_sentences(text_run, tmp_path, monkeypatch, capsys):
     for content in ("", "\n \n"):  # IndexError
         Path("empty.txt").write_text(content)
         assert "empty.txt contains no sentences" in refusal(text_run, "empty.txt")
+    assert "an input is empty" in refusal(text_run, "It is so.", " ")  # had a label
     Path("folder").mkdir()  # its name was the sentence
     assert "can't read folder: Is a directory" in refusal(text_run, "folder")
     Path("p.csv").write_text("premise,hypothesis\nIt is so.,It is not.\n")
