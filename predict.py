@@ -195,9 +195,9 @@ def predict(arguments: argparse.Namespace) -> dict[str, Sequence[Any]]:
     torch.backends.cudnn.allow_tf32 = False  # float32, as in the run's own evaluation
     class_names = metrics.get("class_names")
     task = config.get("task_name")
-    if task == "cola":
+    if task == "cola" and "max_length" in config:
         predicted = predict_sentences(arguments, config, device)
-    elif task == "mnist":
+    elif task == "mnist" and "kernels" in config:
         predicted = predict_images(arguments, config, class_names, device)
     else:
         raise UserError(f"{arguments.run} is a run of neither train_cola.py nor train_mnist.py")

@@ -342,10 +342,10 @@ def _list(kind: type, value: Any, length: int | None = None, **limits: float) ->
 
 
 def _text(value: Any, choices: Sequence[str] = (), path: bool = False) -> str:
-    if choices and value is False:
+    if choices and str(value) == "False":
         value = "off"  # which YAML takes for false
     text = "" if value is None else str(value)
-    if isinstance(value, (bool, dict, list)):  # of YAML
+    if not choices and isinstance(value, (bool, dict, list)):  # of YAML
         raise ValueError(f"must be text, got {value!r}: put it in quotes")
     if not text:
         raise ValueError("must not be empty")

@@ -341,13 +341,16 @@ def _check_copy(output_dir: Path) -> None:
     """Raise `UserError` if the run's directory is a copy of one that is still there."""
     config = read_json(output_dir / CONFIG_FILE) or {}
     original = Path(str(config.get("output_dir", output_dir)))
-    if not original.is_dir() or original.samefile(output_dir):
+    try:
+        if original.samefile(output_dir):
+            return
+    except OSError:  # it is gone, or nobody's business
         return
     token = (read_json(original / CONFIG_FILE) or {}).get(wandb_service.TOKEN)
     if token and token == config.get(wandb_service.TOKEN):
         raise UserError(
             f"--resume: {output_dir} is a copy of {original}, and W&B would mix the two: "
-            f"go on there, or begin another run with --init_from {output_dir}"
+            "go on there, or here with --wandb disabled"
         )
 
 

@@ -295,9 +295,9 @@ class Run:
 
     def unwatch(self) -> None:
         """End `watch`; `Checkpoints.end_batch` calls it, so that no evaluation is watched."""
-        for model in self._watched:
-            self.call(self.wandb.unwatch, model)
-        self._watched.clear()
+        if self._watched:
+            self.call(self.wandb.unwatch, self._watched)
+            self._watched = []
 
     @logs_to_wandb
     def save(self, path: Path, name: str | None = None) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import zlib
 from collections import defaultdict
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ import numpy as np
 from harness import system
 from harness.directory import CONFIG_FILE, JOURNAL_FILE, METRICS_FILE
 from harness.errors import UserError
-from harness.files import list_names, read_json
+from harness.files import read_json
 from harness.options import PROVENANCE, SharedSettings
 from reporting.journal import NOTHING, Journal, is_number
 from reporting.wandb_log import WandbLog
@@ -56,9 +57,14 @@ class RunFiles:
 
     @property
     def code(self) -> dict[str, str]:
-        """The checksums of the files of code of a run of this project's scripts."""
+        """The checksums of the code of a run of this project's scripts, by file, or "script"."""
         code = self.config.get("code")
-        return code if "run_token" in self.config and isinstance(code, dict) else {}
+        if "run_token" not in self.config or not isinstance(code, dict):
+            return {}
+        # Another script for the same task has another name.
+        script = re.search(r"([\w-]+)(\.py|\.main\()", str(self.config.get("command")))
+        own = script and next((file for file in code if Path(file).stem == script[1]), None)
+        return {"script" if file == own else file: checksum for file, checksum in code.items()}
 
     @property
     def declared(self) -> dict[str, Any]:
@@ -186,7 +192,8 @@ def _compare_code(runs: list[RunFiles]) -> None:
     for run in runs:
         if changed and run.code:
             code = str([run.code.get(file) for file in changed])
-            run.config[f"code of {list_names(changed)}"] = f"{zlib.crc32(code.encode()):08x}"
+            name = changed[0] if len(changed) == 1 else f"{len(changed)} files"
+            run.config[f"code of {name}"] = f"{zlib.crc32(code.encode()):08x}"
 
 
 def run_directories(directory: Path, levels: int = LEVELS) -> list[Path]:

@@ -310,6 +310,8 @@ def test_values_that_are_not_text_and_lists_of_floats():
     Own = dataclasses.make_dataclass("Own", [("betas", kind, field)], kw_only=True, frozen=True)
     Own.__module__ = __name__
     assert options.parse(Own, ["--betas", "0.8", "0.9"]).betas == [0.8, 0.9]
+    # What a sweep makes of YAML's off.
+    assert options.parse(train_mnist.Settings, ["--watch=False"]).watch == "off"
 
 
 @pytest.mark.quick

@@ -434,6 +434,16 @@ def test_meter_averages_over_examples():
     assert meter.take_row() == meter.take_epoch() == {"loss": 0.5, "acc": 1.0}
 
 
+def test_meter_takes_what_torch_adds():
+    meter = Meter()
+    with torch.inference_mode():
+        meter.add(1, loss=torch.tensor(0.5))
+    value = torch.tensor([0.25], dtype=torch.bfloat16)
+    meter.add(1, loss=value)
+    value.zero_()
+    assert meter.take_row() == {"loss": 0.375}
+
+
 def test_a_mean_is_over_the_examples_with_its_name(monkeypatch):
     meter = Meter()
     meter.add(2, first=2.0)

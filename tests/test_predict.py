@@ -108,8 +108,9 @@ def test_what_can_not_be_predicted(text_run, tmp_path, monkeypatch):
     shutil.rmtree(copy / "model")  # "A sentence. can't be read as an image"
     assert "copy/model can't be loaded: " in refusal(copy, "A sentence.")
     # Options of these names decided, so that a copy's model got the preprocessing of train_mnist.py.
-    (copy / "config.json").write_text('{"task_name": "lm", "kernels": [8, 16], "max_length": 9}')
-    assert "neither train_cola.py nor train_mnist.py" in refusal(copy, "A sentence.")
+    for other in ('"lm", "kernels": [8, 16], "max_length": 9', '"mnist"', '"cola"'):
+        (copy / "config.json").write_text(f'{{"task_name": {other}}}')
+        assert "neither train_cola.py nor train_mnist.py" in refusal(copy, "A sentence.")
 
 
 def test_the_encoding_of_the_training_data_is_not_that_of_new_files(text_run, tmp_path):

@@ -124,6 +124,7 @@ def test_another_runs_settings_as_defaults(cwd):
         "epochs: many": "does not fit this script: epochs: must be a whole number",
         "- epochs": "can't be read: it holds no options",  # "'list' object has no attribute 'get'"
         "": "can't be read: it holds no options",
+        "watch: yes": "does not fit this script: watch: must be one of off, gradients, parameters, all; got True",
         "name: yes": "does not fit this script: name: must be text, got True: put it in quotes",
         "tags: {a: 1}": "does not fit this script: tags: must be text, got {'a': 1}: put it in quotes",
     }.items():

@@ -366,6 +366,12 @@ def test_runs_of_other_code_are_no_seeds_of_one_thing(tmp_path, capsys):
         ["2", "3"],
     ]
     assert "code of" not in str(runs.differing(runs.find_runs([tmp_path / "0", tmp_path / "1"])))
+    one = {"t-1.py": "1", "viz.py": "3"}
+    make_run(tmp_path / "x", seed=8, code=one, command="python '/a b/t-1.py' --seed 8")
+    other = {"wide.py": "2", "viz.py": "4"}
+    make_run(tmp_path / "y", seed=9, code=other, command="wide.main(['--seed', '9'])")
+    found = runs.find_runs([tmp_path / "x", tmp_path / "y"])
+    assert runs.differing(found) == ["seed", "code of 2 files"] and not runs.groups(found)
 
 
 def test_without_plotly_the_table_is_printed(tmp_path):

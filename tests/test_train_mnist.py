@@ -173,8 +173,16 @@ def test_watch_between_rows_keeps_its_own_step(parts, tmp_path):
     assert not any(key.startswith("parameters/") for row in run.history for key in row)
 
 
+@pytest.fixture
+def wandb_here():
+    """For W&B in this process, which keeps its first directory until it is torn down."""
+    wandb.teardown()
+    yield
+    wandb.teardown()
+
+
 @pytest.mark.quick
-def test_watch_sees_training_only_and_each_model_by_its_name(tmp_path):
+def test_watch_sees_training_only_and_each_model_by_its_name(tmp_path, wandb_here):
     """W&B counted forward passes, those of an evaluation too, and went on counting models in a second run."""
     first, second = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
     names = ["bias", "graph_1bias", "graph_1weight", "weight"]
@@ -197,6 +205,25 @@ def test_watch_sees_training_only_and_each_model_by_its_name(tmp_path):
         kind = "._type"
         found = [{key.removesuffix(kind) for key in row if key.endswith(kind)} for row in rows]
         assert found == [expected, set()]
+
+
+class WithoutLength(torch.nn.Linear):
+    def __len__(self) -> int:  # as of a compiled model
+        raise TypeError("no length")
+
+
+@pytest.mark.quick
+def test_watch_of_a_compiled_model_ends_with_the_batch(tmp_path, wandb_here, capsys):
+    """W&B asked for the model's length before it removed its hooks."""
+    model = WithoutLength(1, 1)
+    run = tracking.Run(wandb.init(mode="offline", dir=tmp_path))
+    run.log({}, step=1)
+    run.watch(model, log="all")
+    model(torch.ones(1, 1)).backward()
+    run.unwatch()
+    assert not model._forward_hooks and not model.weight._backward_hooks
+    run.finish(0)
+    assert "W&B has failed" not in capsys.readouterr().err
 
 
 def test_best_is_the_epoch_with_the_lowest_validation_loss(tmp_path):
