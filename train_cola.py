@@ -341,7 +341,7 @@ def train(session: Session, progress: Progress, task: Task) -> Best:
         batches = by_length(train_set.lengths, settings.batch_size, seed=(settings.seed, epoch))
         for indices in progress.remaining(batches):  # after a resume, the rest of the epoch
             if progress.watch_is_due:
-                run.watch(model, log=settings.watch)
+                run.watch(model, log=settings.watch)  # histograms of this batch
             share = distributed.share_of(indices)  # all, unless torchrun started several processes
             for part in share.split(settings.micro_batch_size or len(share)):
                 labels = train_set.labels[part.to(session.device)]

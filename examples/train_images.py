@@ -284,7 +284,7 @@ def train(session: Session, progress: Progress, model: ResNet, data: Folder) -> 
         loaded = load_batches(progress, data.train, batches, num_workers=settings.workers)
         for indices, (images, labels) in loaded:  # after a resume, the rest of the epoch
             if progress.watch_is_due:
-                run.watch(model, log=settings.watch)
+                run.watch(model, log=settings.watch)  # histograms of this batch
             size = settings.micro_batch_size or len(labels)
             for inputs, targets in zip(images.split(size), labels.to(device).split(size)):
                 with session.autocast():

@@ -232,7 +232,7 @@ def train(session: Session, progress: Progress, model: nn.Module, data: Table) -
         batches = order.split(settings.batch_size)
         for indices in progress.remaining(batches):  # after a resume, the rest of the epoch
             if progress.watch_is_due:
-                run.watch(model, log=settings.watch)
+                run.watch(model, log=settings.watch)  # histograms of this batch
             share = distributed.share_of(indices)  # all, unless torchrun started several processes
             for part in share.split(settings.micro_batch_size or len(share)):
                 features, targets = train_set[part]

@@ -200,6 +200,7 @@ def test_watch_sees_training_only_and_each_model_by_its_name(tmp_path, wandb_her
             run.unwatch()
         run.commit()
         run.finish(0)
+        wandb.teardown()  # older versions write the file's end only then
         records = wandb_records(directory)
         rows = [record["history"]["item"] for record in records if record["type"] == "history"]
         kind = "._type"
