@@ -23,7 +23,7 @@ def apple(monkeypatch):
 
 
 def test_auto_leaves_out_mps(apple):
-    """It was the choice on every Mac: most runs were not repeatable there, and from torch 2.14 on max-pooling raises."""
+    """It was the choice on every Mac: most runs were not repeatable there, and torch 2.15 raises at max-pooling."""
     assert find_device("auto").type == "cpu"
     assert find_device("mps").type == "mps"
 
