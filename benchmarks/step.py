@@ -104,7 +104,7 @@ Counts = collections.Counter[str]
 
 
 def difference(count: Callable[[int], Counts]) -> Counts:
-    """The operators of a batch, without what happens once: an epoch's end included."""
+    """The operators of a batch: those of a longer run less those of a shorter one."""
     counts = count(LONG)
     counts.subtract(count(SHORT))
     return collections.Counter({name: n / (LONG - SHORT) for name, n in counts.items()})

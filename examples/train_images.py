@@ -116,9 +116,11 @@ def load(settings: Settings) -> Folder:
             write_shapes(temporary)
     size = settings.image_size
     to_tensor = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
-    plain = v2.Compose([v2.Resize(size), v2.CenterCrop(size), *to_tensor])
+    resize = v2.Resize(size)
+    plain = v2.Compose([resize, v2.CenterCrop(size), *to_tensor])
     moved = [v2.RandomCrop(size, padding=size // 8), v2.RandomHorizontalFlip()]
-    augment = v2.Compose([v2.Resize(size), *moved, v2.ColorJitter(0.2, 0.2, 0.2), *to_tensor])
+    colors = v2.ColorJitter(0.2, 0.2, 0.2)
+    augment = v2.Compose([resize, *moved, colors, *to_tensor])
     try:
         images = ImageFolder(root, plain, loader=read_image)
         augmented = ImageFolder(root, augment, loader=read_image)
@@ -126,11 +128,12 @@ def load(settings: Settings) -> Folder:
         raise UserError(f"{root} can't be read: {error}") from None
     if len(images.classes) < 2 or len(images) < 12:
         raise UserError(f"{root}: needs two classes and twelve images")
-    content = [(os.path.relpath(path, root), os.path.getsize(path)) for path, _ in images.samples]
+    content = []
+    for path, _ in images.samples:
+        content.append((os.path.relpath(path, root), os.path.getsize(path)))
     part = torch.arange(len(images)) % 6  # the images are in order of their classes
-    train, valid, test = (
-        rows.nonzero().flatten().tolist() for rows in (part < 4, part == 4, part == 5)
-    )
+    chosen = (part < 4, part == 4, part == 5)
+    train, valid, test = (rows.nonzero().flatten().tolist() for rows in chosen)
     name = re.sub(r"[^A-Za-z0-9_.-]", "_", root.resolve().name)[:64]  # W&B takes no others
     parts = (Subset(augmented, train), Subset(images, valid), Subset(images, test))
     return Folder(name, *parts, images.classes, content)
@@ -160,7 +163,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         inner = self.norm1(self.conv1(x)).relu()
-        return (self.norm2(self.conv2(inner)) + self.shortcut(x)).relu()
+        outer = self.norm2(self.conv2(inner))
+        return (outer + self.shortcut(x)).relu()
 
 
 class ResNet(nn.Sequential):

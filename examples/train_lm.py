@@ -290,7 +290,8 @@ def conclude(session: Session, progress: Progress, best: Best, data: Text) -> di
     if distributed.rank() > 0:
         return {}
 
-    columns = {"text": [data.decode(codes) for codes in data.valid], "loss": valid.losses.tolist()}
+    texts = [data.decode(codes) for codes in data.valid]
+    columns = {"text": texts, "loss": valid.losses.tolist()}
     files.write_csv(output_dir / "predictions.csv", columns)
     files.write_tensors(output_dir / "model.pt", best.weights)
     files.write_onnx(output_dir / "model.onnx", model, "logits", codes=data.test[:2, :-1].cpu())

@@ -108,12 +108,14 @@ def load(settings: Settings, device: torch.device) -> Table:
             values = words.astype(float)
         except ValueError:
             raise UserError(f"{settings.target!r} is text: use --task classification") from None
-        mean, scale = float(values[first:].mean()), float(values[first:].std())
+        mean = float(values[first:].mean())
+        scale = float(values[first:].std())
         targets = torch.from_numpy((values - mean) / scale).float()
     for name, values in (features | {settings.target: targets}).items():
         if not values.isfinite().all():
             raise UserError(f"{path}: column {name!r} is infinite, or training has only one value")
-    whole = (torch.cat(list(features.values()), 1).to(device), targets.to(device))
+    inputs = torch.cat(list(features.values()), 1)
+    whole = (inputs.to(device), targets.to(device))
     parts = zip(*(column.tensor_split([first // 2, first]) for column in whole))
     name = re.sub(r"[^A-Za-z0-9_.-]", "_", path.stem)[:64]  # W&B takes no others
     return Table(name, classes, mean, scale, *(TensorDataset(*part) for part in parts))

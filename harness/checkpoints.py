@@ -80,7 +80,7 @@ class Checkpoints:
             raise UserError("--resume: the data are not those that the run was begun with")
         try:
             self._restore(checkpoint)
-        except torch.OutOfMemoryError:  # a RuntimeError that says nothing of the checkpoint
+        except torch.OutOfMemoryError:  # a RuntimeError, but not about the checkpoint
             raise
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             reason = textwrap.shorten(str(error), 200)

@@ -147,7 +147,7 @@ def write_onnx(path: Path, model: "nn.Module", output: str, **inputs: "Tensor") 
 
     batch = torch.export.Dim("batch")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of torch itself, about torch itself
+        warnings.simplefilter("ignore", FutureWarning)  # the exporter's own
         program = torch.onnx.export(
             model.cpu().to(memory_format=torch.contiguous_format),
             tuple(inputs.values()),

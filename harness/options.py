@@ -19,7 +19,7 @@ from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 from harness.errors import UserError
 
 BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-NOT_TAKEN = {"config", "id", "output_dir", "resume"}  # by `--config`: they are of one run
+NOT_TAKEN = {"config", "id", "output_dir", "resume"}  # by `--config`: they belong to one run
 SWEEP_FILE = "WANDB_SWEEP_PARAM_PATH"  # both kinds of W&B's agent write a run's values to this file
 PROVENANCE = ("command", "date", "host", "git_commit", "code", "resumed")  # of a run
 # Keys of config.json that are not options.
@@ -223,6 +223,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists the options)")
 
     def parse_known_args(self, args: Sequence[Any], namespace: Any = None) -> Any:
+        """Take numbers and paths too, as in main(["--epochs", 2])."""
         return super().parse_known_args(list(map(str, args)), namespace)
 
 

@@ -232,7 +232,7 @@ class Meter:
                 value = value.detach()
                 if not isinstance(self._sums[name], Tensor):
                     value = value.float()  # a long sum in bf16 would lose its last terms
-            self._sums[name] = self._sums[name] + value  # += would change the tensor
+            self._sums[name] = self._sums[name] + value  # += fails after inference mode
             self._sums[f"{name}/examples"] += examples
 
     def take_row(self) -> dict[str, float]:

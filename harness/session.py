@@ -344,7 +344,7 @@ def _check_copy(output_dir: Path) -> None:
     try:
         if original.samefile(output_dir):
             return
-    except OSError:  # it is gone, or nobody's business
+    except OSError:  # it is gone, or can't be read
         return
     token = (read_json(original / CONFIG_FILE) or {}).get(wandb_service.TOKEN)
     if token and token == config.get(wandb_service.TOKEN):
@@ -364,7 +364,7 @@ def _record_of_process(command: str) -> dict[str, Any]:
     for file in sorted(_imported_files()):
         name = file.relative_to(ROOT) if file.is_relative_to(ROOT) else file.name
         with contextlib.suppress(OSError):  # it was removed meanwhile
-            content = file.read_bytes().replace(b"\r\n", b"\n")  # git on Windows changes them
+            content = file.read_bytes().replace(b"\r\n", b"\n")  # Git may convert line ends
             code[Path(name).as_posix()] = f"{zlib.crc32(content):08x}"
     return {
         "command": command,

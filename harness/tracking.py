@@ -289,7 +289,7 @@ class Run:
 
         `log` is "gradients", "parameters" or "all".
         """
-        index = len(self._watched)  # is part of the names of a second model
+        index = len(self._watched)  # W&B adds it to the names of a second model
         self._watched.append(model)
         self.call(self.wandb.watch, model, log=log, log_freq=1, idx=index)
 

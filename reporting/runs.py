@@ -57,11 +57,11 @@ class RunFiles:
 
     @property
     def code(self) -> dict[str, str]:
-        """The checksums of the code of a run of this project's scripts, by file, or "script"."""
+        """Checksums of the code, by file, of a run of this project; its script is "script"."""
         code = self.config.get("code")
         if "run_token" not in self.config or not isinstance(code, dict):
             return {}
-        # Another script for the same task has another name.
+        # So that variants of a script under other names are compared.
         script = re.search(r"([\w-]+)(\.py|\.main\()", str(self.config.get("command")))
         own = script and next((file for file in code if Path(file).stem == script[1]), None)
         return {"script" if file == own else file: checksum for file, checksum in code.items()}
