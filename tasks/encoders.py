@@ -244,11 +244,10 @@ def _load_pretrained(name: str, class_names: list[str]) -> Pretrained:
         local_files_only=True,
         ignore_mismatched_sizes=True,
         output_loading_info=True,
-        dtype=torch.float32,
     )
     # Only the head, outside the base model, may be new, and the pooler, which masked LMs lack.
     base = f"{model.base_model_prefix}."
-    initialized = info["missing_keys"] | {key for key, *_ in info["mismatched_keys"]}
+    initialized = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
     wrong = sorted(key for key in initialized if key.startswith(base) and "pooler" not in key)
     if wrong:
         raise ValueError(
@@ -263,9 +262,9 @@ def _load_pretrained(name: str, class_names: list[str]) -> Pretrained:
             f"a new one with {len(class_names)} replaces it."
         )
         trained = model.base_model.state_dict()
-        model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+        model = AutoModelForSequenceClassification.from_config(config)
         model.base_model.load_state_dict(trained)
-    return model, tokenizer
+    return model.float(), tokenizer  # its file may have half precision
 
 
 def _name_classes(config: PretrainedConfig, class_names: list[str]) -> None:

@@ -113,6 +113,20 @@ def change_weights(
 # --------------------------------------------------------------------------------- weights that are not there
 
 
+@pytest.mark.quick  # the one of these that benchmarks.versions runs
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("old_names", [[], ["one", "two", "three"]], ids=len)
+def test_weights_are_float32_in_every_version(dtype, old_names, tmp_path):
+    """transformers before 4.56 took `dtype` for an argument of the model: no trained model could be used."""
+    config = transformers.BertConfig(**BERT, id2label=dict(enumerate(old_names)))
+    model = transformers.BertForSequenceClassification(config).to(dtype)
+    stored = model.base_model.state_dict()
+    model, _ = load(save(tmp_path, model, encoders.bert_tokenizer(PIECES)))
+    assert {weight.dtype for weight in model.parameters()} == {torch.float32}
+    loaded = model.base_model.state_dict()
+    assert all(torch.equal(loaded[name], weight.float()) for name, weight in stored.items())
+
+
 def test_model_without_head_and_pooler_is_loaded(bert, capsys):
     stored = safetensors.torch.load_file(bert / "model.safetensors")
     model, _ = load(bert)
