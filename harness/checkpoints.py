@@ -2,12 +2,12 @@
 
 import pickle
 import random
-import textwrap
 import time
 import warnings
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -83,10 +83,9 @@ class Checkpoints:
         except torch.OutOfMemoryError:  # a RuntimeError, but not about the checkpoint
             raise
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-            reason = textwrap.shorten(str(error), 200)
             raise UserError(
                 f"--resume: {self._session.output_dir} can't be resumed: "
-                f"its checkpoint is not of this model or version ({reason})"
+                f"its checkpoint is not of this model or version ({shorten(str(error), 200)})"
             ) from None
         self._session.stop_requests.saved_step = self._progress.step
         print(f"Resuming {self._session.output_dir} at {self._progress}")
@@ -179,10 +178,10 @@ class Checkpoints:
             try:
                 write_tensors(path, state, previous=path.with_name(PREVIOUS_CHECKPOINT))
             except (pickle.PickleError, AttributeError, TypeError) as error:
-                reason = textwrap.shorten(str(error), 200)
                 raise UserError(
                     "the state of training can't be loaded again from a checkpoint: "
-                    f"each state_dict must hold tensors and plain values only ({reason})"
+                    "each state_dict must hold tensors and plain values only "
+                    f"({shorten(str(error), 200)})"
                 ) from None
 
 

@@ -2,10 +2,10 @@
 
 import contextlib
 import os
-import textwrap
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from harness import system
@@ -138,7 +138,7 @@ def read_checkpoint(output_dir: Path) -> dict[str, Any] | None:
                     f"it is not a checkpoint of this script: it has no {list_names(missing)}"
                 )
         except Exception as error:  # zlib, pickle and others have their own for damaged files
-            reason = textwrap.shorten(str(error), 200) or type(error).__name__
+            reason = shorten(str(error), 200) or type(error).__name__
             problems.append(f"{path} can't be read: {reason}")
             continue
         if problems:

@@ -10,6 +10,7 @@ import warnings
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
@@ -172,8 +173,9 @@ def load_weights(model: "nn.Module", source: str) -> None:
         content = read_tensors(path)
         model.load_state_dict(content.get("model", content))  # of a checkpoint, or the file itself
     except Exception as error:  # torch raises arbitrary exceptions
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{path} does not hold the weights of this model: {reason}") from None
+        raise UserError(
+            f"{path} does not hold the weights of this model: {shorten(str(error), 300)}"
+        ) from None
 
 
 def read_tensors(path: Path) -> Any:
