@@ -49,7 +49,6 @@ class Options:
     storage: str | None = option(
         None, "URL of a shared Optuna storage [a file in runs/sweep-<name>]"
     )
-    seed: int | None = option(None, "seed of the search; reproducible with --jobs 1 only")
 
 
 def run_trials(search: Search) -> None:
@@ -204,7 +203,6 @@ def main(argv: list[str] | None = None) -> None:
             study=study,
             trial_count=trial_count,
             jobs=options.jobs,
-            seed=options.seed,
             # A single run may use all GPUs.
             gpus=trials.visible_gpus() if options.jobs > 1 else [],
         )

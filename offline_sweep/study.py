@@ -121,7 +121,7 @@ class HyperbandPruner(BasePruner):
         return min(sign * value for value in considered) > worst_kept
 
 
-def sampler(sweep: Sweep, seed: int | None) -> BaseSampler:
+def sampler(sweep: Sweep, seed: int | None = None) -> BaseSampler:
     """The sampler for the sweep's method."""
     if sweep.method == "grid":
         return GridSampler(sweep.searched())
@@ -136,7 +136,9 @@ def open_study(sweep: Sweep, url: str) -> tuple[Study, RetryingStorage]:
     storage = RetryingStorage(_connect(sweep, url), patience)
     rules = sweep.early_terminate
     pruner = HyperbandPruner(rules) if rules else NopPruner()
-    study = optuna.load_study(study_name=sweep.name, storage=storage, pruner=pruner)
+    study = optuna.load_study(
+        study_name=sweep.name, storage=storage, sampler=sampler(sweep), pruner=pruner
+    )
     definition = sweep.model_dump(
         include={"program", "project", "entity", "method", "early_terminate", "parameters"}
     )

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import random
 import re
 import secrets
 import shutil
@@ -23,7 +22,6 @@ from harness import system
 from harness.errors import UserError
 from offline_sweep.file import Sweep
 from offline_sweep.parameters import Constant, suggest
-from offline_sweep.study import sampler
 
 STOP_TIMEOUT = 30  # seconds; a run takes at most its --stop_timeout, and a little to close W&B
 
@@ -168,7 +166,6 @@ class Search:
     study: optuna.Study
     trial_count: int
     jobs: int
-    seed: int | None
     gpus: list[str]  # shared by the processes
     running: list[TrialProcess] = dataclasses.field(default_factory=list)
 
@@ -213,13 +210,9 @@ class Search:
         known = self.trials()[number]
         if known.state != TrialState.RUNNING:
             return False
-        # With one seed for all trials, a resumed search would draw the same parameters again.
-        seed = None if self.seed is None else (self.seed * 1_000_003 + number + 1) % 2**32
-        self.study.sampler = sampler(sweep, seed)
         trial = optuna.Trial(self.study, known._trial_id)
         searched = known.user_attrs.get("parameters")
         if searched is None:
-            random.seed(seed)
             parameters = sweep.searched().items()
             searched = {name: suggest(trial, name, parameter) for name, parameter in parameters}
             trial.set_user_attr("parameters", searched)

@@ -164,7 +164,7 @@ def deaf_trials() -> None:
 
     system.signal_group = no_console
     Path("deaf.yaml").write_text(DEAF_SWEEP.replace("NAME", "a").replace("VALUES", "[3, 2, 1]"))
-    do("no console", sweep_offline.main, "deaf.yaml", "--seed", "1")
+    do("no console", sweep_offline.main, "deaf.yaml")
     system.signal_group = signal_group
 
 
@@ -195,7 +195,7 @@ def main() -> None:
 
     Path("trial.py").write_bytes(TRIAL.encode())
     Path("sweep.yaml").write_bytes(SWEEP.encode())
-    do("sweep", sweep_offline.main, "sweep.yaml", "--seed", "1")
+    do("sweep", sweep_offline.main, "sweep.yaml")
     deaf_trials()
     do("report", report.main, "plain", "stopped")
 
