@@ -20,6 +20,7 @@ from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_com
 
 from harness import system
 from harness.errors import UserError
+from harness.files import read_json, write_json
 from offline_sweep.file import Sweep
 from offline_sweep.parameters import Constant, suggest
 
@@ -146,13 +147,12 @@ class TrialProcess:
             lines = log.read_text("utf-8", "replace").splitlines()
             messages = [line for line in lines if line.strip() and not line.startswith("wandb:")]
             return messages[-1] if messages else f"exit status {status}"
-        try:  # metrics.json holds the value of the best epoch, if there is one
-            metrics = json.loads((self.output_dir / "metrics.json").read_bytes())
-            value = metrics.get(metric, self.last_value)
-        except (OSError, ValueError, AttributeError, RecursionError):
+        metrics = read_json(self.output_dir / "metrics.json")
+        if metrics is None:
             return "the run left no readable metrics.json"
         if not metric:
             return 0.0  # trials are ranked by nothing
+        value = metrics.get(metric, self.last_value)  # that of the best epoch, if there is one
         if value is None:
             return f"the run has no metric {metric}"
         return value if is_finite(value) else f"{metric} is {value!r}"
@@ -221,7 +221,7 @@ class Search:
         trial.set_user_attr("run", output_dir.name)
         arguments = trial_arguments(sweep, searched)
         json_file = output_dir.with_suffix(".json")
-        json_file.write_bytes(json.dumps(arguments).encode())
+        write_json(json_file, arguments)
         command = trial_command(sweep, arguments, str(json_file))
         command += ["--output_dir", str(output_dir), "--resume"]
         # As W&B's agent does, for programs that read their parameters from wandb.config.
