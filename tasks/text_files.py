@@ -83,11 +83,10 @@ def read_parts(paths: list[Path], own: OwnFiles) -> list[Sentences]:
     labels = set()
     header = None
     for path in paths:
-        rows, header = _with_header(path, own, header)
-        names = [name.strip().casefold() for name in rows[0][1]]
+        names, rows, header = _read_table(path, own, header)
         chosen = _choose_columns(names, own, path)
         columns = list(chosen.values())
-        part = _take_columns(rows[1:], names, columns, path, own, labels)
+        part = _take_columns(rows, names, columns, path, own, labels)
         if not parts:
             labels = set(part.labels)
             rows_with_text = len(part.labels)
@@ -109,20 +108,22 @@ def read_inputs(path: Path, own: OwnFiles, labelled: bool) -> Sentences:
 
     Raises `UserError`.
     """
-    rows, _ = _with_header(path, own, lines=path.suffix == ".txt" and not labelled)
-    names = [name.strip().casefold() for name in rows[0][1]]
+    names, rows, _ = _read_table(path, own, lines=path.suffix == ".txt" and not labelled)
     if not labelled:
         own = dataclasses.replace(own, label_column=NO_LABEL)
         rows = [(line, [*columns, NO_LABEL]) for line, columns in rows]
         names.append(NO_LABEL)
     columns = list(_choose_columns(names, own, path).values())
-    return _take_columns(rows[1:], names, columns, path, own, known_labels=set())
+    return _take_columns(rows, names, columns, path, own, known_labels=set())
 
 
-def _with_header(
+def _read_table(
     path: Path, own: OwnFiles, header: list[str] | None = None, lines: bool = False
-) -> tuple[list[Row], list[str]]:
-    """The rows of a file, and the `header` put before them; [] if the file has one itself."""
+) -> tuple[list[str], list[Row], list[str]]:
+    """The names of a file's columns, its rows, and the `header` that it lacks, or [].
+
+    `header` is that of a run's first file: [] if it has one itself.
+    """
     rows = _read_rows(path, own.encoding, lines)
     if header is None:
         header = _missing_header(rows)
@@ -131,7 +132,8 @@ def _with_header(
         rows.insert(0, (0, header))
     if len(rows) < 2:
         raise UserError(f"{path} contains no sentences")
-    return rows, header
+    names = [name.strip().casefold() for name in rows[0][1]]
+    return names, rows[1:], header
 
 
 def _read_rows(path: Path, encoding: str | None, lines: bool) -> list[Row]:
