@@ -55,11 +55,7 @@ def output_directory(path: Path, resume: bool, config: Mapping[str, Any]) -> Ite
             write_json(path / CONFIG_FILE, config)
         try:
             yield
-        except BaseException as error:
-            if isinstance(error, OSError) and not path.exists():
-                raise UserError(
-                    f"--output_dir {path} was removed while the run was using it", 1
-                ) from None
+        except BaseException:
             if new_run and not any((path / name).exists() for name in RESULTS - before):
                 (path / CONFIG_FILE).unlink(missing_ok=True)
             raise
