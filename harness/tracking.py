@@ -178,7 +178,7 @@ class Run:
         self._send(row, self.step)
 
     def _send(self, row: Mapping[str, Any], step: int) -> None:
-        if not row or self.wandb.disabled or step <= self._wandb_step:
+        if not row or self.lost or self.wandb.disabled or step <= self._wandb_step:
             return
         stored = self._hand_over(row, step)
         if not stored and not self.lost:  # if the media can't be stored, at least the numbers
@@ -186,8 +186,6 @@ class Run:
 
     @logs_to_wandb
     def _hand_over(self, row: Mapping[str, Any], step: int) -> bool:
-        if self.lost:
-            return False
         self._log_to_wandb({}, step=step)  # W&B names media files after the row that is open
         self._log_to_wandb(row, step=step, commit=True)
         return True
@@ -248,7 +246,7 @@ class Run:
         self._checksum = checksum
         self._restoring = True
         logged = wandb_service.logged_rows(self.earlier_logs)
-        if self.wandb.offline and self._wandb_step >= 0:
+        if self.wandb.offline:
             for step in sorted(logged):  # an offline summary starts empty
                 if step <= self._wandb_step:
                     self.update_summary(logged[step][0])
