@@ -241,7 +241,8 @@ def _read_command_line(settings_class: type, argv: Sequence[str] | None) -> dict
         if choices := field.metadata["limits"].get("choices"):
             text += f" ({', '.join(choices)})"
         if default not in (None, []):
-            text += f" [{_as_typed(default)}]"
+            typed = " ".join(map(str, default)) if isinstance(default, list) else default
+            text += f" [{typed}]"
         nargs = None
         if kind is bool:
             nargs = "?"  # --resume, or as sweeps write it: --resume=True
@@ -305,10 +306,6 @@ def _check(settings_class: type, values: Mapping[str, Any], prefix: str) -> dict
     return checked
 
 
-def _as_typed(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
 def _nearest(word: str, words: Sequence[str]) -> str:
     near = difflib.get_close_matches(word, words, n=1)
     return f"; did you mean {near[0]}?" if near else ""
@@ -338,7 +335,7 @@ def _list(kind: type, value: Any, length: int | None = None, **limits: float) ->
             if isinstance(written, (list, tuple)):
                 parts = list(written)
     if length is not None and len(parts) != length:
-        raise ValueError(f"needs {length} values, got {len(parts)}: {_as_typed(parts)!r}")
+        raise ValueError(f"needs {length} values, got {len(parts)}: {parts}")
     return [_convert(kind, part, limits) for part in parts]
 
 

@@ -35,7 +35,7 @@ OPTIONS = {
     "--learning_rate inf": "--learning_rate: must be a finite number, got 'inf'",
     "--learning_rate 0": "--learning_rate: must be above 0, got '0'",
     "--learning_rate -0.1": "--learning_rate: must be above 0, got '-0.1'",
-    "--kernels 16": "--kernels: needs 2 values, got 1: '16'",
+    "--kernels 16": "--kernels: needs 2 values, got 1: ['16']",
     "--kernels 1e19 1": "--kernels: is too large, got '1e19'",
     "--kernels 16 0": "--kernels: must be at least 1, got '0'",
     "--kernels": "--kernels: needs 2 values, got 0",
