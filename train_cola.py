@@ -417,7 +417,6 @@ def conclude(session: Session, task: Task, best: Best) -> dict[str, Any]:
     shown = evaluate(task, task.test) if task.test else valid
     if distributed.rank() > 0:
         return {}
-    results = valid.named("valid")
     more = {}
     for domain, rows in corpus.domains.items():
         part = evaluation(valid.logits[rows], valid.labels[rows], METRICS, task.positive)
@@ -449,7 +448,7 @@ def conclude(session: Session, task: Task, best: Best) -> dict[str, Any]:
     share = valid.confusion.majority_share()
     run.update_summary({"best/epoch": best.epoch, "best/majority_share": share})
     if session.settings.log_model == "best":
-        run.log_model(partial(save_model, task), results, is_best=True)
+        run.log_model(partial(save_model, task), valid.named("valid"), is_best=True)
 
     confusion = shown.confusion
     low, high = matthews_corrcoef_interval(confusion)
