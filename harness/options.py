@@ -315,8 +315,6 @@ def _convert(kind: Any, value: Any, limits: Mapping[str, Any]) -> Any:
     """`value`, a string or a value of a sweep, as `kind`. Raises `ValueError` if it is invalid."""
     if get_origin(kind) is list:
         return _list(*get_args(kind), value, **limits)
-    if value == []:  # --batch_size=--
-        raise ValueError("expected one argument")
     if kind is bool:
         word = str(value).lower()
         if word not in BOOLEANS:
