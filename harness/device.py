@@ -26,7 +26,7 @@ def seed_everything(seed: int, deterministic: bool) -> None:
     np.random.seed(seed)
     torch.manual_seed(seed)  # of every device
     if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS is not
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs it
         torch.backends.cudnn.benchmark = False
     # A debugging aid that costs a tenth of the time.
     torch.utils.deterministic.fill_uninitialized_memory = False
@@ -51,7 +51,7 @@ def restoring_globals() -> Iterator[None]:
     finally:
         for (owner, name), value in zip(attributes, values):
             setattr(owner, name, value)
-        with contextlib.suppress(Exception):  # a signal has broken an import of torch
+        with contextlib.suppress(Exception):  # a signal may interrupt torch's own imports
             torch.use_deterministic_algorithms(deterministic)
 
 

@@ -69,10 +69,10 @@ def joined(timeout: float, last_wait: float) -> Iterator[None]:
 def _check_environment() -> None:
     """Raise `UserError` for variables with which the processes would wait forever."""
     names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    rank, count, address, port = (os.environ[name] for name in names)
+    number, count, address, port = (os.environ[name] for name in names)
     try:
         socket.getaddrinfo(address, int(port))
-        if not 0 <= int(rank) < int(count) or int(port) >= 2**16:
+        if not 0 <= int(number) < int(count) or int(port) >= 2**16:
             raise ValueError("impossible")
     except (OSError, ValueError) as error:  # UnicodeError is a ValueError
         given = ", ".join(f"{name}={os.environ[name]}" for name in names)

@@ -17,6 +17,7 @@ DISK_ERRORS = (
     errno.EIO,
     errno.EMFILE,
 )
+# Where code is not the user's: Python's own, this package, and what has no file.
 LIBRARIES = (sysconfig.get_path("stdlib"), str(Path(__file__).parent), "<")
 
 
@@ -26,7 +27,7 @@ class UserError(Exception):
     def __init__(self, message: str, status: int = 2):
         super().__init__(message)
         self.status = status
-        self.of_this_rank = False  # not of rank 0, which does not know of it
+        self.of_this_rank = False  # whether rank 0 may not have met it
 
     def _render_traceback_(self) -> list[str]:
         """What IPython shows instead of a traceback."""

@@ -15,11 +15,11 @@ from harness.system import WINDOWS
 from offline_sweep.parameters import (
     Beta,
     Constant,
-    Mapping,
     Nested,
     Normal,
     Parameter,
     Range,
+    Section,
     WeightedChoice,
     explain,
     read_parameters,
@@ -28,7 +28,7 @@ from offline_sweep.parameters import (
 Impute = Literal["best", "worst", "latest"]
 
 
-class Metric(Mapping):
+class Metric(Section):
     """The metric that a sweep optimizes."""
 
     name: str
@@ -38,7 +38,7 @@ class Metric(Mapping):
     impute_while_running: Impute | Literal["false"] = "false"
 
 
-class EarlyTerminate(Mapping):
+class EarlyTerminate(Section):
     """When runs are stopped early: W&B's `hyperband`."""
 
     type: Literal["hyperband"]

@@ -20,19 +20,19 @@ PARAMETER_NAME = re.compile("[A-Za-z_][A-Za-z0-9_.-]*")
 Positive = Annotated[float, Gt(0)]
 
 
-class Mapping(BaseModel):
+class Section(BaseModel):
     """A part of a sweep file."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 
-class Nested(Mapping):
+class Nested(Section):
     """A mapping of parameters."""
 
     parameters: Annotated[dict, MinLen(1)]
 
 
-class Parameter(Mapping):
+class Parameter(Section):
     """A parameter. Subclasses have the keys of W&B's distributions."""
 
     distribution: str

@@ -8,7 +8,7 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,7 +49,7 @@ class Sentences(NamedTuple):
     labels: list[str]  # class names
     sources: list[str]  # a publication, a file, or a rule of the built-in grammar, per sentence
 
-    def columns(self, name: str = "sentence") -> dict[str, Iterable[str]]:
+    def columns(self, name: str = "sentence") -> dict[str, Sequence[str]]:
         """The columns of a table that shows the sentences."""
         columns = {name: self.sentences}
         if isinstance(self.sentences[0], tuple):
