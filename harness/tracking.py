@@ -71,7 +71,7 @@ class JournalError(OSError):
     """The journal can't be written: unlike an error of W&B, this ends the run."""
 
 
-def _is_from_agent(error: Exception) -> bool:
+def _is_from_agent(error: BaseException) -> bool:
     """Whether `wandb.agent` raised this, a bare `Exception`, in its thread to stop the run."""
     return type(error) is Exception and not error.args and not in_main_thread()
 
@@ -555,16 +555,13 @@ def finishing(run: Run) -> Iterator[None]:
     """Finish the run with the block, within seconds if it was stopped."""
     closing = False
     try:
-        try:
-            yield
-        except Exception as error:
-            if not _is_from_agent(error):
-                raise
-            raise Stopped("the sweep", 0) from None
+        yield
         run.commit()
         closing = True
         run.finish(0)
     except BaseException as error:
+        if _is_from_agent(error):
+            error = Stopped("the sweep", 0)
         cancel_timeout()
         status = getattr(error, "status", 1)
         hurry = isinstance(error, Stopped) and status != 0  # stopped by W&B, it has half a minute
@@ -573,4 +570,4 @@ def finishing(run: Run) -> Iterator[None]:
         elif status > 128 + signal.SIGINT:  # SIGTERM, or Slurm's SIGUSR1
             run.call(run.wandb.mark_preempting)
         run.finish(status, CLOSE_TIMEOUT if hurry else None)
-        raise
+        raise error
