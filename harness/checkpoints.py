@@ -65,7 +65,7 @@ class Checkpoints:
             if len(set(distributed.gather((self._fingerprint, weights)))) > 1:
                 raise UserError(
                     "the processes do not have the same data and model: "
-                    "give all of them the same files"
+                    "give all of them the same files, and make every model before seed_rank"
                 )
 
     def _check_optimizers(self) -> None:
@@ -197,7 +197,8 @@ class Checkpoints:
             try:
                 write_tensors(path, state, previous=path.with_name(PREVIOUS_CHECKPOINT))
             except (pickle.PickleError, AttributeError, TypeError) as error:
-                reason = textwrap.shorten(str(error), 200)
+                reason = str(error).rpartition("WeightsUnpickler error: ")[2]  # torch says more
+                reason = textwrap.shorten(reason, 200)
                 raise UserError(
                     "the state of training can't be loaded again from a checkpoint: "
                     f"each state_dict must hold tensors and plain values only ({reason})"

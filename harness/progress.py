@@ -313,7 +313,9 @@ class Best:
 
         Raises `UserError` if something was validated, but not the monitored metric.
         """
-        validated = [name for name in metrics if name.startswith("valid/")]
+        validated = [
+            name for name in metrics if name.startswith("valid/") or f"valid/{name}" == self.monitor
+        ]
         if validated and self.monitor not in metrics:
             raise UserError(f"--monitor {self.monitor}: there are {', '.join(validated)}")
         score = None  # this epoch was not validated

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 import train_mnist
 from harness import distributed, options
 from harness.checkpoints import Checkpoints
+from harness.errors import UserError
 from harness.options import option
 from harness.progress import Best, Meter, Progress
 from harness.session import open_session
@@ -163,6 +164,14 @@ def test_epochs_without_validation_are_not_the_best():
     for epoch, value in enumerate(values, start=1):
         best.offer(epoch, {} if value is None else {"valid/depth/mae": value}, model)
     assert (best.epoch, best.score) == (4, (0.4, 0.0))
+
+
+@pytest.mark.quick
+def test_results_without_their_prefix_are_an_error():
+    """Before, they counted as no validation: the last model was kept, whatever its value."""
+    best = Best("valid/mae", {"mae": "min"})
+    with pytest.raises(UserError, match=r"--monitor valid/mae: there are mae$"):
+        best.offer(1, {"mae": 0.5, "r2": 0.1}, nn.Linear(1, 1))
 
 
 @pytest.mark.quick
