@@ -1,8 +1,11 @@
 """Copies of train_mnist.py, changed as their owners change them: exact after a kill, or one clear line."""
 
+import ast
 import dataclasses
+import difflib
 import json
 import math
+import re
 import sys
 from functools import partial
 from pathlib import Path
@@ -385,3 +388,30 @@ def test_parts_of_a_batch_give_its_gradient(tmp_path):
         for row, same_row in zip(whole["history.jsonl"], parts["history.jsonl"], strict=True):
             assert row == pytest.approx(same_row, rel=1e-3, abs=1e-3)
         assert whole["checkpoint.pt"]["position"] == parts["checkpoint.pt"]["position"]
+
+
+def function_lines(path: Path) -> dict[str, list[str]]:
+    text = path.read_text()
+    lines = text.splitlines()
+    functions = [node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)]
+    return {
+        node.name: [line for line in lines[node.lineno - 1 : node.end_lineno] if line.strip()]
+        for node in functions
+        if node.name in ("train", "conclude", "main")
+    }
+
+
+@pytest.mark.quick
+def test_the_page_counts_the_lines_that_differ():
+    """Before, by a method that could not be repeated."""
+    page = (REPO / "docs/template.md").read_text()
+    template = function_lines(REPO / "train_mnist.py")
+    sizes = [len(lines) for lines in template.values()]
+    assert sorted(sizes) == sorted(map(int, re.findall(r"\((\d+)(?: lines)?\)", page)))
+    for name in ("train_lm", "train_tabular", "train_images"):
+        counts = []
+        for function, after in function_lines(REPO / f"examples/{name}.py").items():
+            before = template[function]
+            codes = difflib.SequenceMatcher(None, before, after, autojunk=False).get_opcodes()
+            counts.append(sum(max(b - a, d - c) for tag, a, b, c, d in codes if tag != "equal"))
+        assert f"| `{name}.py` | {counts[0]} | {counts[1]} | {counts[2]} |" in page, counts
