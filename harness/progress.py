@@ -114,7 +114,9 @@ class Progress:
         _check_size(min(map(len, batches)))
         done = self.batch - self._ends[self.epoch - 1]
         texts = distributed.gather(_as_text(batches[done - 1]))
-        expected = _as_text(self._indices) if done else texts[0]
+        expected = texts[0]
+        if done and self._indices is not None:  # as in a checkpoint of an older version
+            expected = _as_text(self._indices)
         if set(texts) != {expected}:
             raise ValueError(
                 f"the batches of epoch {self.epoch} differ between processes, or from those before "
@@ -212,7 +214,7 @@ class Progress:
             raise ValueError(f"epoch {self.epoch} had {state['batches_in_epoch']} batches")
         self.batch = state["batch"]
         self.step = state["step"]
-        self._indices = state["indices"]
+        self._indices = state.get("indices")
         self._patience_from = state["patience_from"]
         if state["total_batches"] != self.total_batches:
             self._patience_from = self.epoch
