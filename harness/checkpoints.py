@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from harness import distributed
@@ -51,6 +52,7 @@ class Checkpoints:
         }
         models = [thing for thing in self._stateful.values() if isinstance(thing, nn.Module)]
         self._parameters = [weight for each in models for weight in each.parameters()]
+        self._check_optimizers()
         self._fingerprint = fingerprint(data)
         if distributed.world_size() > 1:
             layers = [layer for each in models for layer in each.modules()]
@@ -63,8 +65,21 @@ class Checkpoints:
             if len(set(distributed.gather((self._fingerprint, weights)))) > 1:
                 raise UserError(
                     "the processes do not have the same data and model: "
-                    "give all of them the same files"
+                    "give all of them the same files, and make every model before seed_rank"
                 )
+
+    def _check_optimizers(self) -> None:
+        """Raise `ValueError` for one that is not saved, or that has weights which are not."""
+        saved = set(self._parameters)
+        for thing in self._stateful.values():
+            if isinstance(thing, LRScheduler) and thing.optimizer not in self._stateful.values():
+                raise ValueError("give Checkpoints the optimizer of each schedule")
+            if isinstance(thing, Optimizer):
+                for group in thing.param_groups:
+                    if not saved.issuperset(group["params"]):
+                        raise ValueError("give Checkpoints each model that an optimizer trains")
+                if distributed.world_size() > 1:
+                    thing.register_step_pre_hook(distributed.check_gradients)
 
     def restore_or_begin(self) -> None:
         """Restore the checkpoint of a resumed run; save the first one of a new run.
@@ -94,7 +109,9 @@ class Checkpoints:
         """Raises one of several exceptions if the state does not fit."""
         total = self._progress.total_batches
         grows = checkpoint["position"]["total_batches"] != total
-        for name, thing in self._stateful.items():
+        things = self._stateful.items()
+        # Schedules come last: they set their optimizer's learning rate.
+        for name, thing in sorted(things, key=lambda item: isinstance(item[1], LRScheduler)):
             if (
                 grows
                 and isinstance(thing, LRScheduler)
@@ -135,6 +152,7 @@ class Checkpoints:
         then raised as `Stopped`. An epoch's last row stays open for the validation metrics.
         """
         progress = self._progress
+        progress.batch_ended = True
         requests = self._session.stop_requests
         self._session.run.unwatch()
         if not progress.epoch_ends:
@@ -178,10 +196,11 @@ class Checkpoints:
             try:
                 write_tensors(path, state, previous=path.with_name(PREVIOUS_CHECKPOINT))
             except (pickle.PickleError, AttributeError, TypeError) as error:
+                reason = str(error).rpartition("WeightsUnpickler error: ")[2]  # torch says more
                 raise UserError(
                     "the state of training can't be loaded again from a checkpoint: "
                     "each state_dict must hold tensors and plain values only "
-                    f"({shorten(str(error), 200)})"
+                    f"({shorten(reason, 200)})"
                 ) from None
 
 

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from harness.errors import Stopped, UserError
 
@@ -177,6 +178,14 @@ def sum_gradients(model: nn.Module) -> None:
         if weight.grad is not None or ranks > 0:
             weight.grad = gradient
             gradient.is_summed = True
+
+
+def check_gradients(optimizer: Optimizer, *_: Any) -> None:
+    """Raise `ValueError` if an optimizer is about to use gradients of this rank alone."""
+    for group in optimizer.param_groups:
+        for weight in group["params"]:
+            if weight.grad is not None and not hasattr(weight.grad, "is_summed"):
+                raise ValueError("call distributed.sum_gradients(model) before optimizer.step()")
 
 
 def broadcast(value: Any = None) -> Any:

@@ -60,6 +60,8 @@ class Progress:
         self._ends = [0, *itertools.accumulate(batches)]  # batches by the end of each epoch
         self.total_batches = min(self._ends[-1], settings.max_steps or self._ends[-1])
         self.watch_every = settings.watch_every or batches[0]
+        self.batch_ended = True  # `Checkpoints.end_batch` was called
+        self._indices: Any = None  # of this batch; after a resume, their text
         self._settings = settings
         self._patience_from = 0  # the epoch after which patience counts
         self.session = session
@@ -97,7 +99,7 @@ class Progress:
         """The batches of this epoch that training has not seen; all without a resume.
 
         `batches` are the epoch's, the same whenever it is repeated: they follow from seed and
-        epoch alone. Raises `ValueError` if there are not as many as `Progress` was told.
+        epoch alone. Raises `ValueError` if they don't, or are not as many as `Progress` was told.
         """
         if not isinstance(batches, Sequence):
             raise ValueError(
@@ -111,6 +113,15 @@ class Progress:
             )
         _check_size(min(map(len, batches)))
         done = self.batch - self._ends[self.epoch - 1]
+        texts = distributed.gather(_as_text(batches[done - 1]))
+        expected = texts[0]
+        if done and self._indices is not None:  # as in a checkpoint of an older version
+            expected = _as_text(self._indices)
+        if set(texts) != {expected}:
+            raise ValueError(
+                f"the batches of epoch {self.epoch} differ between processes, or from those before "
+                "the interruption: they must follow from seed and epoch alone"
+            )
         return batches[done : done + self.total_batches - self.batch]
 
     def remaining(self, batches: Sequence[Indices]) -> Iterator[Indices]:
@@ -119,7 +130,11 @@ class Progress:
             self.batch += 1
             self.step += len(indices)
             self.session.run.log({}, step=self.step)
+            self.batch_ended = False
+            self._indices = indices
             yield indices
+            if not self.batch_ended:
+                raise ValueError("call checkpoints.end_batch() at the end of each batch")
             self.bar.update()
 
     @property
@@ -189,6 +204,7 @@ class Progress:
             "epoch_ends": self.epoch_ends,
             "batches_in_epoch": self.batches_in_epoch,
             "total_batches": self.total_batches,
+            "indices": _as_text(self._indices),
             "patience_from": self._patience_from,
         }
 
@@ -198,6 +214,7 @@ class Progress:
             raise ValueError(f"epoch {self.epoch} had {state['batches_in_epoch']} batches")
         self.batch = state["batch"]
         self.step = state["step"]
+        self._indices = state.get("indices")
         self._patience_from = state["patience_from"]
         if state["total_batches"] != self.total_batches:
             self._patience_from = self.epoch
@@ -210,6 +227,10 @@ def _check_size(batch: int) -> None:
             f"{ranks} processes can't share a batch of {batch}: "
             "choose another --batch_size, or fewer processes"
         )
+
+
+def _as_text(indices: Any) -> str:
+    return str(indices.tolist() if hasattr(indices, "tolist") else indices)
 
 
 class Meter:
@@ -246,7 +267,8 @@ class Meter:
         return _means(row)
 
     def take_epoch(self) -> dict[str, float]:
-        """Means over the rows since the last call."""
+        """Means over the examples of all ranks since the last call."""
+        self.take_row()  # a script may log rows of its own choice
         means = _means(self._epoch)
         self._epoch.clear()
         return means
@@ -293,7 +315,9 @@ class Best:
 
         Raises `UserError` if something was validated, but not the monitored metric.
         """
-        validated = [name for name in metrics if name.startswith("valid/")]
+        validated = [
+            name for name in metrics if name.startswith("valid/") or f"valid/{name}" == self.monitor
+        ]
         if validated and self.monitor not in metrics:
             raise UserError(f"--monitor {self.monitor}: there are {', '.join(validated)}")
         score = None  # this epoch was not validated

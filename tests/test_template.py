@@ -1,18 +1,31 @@
 """Copies of train_mnist.py, changed as their owners change them: exact after a kill, or one clear line."""
 
+import ast
+import dataclasses
+import difflib
 import json
+import math
+import re
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+import wandb
 from torch import nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
 import train_mnist
+from harness import distributed, options
 from harness.checkpoints import Checkpoints
-from harness.progress import Best, Progress
+from harness.errors import UserError
+from harness.options import option
+from harness.progress import Best, Meter, Progress
+from harness.session import open_session
 from tests import forking, killing
 from tests.conftest import REPO, clean_environment
 
@@ -157,6 +170,14 @@ def test_epochs_without_validation_are_not_the_best():
 
 
 @pytest.mark.quick
+def test_results_without_their_prefix_are_an_error():
+    """Before, they counted as no validation: the last model was kept, whatever its value."""
+    best = Best("valid/mae", {"mae": "min"})
+    with pytest.raises(UserError, match=r"--monitor valid/mae: there are mae$"):
+        best.offer(1, {"mae": 0.5, "r2": 0.1}, nn.Linear(1, 1))
+
+
+@pytest.mark.quick
 def test_of_equal_epochs_the_one_with_the_lowest_loss_is_kept():
     """Before, the first one: with mcc at 0.0 throughout, that was epoch 1."""
     best = Best("valid/mcc", {"mcc": "max", "loss": "min"})
@@ -211,6 +232,137 @@ def test_another_number_of_batches_on_resuming_is_an_error(tmp_path):
         Progress(made_up(tmp_path), 10, 1, batches=[3, 5]).load_state_dict(state)
 
 
+@pytest.mark.quick
+def test_batches_that_do_not_follow_from_seed_and_epoch_are_an_error(tmp_path):
+    """Before, a resumed run saw some examples twice and others never, and said nothing."""
+    order = np.random.default_rng(0).permutation(12)
+    for kind in (torch.from_numpy, np.ndarray.tolist, list):
+        batches = kind(order)
+        batches = [batches[start : start + 4] for start in (0, 4, 8)]
+        session = made_up(tmp_path)
+        session.run = SimpleNamespace(log=lambda *_, **__: None)
+        progress = Progress(session, 12, 1)
+        next(progress.remaining(batches))
+        state = progress.state_dict()
+        resumed = Progress(session, 12, 1)
+        resumed.load_state_dict(json.loads(json.dumps(state)))  # plain values
+        assert len(resumed.left(batches)) == 2 and resumed.state_dict() == state
+        with pytest.raises(ValueError, match="the batches of epoch 1 differ between"):
+            resumed.left(batches[::-1])
+        del state["indices"]  # as before there was this check
+        resumed.load_state_dict(state)
+        assert len(resumed.left(batches[::-1])) == 2
+
+
+@pytest.mark.quick
+def test_ranks_with_other_batches_are_an_error(tmp_path, monkeypatch):
+    """Before, each of two processes trained on its half of another shuffling."""
+    progress = Progress(made_up(tmp_path), 12, 1)
+    batches = torch.arange(12).split(4)
+    monkeypatch.setattr(distributed, "gather", lambda own: [own, own])
+    progress.left(batches)
+    monkeypatch.setattr(distributed, "gather", lambda own: [own, "[11, 3, 5, 0]"])
+    with pytest.raises(ValueError, match="the batches of epoch 1 differ between processes"):
+        progress.left(batches)
+
+
+@pytest.mark.quick
+def test_forgetting_to_end_a_batch_is_an_error(tmp_path):
+    """Before, the run saved no checkpoint after its first, heeded no signal, and said nothing."""
+    session = made_up(tmp_path)
+    session.run = SimpleNamespace(log=lambda *_, **__: None)
+    batches = Progress(session, 10, 1).remaining(torch.arange(10).split(4))
+    next(batches)
+    with pytest.raises(ValueError, match=r"call checkpoints\.end_batch"):
+        next(batches)
+
+
+@pytest.mark.quick
+def test_what_an_optimizer_changes_must_be_saved(tmp_path):
+    """Before, a temperature, a second model or an optimizer began anew in a resumed run."""
+    model, critic, temperature = nn.Linear(1, 1), nn.Linear(1, 1), nn.Parameter(torch.ones(()))
+    progress = Progress(made_up(tmp_path), 10, 1)
+    optimizer = torch.optim.Adam([*model.parameters(), temperature])
+    critic_optimizer = torch.optim.Adam(critic.parameters())
+    save = partial(Checkpoints, progress, [], Meter(), model=model)
+    with pytest.raises(ValueError, match="each model that an optimizer trains"):
+        save(optimizer=optimizer)
+    save(optimizer=optimizer, temperature=nn.ParameterList([temperature]))
+    with pytest.raises(ValueError, match="each model that an optimizer trains"):
+        save(critic_optimizer=critic_optimizer)
+    save(critic_optimizer=critic_optimizer, critic=critic)
+    with pytest.raises(ValueError, match="the optimizer of each schedule"):
+        save(schedule=ReduceLROnPlateau(critic_optimizer), critic=critic)
+
+
+@pytest.mark.quick
+def test_gradients_of_one_rank_alone_are_an_error(tmp_path, monkeypatch):
+    """Before, the ranks' weights went apart in silence."""
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "gather", lambda own: [own, own])
+    monkeypatch.setattr(distributed, "sum_over_ranks", lambda *_: None)
+    Checkpoints(Progress(made_up(tmp_path), 10, 1), [], Meter(), model=model, optimizer=optimizer)
+    model(torch.ones(3, 2)).sum().backward()
+    before = model.weight.detach().clone()
+    with pytest.raises(ValueError, match=r"call distributed\.sum_gradients"):
+        optimizer.step()
+    assert torch.equal(model.weight, before)
+    distributed.sum_gradients(model)
+    optimizer.step()
+    torch.testing.assert_close(model.weight.detach(), before - 0.1 * 3)
+
+
+@pytest.mark.quick
+def test_an_epochs_mean_counts_the_batches_after_its_last_row():
+    """Before, they counted in the first row of the next epoch, and in its mean."""
+    meter = Meter()
+    meter.add(2, loss=2.0)
+    assert meter.take_row() == {"loss": 1.0}
+    meter.add(6, loss=18.0)
+    assert meter.take_epoch() == {"loss": 2.5}
+    meter.add(1, loss=7.0)
+    assert meter.take_row() == meter.take_epoch() == {"loss": 7.0}
+
+
+@dataclasses.dataclass(kw_only=True, frozen=True)
+class Settings(options.SharedSettings):
+    monitor: str = option("valid/loss", "metric that selects the best model")
+
+
+def learning_rates(directory: Path, names: list[str], *arguments: str) -> list[float]:
+    """Those of a run of 4 batches an epoch, whose `names` are given to Checkpoints in this order."""
+    command = ["--batch_size", "5", "--wandb", "disabled", "--output_dir", str(directory)]
+    rates = []
+    with open_session(options.parse(Settings, [*command, *arguments]), "rates", {}) as session:
+        progress = Progress(session, 20, held_out=0)
+        session.start(partial(wandb.init, project="rates"))
+        model = nn.Linear(1, 1)
+        optimizer = torch.optim.SGD(model.parameters(), 1.0)
+        schedule = CosineAnnealingLR(optimizer, progress.total_batches)
+        things = {"optimizer": optimizer, "schedule": schedule}
+        stateful = {name: things[name] for name in names}
+        checkpoints = Checkpoints(progress, [], Meter(), model=model, **stateful)
+        checkpoints.restore_or_begin()
+        for _ in progress.epochs():
+            for _ in progress.remaining(torch.arange(20).split(5)):
+                optimizer.step()
+                rates.append(optimizer.param_groups[0]["lr"])
+                schedule.step()
+                checkpoints.end_batch()
+    return rates
+
+
+@pytest.mark.parametrize("names", [["optimizer", "schedule"], ["schedule", "optimizer"]])
+def test_more_epochs_whatever_comes_first(names, tmp_path):
+    """Before, a schedule that was named before its optimizer went on with a learning rate of 0."""
+    learning_rates(tmp_path / "out", names, "--epochs", "2")
+    rates = learning_rates(tmp_path / "out", names, "--resume", "--epochs", "3")
+    expected = [(1 + math.cos(math.pi * batch / 12)) / 2 for batch in range(8, 12)]
+    assert rates == pytest.approx(expected)
+
+
 def test_forgetting_to_restore_is_an_error(tmp_path, monkeypatch):
     """Training began anew, and its rows were lost: none of them was written before `load_state_dict`."""
     monkeypatch.chdir(tmp_path)
@@ -239,3 +391,30 @@ def test_parts_of_a_batch_give_its_gradient(tmp_path):
         for row, same_row in zip(whole["history.jsonl"], parts["history.jsonl"], strict=True):
             assert row == pytest.approx(same_row, rel=1e-3, abs=1e-3)
         assert whole["checkpoint.pt"]["position"] == parts["checkpoint.pt"]["position"]
+
+
+def function_lines(path: Path) -> dict[str, list[str]]:
+    text = path.read_text()
+    lines = text.splitlines()
+    functions = [node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)]
+    return {
+        node.name: [line for line in lines[node.lineno - 1 : node.end_lineno] if line.strip()]
+        for node in functions
+        if node.name in ("train", "conclude", "main")
+    }
+
+
+@pytest.mark.quick
+def test_the_page_counts_the_lines_that_differ():
+    """Before, by a method that could not be repeated."""
+    page = (REPO / "docs/template.md").read_text()
+    template = function_lines(REPO / "train_mnist.py")
+    sizes = [len(lines) for lines in template.values()]
+    assert sorted(sizes) == sorted(map(int, re.findall(r"\((\d+)(?: lines)?\)", page)))
+    for name in ("train_lm", "train_tabular", "train_images"):
+        counts = []
+        for function, after in function_lines(REPO / f"examples/{name}.py").items():
+            before = template[function]
+            codes = difflib.SequenceMatcher(None, before, after, autojunk=False).get_opcodes()
+            counts.append(sum(max(b - a, d - c) for tag, a, b, c, d in codes if tag != "equal"))
+        assert f"| `{name}.py` | {counts[0]} | {counts[1]} | {counts[2]} |" in page, counts
