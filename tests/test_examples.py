@@ -299,6 +299,21 @@ def test_columns_of_a_table(tmp_path):
     assert table.train.tensors[0].shape == (40, 5)
 
 
+def test_odd_cells_of_a_table(tmp_path, capsys, recwarn):
+    """Spaces made other classes and other columns, numpy warned of blank lines in two lines, and nothing said
+    that 1,059 is no number."""
+    import examples.train_tabular as tabular
+
+    rows = [[f"1,{i:03}", " x"[i % 2] + "y ", f" {i}"] for i in range(60)]
+    write_table(tmp_path, [*rows[:9], [], [" "], *rows[9:]], ["size", " kind", "price "])
+    table = tabular.load(tabular.Settings(file=str(tmp_path / "table.csv")), torch.device("cpu"))
+    assert capsys.readouterr().out == (
+        "size is text: a feature for each of 40 words, as 1,059\n"
+        "kind is text: a feature for each of 2 words, as y\n"
+    )
+    assert table.train.tensors[0].shape == (40, 42) and not recwarn.list
+
+
 @pytest.mark.parametrize(
     ("change", "arguments", "problem"),
     [
@@ -337,7 +352,7 @@ def test_other_tables_are_one_line(tmp_path):
     assert "table.csv" not in call(TABULAR, "--file", "none.csv", cwd=tmp_path).err
     done = call(TABULAR, "--file", "none.csv", cwd=tmp_path)
     assert_one_line(
-        done, "train_tabular.py: error: none.csv can't be read as CSV: none.csv not fou"
+        done, "train_tabular.py: error: none.csv can't be read as CSV: [Errno 2] No such"
     )
     (tmp_path / "latin.csv").write_bytes("a,price\n\u00e9,1\n".encode("latin-1"))
     done = call(TABULAR, "--file", "latin.csv", cwd=tmp_path)
