@@ -82,10 +82,16 @@ def test_forms_of_sentences(text_run, kept, tmp_path):
     (tmp_path / "records.jsonl").write_text(records)
     table = "".join(f"{number}\t{text}\n" for number, text in enumerate(texts))
     (tmp_path / "other.tsv").write_text("id\tutterance\n" + table)
-    for given in ("one.csv", "lines.txt", "records.jsonl"):
-        assert answers(text_run, tmp_path / given)[0] == expected
+    # As .txt, JSON and tables, label and all, were sentences, and a column's name was missing in plain lines.
+    (tmp_path / "records.txt").write_text(records)
+    (tmp_path / "table.txt").write_text("id\tsentence\n" + table)
+    with (tmp_path / "table2.txt").open("w", newline="") as file:
+        csv.writer(file).writerows([["label", "Sentence"], *(["no", text] for text in texts)])
+    for name in ("one.csv", "lines.txt", "records.jsonl", "records.txt", "table.txt", "table2.txt"):
+        assert answers(text_run, tmp_path / name)[0] == expected
     column = ("--text_column", "utterance")
-    assert answers(text_run, tmp_path / "other.tsv", *column)[0] == expected
+    for name in ("other.tsv", "lines.txt"):
+        assert answers(text_run, tmp_path / name, *column)[0] == expected
     assert "choose one with --text_column" in refusal(text_run, tmp_path / "other.tsv")
 
 
