@@ -154,6 +154,13 @@ def test_files_that_are_no_sentences(text_run, tmp_path, monkeypatch, capsys):
     assert "odd.txt: File exists" in capsys.readouterr().err
 
 
+def test_an_output_that_can_not_be_written_is_noticed_before_the_work(tmp_path, monkeypatch):
+    """It was after it, as a temporary file."""
+    monkeypatch.setattr(predict.os, "access", lambda path, _: path != tmp_path)  # root may write
+    output = ("--output", tmp_path / "out.csv")
+    assert f"--output {output[1]}: can't write there" in refusal("no run", "It is.", *output)
+
+
 def test_digits_have_the_answers_of_the_run(small_mnist, tmp_path):
     """As IDX files and as a folder per class."""
     digits = split_digits(synthetic_digits(), 4000, 5)
