@@ -106,15 +106,15 @@ def load(settings: Settings, device: torch.device) -> Table:
         try:
             values = words.astype(float)
         except ValueError:
-            raise UserError(f"{settings.target!r} is text: use --task classification") from None
+            advice = "write its numbers as 1234.5, or use --task classification"
+            raise UserError(f"{settings.target!r} is text: {advice}") from None
         mean = float(values[first:].mean())
         scale = float(values[first:].std())
         targets = torch.from_numpy((values - mean) / scale).float()
     for name, values in (features | {settings.target: targets}).items():
+        print(f"{name}, such as {max(columns.get(name, words))}: {values[0].numel()} number(s)")
         if not values.isfinite().all():
             raise UserError(f"{path}: column {name!r} is infinite, or training has only one value")
-        if (count := values[0].numel()) > 1:
-            print(f"{name} is text: a feature for each of {count} words, as {max(columns[name])}")
     whole = (torch.cat(list(features.values()), 1).to(device), targets.to(device))
     parts = zip(*(column.tensor_split([first // 2, first]) for column in whole))
     name = re.sub(r"[^A-Za-z0-9_.-]", "_", path.stem)[:64]  # W&B takes no others

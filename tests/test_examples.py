@@ -308,8 +308,8 @@ def test_odd_cells_of_a_table(tmp_path, capsys, recwarn):
     write_table(tmp_path, [*rows[:9], [], [" "], *rows[9:]], ["size", " kind", "price "])
     table = tabular.load(tabular.Settings(file=str(tmp_path / "table.csv")), torch.device("cpu"))
     assert capsys.readouterr().out == (
-        "size is text: a feature for each of 40 words, as 1,059\n"
-        "kind is text: a feature for each of 2 words, as y\n"
+        "size, such as 1,059: 40 number(s)\nkind, such as y: 2 number(s)\n"
+        "price, such as 9: 1 number(s)\n"
     )
     assert table.train.tensors[0].shape == (40, 42) and not recwarn.list
 
@@ -335,7 +335,7 @@ def test_odd_cells_of_a_table(tmp_path, capsys, recwarn):
         ),
         (lambda rows: [[*row[:3], "7"] for row in rows], "", "column 'price' lacks values, or"),
         (lambda rows: [["7", *row[1:]] for row in rows], "", "column 'size' lacks values, or"),
-        (lambda rows: rows, "--target kind", "'kind' is text: use --task classification"),
+        (lambda rows: rows, "--target kind", "'kind' is text: write its numbers as 1234.5, or use"),
         (lambda rows: rows, "--task classification", "no training row has the price '"),
     ],
 )
