@@ -217,11 +217,15 @@ def predict(arguments: argparse.Namespace) -> dict[str, Sequence[Any]]:
 def main(argv: list[str] | None = None) -> dict[str, Sequence[Any]]:
     """Predict as asked for on the command line; returns the columns of the CSV file."""
     arguments = parse_arguments(argv)
+    output = arguments.output
+    if output:  # before the work
+        output.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(output.parent, os.W_OK):
+            raise UserError(f"--output {output}: can't write there")
     with contextlib.redirect_stdout(sys.stderr):  # standard output is for the CSV
         columns = predict(arguments)
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        files.write_csv(arguments.output, columns)
+    if output:
+        files.write_csv(output, columns)
     else:
         writer = csv.writer(sys.stdout, lineterminator="\n")
         writer.writerow(columns)

@@ -48,7 +48,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 import wandb
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
@@ -102,7 +102,7 @@ def read_image(path: str) -> Image.Image:
                 raise OSError(f"its mode is {image.mode}; 8 bits per channel are needed")
             if image.has_transparency_data:  # `convert` would lose what is drawn
                 raise OSError("save it without transparency")
-            return image.convert("RGB")
+            return ImageOps.exif_transpose(image).convert("RGB")  # as a camera was held
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} can't be read: {error}") from None
 
@@ -128,6 +128,8 @@ def load(settings: Settings) -> Folder:
         raise UserError(f"{root} can't be read: {error}") from None
     if len(images.classes) < 2 or len(images) < 12:
         raise UserError(f"{root}: needs two classes and twelve images")
+    others = sum(path.is_file() for path in root.rglob("*")) - len(images)
+    print(f"classes: {files.list_names(images.classes)}; {others} other files are left out")
     content = []
     for path, _ in images.samples:
         content.append((os.path.relpath(path, root), os.path.getsize(path)))

@@ -1,6 +1,6 @@
 """Train an MLP on a table, logged with Weights & Biases: a copy of train_mnist.py.
 
-Reads a CSV file with a header, by default of made-up flats. A column of numbers only is
+Reads a CSV file with a header, by default of made-up flats. A column of numbers only (1234.5) is
 normalised, any other becomes a feature per word; a word that training lacks has none of them.
 """
 
@@ -80,23 +80,22 @@ def load(settings: Settings, device: torch.device) -> Table:
     """The table on the device, in three parts. Raises `UserError`."""
     path = Path(settings.file or Path(__file__).with_name("flats.csv"))
     try:
-        table = np.loadtxt(path, str, None, ",", ndmin=2, encoding="utf-8-sig", quotechar='"')
+        with path.open(encoding="utf-8-sig") as file:
+            table = np.loadtxt(filter(str.strip, file), str, None, ",", ndmin=2, quotechar='"')
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} can't be read as CSV: {error}") from None
-    header = table[:1].flatten().tolist()
+        raise UserError(f"{path} can't be read as CSV: {str(error).partition(';')[0]}") from None
+    header = np.char.strip(table[:1]).flatten().tolist()
     if len(table) < 21 or settings.target not in header or len(set(header)) < max(len(header), 2):
         needed = f"20 rows, {settings.target!r} and others, no name twice"
         raise UserError(f"{path} needs {needed}; it has {len(table)} lines of {', '.join(header)}")
-    columns = dict(zip(header, np.random.default_rng(0).permutation(table[1:]).T))
+    columns = dict(zip(header, np.random.default_rng(0).permutation(np.char.strip(table[1:])).T))
     first = len(table) // 3  # row for training
-    missing = ["", "?", "nan", "na", "n/a", "#n/a", "<na>", "null", "none"]
+    missing = {"", "?", "nan", "na", "n/a", "#n/a", "<na>", "null", "none"}
     for name, words in columns.items():
-        lacks = np.isin(np.char.lower(np.char.strip(words)), missing).any()
-        if lacks or len(set(words[first:])) == 1:
+        if missing.intersection(np.char.lower(words)) or len(set(words[first:])) == 1:
             raise UserError(f"{path}: column {name!r} lacks values, or training has only one value")
     words = columns.pop(settings.target)
     features = {name: encode(columns[name], first) for name in columns}
-    print("Features:", ", ".join(f"{name} {len(features[name].T)}" for name in features))
     classes, mean, scale = [], 0.0, 1.0
     if settings.task == "classification":
         classes = sorted(set(words[first:].tolist()))
@@ -107,15 +106,16 @@ def load(settings: Settings, device: torch.device) -> Table:
         try:
             values = words.astype(float)
         except ValueError:
-            raise UserError(f"{settings.target!r} is text: use --task classification") from None
+            advice = "write its numbers as 1234.5, or use --task classification"
+            raise UserError(f"{settings.target!r} is text: {advice}") from None
         mean = float(values[first:].mean())
         scale = float(values[first:].std())
         targets = torch.from_numpy((values - mean) / scale).float()
     for name, values in (features | {settings.target: targets}).items():
+        print(f"{name}, such as {max(columns.get(name, words))}: {values[0].numel()} number(s)")
         if not values.isfinite().all():
             raise UserError(f"{path}: column {name!r} is infinite, or training has only one value")
-    inputs = torch.cat(list(features.values()), 1)
-    whole = (inputs.to(device), targets.to(device))
+    whole = (torch.cat(list(features.values()), 1).to(device), targets.to(device))
     parts = zip(*(column.tensor_split([first // 2, first]) for column in whole))
     name = re.sub(r"[^A-Za-z0-9_.-]", "_", path.stem)[:64]  # W&B takes no others
     return Table(name, classes, mean, scale, *(TensorDataset(*part) for part in parts))

@@ -5,6 +5,7 @@ import re
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
+from unicodedata import normalize
 
 from harness.errors import UserError
 from tasks.downloads import has_files
@@ -59,14 +60,16 @@ def load_corpus(
         corpus = _read_cola(path)
     else:
         corpus = synthetic_sentences()
-    if not own.folds:
-        return corpus
-    everything = [a + b for a, b in zip(corpus.train, corpus.valid)]
-    parts = []
-    for indices in own.split(everything[1]):  # by label
-        parts.append(Sentences(*([column[i] for i in indices] for column in everything)))
-    train, valid = parts
-    return corpus._replace(train=train, valid=valid, domains={})
+    if own.folds:
+        everything = [a + b for a, b in zip(corpus.train, corpus.valid)]
+        parts = []
+        for indices in own.split(everything[1]):  # by label
+            parts.append(Sentences(*([column[i] for i in indices] for column in everything)))
+        train, valid = parts
+        corpus = corpus._replace(train=train, valid=valid, domains={})
+    if corpus.name == "files":
+        _report_repeated(corpus)
+    return corpus
 
 
 def _read_cola(path: Path) -> Corpus:
@@ -103,19 +106,25 @@ def _read_user_files(files: list[Path], own: OwnFiles) -> Corpus:
     order = sorted(_label_order(label) for label in set(train.labels))
     class_names = [label for _, _, label in order]
     has_words, _, last = order[-1]
-    spellings = {(number, is_word and label.casefold()) for is_word, number, label in order}
+    spellings = {
+        (number, is_word and normalize("NFKC", label).casefold())
+        for is_word, number, label in order
+    }
     if len(spellings) < len(order):
         print("Labels differ only in spelling, as Yes and yes or 1 and 1.0: each is a class.")
     if not has_words and any(number % 1 for _, number, _ in order):
         print(f"The labels, {class_names[0]} to {last}, look like regression: each is a class.")
-    seen = set(train.sentences)
-    where = "training"
-    for name, part in zip(("validation", "test"), (valid, *others)):
-        if part.labels and seen.issuperset(part.sentences):
-            print(f"All {name} sentences are {where} sentences too: results on them mean little.")
-        seen.update(part.sentences)
-        where = "training or validation"
     return Corpus("files", train, valid, {}, class_names, files, *others)
+
+
+def _report_repeated(corpus: Corpus) -> None:
+    seen = set(corpus.train.sentences)
+    for name, part in (("validation", corpus.valid), ("test", corpus.test)):
+        sentences = part.sentences if part else []
+        if count := sum(sentence in seen for sentence in sentences):
+            share = f"{count:,} of {len(sentences):,} {name} sentences"
+            print(f"{share} are in other parts too: results on them mean little.")
+        seen.update(sentences)
 
 
 def _label_order(label: str) -> tuple[bool, float, str]:

@@ -37,7 +37,7 @@ PAIRS = {  # as in the tasks of GLUE
     "question": "sentence",
 }
 Text = str | tuple[str, str]  # a sentence or a pair of sentences
-NO_LABEL = "?"  # instead of the labels of sentences that have none
+NO_LABEL = "no label"  # instead of the labels of sentences that have none
 Row = tuple[int, list[str]]  # the line in which it begins, and its columns
 csv.field_size_limit(2**31 - 1)  # the default is 131,072 characters
 
@@ -124,7 +124,7 @@ def _read_table(
 
     `header` is that of a run's first file: [] if it has one itself.
     """
-    rows = _read_rows(path, own.encoding, lines)
+    rows = _read_rows(path, own, lines)
     if header is None:
         header = _missing_header(rows)
     if header:
@@ -136,10 +136,10 @@ def _read_table(
     return names, rows[1:], header
 
 
-def _read_rows(path: Path, encoding: str | None, lines: bool) -> list[Row]:
+def _read_rows(path: Path, own: OwnFiles, lines: bool) -> list[Row]:
     """A file's header, if there is one, and its other rows. Blank lines are skipped.
 
-    `lines`: each line is a sentence.
+    `lines`: each line is a sentence, unless the first one has a tab or is a header.
     """
     try:
         content = path.read_bytes()
@@ -152,12 +152,15 @@ def _read_rows(path: Path, encoding: str | None, lines: bool) -> list[Row]:
         raise UserError(f"{path} is an Excel workbook or an archive: save the table as CSV")
     if content.startswith(b"PAR1"):
         return _parse_parquet(content, path)
-    text = _decode(content, path, encoding)
-    if lines:
-        texts = re.split("\r?\n", f"sentence\n{text}")
-        return [(0, [line]) for line in texts if line.strip()]
+    text = _decode(content, path, own.encoding)
     if re.match(r'\s*\[?\s*\{\s*"', text):
         return _parse_json_lines(text, path)
+    column = own.text_column or "sentence"
+    first_line = text.partition("\n")[0].casefold()
+    names = {name.strip('" \r') for name in re.split("[,;|]", first_line)}
+    if lines and "\t" not in first_line and names.isdisjoint([*TEXTS, column.casefold()]):
+        texts = re.split("\r?\n", f"{column}\n{text}")
+        return [(0, [line]) for line in texts if line.strip()]
     return _split_columns(text, path)
 
 

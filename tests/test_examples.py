@@ -299,6 +299,21 @@ def test_columns_of_a_table(tmp_path):
     assert table.train.tensors[0].shape == (40, 5)
 
 
+def test_odd_cells_of_a_table(tmp_path, capsys, recwarn):
+    """Spaces made other classes and other columns, numpy warned of blank lines in two lines, and nothing said
+    that 1,059 is no number."""
+    import examples.train_tabular as tabular
+
+    rows = [[f"1,{i:03}", " x"[i % 2] + "y ", f" {i}"] for i in range(60)]
+    write_table(tmp_path, [*rows[:9], [], [" "], *rows[9:]], ["size", " kind", "price "])
+    table = tabular.load(tabular.Settings(file=str(tmp_path / "table.csv")), torch.device("cpu"))
+    assert capsys.readouterr().out == (
+        "size, such as 1,059: 40 number(s)\nkind, such as y: 2 number(s)\n"
+        "price, such as 9: 1 number(s)\n"
+    )
+    assert table.train.tensors[0].shape == (40, 42) and not recwarn.list
+
+
 @pytest.mark.parametrize(
     ("change", "arguments", "problem"),
     [
@@ -320,7 +335,7 @@ def test_columns_of_a_table(tmp_path):
         ),
         (lambda rows: [[*row[:3], "7"] for row in rows], "", "column 'price' lacks values, or"),
         (lambda rows: [["7", *row[1:]] for row in rows], "", "column 'size' lacks values, or"),
-        (lambda rows: rows, "--target kind", "'kind' is text: use --task classification"),
+        (lambda rows: rows, "--target kind", "'kind' is text: write its numbers as 1234.5, or use"),
         (lambda rows: rows, "--task classification", "no training row has the price '"),
     ],
 )
@@ -337,7 +352,7 @@ def test_other_tables_are_one_line(tmp_path):
     assert "table.csv" not in call(TABULAR, "--file", "none.csv", cwd=tmp_path).err
     done = call(TABULAR, "--file", "none.csv", cwd=tmp_path)
     assert_one_line(
-        done, "train_tabular.py: error: none.csv can't be read as CSV: none.csv not fou"
+        done, "train_tabular.py: error: none.csv can't be read as CSV: [Errno 2] No such"
     )
     (tmp_path / "latin.csv").write_bytes("a,price\n\u00e9,1\n".encode("latin-1"))
     done = call(TABULAR, "--file", "latin.csv", cwd=tmp_path)

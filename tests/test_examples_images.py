@@ -230,6 +230,20 @@ def test_folders_that_are_none(folder, tmp_path):
     assert "needs two classes" in message(one)
 
 
+def test_photos_are_upright_and_other_files_are_counted(folder, capsys):
+    """Photos were seen as the sensor lay; images with other suffixes were left out in silence."""
+    camera = Image.Exif()
+    camera[0x112] = 6  # to be turned clockwise
+    photo = Image.new("RGB", (32, 32))
+    photo.paste((255, 255, 255), (0, 0, 32, 16))
+    photo.save(folder / "a/0.png", exif=camera)
+    photo.save(folder / "a/1.gif")
+    images = load(Settings(folder=str(folder))).test.dataset
+    pixels, _ = images[0]
+    assert pixels[:, :, 17:].min() == 1 and pixels[:, :, :15].max() == 0
+    assert capsys.readouterr().out == "classes: a, b; 1 other files are left out\n"
+
+
 def test_split_follows_from_the_names(folder):
     data = load(Settings(folder=str(folder)))
     sizes = [len(part) for part in (data.train, data.valid, data.test)]

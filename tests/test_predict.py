@@ -82,10 +82,16 @@ def test_forms_of_sentences(text_run, kept, tmp_path):
     (tmp_path / "records.jsonl").write_text(records)
     table = "".join(f"{number}\t{text}\n" for number, text in enumerate(texts))
     (tmp_path / "other.tsv").write_text("id\tutterance\n" + table)
-    for given in ("one.csv", "lines.txt", "records.jsonl"):
-        assert answers(text_run, tmp_path / given)[0] == expected
+    # As .txt, JSON and tables, label and all, were sentences, and a column's name was missing in plain lines.
+    (tmp_path / "records.txt").write_text(records)
+    (tmp_path / "table.txt").write_text("id\tsentence\n" + table)
+    with (tmp_path / "table2.txt").open("w", newline="") as file:
+        csv.writer(file).writerows([["label", "Sentence"], *(["no", text] for text in texts)])
+    for name in ("one.csv", "lines.txt", "records.jsonl", "records.txt", "table.txt", "table2.txt"):
+        assert answers(text_run, tmp_path / name)[0] == expected
     column = ("--text_column", "utterance")
-    assert answers(text_run, tmp_path / "other.tsv", *column)[0] == expected
+    for name in ("other.tsv", "lines.txt"):
+        assert answers(text_run, tmp_path / name, *column)[0] == expected
     assert "choose one with --text_column" in refusal(text_run, tmp_path / "other.tsv")
 
 
@@ -146,6 +152,13 @@ def test_files_that_are_no_sentences(text_run, tmp_path, monkeypatch, capsys):
     inside_a_file = [str(text_run), "It is.", "--output", "odd.txt/out.csv"]
     assert script.status_of(lambda: predict.main(inside_a_file)) == 2  # a traceback
     assert "odd.txt: File exists" in capsys.readouterr().err
+
+
+def test_an_output_that_can_not_be_written_is_noticed_before_the_work(tmp_path, monkeypatch):
+    """It was after it, as a temporary file."""
+    monkeypatch.setattr(predict.os, "access", lambda path, _: path != tmp_path)  # root may write
+    output = ("--output", tmp_path / "out.csv")
+    assert f"--output {output[1]}: can't write there" in refusal("no run", "It is.", *output)
 
 
 def test_digits_have_the_answers_of_the_run(small_mnist, tmp_path):
