@@ -172,15 +172,20 @@ function smoothed(points) {
   });
 }
 
-/** At each x that two or more curves have: x, mean, standard deviation and count. */
+/** At each x of the longest curve: x, and mean, standard deviation and count of the curves there, if two or more.
+ * The batches of two seeds or folds need not end at the same examples: a curve counts between its points, too, and
+ * half a spacing beyond its ends. */
 function band(curves) {
-  const byX = new Map();
-  for (const { x, y } of curves) x.forEach((at, i) => at !== null && byX.set(at, [...(byX.get(at) ?? []), y[i]]));
-  const common = [...byX].filter(([, members]) => members.length > 1).sort(([a], [b]) => a - b);
-  return common.map(([at, members]) => {
-    const mean = members.reduce((a, b) => a + b) / members.length;
+  const tables = curves.map(({ x, y }) => x.map((at, i) => [at, y[i]]).filter(([at]) => at !== null));
+  const longest = tables.reduce((a, b) => (b.length > a.length ? b : a));
+  const reach = longest.at(-1)?.[0] / longest.length / 2;
+  for (const table of tables.filter(({ length }) => length))
+    table.unshift([table[0][0] - reach, table[0][1]]), table.push([table.at(-1)[0] + reach, table.at(-1)[1]]);
+  return longest.slice(1, -1).flatMap(([at]) => {
+    const members = tables.map((table) => interpolate(table, at)).filter((value) => value !== null);
+    const mean = members.reduce((a, b) => a + b, 0) / members.length;
     const squares = members.reduce((sum, value) => sum + (value - mean) ** 2, 0);
-    return [at, mean, Math.sqrt(squares / (members.length - 1)), members.length];
+    return members.length > 1 ? [[at, mean, Math.sqrt(squares / (members.length - 1)), members.length]] : [];
   });
 }
 
