@@ -286,10 +286,10 @@ class Search:
 
     def _record_outcome(self, process: TrialProcess) -> FrozenTrial:
         trial = process.trial
-        if process.pruned and process.popen.returncode != 0:
-            return self.study.tell(trial, state=TrialState.PRUNED)
         result = process.read_result(self.sweep.metric.name)
         if isinstance(result, str):
+            if process.pruned:
+                return self.study.tell(trial, state=TrialState.PRUNED)
             trial.set_user_attr("error", result)
             return self.study.tell(trial, state=TrialState.FAIL)
         return self.study.tell(trial, result)

@@ -43,7 +43,7 @@ def open_study(directory: Path, runs: list[RunFiles]) -> Any:
             if metric:
                 direction = "max" if study.direction.name == "MAXIMIZE" else "min"
                 run.config["monitor"] = metric
-                run.config["metrics"] = {base_name(metric): direction} | run.declared
+                run.config["metrics"] = run.declared | {base_name(metric): direction}
             if trial.state.name == "PRUNED":
                 run.state = "pruned"
             elif "error" in trial.user_attrs:

@@ -897,6 +897,19 @@ def test_trials_are_ranked_by_the_metric_of_the_sweep(sweep, tmp_path):
     assert {run.monitor for run in found} == {"score"} and found[0].sign_of("loss") == 1
 
 
+def test_the_best_trial_is_that_of_the_search(sweep, tmp_path):
+    """Of equal ones, any was; and if the sweep's goal was not what the script declares, the worst."""
+    directory = tmp_path / "sweep-s"
+    shutil.copytree(sweep, directory)
+    for file in directory.glob("*/metrics.json"):
+        file.write_text('{"score": 1.0}')
+        file.with_name("config.json").write_text('{"metrics": {"score": "min"}}')
+    found = collection.collect([directory]).runs
+    assert {run.sign for run in found} == {-1}  # the sweep maximizes it
+    equal = [run.label for run in found if run.score == -1]
+    assert len(equal) > 2 and equal == sorted(equal)
+
+
 def test_importances_need_twenty_complete_trials(sweep, tmp_path, monkeypatch):
     directory = tmp_path / "sweep-s"
     shutil.copytree(sweep, directory)

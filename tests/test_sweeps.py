@@ -523,8 +523,9 @@ parameters:
 
 
 def test_hyperband_prunes_with_sigterm_and_keeps_the_results(workdir):
+    """A program that ended with status 0, as the scripts do under W&B's agent, had failed."""
     sweep = (
-        GRID.replace("epochs: {value: 3}", "epochs: {value: 9}")
+        GRID.replace("epochs: {value: 3}", "epochs: {value: 9}\n  fail: {value: quiet}")
         .replace("0.5", "1")
         .replace("grid", "random")
         .replace(
@@ -541,7 +542,7 @@ def test_hyperband_prunes_with_sigterm_and_keeps_the_results(workdir):
         "1",
     )
     pruned = [row for row in trial_rows(workdir) if row["state"] == "pruned"]
-    assert pruned and f"{len(pruned)} pruned" in out
+    assert pruned and f"{len(pruned)} pruned" in out and "fail," not in out
     for row in pruned:
         assert 0 < len(read_lines(workdir / row["output_dir"] / "history.jsonl")) < 9
     best = max(float(row["score"]) for row in trial_rows(workdir) if row["state"] == "complete")
