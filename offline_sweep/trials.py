@@ -122,9 +122,10 @@ class TrialProcess:
         """Report new values of the metric to Optuna, and stop the run if it should be pruned."""
         journal = self.output_dir / "history.jsonl"
         text = journal.read_text("utf-8", "replace") if journal.is_file() else ""
+        key = json.dumps(metric)
         values = []
         for line in text.split("\n")[:-1]:  # the last line may be incomplete
-            if json.dumps(metric) in line:
+            if key in line:
                 # Another program's journal may hold anything.
                 with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
                     values.append(json.loads(line)[metric])

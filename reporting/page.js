@@ -218,7 +218,10 @@ function draw(chart, data, layout) {
 const colors = { __proto__: null };
 const colorOf = (name) => (colors[name] ??= palette[Object.keys(colors).length % palette.length]);
 const isShown = (name) => !state.hide.includes(name);
-const shownRuns = () => Object.keys(page.runs).sort().filter((run) => matches(state.runs, page.runs[run].name));
+/** All runs, by name: "trial 9", then "trial 10". */
+const sortedRuns = () => Object.keys(page.runs).sort((a, b) =>
+  page.runs[a].name.localeCompare(page.runs[b].name, undefined, { numeric: true }));
+const shownRuns = () => sortedRuns().filter((run) => matches(state.runs, page.runs[run].name));
 
 /** The name of the chart that a metric shares in training and validation. */
 const baseName = (metric) => metric.replace(/^(train|valid)\/(.*?)(_step|_epoch)?$/, "$2");
@@ -347,7 +350,7 @@ function show() {
   $("output").value = state.smoothing || "";
   if ($("#names").options.length !== page.metrics.length)
     $("#names").replaceChildren(...page.metrics.map((name) => new Option(name)));
-  const names = Object.keys(page.runs).sort().map((run) => page.runs[run].name);
+  const names = sortedRuns().map((run) => page.runs[run].name);
   document.title = $("h1").textContent = names.length === 1 ? names[0] : `${names.length} runs`;
   for (const name of [...groups, ...names]) colorOf(name); // the same whatever is shown
   const drawn = shownRuns().filter((run) => state.each || state.x === "minutes" || !groupOf(run));

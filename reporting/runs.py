@@ -216,23 +216,13 @@ def run_directories(directory: Path, levels: int = LEVELS) -> list[Path]:
 def sort_runs(runs: list[RunFiles]) -> list[RunFiles]:
     """The runs, by the metric to compare, from best to worst; those that can't be ranked come last.
 
-    Of equal trials, "trial 9" comes before "trial 10", as in the search. Runs that share a label
-    get their path added to it.
+    Runs that share a label get their path added to it.
     """
     labels = [run.label for run in runs]
     for run in runs:
         if labels.count(run.label) > 1:
             run.label += format_value(f" ({run.path})")
-    return sorted(
-        runs,
-        key=lambda run: (
-            run.score is None,
-            run.monitor,
-            run.score or 0.0,
-            len(run.label),
-            run.label,
-        ),
-    )
+    return sorted(runs, key=lambda run: (run.score is None, run.monitor, run.score or 0.0))
 
 
 def read_run(path: Path, known: RunFiles | None = None) -> RunFiles:

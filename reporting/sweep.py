@@ -15,7 +15,7 @@ ENOUGH_TRIALS = 20  # complete ones; importances of fewer are chance
 def open_study(directory: Path, runs: list[RunFiles]) -> Any:
     """The Optuna study of a sweep. Raises `UserError` if it can't be read.
 
-    Completes those `runs` that are its trials: label, config and state.
+    Completes those `runs` that are its trials, label, config and state, and moves them to the end.
     """
     try:
         import optuna
@@ -37,6 +37,8 @@ def open_study(directory: Path, runs: list[RunFiles]) -> Any:
     for trial in trials:
         run = by_directory.get(directory / str(trial.user_attrs.get("run")))
         if run:
+            runs.remove(run)  # so that equal trials are in the order of the search
+            runs.append(run)
             run.label = f"trial {trial.number}"
             metric = study.user_attrs["sweep"]["metric"]
             run.config = trial.user_attrs.get("parameters", {}) | run.config
