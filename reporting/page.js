@@ -203,7 +203,8 @@ const download = (format, icon) => ({ name: format, title: `Download as ${format
   } });
 const options = { responsive: true, displaylogo: false, displayModeBar: true, // of plotly's own buttons, one uploads
   modeBarButtons: [[download("png", Plotly.Icons.camera), download("svg", Plotly.Icons.disk)]] };
-const axis = { gridcolor: grid, linecolor: grid, zeroline: false, automargin: true, title: { standoff: 8 } };
+const axis = { gridcolor: grid, linecolor: grid, zeroline: false, automargin: true, title: { standoff: 8 },
+  exponentformat: "e" }; // 1e-5, not 10μ
 
 function draw(chart, data, layout) {
   const base = { font: { color: ink, family: "system-ui, sans-serif", size: 12 }, colorway: palette,
@@ -316,8 +317,9 @@ function showChart(panel, name, metrics) {
   panel.hidden = !data.length;
   draw(panel, data, { height: 320, showlegend: false, uirevision: `${x} ${state.logX} ${state.logY}`,
     title: { text: plain(name), font: { size: 14 }, subtitle: { text: parts.join(", "), font: { size: 11 } } },
-    margin: { l: 50, r: 12, t: 56, b: 46 }, yaxis: { type: state.logY ? "log" : "linear", range, exponentformat: "e" },
-    xaxis: { title: { text: x === "examples" ? "examples seen" : x }, type: state.logX ? "log" : "linear" } });
+    margin: { l: 50, r: 12, t: 56, b: 46 }, yaxis: { type: state.logY ? "log" : "linear", range },
+    xaxis: { title: { text: x === "examples" ? "examples seen" : x }, type: state.logX ? "log" : "linear",
+      exponentformat: "B" } });
   if (isNew) panel.on("plotly_relayout", (event) => zoomed(metrics, event));
   return data.filter(({ meta, x }) => meta && !x.length).map(({ meta }) => meta); // not on this axis
 }
