@@ -176,10 +176,12 @@ function smoothed(points) {
  * The batches of two seeds or folds need not end at the same examples: a curve counts between its points, too, and
  * half a spacing beyond its ends. */
 function band(curves) {
-  const tables = curves.map(({ x, y }) => x.map((at, i) => [at, y[i]]).filter(([at]) => at !== null));
-  const longest = tables.reduce((a, b) => (b.length > a.length ? b : a));
-  const reach = longest.at(-1)?.[0] / longest.length / 2;
-  for (const table of tables.filter(({ length }) => length))
+  const tables = curves.map(({ x, y }) => x.map((at, i) => [at, y[i]]).filter(([at]) => at !== null))
+    .filter(({ length }) => length);
+  if (!tables.length) return [];
+  const longest = tables.reduce((a, b) => (b.at(-1)[0] > a.at(-1)[0] ? b : a));
+  const reach = longest.at(-1)[0] / longest.length / 2;
+  for (const table of tables)
     table.unshift([table[0][0] - reach, table[0][1]]), table.push([table.at(-1)[0] + reach, table.at(-1)[1]]);
   return longest.slice(1, -1).flatMap(([at]) => {
     const members = tables.map((table) => interpolate(table, at)).filter((value) => value !== null);

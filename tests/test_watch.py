@@ -267,9 +267,9 @@ def test_a_mean_counts_runs_with_other_steps(browser, resize, tmp_path):
     script = """const {x, y, customdata} = document.querySelector('#panels > div').data
         .find(trace => trace.customdata); return [[...x], [...y], [...customdata]]"""
     x, y, spread = browser.execute_script(script)
-    assert x == [100, 200, 300]
-    # At 200, b has nine tenths of its way from 3 to 5 behind it; at 300, of that from 5 to 7.
-    at_each = [(1, 3, 5), (2, 4.8, 5), (3, 6.8)]
+    assert x == [110, 210, 310]  # b goes furthest
+    # At 110, a has a tenth of its way from 1 to 2 behind it. Its end is near enough to 310, that of c to 210.
+    at_each = [(1.1, 3, 5), (2.1, 5, 5), (3, 7)]
     assert y == pytest.approx([statistics.mean(at) for at in at_each])
     for (sd, count), at in zip(spread, at_each, strict=True):
         assert (sd, count) == (pytest.approx(statistics.stdev(at)), len(at))
