@@ -57,11 +57,16 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return arguments
 
 
+def shorten(text: str) -> str:
+    """A long text without its middle: the names of runs often differ at their ends."""
+    return text if len(text) <= 80 else f"{text[:40]}…{text[-39:]}"
+
+
 def print_table(rows: Table) -> None:
     """Print a table in columns."""
     columns = []
     for column in zip(*rows):
-        cells = [format_value(value)[:50] for value in column]
+        cells = [shorten(format_value(value)) for value in column]
         width = max(map(len, cells))
         columns.append([cell.ljust(width) for cell in cells])
     for row in zip(*columns):

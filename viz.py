@@ -353,7 +353,8 @@ def confusion_matrix_picture(counts: Tensor, class_names: list[str], part: str) 
             draw.rectangle((x, y, x + cell, y + cell), fill=shade, outline=GRID)
             color = PAPER if share > 0.62 else "black"  # a contrast of at least 4.5:1
             text = f"{count:,}\n{share:.1%}" if count else "0"
-            _draw_text(canvas, x + cell / 2, y + cell / 2, text, cell * 0.22, color=color)
+            size = _fitting(cell * 0.22, f"{count:,}", cell - 6)
+            _draw_text(canvas, x + cell / 2, y + cell / 2, text, size, color=color)
     return canvas
 
 

@@ -115,6 +115,9 @@ def read_sweep(path: Path) -> Sweep:
 def notes(sweep: Sweep) -> list[str]:
     """What may surprise the user, in one line each."""
     lines = []
+    metric = sweep.metric
+    if metric.name and "goal" not in metric.model_fields_set:
+        lines.append(f"metric: no goal, so {metric.name} is minimized, as W&B does")
     for name, parameter in sweep.searched().items():
         kind = parameter.distribution
         if type(parameter) is Range and "log" in kind:
@@ -123,6 +126,6 @@ def notes(sweep: Sweep) -> list[str]:
             )
         if sweep.method == "bayes" and isinstance(parameter, (WeightedChoice, Normal, Beta)):
             lines.append(f"{name}: only drawn at random, as Optuna can't search {kind}")
-    if sweep.method == "bayes" and sweep.metric.impute:
+    if sweep.method == "bayes" and metric.impute:
         lines.append("metric.impute: without effect, as Optuna ignores failed trials")
     return lines

@@ -121,9 +121,10 @@ class TrialProcess:
         """Report new values of the metric to Optuna, and stop the run if it should be pruned."""
         journal = self.output_dir / "history.jsonl"
         text = journal.read_text("utf-8", "replace") if journal.is_file() else ""
+        key = json.dumps(metric)
         values = []
         for line in text.split("\n")[:-1]:  # the last line may be incomplete
-            if json.dumps(metric) in line:
+            if key in line:
                 # Another program's journal may hold anything.
                 with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
                     values.append(json.loads(line)[metric])
@@ -279,10 +280,10 @@ class Search:
 
     def _record_outcome(self, process: TrialProcess) -> FrozenTrial:
         trial = process.trial
-        if process.pruned and process.popen.returncode != 0:
-            return self.study.tell(trial, state=TrialState.PRUNED)
         result = process.read_result(self.sweep.metric.name)
         if isinstance(result, str):
+            if process.pruned:
+                return self.study.tell(trial, state=TrialState.PRUNED)
             trial.set_user_attr("error", result)
             return self.study.tell(trial, state=TrialState.FAIL)
         return self.study.tell(trial, result)

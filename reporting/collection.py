@@ -23,11 +23,12 @@ def collect(
     studies = []
     problems = []
     for directory in directories:
-        if (directory / "study.db").is_file():
-            try:
-                studies.append(open_study(directory, runs))
-            except UserError as error:
-                problems.append(f"{directory}: {error}")
+        for file in [directory / "study.db", *sorted(directory.glob("*/study.db"))]:
+            if file.is_file():
+                try:
+                    studies.append(open_study(file.parent, runs))
+                except UserError as error:
+                    problems.append(f"{file.parent}: {error}")
     if metric:
         names = set()
         for run in runs:

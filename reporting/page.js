@@ -172,15 +172,22 @@ function smoothed(points) {
   });
 }
 
-/** At each x that two or more curves have: x, mean, standard deviation and count. */
+/** At each x of the longest curve: x, and mean, standard deviation and count of the curves there, if two or more.
+ * The batches of two seeds or folds need not end at the same examples: a curve counts between its points, too, and
+ * half a spacing beyond its ends. */
 function band(curves) {
-  const byX = new Map();
-  for (const { x, y } of curves) x.forEach((at, i) => at !== null && byX.set(at, [...(byX.get(at) ?? []), y[i]]));
-  const common = [...byX].filter(([, members]) => members.length > 1).sort(([a], [b]) => a - b);
-  return common.map(([at, members]) => {
-    const mean = members.reduce((a, b) => a + b) / members.length;
+  const tables = curves.map(({ x, y }) => x.map((at, i) => [at, y[i]]).filter(([at]) => at !== null))
+    .filter(({ length }) => length);
+  if (!tables.length) return [];
+  const longest = tables.reduce((a, b) => (b.at(-1)[0] > a.at(-1)[0] ? b : a));
+  const reach = longest.at(-1)[0] / longest.length / 2;
+  for (const table of tables)
+    table.unshift([table[0][0] - reach, table[0][1]]), table.push([table.at(-1)[0] + reach, table.at(-1)[1]]);
+  return longest.slice(1, -1).flatMap(([at]) => {
+    const members = tables.map((table) => interpolate(table, at)).filter((value) => value !== null);
+    const mean = members.reduce((a, b) => a + b, 0) / members.length;
     const squares = members.reduce((sum, value) => sum + (value - mean) ** 2, 0);
-    return [at, mean, Math.sqrt(squares / (members.length - 1)), members.length];
+    return members.length > 1 ? [[at, mean, Math.sqrt(squares / (members.length - 1)), members.length]] : [];
   });
 }
 
@@ -198,7 +205,8 @@ const download = (format, icon) => ({ name: format, title: `Download as ${format
   } });
 const options = { responsive: true, displaylogo: false, displayModeBar: true, // of plotly's own buttons, one uploads
   modeBarButtons: [[download("png", Plotly.Icons.camera), download("svg", Plotly.Icons.disk)]] };
-const axis = { gridcolor: grid, linecolor: grid, zeroline: false, automargin: true, title: { standoff: 8 } };
+const axis = { gridcolor: grid, linecolor: grid, zeroline: false, automargin: true, title: { standoff: 8 },
+  exponentformat: "e" }; // 1e-5, not 10μ
 
 function draw(chart, data, layout) {
   const base = { font: { color: ink, family: "system-ui, sans-serif", size: 12 }, colorway: palette,
@@ -213,7 +221,10 @@ function draw(chart, data, layout) {
 const colors = { __proto__: null };
 const colorOf = (name) => (colors[name] ??= palette[Object.keys(colors).length % palette.length]);
 const isShown = (name) => !state.hide.includes(name);
-const shownRuns = () => Object.keys(page.runs).sort().filter((run) => matches(state.runs, page.runs[run].name));
+/** All runs, by name: "trial 9", then "trial 10". */
+const sortedRuns = () => Object.keys(page.runs).sort((a, b) =>
+  page.runs[a].name.localeCompare(page.runs[b].name, undefined, { numeric: true }));
+const shownRuns = () => sortedRuns().filter((run) => matches(state.runs, page.runs[run].name));
 
 /** The name of the chart that a metric shares in training and validation. */
 const baseName = (metric) => metric.replace(/^(train|valid)\/(.*?)(_step|_epoch)?$/, "$2");
@@ -308,8 +319,9 @@ function showChart(panel, name, metrics) {
   panel.hidden = !data.length;
   draw(panel, data, { height: 320, showlegend: false, uirevision: `${x} ${state.logX} ${state.logY}`,
     title: { text: plain(name), font: { size: 14 }, subtitle: { text: parts.join(", "), font: { size: 11 } } },
-    margin: { l: 50, r: 12, t: 56, b: 46 }, yaxis: { type: state.logY ? "log" : "linear", range, exponentformat: "e" },
-    xaxis: { title: { text: x === "examples" ? "examples seen" : x }, type: state.logX ? "log" : "linear" } });
+    margin: { l: 50, r: 12, t: 56, b: 46 }, yaxis: { type: state.logY ? "log" : "linear", range },
+    xaxis: { title: { text: x === "examples" ? "examples seen" : x }, type: state.logX ? "log" : "linear",
+      exponentformat: "B" } });
   if (isNew) panel.on("plotly_relayout", (event) => zoomed(metrics, event));
   return data.filter(({ meta, x }) => meta && !x.length).map(({ meta }) => meta); // not on this axis
 }
@@ -342,7 +354,7 @@ function show() {
   $("output").value = state.smoothing || "";
   if ($("#names").options.length !== page.metrics.length)
     $("#names").replaceChildren(...page.metrics.map((name) => new Option(name)));
-  const names = Object.keys(page.runs).sort().map((run) => page.runs[run].name);
+  const names = sortedRuns().map((run) => page.runs[run].name);
   document.title = $("h1").textContent = names.length === 1 ? names[0] : `${names.length} runs`;
   for (const name of [...groups, ...names]) colorOf(name); // the same whatever is shown
   const drawn = shownRuns().filter((run) => state.each || state.x === "minutes" || !groupOf(run));

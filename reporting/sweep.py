@@ -1,6 +1,7 @@
 """Shows a sweep of sweep_offline.py, from its Optuna study."""
 
 import html
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ ENOUGH_TRIALS = 20  # complete ones; importances of fewer are chance
 def open_study(directory: Path, runs: list[RunFiles]) -> Any:
     """The Optuna study of a sweep. Raises `UserError` if it can't be read.
 
-    Completes those `runs` that are its trials: label, config and state.
+    Completes those `runs` that are its trials, label, config and state, and moves them to the end.
     """
     try:
         import optuna
@@ -37,13 +38,15 @@ def open_study(directory: Path, runs: list[RunFiles]) -> Any:
     for trial in trials:
         run = by_directory.get(directory / str(trial.user_attrs.get("run")))
         if run:
+            runs.remove(run)  # so that equal trials are in the order of the search
+            runs.append(run)
             run.label = f"trial {trial.number}"
             metric = study.user_attrs["sweep"]["metric"]
             run.config = trial.user_attrs.get("parameters", {}) | run.config
             if metric:
                 direction = "max" if study.direction.name == "MAXIMIZE" else "min"
                 run.config["monitor"] = metric
-                run.config["metrics"] = {base_name(metric): direction} | run.declared
+                run.config["metrics"] = run.declared | {base_name(metric): direction}
             if trial.state.name == "PRUNED":
                 run.state = "pruned"
             elif "error" in trial.user_attrs:
@@ -55,7 +58,8 @@ def show_sweep(study: Any) -> str:
     """A sweep: its trials over time, its parameters and their importances."""
     from optuna import importance, visualization
 
-    metric = study.user_attrs["sweep"]["metric"]
+    sweep = study.user_attrs["sweep"]
+    metric = sweep["metric"]
     states = Counter(trial.state.name.lower() for trial in study.trials)
     counts = [f"{count} {state}" for state, count in states.items()]
     content = f"<h2>Sweep {html.escape(format_value(study.study_name))}</h2>"
@@ -67,7 +71,10 @@ def show_sweep(study: Any) -> str:
         visualization.plot_slice(study, target_name=metric),
         visualization.plot_parallel_coordinate(study, target_name=metric),
     ]
-    if states["complete"] >= ENOUGH_TRIALS:
+    # Optuna does not know how the values of these were drawn: their importance would be 0.
+    kinds = " ".join(parameter["distribution"] for parameter in sweep["parameters"].values())
+    is_known = not re.search("normal|beta|probabilities", kinds)
+    if states["complete"] >= ENOUGH_TRIALS and is_known:
         # Optuna's default is the best tenth: two trials of twenty.
         evaluator = importance.PedAnovaImportanceEvaluator(target_quantile=0.5)
         figures.append(visualization.plot_param_importances(study, evaluator=evaluator))

@@ -323,6 +323,15 @@ def test_table_shows_what_differs(tmp_path, capsys):
     assert "permutation test of the means, p = " in page
 
 
+def test_long_names_keep_both_ends(tmp_path, capsys):
+    """Only the first 50 characters of a name were shown: the same of each of these runs."""
+    for run in "ab":
+        make_run(tmp_path / "runs" / f"{'long ' * 20}{run}")
+    page_of(tmp_path / "runs", output=tmp_path / "report.html")
+    cells = {line[:80] for line in capsys.readouterr().out.splitlines()[1:3]}
+    assert cells == {f"{'long ' * 8}…{('long ' * 20)[-38:]}{run}" for run in "ab"}
+
+
 def test_seeds_count_once_and_unfinished_runs_not_at_all(tmp_path, capsys):
     runs_of_a_seed = {"a1": (1, True), "a2": (2, True), "again": (2, True), "died": (3, False)}
     for name, (seed, finished) in runs_of_a_seed.items():
@@ -895,6 +904,30 @@ def test_trials_are_ranked_by_the_metric_of_the_sweep(sweep, tmp_path):
     scores = [run.best["score"] for run in found if run.metrics]
     assert len(scores) > 2 and scores == sorted(scores, reverse=True)
     assert {run.monitor for run in found} == {"score"} and found[0].sign_of("loss") == 1
+
+
+def test_the_best_trial_is_that_of_the_search(sweep, tmp_path):
+    """Of equal ones, any was; and if the sweep's goal was not what the script declares, the worst."""
+    directory = tmp_path / "sweep-s"
+    shutil.copytree(sweep, directory)
+    for file in directory.glob("*/metrics.json"):
+        file.write_text('{"score": 1.0}')
+        file.with_name("config.json").write_text('{"metrics": {"score": "min"}}')
+    found = collection.collect([directory]).runs
+    assert {run.sign for run in found} == {-1}  # the sweep maximizes it
+    equal = [run.label for run in found if run.score == -1]
+    assert len(equal) > 2 and equal == sorted(equal)
+
+
+def test_a_sweep_in_a_directory_of_runs(sweep, tmp_path):
+    """Its pruned trials had died, under the names of their directories."""
+    make_run(tmp_path / "runs/alone")
+    shutil.copytree(sweep, tmp_path / "runs/sweep-s")
+    found = collection.collect([tmp_path / "runs"])
+    states = {run.label: run.state for run in found.runs}
+    alone = collection.collect([tmp_path / "runs/sweep-s"])
+    assert states == {"alone": "finished"} | {run.label: run.state for run in alone.runs}
+    assert [study.study_name for study in found.studies] == ["s"] and "pruned" in states.values()
 
 
 def test_importances_need_twenty_complete_trials(sweep, tmp_path, monkeypatch):

@@ -358,6 +358,9 @@ def test_lines_at_the_start(tmp_path):
     content["parameters"] = {"a": {"distribution": "normal"}, "b": {"min": 0, "max": 1.5}}
     lines = notes(read_sweep(written(content, tmp_path)))
     assert [line.split(":")[0] for line in lines] == ["a", "metric.impute"]
+    content["metric"] = {"name": "valid/acc"}
+    *_, line = notes(read_sweep(written(content | {"method": "random"}, tmp_path)))
+    assert line == "metric: no goal, so valid/acc is minimized, as W&B does"
 
 
 CANT_START = {

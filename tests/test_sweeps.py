@@ -483,6 +483,10 @@ def test_importances_of_a_known_function(workdir, monkeypatch):
     assert sum(shares.values()) == pytest.approx(1)
     assert shares["a"] == pytest.approx(0.9, abs=0.1) and shares["b"] == pytest.approx(0.1, abs=0.1)
     assert shares["c"] < 0.05
+    # It was 0, whatever the parameter did.
+    normal = THREE.replace("a: {min: 0.0, max: 1.0}", "a: {distribution: normal}")
+    study = recorded_search(workdir, normal, 20, TrialState.COMPLETE)
+    assert show_sweep(study).count("data-figure") == 3
 
 
 def test_a_search_without_a_complete_trial_fails(workdir, monkeypatch):
@@ -523,8 +527,9 @@ parameters:
 
 
 def test_hyperband_prunes_with_sigterm_and_keeps_the_results(workdir):
+    """A program that ended with status 0, as the scripts do under W&B's agent, had failed."""
     sweep = (
-        GRID.replace("epochs: {value: 3}", "epochs: {value: 9}")
+        GRID.replace("epochs: {value: 3}", "epochs: {value: 9}\n  fail: {value: quiet}")
         .replace("0.5", "1")
         .replace("grid", "random")
         .replace(
@@ -539,7 +544,7 @@ def test_hyperband_prunes_with_sigterm_and_keeps_the_results(workdir):
         "12",
     )
     pruned = [row for row in trial_rows(workdir) if row["state"] == "pruned"]
-    assert pruned and f"{len(pruned)} pruned" in out
+    assert pruned and f"{len(pruned)} pruned" in out and "fail," not in out
     for row in pruned:
         assert 0 < len(read_lines(workdir / row["output_dir"] / "history.jsonl")) < 9
     best = max(float(row["score"]) for row in trial_rows(workdir) if row["state"] == "complete")

@@ -80,6 +80,21 @@ def test_counts_are_legible_on_every_shade(monkeypatch):
     assert len(seen) == 2 * 21 + 2 * 21 - 2 and min(seen) >= 4.5
 
 
+@pytest.mark.quick
+def test_counts_fit_their_cells(monkeypatch):
+    """The first and the last digit of 123,456,789 were cut off."""
+    widths, draw = [], viz._draw_text
+
+    def text(canvas, x, y, words, size, *others, **more):
+        if "\n" in words:
+            widths.append(viz._font(size, words).getlength(words.split("\n")[0]))
+        draw(canvas, x, y, words, size, *others, **more)
+
+    monkeypatch.setattr(viz, "_draw_text", text)
+    viz.confusion_matrix_picture(torch.tensor([[123_456_789, 2], [3, 4]]), ["a", "b"], "valid")
+    assert len(widths) == 4 and max(widths) <= 120
+
+
 @pytest.mark.parametrize("mistakes, rows", [(0, 0), (7, 1), (11, 2), (60, 4)])
 def test_mistakes_picture_shows_at_most_forty(mistakes, rows):
     images = (torch.arange(60, dtype=torch.uint8) * 4).view(60, 1, 1, 1).expand(60, 1, 28, 28)

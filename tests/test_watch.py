@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 import socket
+import statistics
 import struct
 import subprocess
 import sys
@@ -252,6 +253,26 @@ def test_thinned_points_weigh_what_they_stand_for(browser, resize, tmp_path):
         weight = 0.9**3 * weight + (1 - 0.9**3)
         expected.append(total / weight)
     assert y == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+def test_a_mean_counts_runs_with_other_steps(browser, resize, tmp_path):
+    """It was of equal steps only, which two seeds of train_cola.py and two folds rarely have."""
+    steps = {"a": [100, 200, 300], "b": [110, 210, 310], "c": [100, 200]}  # c stopped early
+    values = {"a": [1, 2, 3], "b": [3, 5, 7], "c": [5, 5]}
+    for seed, name in enumerate(steps):
+        rows = [{"step": x, "train/loss": y} for x, y in zip(steps[name], values[name])]
+        figures = {"valid/loss": 1 + seed}
+        write_run(tmp_path / "runs" / name, rows, figures, seed=seed)
+    opened(browser, static_page(tmp_path / "runs").as_uri() + "#each=false")
+    script = """const {x, y, customdata} = document.querySelector('#panels > div').data
+        .find(trace => trace.customdata); return [[...x], [...y], [...customdata]]"""
+    x, y, spread = browser.execute_script(script)
+    assert x == [110, 210, 310]  # b goes furthest
+    # At 110, a has a tenth of its way from 1 to 2 behind it. Its end is near enough to 310, that of c to 210.
+    at_each = [(1.1, 3, 5), (2.1, 5, 5), (3, 7)]
+    assert y == pytest.approx([statistics.mean(at) for at in at_each])
+    for (sd, count), at in zip(spread, at_each, strict=True):
+        assert (sd, count) == (pytest.approx(statistics.stdev(at)), len(at))
 
 
 def test_x_axes(browser, resize, four_runs):
