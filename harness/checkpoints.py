@@ -20,7 +20,7 @@ from harness import distributed
 from harness.directory import CHECKPOINT, CONTENT, METRICS_FILE, PREVIOUS_CHECKPOINT
 from harness.errors import Stopped, UserError
 from harness.files import remove, write_tensors
-from harness.progress import Meter, Progress
+from harness.progress import Meter, Progress, as_text
 
 
 class Checkpoints:
@@ -124,6 +124,7 @@ class Checkpoints:
             remove(self._session.output_dir / METRICS_FILE)
         processes = checkpoint["processes"]
         rank = distributed.rank()
+        self._progress.indices = processes[0].get("indices")
         meters = [process["meter"] for process in processes]
         if len(processes) == distributed.world_size():
             self._meter.load_state_dict(meters[rank])
@@ -178,6 +179,7 @@ class Checkpoints:
         own = {
             "meter": self._meter.state_dict(),
             "random": _random_state(self._session.device),
+            "indices": as_text(self._progress.indices),
             "gradients": [  # if they accumulate
                 None if weight.grad is None else weight.grad.cpu() for weight in self._parameters
             ],

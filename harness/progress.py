@@ -61,7 +61,7 @@ class Progress:
         self.total_batches = min(self._ends[-1], settings.max_steps or self._ends[-1])
         self.watch_every = settings.watch_every or batches[0]
         self.batch_ended = True  # `Checkpoints.end_batch` was called
-        self._indices: Any = None  # of this batch; after a resume, their text
+        self.indices: Any = None  # of this batch; after a resume, their text
         self._settings = settings
         self._patience_from = 0  # the epoch after which patience counts
         self.session = session
@@ -113,10 +113,10 @@ class Progress:
             )
         _check_size(min(map(len, batches)))
         done = self.batch - self._ends[self.epoch - 1]
-        texts = distributed.gather(_as_text(batches[done - 1]))
+        texts = distributed.gather(as_text(batches[done - 1]))
         expected = texts[0]
-        if done and self._indices is not None:  # as in a checkpoint of an older version
-            expected = _as_text(self._indices)
+        if done and self.indices is not None:  # as in a checkpoint of an older version
+            expected = as_text(self.indices)
         if set(texts) != {expected}:
             raise ValueError(
                 f"the batches of epoch {self.epoch} differ between processes, or from those before "
@@ -131,7 +131,7 @@ class Progress:
             self.step += len(indices)
             self.session.run.log({}, step=self.step)
             self.batch_ended = False
-            self._indices = indices
+            self.indices = indices
             yield indices
             if not self.batch_ended:
                 raise ValueError("call checkpoints.end_batch() at the end of each batch")
@@ -204,7 +204,6 @@ class Progress:
             "epoch_ends": self.epoch_ends,
             "batches_in_epoch": self.batches_in_epoch,
             "total_batches": self.total_batches,
-            "indices": _as_text(self._indices),
             "patience_from": self._patience_from,
         }
 
@@ -214,7 +213,6 @@ class Progress:
             raise ValueError(f"epoch {self.epoch} had {state['batches_in_epoch']} batches")
         self.batch = state["batch"]
         self.step = state["step"]
-        self._indices = state.get("indices")
         self._patience_from = state["patience_from"]
         if state["total_batches"] != self.total_batches:
             self._patience_from = self.epoch
@@ -229,7 +227,8 @@ def _check_size(batch: int) -> None:
         )
 
 
-def _as_text(indices: Any) -> str:
+def as_text(indices: Any) -> str:
+    """The indices of a batch, to compare and save."""
     return str(indices.tolist() if hasattr(indices, "tolist") else indices)
 
 
