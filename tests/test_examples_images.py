@@ -261,6 +261,7 @@ def test_split_follows_from_the_names(folder):
 
 def test_weights_of_another_run(folder, tmp_path, capsys):
     data = load(Settings(folder=str(folder)))
+    capsys.readouterr()  # what load says
     cpu = torch.device("cpu")
     begun = make_model(Settings(), data, cpu)
     torch.save(begun.state_dict(), tmp_path / "model.pt")
