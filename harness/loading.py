@@ -85,8 +85,10 @@ def _no_signals(loader: DataLoader) -> Iterator[None]:
         ignore_ctrl_c = ctypes.windll.kernel32.SetConsoleCtrlHandler
         ignore_ctrl_c(None, True)
         loader.worker_init_fn = partial(_ignore_ctrl_break, loader.worker_init_fn)
-        yield
-        ignore_ctrl_c(None, False)
+        try:
+            yield
+        finally:
+            ignore_ctrl_c(None, False)
         return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     if loader.num_workers:

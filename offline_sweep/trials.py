@@ -107,6 +107,7 @@ class TrialProcess:
     lock: TextIO
     gpu: str | None
     reported: int  # epochs
+    journal_size: int = 0  # when it was last read
     last_value: Any = None
     pruned: bool = False
 
@@ -120,7 +121,11 @@ class TrialProcess:
     def report_progress(self, metric: str) -> None:
         """Report new values of the metric to Optuna, and stop the run if it should be pruned."""
         journal = self.output_dir / "history.jsonl"
-        text = journal.read_text("utf-8", "replace") if journal.is_file() else ""
+        size = journal.stat().st_size if journal.is_file() else 0
+        if size == self.journal_size:
+            return
+        self.journal_size = size
+        text = journal.read_text("utf-8", "replace")
         key = json.dumps(metric)
         values = []
         for line in text.split("\n")[:-1]:  # the last line may be incomplete
