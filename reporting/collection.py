@@ -22,13 +22,15 @@ def collect(
     runs = find_runs(directories, known)
     studies = []
     problems = []
+    files = []
     for directory in directories:
-        for file in [directory / "study.db", *sorted(directory.glob("*/study.db"))]:
-            if file.is_file():
-                try:
-                    studies.append(open_study(file.parent, runs))
-                except UserError as error:
-                    problems.append(f"{file.parent}: {error}")
+        files += [directory / "study.db", *sorted(directory.glob("*/study.db"))]
+    for file in dict.fromkeys(files):  # a sweep may be named beside the directory above it
+        if file.is_file():
+            try:
+                studies.append(open_study(file.parent, runs))
+            except UserError as error:
+                problems.append(f"{file.parent}: {error}")
     if metric:
         names = set()
         for run in runs:

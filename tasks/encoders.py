@@ -238,6 +238,7 @@ def _load_pretrained(name: str, class_names: list[str]) -> Pretrained:
     has_head = "ForSequenceClassification" in str(config.architectures)
     _name_classes(config, in_model_order if keeps_head else class_names)
     config.problem_type = "single_label_classification"
+    config.torch_dtype = torch.float32  # otherwise transformers 5 rounds the weights to its type
     model, info = AutoModelForSequenceClassification.from_pretrained(
         name,
         config=config,

@@ -156,7 +156,7 @@ def _read_rows(path: Path, own: OwnFiles, lines: bool) -> list[Row]:
     if re.match(r'\s*\[?\s*\{\s*"', text):
         return _parse_json_lines(text, path)
     column = own.text_column or "sentence"
-    first_line = text.partition("\n")[0].casefold()
+    first_line = text.lstrip("\r\n").partition("\n")[0].casefold()
     names = {name.strip('" \r') for name in re.split("[,;|]", first_line)}
     if lines and "\t" not in first_line and names.isdisjoint([*TEXTS, column.casefold()]):
         texts = re.split("\r?\n", f"{column}\n{text}")

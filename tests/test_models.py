@@ -127,6 +127,21 @@ def test_weights_are_float32_in_every_version(dtype, old_names, tmp_path):
     assert all(torch.equal(loaded[name], weight.float()) for name, weight in stored.items())
 
 
+@pytest.mark.quick
+@pytest.mark.parametrize("old_names", [[], ["one", "two", "three"]], ids=len)
+def test_config_does_not_say_how_exact_weights_are(old_names, tmp_path):
+    """transformers 5 rounded float32 weights to the type that config.json names."""
+    config = transformers.BertConfig(**BERT, id2label=dict(enumerate(old_names)))
+    model = transformers.BertForSequenceClassification(config)
+    directory = save(tmp_path, model, encoders.bert_tokenizer(PIECES))
+    content = json.loads((directory / "config.json").read_text())
+    content |= {"dtype": "float16", "torch_dtype": "float16"}
+    (directory / "config.json").write_text(json.dumps(content))
+    loaded = load(directory)[0].base_model.state_dict()
+    for name, weight in model.base_model.state_dict().items():
+        assert torch.equal(loaded[name], weight), name
+
+
 def test_model_without_head_and_pooler_is_loaded(bert, capsys):
     stored = safetensors.torch.load_file(bert / "model.safetensors")
     model, _ = load(bert)

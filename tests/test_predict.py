@@ -84,7 +84,7 @@ def test_forms_of_sentences(text_run, kept, tmp_path):
     (tmp_path / "other.tsv").write_text("id\tutterance\n" + table)
     # As .txt, JSON and tables, label and all, were sentences, and a column's name was missing in plain lines.
     (tmp_path / "records.txt").write_text(records)
-    (tmp_path / "table.txt").write_text("id\tsentence\n" + table)
+    (tmp_path / "table.txt").write_text("\nid\tsentence\n" + table)  # a blank line hid the header
     with (tmp_path / "table2.txt").open("w", newline="") as file:
         csv.writer(file).writerows([["label", "Sentence"], *(["no", text] for text in texts)])
     for name in ("one.csv", "lines.txt", "records.jsonl", "records.txt", "table.txt", "table2.txt"):

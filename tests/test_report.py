@@ -926,6 +926,8 @@ def test_a_sweep_in_a_directory_of_runs(sweep, tmp_path):
     found = collection.collect([tmp_path / "runs"])
     states = {run.label: run.state for run in found.runs}
     alone = collection.collect([tmp_path / "runs/sweep-s"])
+    both = collection.collect([tmp_path / "runs", tmp_path / "runs/sweep-s"])
+    assert len(both.studies) == 1  # was shown twice
     assert states == {"alone": "finished"} | {run.label: run.state for run in alone.runs}
     assert [study.study_name for study in found.studies] == ["s"] and "trial 0" in states
 
