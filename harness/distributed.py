@@ -185,7 +185,10 @@ def check_gradients(optimizer: Optimizer, *_: Any) -> None:
     for group in optimizer.param_groups:
         for weight in group["params"]:
             if weight.grad is not None and not hasattr(weight.grad, "is_summed"):
-                raise ValueError("call distributed.sum_gradients(model) before optimizer.step()")
+                raise ValueError(
+                    "call distributed.sum_gradients(model) before optimizer.step(), "
+                    "and change gradients in place after it"
+                )
 
 
 def broadcast(value: Any = None) -> Any:

@@ -176,7 +176,7 @@ function smoothed(points) {
  * The batches of two seeds or folds need not end at the same examples: a curve counts between its points, too, and
  * half a spacing beyond its ends. */
 function band(curves) {
-  const tables = curves.map(({ x, y }) => x.map((at, i) => [at, y[i]]).filter(([at]) => at !== null))
+  const tables = curves.map(({ x, y }) => x.map((at, i) => [at, y[i]]).filter((point) => !point.includes(null)))
     .filter(({ length }) => length);
   if (!tables.length) return [];
   const longest = tables.reduce((a, b) => (b.at(-1)[0] > a.at(-1)[0] ? b : a));

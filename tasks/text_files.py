@@ -157,10 +157,13 @@ def _read_rows(path: Path, own: OwnFiles, lines: bool) -> list[Row]:
         return _parse_json_lines(text, path)
     column = own.text_column or "sentence"
     first_line = text.lstrip("\r\n").partition("\n")[0].casefold()
-    names = {name.strip('" \r') for name in re.split("[,;|]", first_line)}
-    if lines and "\t" not in first_line and names.isdisjoint([*TEXTS, column.casefold()]):
-        texts = re.split("\r?\n", f"{column}\n{text}")
-        return [(0, [line]) for line in texts if line.strip()]
+    if lines and "\t" not in first_line:
+        names = {name.strip('" \r') for name in re.split("[,;|]", first_line)}
+        known = {*TEXTS, column.casefold()}
+        if not names & known or not all(name.isidentifier() for name in names - known):
+            texts = re.split("\r?\n", f"{column}\n{text}")
+            return [(0, [line]) for line in texts if line.strip()]
+        print(f"{path} is read as a table: its first line names a column of sentences.")
     return _split_columns(text, path)
 
 
