@@ -112,7 +112,7 @@ def load(settings: Settings, device: torch.device) -> Table:
         scale = float(values[first:].std())
         targets = torch.from_numpy((values - mean) / scale).float()
     for name, values in (features | {settings.target: targets}).items():
-        print(f"{name}, such as {max(columns.get(name, words))[:50]}: {values[0].numel()} number(s)")
+        print(f"{name}, such as {max(columns.get(name, words)):.50}: {values[0].numel()} number(s)")
         if not values.isfinite().all():
             raise UserError(f"{path}: column {name!r} is infinite, or training has only one value")
     whole = (torch.cat(list(features.values()), 1).to(device), targets.to(device))
