@@ -69,7 +69,10 @@ class Checkpoints:
                 )
 
     def _check_optimizers(self) -> None:
-        """Raise `ValueError` for one that is not saved, or that has weights which are not."""
+        """Raise `ValueError` if an optimizer, or a weight that it trains, is not saved.
+
+        With several processes, the gradients are checked before each step, too.
+        """
         saved = set(self._parameters)
         for thing in self._stateful.values():
             if isinstance(thing, LRScheduler) and thing.optimizer not in self._stateful.values():

@@ -113,7 +113,7 @@ def change_weights(
 # --------------------------------------------------------------------------------- weights that are not there
 
 
-@pytest.mark.quick  # the one of these that benchmarks.versions runs
+@pytest.mark.quick  # benchmarks.versions runs the quick ones
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("old_names", [[], ["one", "two", "three"]], ids=len)
 def test_weights_are_float32_in_every_version(dtype, old_names, tmp_path):
