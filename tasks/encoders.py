@@ -238,7 +238,7 @@ def _load_pretrained(name: str, class_names: list[str]) -> Pretrained:
     has_head = "ForSequenceClassification" in str(config.architectures)
     _name_classes(config, in_model_order if keeps_head else class_names)
     config.problem_type = "single_label_classification"
-    config.torch_dtype = torch.float32  # or transformers 5 rounds weights to the type in config.json
+    config.torch_dtype = torch.float32  # or transformers 5 rounds to the type in config.json
     model, info = AutoModelForSequenceClassification.from_pretrained(
         name,
         config=config,
