@@ -157,7 +157,7 @@ def test_an_interrupt_ends_the_page_that_is_served(notebook):
     )
     before = notebook.run(show).out
     done = notebook.run(f"%run {REPO}/report.py served --watch", interrupt_at="until Ctrl-C")
-    assert done.error is None and done.out.count("\n") == 1, done
+    assert done.error is None and len(done.out.splitlines()) == 1, done
     address = re.search(r"http://\S+", done.out)[0]
     time.sleep(0.5)
     ask = f"import urllib.request; urllib.request.urlopen({address!r}, timeout=5)"
