@@ -54,7 +54,6 @@ class Checkpoints:
         models = [thing for thing in self._stateful.values() if isinstance(thing, nn.Module)]
         self._parameters = [weight for each in models for weight in each.parameters()]
         self._check_optimizers()
-        session.exits.enter_context(register_optimizer_step_pre_hook(self._check_step))
         self._fingerprint = fingerprint(data)
         if distributed.world_size() > 1:
             layers = [layer for each in models for layer in each.modules()]
@@ -69,6 +68,7 @@ class Checkpoints:
                     "the processes do not have the same data and model: "
                     "give all of them the same files, and make every model before seed_rank"
                 )
+        session.exits.enter_context(register_optimizer_step_pre_hook(self._check_step))
 
     def _check_optimizers(self) -> None:
         """Raise `ValueError` if an optimizer, or a weight that it trains, is not saved."""
