@@ -4,9 +4,11 @@ import atexit
 import contextlib
 import ctypes
 import multiprocessing
+import os
 import random
 import signal
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from multiprocessing import resource_tracker
 from typing import Any
@@ -46,7 +48,10 @@ def iterate(loader: DataLoader) -> Iterator[Any]:
     `UserError` of a dataset.
     """
     with _no_signals(loader), _like_a_worker():
+        init = loader.worker_init_fn
+        loader.worker_init_fn = partial(_begin_worker, init)
         loaded = iter(loader)
+        loader.worker_init_fn = init
     keep_state = contextlib.nullcontext if loader.num_workers else _like_a_worker
     while True:
         try:
@@ -84,7 +89,6 @@ def _no_signals(loader: DataLoader) -> Iterator[None]:
     if WINDOWS:
         ignore_ctrl_c = ctypes.windll.kernel32.SetConsoleCtrlHandler
         ignore_ctrl_c(None, True)
-        loader.worker_init_fn = partial(_ignore_ctrl_break, loader.worker_init_fn)
         try:
             yield
         finally:
@@ -100,11 +104,19 @@ def _no_signals(loader: DataLoader) -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _ignore_ctrl_break(begin: Any, worker: int) -> None:
-    """What a worker does first on Windows, where it inherits only that it ignores Ctrl-C."""
-    signal.signal(signal.SIGBREAK, signal.SIG_IGN)
-    if begin:
-        begin(worker)
+def _begin_worker(init: Callable[[int], None] | None, worker: int) -> None:
+    """What a worker does first."""
+    if WINDOWS:  # where it inherits only that it ignores Ctrl-C
+        signal.signal(signal.SIGBREAK, signal.SIG_IGN)
+    threading.Thread(target=_end_with_training, daemon=True).start()
+    if init:
+        init(worker)
+
+
+def _end_with_training() -> None:
+    """Torch would miss the end of a killed run: the parent of its workers may be a fork server."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 @contextlib.contextmanager

@@ -424,3 +424,50 @@ def test_workers_start_in_spite_of_signals(method, tmp_path):
         time.sleep(0.02)
     assert process.wait(timeout=100) == 0
     assert out.read_text() == "begun\n[0, 1, 2, 3, 4]\n[0, 1, 2, 3, 4]\ndone True\n"
+
+
+FOREVER = """
+import os, sys, time
+from pathlib import Path
+from torch.utils.data import DataLoader
+from harness.loading import iterate
+
+class Slow(list):
+    def __getitem__(self, index):
+        Path(f"{os.getpid()}.worker").touch()
+        return index
+
+def note(worker):
+    Path(f"{os.getpid()}.begun").touch()
+
+if __name__ == "__main__":
+    loader = DataLoader(Slow(range(4)), num_workers=2, multiprocessing_context=sys.argv[1], worker_init_fn=note)
+    for _ in iterate(loader):
+        time.sleep(100)
+"""
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process exists and is no zombie."""
+    command = Path(f"/proc/{pid}/cmdline")
+    return command.exists() and bool(command.read_bytes())
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_workers_end_with_a_killed_run(method, tmp_path):
+    """Before, those of a fork server, Python's default from 3.14 on, stayed for good."""
+    (tmp_path / "forever.py").write_text(FOREVER)
+    command = [sys.executable, "forever.py", method]
+    environment = {**clean_environment(tmp_path), "PYTHONPATH": str(killing.REPO)}
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment)
+    deadline = time.monotonic() + 100
+    while len(list(tmp_path.glob("*.worker"))) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    workers = [int(path.stem) for path in tmp_path.glob("*.begun")]
+    process.kill()
+    process.wait()
+    assert len(workers) == 2
+    while any(is_alive(worker) for worker in workers):
+        assert time.monotonic() < deadline, "the workers go on"
+        time.sleep(0.02)
