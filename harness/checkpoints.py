@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from harness import distributed
 from harness.directory import CHECKPOINT, CONTENT, METRICS_FILE, PREVIOUS_CHECKPOINT
@@ -69,22 +70,23 @@ class Checkpoints:
                     "the processes do not have the same data and model: "
                     "give all of them the same files, and make every model before seed_rank"
                 )
+        session.exits.enter_context(register_optimizer_step_pre_hook(self._check_step))
 
     def _check_optimizers(self) -> None:
-        """Raise `ValueError` if an optimizer, or a weight that it trains, is not saved.
-
-        With several processes, the gradients are checked before each step, too.
-        """
+        """Raise `ValueError` if an optimizer, or a weight that it trains, is not saved."""
         saved = set(self._parameters)
         for thing in self._stateful.values():
             if isinstance(thing, LRScheduler) and thing.optimizer not in self._stateful.values():
                 raise ValueError("give Checkpoints the optimizer of each schedule")
-            if isinstance(thing, Optimizer):
-                for group in thing.param_groups:
-                    if not saved.issuperset(group["params"]):
-                        raise ValueError("give Checkpoints each model that an optimizer trains")
-                if distributed.world_size() > 1:
-                    thing.register_step_pre_hook(distributed.check_gradients)
+            if isinstance(thing, Optimizer) and not saved.issuperset(_weights_of(thing)):
+                raise ValueError("give Checkpoints each model that an optimizer trains")
+
+    def _check_step(self, optimizer: Optimizer, *_: Any) -> None:
+        """Before each step of any optimizer: raise `ValueError` if it trains a model unsaved."""
+        if optimizer in self._stateful.values():
+            distributed.check_gradients(_weights_of(optimizer))
+        elif not set(self._parameters).isdisjoint(_weights_of(optimizer)):
+            raise ValueError("give Checkpoints each optimizer of its models")
 
     def restore_or_begin(self) -> None:
         """Restore the checkpoint of a resumed run; save the first one of a new run.
@@ -214,6 +216,10 @@ class Checkpoints:
                     "each state_dict must hold tensors and plain values only "
                     f"({shorten(reason, 200)})"
                 ) from None
+
+
+def _weights_of(optimizer: Optimizer) -> list[Tensor]:
+    return [weight for group in optimizer.param_groups for weight in group["params"]]
 
 
 def _repeat(schedule: LRScheduler, steps: int, batches: int) -> None:

@@ -9,14 +9,13 @@ import os
 import re
 import signal
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from harness.errors import Stopped, UserError
 
@@ -180,15 +179,16 @@ def sum_gradients(model: nn.Module) -> None:
             gradient.is_summed = True
 
 
-def check_gradients(optimizer: Optimizer, *_: Any) -> None:
-    """Raise `ValueError` if an optimizer is about to use gradients of this rank alone."""
-    for group in optimizer.param_groups:
-        for weight in group["params"]:
-            if weight.grad is not None and not hasattr(weight.grad, "is_summed"):
-                raise ValueError(
-                    "call distributed.sum_gradients(model) before optimizer.step(), "
-                    "and change gradients in place after it"
-                )
+def check_gradients(weights: Iterable[Tensor]) -> None:
+    """Raise `ValueError` if there are several ranks, and gradients of this rank alone."""
+    if world_size() == 1:
+        return
+    for weight in weights:
+        if weight.grad is not None and not hasattr(weight.grad, "is_summed"):
+            raise ValueError(
+                "call distributed.sum_gradients(model) before optimizer.step(), "
+                "and change gradients in place after it"
+            )
 
 
 def broadcast(value: Any = None) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 EVIL = "<script>document.title = 'evil'</script><img src=x onerror=alert(1)>"
 
 
-def wait_until(condition: Callable[[], Any], seconds: float = 10) -> Any:
+def wait_until(condition: Callable[[], Any], seconds: float = 60) -> Any:
     """Wait for a condition, which the browser may take a moment to meet; returns its value."""
     from selenium.webdriver.support.wait import WebDriverWait
 

@@ -9,6 +9,7 @@ import math
 import re
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -203,7 +204,8 @@ def made_up(
     settings = train_mnist.Settings(
         batch_size=batch_size, epochs=epochs, output_dir=str(tmp_path), **options
     )
-    return SimpleNamespace(settings=settings, config={"metrics": {"loss": "min"}}, run=None)
+    config = {"metrics": {"loss": "min"}}
+    return SimpleNamespace(settings=settings, config=config, run=None, exits=ExitStack())
 
 
 @pytest.mark.quick
@@ -330,6 +332,27 @@ def test_what_an_optimizer_changes_must_be_saved(tmp_path):
     save(critic_optimizer=critic_optimizer, critic=critic)
     with pytest.raises(ValueError, match="the optimizer of each schedule"):
         save(schedule=ReduceLROnPlateau(critic_optimizer), critic=critic)
+
+
+@pytest.mark.quick
+def test_an_optimizer_that_steps_must_be_saved(tmp_path):
+    """Before, the second optimizer of a copy began anew in a resumed run, in silence."""
+    model, critic, other = nn.Linear(1, 1), nn.Linear(1, 1), nn.Linear(1, 1)
+    optimizers = [torch.optim.Adam(each.parameters()) for each in (model, critic, other)]
+    for each in (model, critic, other):
+        each(torch.ones(1, 1)).backward()
+    session = made_up(tmp_path)
+    progress = Progress(session, 10, 1)
+    with session.exits:
+        Checkpoints(progress, [], Meter(), model=model, critic=critic, optimizer=optimizers[0])
+        before = critic.weight.item()
+        optimizers[0].step()
+        with pytest.raises(ValueError, match="each optimizer of its models"):
+            optimizers[1].step()
+        assert critic.weight.item() == before
+        optimizers[2].step()  # of a model that is none of the checkpoint's
+    optimizers[1].step()  # after the run
+    assert critic.weight.item() != before
 
 
 @pytest.mark.quick

