@@ -53,10 +53,12 @@ class Checkpoints:
         }
         models = [thing for thing in self._stateful.values() if isinstance(thing, nn.Module)]
         self._parameters = [weight for each in models for weight in each.parameters()]
+        layers = [layer for each in models for layer in each.modules()]
+        self._flags = [(layer, "training") for layer in layers]  # no state_dict has them
+        self._flags += [(weight, "requires_grad") for weight in self._parameters]
         self._check_optimizers()
         self._fingerprint = fingerprint(data)
         if distributed.world_size() > 1:
-            layers = [layer for each in models for layer in each.modules()]
             if any(getattr(layer, "track_running_stats", False) for layer in layers):
                 raise UserError(
                     "running statistics, as of BatchNorm, would differ between processes: "
@@ -95,6 +97,7 @@ class Checkpoints:
         if checkpoint is None:
             self._session.run.commit()  # a resumed run does not repeat what comes before
             self._save()
+            self._progress.random_state = torch.get_rng_state()
             return
         if checkpoint["data"] != self._fingerprint:
             raise UserError("--resume: the data are not those that the run was begun with")
@@ -107,6 +110,7 @@ class Checkpoints:
                 f"--resume: {self._session.output_dir} can't be resumed: "
                 f"its checkpoint is not of this model or version ({shorten(str(error), 200)})"
             ) from None
+        self._progress.random_state = torch.get_rng_state()
         self._session.stop_requests.saved_step = self._progress.step
         print(f"Resuming {self._session.output_dir} at {self._progress}")
 
@@ -130,6 +134,8 @@ class Checkpoints:
         processes = checkpoint["processes"]
         rank = distributed.rank()
         self._progress.indices = processes[0].get("indices")
+        for (thing, name), value in zip(self._flags, processes[0].get("flags", [])):
+            setattr(thing, name, value)
         meters = [process["meter"] for process in processes]
         if len(processes) == distributed.world_size():
             self._meter.load_state_dict(meters[rank])
@@ -185,6 +191,7 @@ class Checkpoints:
             "meter": self._meter.state_dict(),
             "random": _random_state(self._session.device),
             "indices": as_text(self._progress.indices),
+            "flags": [getattr(thing, name) for thing, name in self._flags],
             "gradients": [  # if they accumulate
                 None if weight.grad is None else weight.grad.cpu() for weight in self._parameters
             ],

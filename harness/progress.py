@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -62,6 +63,7 @@ class Progress:
         self.watch_every = settings.watch_every or batches[0]
         self.batch_ended = True  # `Checkpoints.end_batch` was called
         self.indices: Any = None  # of this batch; after a resume, their text
+        self.random_state: Tensor | None = None  # of torch, which the first batch has to find
         self._settings = settings
         self._patience_from = 0  # the epoch after which patience counts
         self.session = session
@@ -92,6 +94,8 @@ class Progress:
                 self._epoch_started = self._row_started = time.perf_counter()
                 self._row_step = self.step
                 yield epoch
+                if not (self.batch_ended and self.epoch_ends):
+                    raise ValueError(f"epoch {epoch} was left before its last batch had ended")
                 if self.batch == self.total_batches:
                     return
 
@@ -106,6 +110,18 @@ class Progress:
                 f"expected a list of batches of indices, not {batches!r}; "
                 "a DataLoader is for load_batches"
             )
+        if not self.batch_ended:
+            raise ValueError(
+                "a batch begins before the last one has ended: "
+                "use one `load_batches` or `remaining` at a time"
+            )
+        if self.random_state is not None:
+            if not torch.equal(self.random_state, torch.get_rng_state()):
+                raise ValueError(
+                    "random numbers are drawn between restore_or_begin and the first batch, where "
+                    "a resumed run draws others: draw them before, or from a generator of their own"
+                )
+            self.random_state = None
         if len(batches) != self.batches_in_epoch:
             raise ValueError(
                 f"epoch {self.epoch} has {len(batches)} batches, but Progress was told of "

@@ -1,12 +1,14 @@
 """Copies of train_mnist.py, changed as their owners change them: exact after a kill, or one clear line."""
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 import json
 import math
 import re
 import sys
+from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -26,6 +28,7 @@ from harness.checkpoints import Checkpoints
 from harness.errors import UserError
 from harness.options import option
 from harness.progress import Best, Meter, Progress, as_text
+from harness.script import StopRequests
 from harness.session import open_session
 from tests import forking, killing
 from tests.conftest import REPO, clean_environment
@@ -255,12 +258,13 @@ def test_batches_that_do_not_follow_from_seed_and_epoch_are_an_error(tmp_path):
             resumed.left(batches[::-1])
 
 
-def test_a_global_generators_batches_can_not_be_resumed(tmp_path):
+def test_a_global_generators_batches_are_an_error_before_training(tmp_path):
+    """Before, only in a resumed run."""
     script = copy(tmp_path, {"shuffled(len(train_set.labels), settings.seed, epoch)": RANDPERM})
-    assert run(script, tmp_path / "run", *ARGUMENTS, KILL_AT="5").status == -9
-    done = run(script, tmp_path / "run", *ARGUMENTS, "--resume", RAISES="yes")
+    done = run(script, tmp_path / "run", *ARGUMENTS, RAISES="yes")
     assert done.status == 1
-    assert "ValueError: the batches of epoch 1 differ between" in done.err
+    assert "ValueError: random numbers are drawn between restore_or_begin and the first" in done.err
+    assert "epoch 1:" not in done.out
 
 
 @pytest.mark.quick
@@ -284,6 +288,32 @@ def test_forgetting_to_end_a_batch_is_an_error(tmp_path):
     next(batches)
     with pytest.raises(ValueError, match=r"call checkpoints\.end_batch"):
         next(batches)
+
+
+@pytest.mark.quick
+def test_two_iterators_of_batches_at_a_time_are_an_error(tmp_path):
+    """Before, the second one was a batch ahead of the first, and its error was about something else."""
+    session = made_up(tmp_path)
+    session.run = SimpleNamespace(log=lambda *_, **__: None)
+    progress = Progress(session, 10, 1)
+    batches = torch.arange(10).split(4)
+    with pytest.raises(ValueError, match="use one `load_batches` or `remaining` at a time"):
+        next(zip(progress.remaining(batches), progress.remaining(batches)))
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("batches", [1, 2])
+def test_an_epoch_that_is_left_early_is_an_error(batches, tmp_path):
+    """Before, the next epochs had only as many batches, their last ones."""
+    session = made_up(tmp_path)
+    session.run = SimpleNamespace(log=lambda *_, **__: None)
+    session.stop_requests = StopRequests(timeout=1)
+    progress = Progress(session, 10, 1)  # 3 batches
+    with pytest.raises(ValueError, match="epoch 1 was left before its last batch had ended"):
+        for _ in progress.epochs():
+            # Beside a shorter loader: `zip` begins another batch before it ends.
+            for _ in zip(progress.remaining(torch.arange(10).split(4)), range(batches)):
+                progress.batch_ended = True
 
 
 @pytest.mark.quick
@@ -382,6 +412,55 @@ def learning_rates(directory: Path, names: list[str], *arguments: str) -> list[f
                 schedule.step()
                 checkpoints.end_batch()
     return rates
+
+
+@contextlib.contextmanager
+def training(directory: Path, *arguments: str, **models: nn.Module) -> Iterator[tuple]:
+    """Progress and checkpoints of a new or resumed run of 2 epochs of 4 batches."""
+    command = ["--batch_size", "5", "--epochs", "2", "--checkpoint_every", "1", *arguments]
+    command += ["--wandb", "disabled", "--output_dir", str(directory)]
+    with open_session(options.parse(Settings, command), "toy", {}) as session:
+        progress = Progress(session, 20, held_out=0)
+        session.start(partial(wandb.init, project="toy"))
+        checkpoints = Checkpoints(progress, [], Meter(), **models)
+        checkpoints.restore_or_begin()
+        yield progress, checkpoints
+
+
+def test_the_mode_of_a_model_is_restored(tmp_path):
+    """Before, a teacher that its evaluation had left in eval() dropped out again in a resumed run."""
+    seen = []
+    for arguments in ((), ("--resume",)):
+        model, teacher = nn.Linear(1, 1), nn.Linear(1, 1)
+        with (
+            contextlib.suppress(InterruptedError),
+            training(tmp_path / "out", *arguments, model=model, teacher=teacher) as run,
+        ):
+            progress, checkpoints = run
+            for _ in progress.epochs():
+                model.train()
+                for _ in progress.remaining(torch.arange(20).split(5)):
+                    seen.append((model.training, teacher.training, teacher.weight.requires_grad))
+                    checkpoints.end_batch()
+                    if progress.batch == 6 and not arguments:
+                        raise InterruptedError
+                model.eval()
+                teacher.eval().requires_grad_(False)
+    assert seen == 4 * [(True, True, True)] + 4 * [(True, False, False)]
+
+
+@pytest.mark.parametrize("place", ["before the epochs", "in the first epoch"])
+def test_random_numbers_before_the_first_batch_are_an_error(place, tmp_path):
+    """Before, a resumed run drew others there, such as another fixed noise, and others ever after."""
+    with (
+        pytest.raises(ValueError, match="drawn between restore_or_begin and the first batch"),
+        training(tmp_path / "out", model=nn.Linear(1, 1)) as (progress, _),
+    ):
+        if place == "before the epochs":
+            torch.randn(2)
+        for _ in progress.epochs():
+            iter(DataLoader(torch.arange(20)))  # draws a seed for its workers
+            next(progress.remaining(torch.arange(20).split(5)))
 
 
 @pytest.mark.parametrize("names", [["optimizer", "schedule"], ["schedule", "optimizer"]])
