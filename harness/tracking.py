@@ -507,6 +507,7 @@ def start(
         wandb.teardown()
         run = init(**options, mode="offline")
     logging.raiseExceptions = False  # a full disk under wandb/ would flood the terminal
+    logging.getLogger("opentelemetry").setLevel(logging.ERROR)  # W&B's; warns at Python 3.14's exit
     wandb_step = -1
     if run.resumed:
         if run.config.get(wandb_service.TOKEN, token) != token:

@@ -180,8 +180,10 @@ def test_traceback_is_not_held_up_by_workers(tmp_path):
         "train_images.read_image = lambda path: 1 / 0",
         "train_images.Meter.add = lambda *_, **__: 1 / 0",
     ):
+        # Workers of a fork server would not have the change.
+        fork = "import multiprocessing; multiprocessing.set_start_method('fork'); "
         process = killing.start_changed(
-            SCRIPT, tmp_path, clean_environment(tmp_path), change, *DISABLED, "--resume"
+            SCRIPT, tmp_path, clean_environment(tmp_path), fork + change, *DISABLED, "--resume"
         )
         out = process.communicate(timeout=100)[0].decode()
         assert process.returncode == 1 and "ZeroDivisionError: " in out, out

@@ -9,6 +9,7 @@ import builtins
 import ctypes
 import fcntl
 import glob
+import multiprocessing
 import os
 import pathlib
 import runpy
@@ -175,6 +176,7 @@ def with_defaults(function):
 
 
 if __name__ == "__main__":
+    multiprocessing.set_start_method("fork")  # so that workers live in the imitation, too
     import_module = builtins.__import__
     builtins.__import__ = import_as_on_windows
     builtins.open = with_defaults(builtins.open)
