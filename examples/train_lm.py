@@ -135,10 +135,10 @@ def make_model(settings: Settings, data: Text, device: torch.device) -> GPT:
     return GPT(len(data.characters), settings).to(device)
 
 
-def make_optimizer(model: GPT, rate: float, batches: int) -> tuple[AdamW, OneCycleLR]:
-    optimizer = AdamW(model.parameters(), rate)
+def make_optimizer(model: GPT, settings: Settings, batches: int) -> tuple[AdamW, OneCycleLR]:
+    optimizer = AdamW(model.parameters(), settings.learning_rate)
     batches = max(batches, 2)  # OneCycleLR would give a single batch almost no learning rate
-    return optimizer, OneCycleLR(optimizer, rate, batches, cycle_momentum=False)
+    return optimizer, OneCycleLR(optimizer, settings.learning_rate, batches, cycle_momentum=False)
 
 
 # --------------------------------------------------------------------------- evaluation
@@ -201,7 +201,7 @@ def train(session: Session, progress: Progress, model: GPT, data: Text) -> Best:
     settings = session.settings
     run = session.run
     train_set = data.train
-    optimizer, schedule = make_optimizer(model, settings.learning_rate, progress.total_batches)
+    optimizer, schedule = make_optimizer(model, settings, progress.total_batches)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(settings.ema_decay))
     best = Best(settings.monitor, METRICS)
     meter = Meter()

@@ -89,12 +89,12 @@ def read_columns(path: Path, target: str) -> dict[str, np.ndarray]:
     names, *rows = np.char.strip(cells).tolist()
     if target not in names or len(set(names)) < max(len(names), 2):
         raise UserError(f"{path} needs {target!r} and others, no name twice: {', '.join(names)}")
-    shuffled = np.random.default_rng(0).permutation(rows)
-    return dict(zip(names, shuffled.T))
+    rows = np.random.default_rng(0).permutation(rows)
+    return dict(zip(names, rows.T))
 
 
 def encode(name: str, words: np.ndarray, first: int) -> Tensor:
-    """A column as float32 (rows, features), fitted to the rows from `first` on; or `UserError`."""
+    """A column as float32 (rows, features), fitted to rows `first` and on. Raises `UserError`."""
     if MISSING.intersection(np.char.lower(words)):
         raise UserError(f"column {name!r} lacks values")
     try:
