@@ -1,8 +1,7 @@
 """Train a character language model, logged with Weights & Biases: a copy of train_mnist.py.
 
-Reads UTF-8 text: 80% for training, 10% for validation, 10% for testing. The vocabulary is that of
-the whole text: a character that training lacks counts in the perplexity. An example is a sequence
-of --context characters. A running average of the weights is evaluated and kept.
+Reads UTF-8 text: 80% for training, 10% for validation, 10% for testing. A character that training
+lacks counts in the perplexity. A running average of the weights is evaluated and kept.
 """
 
 import dataclasses
@@ -64,7 +63,7 @@ from harness.tracking import Run, logs_to_wandb
 
 class Text(NamedTuple):
     file: Path
-    characters: str  # the vocabulary
+    characters: str  # the vocabulary: those of the whole text
     train: Tensor  # int64 (sequences, context + 1): of each character the next is to be predicted
     valid: Tensor
     test: Tensor
@@ -83,8 +82,7 @@ def load(settings: Settings, device: torch.device) -> Text:
     held_out = len(text) // 10
     length = settings.context + 1
     if held_out < length:
-        needed = 10 * length
-        raise UserError(f"{path} has {len(text):,} characters; this --context needs {needed:,}")
+        raise UserError(f"{path} has {len(text):,} characters; --context needs {10 * length:,}")
     characters = "".join(sorted(set(text)))
     codes = torch.tensor([characters.index(character) for character in text], device=device)
     parts = codes.split([len(text) - 2 * held_out, held_out, held_out])
@@ -156,7 +154,8 @@ class Result(NamedTuple):
 def evaluate(model: GPT, part: Tensor) -> Result:
     """Predict every sequence; few enough for each rank to predict all of them."""
     model.eval()
-    losses = torch.cat([model.losses(sequences) for sequences in part.split(64)]).cpu()
+    batches = [model.losses(sequences) for sequences in part.split(64)]
+    losses = torch.cat(batches).cpu()
     loss = losses.double().mean()
     metrics = {"loss": float(loss), "perplexity": float(loss.exp())}
     return Result(losses, metrics)
@@ -294,7 +293,8 @@ def conclude(session: Session, progress: Progress, best: Best, data: Text) -> di
         return {}
 
     texts = [data.decode(codes) for codes in data.valid]
-    files.write_csv(output_dir / "predictions.csv", {"text": texts, "loss": valid.losses.tolist()})
+    columns = {"text": texts, "loss": valid.losses.tolist()}
+    files.write_csv(output_dir / "predictions.csv", columns)
     files.write_tensors(output_dir / "model.pt", best.weights)
     files.write_onnx(output_dir / "model.onnx", model, "logits", codes=data.test[:2, :-1].cpu())
 

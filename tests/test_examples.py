@@ -235,8 +235,8 @@ def test_character_that_training_lacks_counts(tmp_path):
     [
         (None, "text.txt can't be read: [Errno 2] No such file or directory: 'text.txt'"),
         (..., "text.txt can't be read: [Errno 21] Is a directory: 'text.txt'"),
-        (b"", "text.txt has 0 characters; this --context needs 330"),
-        (b"ab" * 164, "text.txt has 328 characters; this --context needs 330"),
+        (b"", "text.txt has 0 characters; --context needs 330"),
+        (b"ab" * 164, "text.txt has 328 characters; --context needs 330"),
         (b"ab\xff" * 200, "text.txt can't be read: 'utf-8' codec can't decode byte 0xff"),
     ],
 )
