@@ -1,22 +1,26 @@
 """Train a ResNet on a folder of images, logged with Weights & Biases: a copy of train_mnist.py.
 
-Reads root/class/*.png or .jpg, of any sizes, in the workers of a DataLoader; by default a folder of
-made-up shapes that it writes itself. A sixth of the images is for validation, a sixth for testing.
+Reads folder/class/*.png or .jpg, of any size, in the workers of a DataLoader; by default made-up
+shapes that it draws itself. A sixth of the images is for validation, a sixth for testing.
 """
 
 import dataclasses
 import sys
 from pathlib import Path
 
-# A copy beside train_mnist.py does not need this.
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # not for a copy beside it
 
 from harness import options, script
 from harness.options import option
 
 # ----------------------------------------------------------------------------- settings
 
-METRICS = {"loss": "min", "acc": "max", "f1_macro": "max", "ece": "min"}  # which way is better
+METRICS = {  # of an evaluation: which way each is better
+    "loss": "min",
+    "acc": "max",
+    "f1_macro": "max",
+    "ece": "min",
+}
 
 
 @dataclasses.dataclass(kw_only=True, frozen=True)
@@ -24,7 +28,9 @@ class Settings(options.SharedSettings):
     folder: str | None = option(None, "your folder of images [shapes, made up]", path=True)
     image_size: int = option(32, "side of the images that the model sees", at_least=8)
     norm: str = option("batch", "group: GroupNorm, for torchrun", choices=("batch", "group"))
-    init_from: str | None = option(None, "begin with these, model.pt of another run", path=True)
+    init_from: str | None = option(
+        None, "weights to start from: model.pt of another run", path=True
+    )
     workers: int = option(2, "processes that load images", may_change=True, at_least=0)
     epochs: int = option(20, "passes over the training data", at_least=1, below=10**6)
     batch_size: int = option(32, "images in a batch", at_least=1)
@@ -38,7 +44,6 @@ class Settings(options.SharedSettings):
 if __name__ == "__main__":
     script.check_options(Settings)  # before the imports that take seconds
 
-import os
 import random
 import re
 import textwrap
@@ -50,8 +55,8 @@ import torch.nn.functional as F
 import wandb
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader, Subset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
@@ -74,25 +79,30 @@ class Folder(NamedTuple):
     """Three parts of a folder; an item is float32 (3, size, size) in 0..1, and its label."""
 
     name: str
+    class_names: list[str]
+    content: list[tuple[str, int]]  # name and size in bytes of each file
     train: Subset  # with random augmentation
     valid: Subset
     test: Subset
-    class_names: list[str]
-    content: list[tuple[str, int]]  # name and size of each file
 
 
 def write_shapes(root: Path) -> None:
     """Draw shapes in random places and colors."""
     rng = random.Random(0)
     for name, corners in {"circle": 30, "square": 4, "triangle": 3}.items():
-        (root / name).mkdir()
+        folder = root / name
+        folder.mkdir()
         for number in range(160):
-            image = Image.new("RGB", (32, 32), tuple(rng.choices(range(100), k=3)))
+            background = rng.choices(range(100), k=3)
+            image = Image.new("RGB", (32, 32), tuple(background))
+            x = rng.randint(12, 20)
+            y = rng.randint(12, 20)
+            radius = rng.randint(7, 12)
+            color = rng.choices(range(120, 256), k=3)
+            rotation = rng.randint(-20, 20)
             draw = ImageDraw.Draw(image)
-            circle = (rng.randint(12, 20), rng.randint(12, 20), rng.randint(7, 12))
-            color = tuple(rng.choices(range(120, 256), k=3))
-            draw.regular_polygon(circle, corners, rng.randint(-20, 20), color)
-            image.save(root / name / f"{number:03}.png")
+            draw.regular_polygon((x, y, radius), corners, rotation, tuple(color))
+            image.save(folder / f"{number:03}.png")
 
 
 def read_image(path: str) -> Image.Image:
@@ -102,7 +112,8 @@ def read_image(path: str) -> Image.Image:
                 raise OSError(f"its mode is {image.mode}; 8 bits per channel are needed")
             if image.has_transparency_data:  # `convert` would lose what is drawn
                 raise OSError("save it without transparency")
-            return ImageOps.exif_transpose(image).convert("RGB")  # as a camera was held
+            upright = ImageOps.exif_transpose(image)  # a camera may have been turned
+            return upright.convert("RGB")
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} can't be read: {error}") from None
 
@@ -115,12 +126,18 @@ def load(settings: Settings) -> Folder:
         with files.replacing_directory(root) as temporary:
             write_shapes(temporary)
     size = settings.image_size
-    to_tensor = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
     resize = v2.Resize(size)
-    plain = v2.Compose([resize, v2.CenterCrop(size), *to_tensor])
-    moved = [v2.RandomCrop(size, padding=size // 8), v2.RandomHorizontalFlip()]
-    colors = v2.ColorJitter(0.2, 0.2, 0.2)
-    augment = v2.Compose([resize, *moved, colors, *to_tensor])
+    to_tensor = v2.Compose([v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
+    plain = v2.Compose([resize, v2.CenterCrop(size), to_tensor])
+    augment = v2.Compose(
+        [
+            resize,
+            v2.RandomCrop(size, padding=size // 8),
+            v2.RandomHorizontalFlip(),
+            v2.ColorJitter(0.2, 0.2, 0.2),
+            to_tensor,
+        ]
+    )
     try:
         images = ImageFolder(root, plain, loader=read_image)
         augmented = ImageFolder(root, augment, loader=read_image)
@@ -128,17 +145,25 @@ def load(settings: Settings) -> Folder:
         raise UserError(f"{root} can't be read: {error}") from None
     if len(images.classes) < 2 or len(images) < 12:
         raise UserError(f"{root}: needs two classes and twelve images")
-    others = sum(path.is_file() for path in root.rglob("*")) - len(images)
+    found = sum(path.is_file() for path in root.rglob("*"))
+    others = found - len(images)  # ImageFolder knows files by their suffix
     print(f"classes: {files.list_names(images.classes)}; {others} other files are left out")
     content = []
-    for path, _ in images.samples:
-        content.append((os.path.relpath(path, root), os.path.getsize(path)))
-    part = torch.arange(len(images)) % 6  # the images are in order of their classes
-    chosen = (part < 4, part == 4, part == 5)
-    train, valid, test = (rows.nonzero().flatten().tolist() for rows in chosen)
+    for file, _ in images.samples:
+        path = Path(file)
+        content.append((str(path.relative_to(root)), path.stat().st_size))
+    # The images are in order of their classes: each part gets a share of every class.
+    rows = range(len(images))
+    train = [row for row in rows if row % 6 < 4]
     name = re.sub(r"[^A-Za-z0-9_.-]", "_", root.resolve().name)[:64]  # W&B takes no others
-    parts = (Subset(augmented, train), Subset(images, valid), Subset(images, test))
-    return Folder(name, *parts, images.classes, content)
+    return Folder(
+        name,
+        images.classes,
+        content,
+        Subset(augmented, train),
+        Subset(images, rows[4::6]),
+        Subset(images, rows[5::6]),
+    )
 
 
 @logs_to_wandb
@@ -164,17 +189,17 @@ class Block(nn.Module):
         self.shortcut = nn.Conv2d(channels, width, 1, stride, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        inner = self.norm1(self.conv1(x)).relu()
-        outer = self.norm2(self.conv2(inner))
-        return (outer + self.shortcut(x)).relu()
+        y = self.norm1(self.conv1(x)).relu()
+        y = self.norm2(self.conv2(y))
+        return (y + self.shortcut(x)).relu()
 
 
 class ResNet(nn.Sequential):
     """Takes float (batch, 3, height, width) in 0..1, returns logits, float (batch, classes)."""
 
     def __init__(self, norm: str, classes: int):
-        make_norm = nn.BatchNorm2d if norm == "batch" else partial(nn.GroupNorm, 8)
         super().__init__()
+        make_norm = nn.BatchNorm2d if norm == "batch" else partial(nn.GroupNorm, 8)
         self.stem = nn.Conv2d(3, 16, 3, padding=1)
         self.block1 = Block(16, 16, 1, make_norm)
         self.block2 = Block(16, 32, 2, make_norm)
@@ -185,30 +210,29 @@ class ResNet(nn.Sequential):
 
 
 def make_model(settings: Settings, data: Folder, device: torch.device) -> ResNet:
-    if settings.norm == "batch" and distributed.world_size() > 1:
-        raise UserError("--norm batch is for one process: torchrun needs --norm group")
     model = ResNet(settings.norm, len(data.class_names))
     return model.to(device, memory_format=torch.channels_last)
 
 
 def load_weights(model: ResNet, path: str) -> None:
-    """Begin with a state dict. Raises `UserError` if it does not fit."""
+    """Start from another run's weights, for other classes without its last layer.
+
+    Raises `UserError` if they do not fit.
+    """
     try:
         weights = files.read_tensors(Path(path))
-        new = model.state_dict()
-        if weights["fc.bias"].shape != new["fc.bias"].shape:
-            weights |= {name: new[name] for name in ("fc.weight", "fc.bias")}
+        if len(weights["fc.bias"]) != model.fc.out_features:
+            weights["fc.weight"] = model.fc.weight
+            weights["fc.bias"] = model.fc.bias
             print(f"--init_from {path} is of other classes: the last layer is new.")
         model.load_state_dict(weights)
-    except Exception as error:  # of torch, pickle and others
+    except Exception as error:  # torch raises arbitrary exceptions
         reason = textwrap.shorten(str(error), 200)
         raise UserError(f"--init_from {path} does not fit this model: {reason}") from None
 
 
-def make_optimizer(
-    model: ResNet, settings: Settings, batches: int
-) -> tuple[Optimizer, LRScheduler]:
-    optimizer = torch.optim.AdamW(model.parameters(), settings.learning_rate)
+def make_optimizer(model: ResNet, settings: Settings, batches: int) -> tuple[AdamW, OneCycleLR]:
+    optimizer = AdamW(model.parameters(), settings.learning_rate)
     batches = max(batches, 2)  # OneCycleLR would give a single batch almost no learning rate
     return optimizer, OneCycleLR(optimizer, settings.learning_rate, batches, cycle_momentum=False)
 
@@ -222,7 +246,8 @@ def evaluate(model: ResNet, part: Subset, workers: int) -> Evaluation:
     model.eval()
     device = model.fc.bias.device
     rows = distributed.share_of(torch.arange(len(part)))
-    loader = DataLoader(Subset(part, rows.tolist()), batch_size=100, num_workers=workers)
+    share = Subset(part, rows.tolist())
+    loader = DataLoader(share, batch_size=100, num_workers=workers)
     logits = torch.zeros(len(part), model.fc.out_features, device=device)
     for indices, (images, _) in zip(rows.split(100), iterate(loader)):
         logits[indices] = model(images.to(device))
@@ -238,16 +263,24 @@ def log_charts(run: Run, data: Folder, name: str, result: Evaluation) -> None:
     classes = data.class_names
     if warning := viz.one_class_warning(result, classes):
         run.alert("One class only", warning)
+    matrix = viz.confusion_matrix_picture(result.confusion.counts, classes, name)
     mistakes = wandb.Table(columns=["image", "label", "prediction", "probability", "step"])
     for i in viz.most_confident_mistakes(result)[:100].tolist():
         path, label = part.dataset.samples[part.indices[i]]
-        prediction = classes[result.predictions[i]]
-        probability = float(result.probabilities[i].max())
-        mistakes.add_data(wandb.Image(path), classes[label], prediction, probability, run.step)
-    matrix = viz.confusion_matrix_picture(result.confusion.counts, classes, name)
-    charts = {"confusion_matrix": viz.confusion_matrix_chart(result, classes)}
-    charts |= {"confusion_matrix_image": wandb.Image(matrix), "mistakes": mistakes}
-    run.log({f"{name}/{chart}": charts[chart] for chart in charts})
+        mistakes.add_data(
+            wandb.Image(path),
+            classes[label],
+            classes[result.predictions[i]],
+            float(result.probabilities[i].max()),
+            run.step,
+        )
+    run.log(
+        {
+            f"{name}/confusion_matrix": viz.confusion_matrix_chart(result, classes),
+            f"{name}/confusion_matrix_image": wandb.Image(matrix),
+            f"{name}/mistakes": mistakes,
+        }
+    )
 
 
 def write_curves(session: Session, best_epoch: int) -> None:
@@ -357,7 +390,7 @@ def conclude(session: Session, progress: Progress, best: Best, data: Folder) -> 
         return {}
 
     names = [data.content[i][0] for i in data.valid.indices]
-    files.write_csv(output_dir / "predictions.csv", {"file": names} | valid.columns())
+    files.write_csv(output_dir / "predictions.csv", {"file": names, **valid.columns()})
     for prefix, name, result in (("", "valid", valid), ("test_", "test", test)):
         matrix = viz.confusion_matrix_picture(result.confusion.counts, data.class_names, name)
         files.write_png(output_dir / f"{prefix}confusion_matrix.png", matrix)

@@ -1,8 +1,7 @@
 """Train a character language model, logged with Weights & Biases: a copy of train_mnist.py.
 
-Reads UTF-8 text: 80% for training, 10% for validation, 10% for test. The vocabulary is that of the
-whole text: a character that training lacks counts in the perplexity. An example is a sequence of
---context characters. The running average of the weights is what is evaluated and kept.
+Reads UTF-8 text: 80% for training, 10% for validation, 10% for testing. A character that training
+lacks counts in the perplexity. A running average of the weights is evaluated and kept.
 """
 
 import dataclasses
@@ -16,27 +15,29 @@ from harness.options import option
 
 # ----------------------------------------------------------------------------- settings
 
-METRICS = {"loss": "min", "perplexity": "min"}  # of an evaluation: which way is better
-MONITORS = [f"valid/{name}" for name in METRICS]
+METRICS = {"loss": "min", "perplexity": "min"}  # of an evaluation: which way each is better
 
 
 @dataclasses.dataclass(kw_only=True, frozen=True)
 class Settings(options.SharedSettings):
-    file: str | None = option(None, "your text file [made-up sentences]", path=True)
+    file: str | None = option(None, "your text file [sentences.txt]", path=True)
     context: int = option(32, "characters in a sequence", at_least=1)
     layers: int = option(2, "layers of the transformer", at_least=1)
     heads: int = option(4, "attention heads in a layer, of 16 units each", at_least=1)
     clip_norm: float = option(1.0, "scale gradients down to this norm if theirs is larger", above=0)
     ema_decay: float = option(0.95, "of the running average of weights", at_least=0, below=1)
     batch_size: int = option(32, "examples in a batch", at_least=1)
-    monitor: str = option("valid/perplexity", "selects the best model", choices=MONITORS)
+    monitor: str = option(
+        "valid/perplexity",
+        "metric that selects the best model",
+        choices=[f"valid/{name}" for name in METRICS],
+    )
 
 
 if __name__ == "__main__":
     script.check_options(Settings)  # before the imports that take seconds
 
 import html
-import re
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -44,8 +45,8 @@ import torch
 import torch.nn.functional as F
 import wandb
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import OneCycleLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import viz
@@ -56,17 +57,14 @@ from harness.errors import UserError
 from harness.progress import Best, Meter, Progress
 from harness.session import Session, open_session
 from harness.tracking import Run, logs_to_wandb
-from tasks.grammar import minimal_pairs
 
 # --------------------------------------------------------------------------------- data
 
 
 class Text(NamedTuple):
-    """Sequences, int64 (sequences, context + 1): of each character the next is to be predicted."""
-
-    name: str
-    characters: str  # the vocabulary
-    train: Tensor
+    file: Path
+    characters: str  # the vocabulary: those of the whole text
+    train: Tensor  # int64 (sequences, context + 1): of each character the next is to be predicted
     valid: Tensor
     test: Tensor
 
@@ -76,31 +74,27 @@ class Text(NamedTuple):
 
 def load(settings: Settings, device: torch.device) -> Text:
     """The text on the device, in three parts. Raises `UserError`."""
-    path = Path(settings.file or "sentences")
-    text = "\n".join(sentence for sentence, _, _ in minimal_pairs(1500))
+    path = Path(settings.file or Path(__file__).with_name("sentences.txt"))
     try:
-        if settings.file:
-            text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise UserError(f"{path} can't be read: {error}") from None
     held_out = len(text) // 10
     length = settings.context + 1
     if held_out < length:
-        raise UserError(
-            f"{path} has {len(text):,} characters; this --context needs {10 * length:,}"
-        )
+        raise UserError(f"{path} has {len(text):,} characters; --context needs {10 * length:,}")
     characters = "".join(sorted(set(text)))
     codes = torch.tensor([characters.index(character) for character in text], device=device)
     parts = codes.split([len(text) - 2 * held_out, held_out, held_out])
     sequences = [part.unfold(0, length, settings.context) for part in parts]
-    name = re.sub(r"[^A-Za-z0-9_.-]", "_", path.stem)[:64]  # W&B takes no others
-    return Text(name, characters, *sequences)
+    return Text(path, characters, *sequences)
 
 
 @logs_to_wandb
 def log_dataset(run: Run, text: Text) -> None:
-    run.add_tag(text.name)
-    run.log_artifact(wandb.Artifact(text.name, "dataset", metadata={"characters": text.characters}))
+    artifact = wandb.Artifact("text", type="dataset")
+    artifact.add_reference(text.file.absolute().as_uri())  # a checksum, not a copy
+    run.log_artifact(artifact)
 
 
 # -------------------------------------------------------------------------------- model
@@ -114,30 +108,33 @@ class GPT(nn.Module):
         units = 16 * settings.heads
         self.characters = nn.Embedding(characters, units)
         self.positions = nn.Embedding(settings.context, units)
-        options = {"dropout": 0.0, "batch_first": True, "norm_first": True}
-        layer = nn.TransformerEncoderLayer(units, settings.heads, 4 * units, **options)
+        layer = nn.TransformerEncoderLayer(
+            units, settings.heads, 4 * units, dropout=0.0, batch_first=True, norm_first=True
+        )
         self.layers = nn.TransformerEncoder(layer, settings.layers, enable_nested_tensor=False)
         self.output = nn.Sequential(nn.LayerNorm(units), nn.Linear(units, characters))
 
     def forward(self, codes: Tensor) -> Tensor:
-        mask = nn.Transformer.generate_square_subsequent_mask(codes.shape[1], device=codes.device)
-        x = self.characters(codes) + self.positions.weight[: codes.shape[1]]
-        return self.output(self.layers(x, mask, is_causal=True))
+        length = codes.shape[1]
+        mask = nn.Transformer.generate_square_subsequent_mask(length, device=codes.device)
+        x = self.characters(codes) + self.positions.weight[:length]
+        x = self.layers(x, mask, is_causal=True)
+        return self.output(x)
 
     def losses(self, sequences: Tensor) -> Tensor:
         """The mean cross-entropy of each sequence's characters, in nats, float (batch,)."""
         logits = self(sequences[:, :-1]).flatten(0, 1)
-        losses = F.cross_entropy(logits, sequences[:, 1:].flatten(), reduction="none")
-        return losses.view(len(sequences), -1).mean(1)
+        targets = sequences[:, 1:]
+        losses = F.cross_entropy(logits, targets.flatten(), reduction="none")
+        return losses.view_as(targets).mean(1)
 
 
 def make_model(settings: Settings, data: Text, device: torch.device) -> GPT:
     return GPT(len(data.characters), settings).to(device)
 
 
-def make_optimizer(model: GPT, settings: Settings, batches: int) -> tuple[Optimizer, LRScheduler]:
-    """AdamW and its learning rate schedule over all `batches`."""
-    optimizer = torch.optim.AdamW(model.parameters(), settings.learning_rate)
+def make_optimizer(model: GPT, settings: Settings, batches: int) -> tuple[AdamW, OneCycleLR]:
+    optimizer = AdamW(model.parameters(), settings.learning_rate)
     batches = max(batches, 2)  # OneCycleLR would give a single batch almost no learning rate
     return optimizer, OneCycleLR(optimizer, settings.learning_rate, batches, cycle_momentum=False)
 
@@ -146,9 +143,7 @@ def make_optimizer(model: GPT, settings: Settings, batches: int) -> tuple[Optimi
 
 
 class Result(NamedTuple):
-    """The loss of each sequence, on the CPU, and the metrics of all."""
-
-    losses: Tensor  # float32 (sequences,)
+    losses: Tensor  # of each sequence, float32 (sequences,), on the CPU
     metrics: dict[str, float]
 
     def named(self, prefix: str) -> dict[str, float]:
@@ -159,32 +154,39 @@ class Result(NamedTuple):
 def evaluate(model: GPT, part: Tensor) -> Result:
     """Predict every sequence; few enough for each rank to predict all of them."""
     model.eval()
-    losses = torch.cat([model.losses(sequences) for sequences in part.split(64)]).cpu()
+    batches = [model.losses(sequences) for sequences in part.split(64)]
+    losses = torch.cat(batches).cpu()
     loss = losses.double().mean()
-    return Result(losses, {"loss": float(loss), "perplexity": float(loss.exp())})
+    metrics = {"loss": float(loss), "perplexity": float(loss.exp())}
+    return Result(losses, metrics)
 
 
 @torch.inference_mode()
 def generate(model: GPT, text: Text, settings: Settings) -> str:
     """200 characters that the model makes up."""
-    generator = torch.Generator().manual_seed(settings.seed)  # training's is left as it is
+    generator = torch.Generator().manual_seed(settings.seed)  # leaves that of training alone
     codes = text.valid[0, :1]
     for _ in range(200):
         logits = model(codes[None, -settings.context :])[0, -1]
-        drawn = torch.multinomial(logits.softmax(0).cpu(), 1, generator=generator)
-        codes = torch.cat([codes, drawn.to(codes.device)])
+        probabilities = logits.softmax(0).cpu()
+        code = torch.multinomial(probabilities, 1, generator=generator)
+        codes = torch.cat([codes, code.to(codes.device)])
     return text.decode(codes)
 
 
 @logs_to_wandb
 def log_sample(run: Run, sample: str) -> None:
-    run.log({"sample": wandb.Html(f"<pre>{html.escape(sample)}</pre>")})
+    page = f"<pre>{html.escape(sample)}</pre>"
+    run.log({"sample": wandb.Html(page)})
 
 
 def write_curves(session: Session, best_epoch: int) -> None:
     """Draw the learning curves of the run so far."""
-    panels = {"loss": ("train/loss_step", "valid/loss"), "perplexity": ("", "valid/perplexity")}
-    panels["learning rate"] = ("train/learning_rate", "")
+    panels = {
+        "loss": ("train/loss_step", "valid/loss"),
+        "perplexity": ("", "valid/perplexity"),
+        "learning rate": ("train/learning_rate", ""),
+    }
     if distributed.rank() == 0:
         picture = viz.curves_picture(session.run.rows, panels, best_epoch)
         files.write_png(session.output_dir / "curves.png", picture)
@@ -308,7 +310,7 @@ def conclude(session: Session, progress: Progress, best: Best, data: Text) -> di
 
     print(f"test perplexity {results['test/perplexity']:.4g}, best epoch {best.epoch}")
     return {
-        "dataset": data.name,
+        "dataset": data.file.name,
         "characters": data.characters,
         "best/epoch": best.epoch,
         **results,
@@ -333,7 +335,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         model = make_model(settings, data, session.device)
         seed_rank(settings.seed)
         print(
-            f"{data.name}: {len(data.train):,} + {len(data.valid):,} + "
+            f"{data.file.name}: {len(data.train):,} + {len(data.valid):,} + "
             f"{len(data.test):,} sequences for training, validation and test"
         )
         print(model)

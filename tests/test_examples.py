@@ -156,7 +156,11 @@ def test_copy_needs_only_what_it_imports(script, tmp_path):
         for r in run.records
         if r["type"] == "artifact" and r["artifact"]["type"] == "dataset"
     )
-    assert dataset["name"] == run.metrics["dataset"]
+    if script in EXAMPLES:
+        (file,) = dataset["manifest"]["contents"]
+        assert file["path"] == run.metrics["dataset"]
+    else:
+        assert dataset["name"] == run.metrics["dataset"]
 
 
 @pytest.mark.parametrize("script", EXAMPLES)
@@ -231,8 +235,8 @@ def test_character_that_training_lacks_counts(tmp_path):
     [
         (None, "text.txt can't be read: [Errno 2] No such file or directory: 'text.txt'"),
         (..., "text.txt can't be read: [Errno 21] Is a directory: 'text.txt'"),
-        (b"", "text.txt has 0 characters; this --context needs 330"),
-        (b"ab" * 164, "text.txt has 328 characters; this --context needs 330"),
+        (b"", "text.txt has 0 characters; --context needs 330"),
+        (b"ab" * 164, "text.txt has 328 characters; --context needs 330"),
         (b"ab\xff" * 200, "text.txt can't be read: 'utf-8' codec can't decode byte 0xff"),
     ],
 )
@@ -263,7 +267,7 @@ def write_table(directory: Path, rows: list[list[str]], header: list[str] = HEAD
 
 def test_numbers_are_predicted_in_their_unit(references):
     run = references[TABULAR]
-    assert run.config["metrics"] == {"loss": "min", "mae": "min", "r2": "max", "acc": "max"}
+    assert run.config["metrics"] == {"loss": "min", "mae": "min", "r2": "max"}
     with (run.files / "predictions.csv").open() as file:
         rows = [(float(row["target"]), float(row["prediction"])) for row in csv.DictReader(file)]
     mae = sum(abs(target - prediction) for target, prediction in rows) / len(rows)
@@ -289,14 +293,14 @@ def test_columns_of_a_table(tmp_path):
     import examples.train_tabular as tabular
 
     words = tabular.np.array(["8", "1", "3"])
-    assert tabular.encode(words, 1).flatten().tolist() == [6, -1, 1]
+    assert tabular.encode("size", words, 1).flatten().tolist() == [6, -1, 1]
     words = tabular.np.array(["new", "a", "b"])
-    assert tabular.encode(words, 1).tolist() == [[0, 0], [1, 0], [0, 1]]
+    assert tabular.encode("size", words, 1).tolist() == [[0, 0], [1, 0], [0, 1]]
     write_table(tmp_path, [[*row[:2], f'"{row[2]}", said,\nhe', row[3]] for row in ROWS])
     settings = tabular.Settings(file=str(tmp_path / "table.csv"))
     table = tabular.load(settings, torch.device("cpu"))
     assert [len(part) for part in (table.train, table.valid, table.test)] == [40, 10, 10]
-    assert table.train.tensors[0].shape == (40, 5)
+    assert table.features[table.train].shape == (40, 5)
 
 
 def test_odd_cells_of_a_table(tmp_path, capsys, recwarn):
@@ -311,30 +315,43 @@ def test_odd_cells_of_a_table(tmp_path, capsys, recwarn):
         "size, such as 1,059: 40 number(s)\nkind, such as y: 2 number(s)\n"
         "price, such as 9: 1 number(s)\n"
     )
-    assert table.train.tensors[0].shape == (40, 42) and not recwarn.list
+    assert table.features[table.train].shape == (40, 42) and not recwarn.list
 
 
 @pytest.mark.parametrize(
     ("change", "arguments", "problem"),
     [
-        (lambda rows: rows[:19], "", "needs 20 rows, 'price' and others, no name twice; it has 20"),
-        (lambda rows: rows, "--target cost", "needs 20 rows, 'cost' and others"),
-        (lambda rows: [*rows, ["1", "2"]], "", "can't be read as CSV: the number of columns"),
-        (lambda rows: [*rows, ["1", "", "x", "2"]], "", "column 'age' lacks values, or training"),
+        (lambda rows: rows[:19], "", "needs a header and 20 rows; it has 20 lines"),
         (
-            lambda rows: [*rows, ["1", "nan", "x", "2"]],
-            "",
-            "column 'age' lacks values, or training",
+            lambda rows: rows,
+            "--target cost",
+            "needs 'cost' and others, no name twice: size, age, kind",
         ),
-        (lambda rows: [*rows, ["1", " N/A", "x", "2"]], "", "column 'age' lacks values, or"),
+        (lambda rows: [*rows, ["1", "2"]], "", "can't be read as CSV: the number of columns"),
+        (lambda rows: [*rows, ["1", "", "x", "2"]], "", "column 'age' lacks values"),
+        (lambda rows: [*rows, ["1", "nan", "x", "2"]], "", "column 'age' lacks values"),
+        (lambda rows: [*rows, ["1", " N/A", "x", "2"]], "", "column 'age' lacks values"),
         (lambda rows: [*rows, ["1", "-inf", "x", "2"]], "", "column 'age' is infinite, or"),
         (
             lambda rows: [["1", *row[1:]] for row in rows] + [["1.0", "1", "x", "2"]] * 9,
             "",
             "'size' is",
         ),
-        (lambda rows: [[*row[:3], "7"] for row in rows], "", "column 'price' lacks values, or"),
-        (lambda rows: [["7", *row[1:]] for row in rows], "", "column 'size' lacks values, or"),
+        (
+            lambda rows: [[*row[:3], "7"] for row in rows],
+            "",
+            "column 'price' is infinite, or training has only one",
+        ),
+        (
+            lambda rows: [["7", *row[1:]] for row in rows],
+            "",
+            "column 'size' is infinite, or training has only one",
+        ),
+        (
+            lambda rows: [[*row[:2], "x", row[3]] for row in rows],
+            "--target kind --task classification",
+            "column 'kind' is infinite, or training has only one",
+        ),
         (lambda rows: rows, "--target kind", "'kind' is text: write its numbers as 1234.5, or use"),
         (lambda rows: rows, "--task classification", "no training row has the price '"),
     ],
@@ -354,6 +371,9 @@ def test_other_tables_are_one_line(tmp_path):
     assert_one_line(
         done, "train_tabular.py: error: none.csv can't be read as CSV: [Errno 2] No such"
     )
+    (tmp_path / "empty.csv").touch()  # numpy warned in two more lines
+    done = call(TABULAR, "--file", "empty.csv", cwd=tmp_path)
+    assert_one_line(done, "train_tabular.py: error: empty.csv needs a header and 20 rows; it has 0")
     (tmp_path / "latin.csv").write_bytes("a,price\n\u00e9,1\n".encode("latin-1"))
     done = call(TABULAR, "--file", "latin.csv", cwd=tmp_path)
     assert_one_line(done, "train_tabular.py: error: latin.csv can't be read as CSV: 'utf-8' codec")
