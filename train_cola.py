@@ -404,10 +404,7 @@ def save_model(task: Task, directory: Path) -> None:
 
 
 def conclude(session: Session, task: Task, best: Best) -> dict[str, Any]:
-    """Evaluate the best model, write its predictions and save it.
-
-    Returns the content of metrics.json.
-    """
+    """Evaluate and save the best model; returns the content of metrics.json."""
     run = session.run
     corpus = task.corpus
     class_names = corpus.class_names
@@ -473,10 +470,7 @@ def conclude(session: Session, task: Task, best: Best) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Fine-tune, evaluate and save as configured on the command line.
-
-    Returns the content of metrics.json.
-    """
+    """Fine-tune, evaluate and save as configured; returns the content of metrics.json."""
     with open_session(options.parse(Settings, argv), "cola", METRICS) as session:
         if session.finished:
             return session.metrics

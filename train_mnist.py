@@ -297,10 +297,7 @@ def train(session: Session, progress: Progress, model: ConvNet, data: Digits) ->
 
 
 def conclude(session: Session, progress: Progress, best: Best, data: Digits) -> dict[str, Any]:
-    """Test and export the best model, write its predictions.
-
-    Returns the content of metrics.json.
-    """
+    """Test and export the best model; returns the content of metrics.json."""
     run = session.run
     output_dir = session.output_dir
     class_names = data.class_names
@@ -352,10 +349,7 @@ def conclude(session: Session, progress: Progress, best: Best, data: Digits) -> 
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Train, test and export as configured on the command line.
-
-    Returns the content of metrics.json.
-    """
+    """Train, test and export as configured; returns the content of metrics.json."""
     with open_session(options.parse(Settings, argv), "mnist", METRICS) as session:
         if session.finished:
             return session.metrics

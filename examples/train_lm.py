@@ -278,10 +278,7 @@ def train(session: Session, progress: Progress, model: GPT, data: Text) -> Best:
 
 
 def conclude(session: Session, progress: Progress, best: Best, data: Text) -> dict[str, Any]:
-    """Test and export the best model, write its predictions.
-
-    Returns the content of metrics.json.
-    """
+    """Test and export the best model; returns the content of metrics.json."""
     run = session.run
     output_dir = session.output_dir
     model = make_model(session.settings, data, session.device)
@@ -318,10 +315,7 @@ def conclude(session: Session, progress: Progress, best: Best, data: Text) -> di
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Train, test and export as configured on the command line.
-
-    Returns the content of metrics.json.
-    """
+    """Train, test and export as configured; returns the content of metrics.json."""
     with open_session(options.parse(Settings, argv), "lm", METRICS) as session:
         if session.finished:
             return session.metrics

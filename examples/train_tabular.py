@@ -171,6 +171,10 @@ class Result(NamedTuple):
     def named(self, prefix: str) -> dict[str, float]:
         return {f"{prefix}/{name}": value for name, value in self.metrics.items()}
 
+    def table(self) -> wandb.Table:
+        rows = [list(row) for row in zip(*self.columns.values())]
+        return wandb.Table(list(self.columns), rows[:100])
+
 
 @torch.inference_mode()
 def evaluate(model: nn.Module, table: Table, rows: Tensor) -> Result:
@@ -280,10 +284,7 @@ def train(session: Session, progress: Progress, model: nn.Module, data: Table) -
 
 
 def conclude(session: Session, progress: Progress, best: Best, data: Table) -> dict[str, Any]:
-    """Test and export the best model, write its predictions.
-
-    Returns the content of metrics.json.
-    """
+    """Test and export the best model; returns the content of metrics.json."""
     run = session.run
     output_dir = session.output_dir
     model = make_model(session.settings, data, session.device)
@@ -298,6 +299,7 @@ def conclude(session: Session, progress: Progress, best: Best, data: Table) -> d
     files.write_tensors(output_dir / "model.pt", best.weights)
     files.write_onnx(output_dir / "model.onnx", model, "output", features=data.features[:2].cpu())
 
+    run.log({"test/predictions": run.call(test.table)})
     run.log({"curves": run.call(wandb.Image, str(output_dir / "curves.png"))})
     run.log(test.named("test"))
     run.update_summary({"best/epoch": best.epoch})
@@ -318,10 +320,7 @@ def conclude(session: Session, progress: Progress, best: Best, data: Table) -> d
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Train, test and export as configured on the command line.
-
-    Returns the content of metrics.json.
-    """
+    """Train, test and export as configured; returns the content of metrics.json."""
     settings = options.parse(Settings, argv)
     with open_session(settings, "tabular", METRICS[settings.task]) as session:
         if session.finished:
