@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import shutil
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -199,6 +200,10 @@ def test_digits_have_the_answers_of_the_run(small_mnist, tmp_path):
 def test_images_that_can_not_be_predicted(small_mnist, tmp_path):
     (tmp_path / "x.png").write_text("no image")
     assert "can't be read as an image" in refusal(small_mnist.files, tmp_path / "x.png")
+    # A form of DDS that Pillow does not implement was a traceback.
+    header = struct.pack("<31I", 124, *[0] * 17, 32, 1 << 23, *[0] * 11)
+    (tmp_path / "x.dds").write_bytes(b"DDS " + header)
+    assert "can't be read as an image" in refusal(small_mnist.files, tmp_path / "x.dds")
     (tmp_path / "empty").mkdir()
     assert "no images in" in refusal(small_mnist.files, tmp_path / "empty")
     Image.fromarray(np.zeros((28, 28), np.uint8)).save(tmp_path / "y.png")
