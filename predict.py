@@ -93,8 +93,7 @@ def read_sentences(arguments: argparse.Namespace, config: dict[str, Any]) -> Sen
         more = Sentences([text], [""], [""])
         if os.path.exists(text) or re.search(r"\.\w{2,7}$", text) or arguments.evaluate:
             more = read_inputs(Path(text), OwnFiles(**chosen), arguments.evaluate)
-        for column, values in zip(part, more):
-            column += values
+        part.extend(more)
     return part
 
 
