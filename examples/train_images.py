@@ -341,7 +341,7 @@ def train(session: Session, progress: Progress, model: ResNet, data: Folder) -> 
 
 
 def conclude(session: Session, progress: Progress, best: Best, data: Folder) -> dict[str, Any]:
-    """Test and export the best model, write its predictions.
+    """Test and export the best model, and write its predictions.
 
     Returns the content of metrics.json.
     """

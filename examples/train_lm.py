@@ -276,7 +276,7 @@ def train(session: Session, progress: Progress, model: GPT, data: Text) -> Best:
 
 
 def conclude(session: Session, progress: Progress, best: Best, data: Text) -> dict[str, Any]:
-    """Test and export the best model, write its predictions.
+    """Test and export the best model, and write its predictions.
 
     Returns the content of metrics.json.
     """

@@ -284,7 +284,7 @@ def train(session: Session, progress: Progress, model: nn.Module, data: Table) -
 
 
 def conclude(session: Session, progress: Progress, best: Best, data: Table) -> dict[str, Any]:
-    """Test and export the best model, write its predictions.
+    """Test and export the best model, and write its predictions.
 
     Returns the content of metrics.json.
     """

@@ -147,9 +147,8 @@ def synthetic_sentences(train: int = 12_000, valid: int = 1_000) -> Corpus:
     """Minimal pairs of the built-in grammar; no sentence is in both parts."""
     whole = Sentences([], [], [])
     for acceptable, unacceptable, rule in minimal_pairs((train + valid) // 2):
-        whole.sentences += [acceptable, unacceptable]
-        whole.labels += ["acceptable", "unacceptable"]
-        whole.sources += [rule, rule]
+        labels = ["acceptable", "unacceptable"]
+        whole.extend(Sentences([acceptable, unacceptable], labels, [rule, rule]))
     train_part = _take(whole, range(train))
     valid_part = _take(whole, range(train, len(whole.labels)))
     return Corpus("synthetic", train_part, valid_part, {}, ACCEPTABILITY, [])
