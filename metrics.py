@@ -1,6 +1,7 @@
 """Classification metrics and statistical tests, computed from their definitions.
 
-Undefined values, such as the precision of a class that is never predicted, are scikit-learn's.
+Values that are not defined, such as the precision of a class that is never predicted, are
+scikit-learn's defaults.
 """
 
 import itertools
@@ -265,7 +266,7 @@ def evaluation(
         positive=positive,
     )
     has_diverged = not losses.isfinite().all()
-    both_occur = confusion.num_classes == 2 and len(labels.unique()) == 2
+    both_occur = len(labels.unique()) == confusion.num_classes == 2
     for name in names:
         if name not in EVALUATION_METRICS:
             raise ValueError(f"unknown metric {name!r}, known are {', '.join(EVALUATION_METRICS)}")
@@ -426,8 +427,9 @@ def matthews_corrcoef_interval(confusion: ConfusionMatrix, resamples: int = 1000
     matrix = confusion.counts.cpu()
     labels, predictions = matrix.nonzero(as_tuple=True)
     counts = matrix[labels, predictions]
-    statistic = ConfusionMatrix.matthews_corrcoef
-    return _percentiles(_resample(statistic, counts, labels, predictions, resamples))
+    return _percentiles(
+        _resample(ConfusionMatrix.matthews_corrcoef, counts, labels, predictions, resamples)
+    )
 
 
 class _Resample(ConfusionMatrix):
@@ -520,8 +522,7 @@ def paired_bootstrap_counts(
     columns = [labels, *predictions]
     if not all(column.shape == labels.shape and column.min() >= 0 for column in columns):
         raise ValueError("expected labels (n,) and two predictions (n,) with classes from 0")
-    examples = torch.stack(columns).cpu()
-    triples, counts = examples.unique(dim=1, return_counts=True)
+    triples, counts = torch.stack(columns).cpu().unique(dim=1, return_counts=True)
     labels, *models = triples
     a, b = (_resample(statistic, counts, labels, model, resamples) for model in models)
     return _percentiles(a - b)
@@ -576,12 +577,12 @@ def permutation_test(a: Sequence[float], b: Sequence[float]) -> float:
 
     Of all ways to split the pooled values into groups of these sizes, it is the share with means
     that differ at least as much. If there are more than `MAX_SPLITS` ways, that many random ones
-    are tried, the same in each call. Raises `ValueError` if a group is empty. Fisher, "The design
-    of experiments", 1935, section 21.
+    are tried, the same in each call. Raises `ValueError` if a group is empty or a value is not
+    finite. Fisher, "The design of experiments", 1935, section 21.
     """
-    if not a or not b:
-        raise ValueError("each group needs a value")
     pooled = torch.tensor([*a, *b], dtype=torch.float64)
+    if not a or not b or not pooled.isfinite().all():
+        raise ValueError("each group needs a value, and all values must be finite")
     size = len(a)
     if math.comb(len(pooled), size) <= MAX_SPLITS:
         combinations = itertools.combinations(range(len(pooled)), size)
