@@ -557,8 +557,7 @@ def mcnemar_exact(correct_a: Tensor, correct_b: Tensor) -> McNemar:
     for k in range(min(only_a, only_b) + 1):
         tail += binomial_coefficient
         binomial_coefficient = binomial_coefficient * (differing - k) // (k + 1)
-    p_value = 2 * tail / 2**differing
-    return McNemar(only_a, only_b, min(1.0, p_value))
+    return McNemar(only_a, only_b, min(1.0, 2 * tail / 2**differing))
 
 
 def mean_interval(values: Sequence[float]) -> Interval:

@@ -296,7 +296,7 @@ def confusion_matrix_chart(result: Evaluation, class_names: list[str]) -> Custom
     if len(shown) < len(class_names):
         title += f" of the {MAX_CLASSES} most confused classes"
     counts = counts[shown][:, shown]
-    pairs = counts.nonzero().repeat_interleave(counts[counts > 0], 0)  # W&B counts them again
+    pairs = counts.nonzero().repeat_interleave(counts[counts > 0], 0)  # W&B counts pairs itself
     labels, predictions = pairs.T.tolist()
     return wandb.plot.confusion_matrix(
         y_true=labels,
@@ -323,7 +323,7 @@ def confusion_matrix_picture(counts: Tensor, class_names: list[str], part: str) 
     cell = 58 if len(shown) > 4 else 120
     side = cell * len(shown)
     names_width = math.ceil(max(_font(15, name).getlength(name) for name in names))
-    names_fit = names_width <= cell - 6  # below their columns, unless they are turned
+    names_fit = names_width <= cell - 6  # below their columns; otherwise they are turned
     left = names_width + 58
     top = 46
     bottom = top + side
