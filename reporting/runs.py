@@ -124,7 +124,7 @@ class RunFiles:
         self.monitor = metric
 
     def metric_in(self, file: str) -> str:
-        """The metric to compare, on the data of `PREDICTIONS` or of another file: the test data."""
+        """The metric to compare, on validation data (`PREDICTIONS`) or on test data (other files)."""
         return self.monitor if file == PREDICTIONS else f"test/{base_name(self.monitor)}"
 
     @property
@@ -189,7 +189,7 @@ def find_runs(directories: Sequence[Path], known: Sequence[RunFiles] = ()) -> li
 
 
 def _compare_code(runs: list[RunFiles]) -> None:
-    """If the runs' code differs, make a checksum of the files that differ one of their settings."""
+    """If the runs' code differs, add a setting: a checksum of the files that differ."""
     changed = _differing_keys(run.code for run in runs)
     for run in runs:
         if changed and run.code:
@@ -268,7 +268,7 @@ def read_run(path: Path, known: RunFiles | None = None) -> RunFiles:
 
 
 def is_locked(directory: Path) -> bool:
-    """Whether a run is using the directory: it locks it exclusively until it ends."""
+    """Whether a run is using the directory: a run locks its directory until it ends."""
     try:
         system.unlock(directory, system.lock(directory))
     except BlockingIOError:

@@ -39,7 +39,7 @@ def tokenise(
     types = array("i", [0])
     lengths = []
     cut = 0
-    for start in range(0, len(sentences), 1000):  # as lists, all of them would take much memory
+    for start in range(0, len(sentences), 1000):  # in chunks: lists take far more memory
         chunk = sentences[start : start + 1000]
         encoded = tokenizer(chunk, truncation=True, max_length=max_length)
         rows = encoded["input_ids"]
