@@ -161,7 +161,7 @@ def evaluate(predicted: Predicted, names: list[str], positive: str | None) -> Ev
         print(f"{name:20}{value:.4f}")
     print("confusion matrix, rows are labels and columns predictions:")
     for name, counts in zip(names, result.confusion.counts.tolist()):
-        print(f"{name[:19]:20}", *(f"{count:6}" for count in counts))
+        print(f"{one_line(name)[:19]:20}", *(f"{count:6}" for count in counts))
     return result
 
 

@@ -124,7 +124,7 @@ class RunFiles:
         self.monitor = metric
 
     def metric_in(self, file: str) -> str:
-        """The metric to compare, on validation data (`PREDICTIONS`) or on test data (other files)."""
+        """The metric to compare: of validation data in `PREDICTIONS`, else of test data."""
         return self.monitor if file == PREDICTIONS else f"test/{base_name(self.monitor)}"
 
     @property

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import clean_environment, wandb_records, write_mnist
 from PIL import Image, ImageOps
 
@@ -235,6 +236,13 @@ def test_forms_of_images(small_mnist, tmp_path):
     for name in ("drawing.png", "deep.png"):
         problem = "save it without transparency, and with 8 bits a pixel"
         assert problem in refusal(small_mnist.files, tmp_path / name)
+
+
+@pytest.mark.quick
+def test_a_name_of_two_lines_is_printed_on_one(capsys):
+    predicted = predict.Predicted({}, ["two\nlines"], torch.tensor([[1.0, 0.0]]))
+    predict.evaluate(predicted, ["two\nlines", "one"], None)
+    assert "\ntwo lines                 1      0\n" in capsys.readouterr().out
 
 
 def test_predictions_are_logged_if_asked_for(text_run, tmp_path, monkeypatch):
