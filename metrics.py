@@ -135,7 +135,12 @@ class ConfusionMatrix:
 
     def per_class(self, class_names: Sequence[str]) -> list[tuple]:
         """A row of the columns `PER_CLASS` for each class."""
-        columns = [self.precision(None), self.recall(None), self.f1(None), self.counts.sum(1)]
+        columns = [
+            self.precision(None),
+            self.recall(None),
+            self.f1(None),
+            self.counts.sum(1),
+        ]
         return list(zip(class_names, *(column.tolist() for column in columns)))
 
     def matthews_corrcoef(self) -> float:

@@ -71,7 +71,8 @@ class Journal:
                 steps = [row["step"] for row in found]
                 values = [row[name] for row in found]
                 known = self.columns.get(name, NOTHING)
-                self.columns[name] = np.vstack([known, np.array([steps, values], float).T])
+                new = np.array([steps, values], float).T
+                self.columns[name] = np.vstack([known, new])
 
     def row(self, step: float) -> dict[str, float]:
         """The last numbers that were logged at a step."""

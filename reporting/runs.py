@@ -302,7 +302,8 @@ def groups(runs: list[RunFiles]) -> SeedGroups:
         for name in SEED_AND_REMARKS:
             settings.pop(name, None)
         by_seed = by_settings[json.dumps(settings, sort_keys=True)]
-        by_seed[str((run.config.get("seed"), run.config.get("fold")))] = run
+        seed_and_fold = str((run.config.get("seed"), run.config.get("fold")))
+        by_seed[seed_and_fold] = run
     names = [name for name in differing(runs) if name not in SEED_AND_REMARKS]
     named = {}
     for by_seed in by_settings.values():

@@ -68,7 +68,11 @@ def load_corpus(
         whole = corpus.train
         whole.extend(corpus.valid)
         train, valid = own.split(whole.labels)
-        corpus = corpus._replace(train=_take(whole, train), valid=_take(whole, valid), domains={})
+        corpus = corpus._replace(
+            train=_take(whole, train),
+            valid=_take(whole, valid),
+            domains={},
+        )
     if corpus.name == "files":
         _report_repeated(corpus)
     return corpus
