@@ -113,7 +113,7 @@ def read_inputs(path: Path, own: OwnFiles, labelled: bool) -> Sentences:
 
     Raises `UserError`.
     """
-    one_per_line = path.suffix == ".txt" and not labelled
+    one_per_line = path.suffix.lower() == ".txt" and not labelled
     names, rows, _ = _read_table(path, own, one_per_line=one_per_line)
     if not labelled:
         own = dataclasses.replace(own, label_column=NO_LABEL)

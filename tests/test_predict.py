@@ -92,8 +92,8 @@ def test_forms_of_sentences(text_run, kept, tmp_path):
     for name in ("one.csv", "lines.txt", "records.jsonl", "records.txt", "table.txt", "table2.txt"):
         assert answers(text_run, tmp_path / name)[0] == expected
     # A first line that begins as a header might, but is a sentence, was lost.
-    (tmp_path / "comma.txt").write_text("Text, nothing more.\nHello, you!\n")
-    found, _ = answers(text_run, tmp_path / "comma.txt")
+    (tmp_path / "COMMA.TXT").write_text("Text, nothing more.\nHello, you!\n")  # was a table
+    found, _ = answers(text_run, tmp_path / "COMMA.TXT")
     assert [row["input"] for row in found] == ["Text, nothing more.", "Hello, you!"]
     column = ("--text_column", "utterance")
     for name in ("other.tsv", "lines.txt"):
