@@ -1,6 +1,7 @@
 """Classification metrics and statistical tests, computed from their definitions.
 
-If a definition divides by zero or a class never occurs, a metric is scikit-learn's default.
+Values that are not defined, such as the precision of a class that is never predicted, are
+scikit-learn's defaults.
 """
 
 import itertools
@@ -14,22 +15,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Interval = tuple[float, float]  # low, high
-PER_CLASS = [  # columns of a table
+PER_CLASS = [  # the columns of `ConfusionMatrix.per_class`
     "class",
     "precision",
     "recall",
     "f1",
     "examples",
 ]
-MAX_SPLITS = 20_000  # of a permutation test
+MAX_SPLITS = 20_000  # that a permutation test tries
 
 
 class ConfusionMatrix:
     """Counts of (label, prediction) pairs, kept on `device` in O(num_classes²) memory.
 
-    `counts` is int64 (num_classes, num_classes) with a row per label. `a + b` is a new matrix with
-    the counts of both, for example of two parts of a data set. The metrics are computed on the CPU,
-    and raise `ValueError` if no examples have been counted.
+    `counts` is int64 (num_classes, num_classes): rows are labels, columns predictions. `a + b` is a
+    new matrix with the counts of both, for example of two parts of a data set. The metrics are
+    computed on the CPU, and raise `ValueError` if no examples have been counted.
     """
 
     def __init__(self, num_classes: int, device: torch.device | str | None = None):
@@ -42,7 +43,7 @@ class ConfusionMatrix:
         """Count a batch: two int64 tensors of the same shape, on this matrix's device.
 
         Raises `ValueError` if shapes or dtypes are wrong, or if a value is outside
-        0 .. num_classes - 1. That check synchronizes with an accelerator.
+        0..num_classes - 1. That check synchronizes with an accelerator.
         """
         if predictions.shape != labels.shape:
             raise ValueError(
@@ -54,10 +55,9 @@ class ConfusionMatrix:
                 f"predictions and labels must be int64, got {predictions.dtype} and {labels.dtype}"
             )
         last = self.num_classes - 1
-        if not _all_within(labels, 0, last):
-            raise ValueError(f"labels contain a value outside 0..{last}")
-        if not _all_within(predictions, 0, last):
-            raise ValueError(f"predictions contain a value outside 0..{last}")
+        for name, values in (("labels", labels), ("predictions", predictions)):
+            if not _all_within(values, 0, last):
+                raise ValueError(f"{name} contain a value outside 0..{last}")
         one = self.counts.new_ones(())
         self.counts.index_put_((labels, predictions), one, accumulate=True)
 
@@ -67,10 +67,7 @@ class ConfusionMatrix:
         return merged
 
     def _totals(self) -> Tensor:
-        """Correct predictions, labels and predictions of each class, float64 (3, num_classes), CPU.
-
-        Raises `ValueError` if no examples have been counted.
-        """
+        """The numbers of hits, labels and predictions by class: float64 (3, num_classes), CPU."""
         counts = self.counts.cpu()
         totals = torch.stack([counts.diagonal(), counts.sum(1), counts.sum(0)])
         if not totals.any():
@@ -117,12 +114,11 @@ class ConfusionMatrix:
         denominator: Tensor,
         average: str | None,
     ) -> float | Tensor:
-        """Average numerator / denominator over the classes; 0 / 0 counts as 0.
+        """Average numerator / denominator, float64 (num_classes,), over the classes; 0 / 0 is 0.
 
-        "macro": unweighted mean over the classes that occur in labels or predictions. "weighted":
-        mean weighted by the number of labels per class. "micro": sum of numerators / sum of
-        denominators. None: no average, float64 (num_classes,). Raises `ValueError` for anything
-        else.
+        "macro": mean over the classes that occur in labels or predictions. "weighted": mean
+        weighted by the number of labels per class. "micro": sum of numerators / sum of
+        denominators. None: the values per class. Raises `ValueError` for anything else.
         """
         _, labelled, predicted = self._totals()
         per_class = (numerator / denominator).nan_to_num()
@@ -138,12 +134,17 @@ class ConfusionMatrix:
         raise ValueError(f'average must be "macro", "micro", "weighted" or None, got {average!r}')
 
     def per_class(self, class_names: Sequence[str]) -> list[tuple]:
-        """A row for each class: its name and the other columns in `PER_CLASS`."""
-        figures = [self.precision(None), self.recall(None), self.f1(None), self.counts.sum(1)]
-        return list(zip(class_names, *(values.tolist() for values in figures)))
+        """A row of the columns `PER_CLASS` for each class."""
+        columns = [
+            self.precision(None),
+            self.recall(None),
+            self.f1(None),
+            self.counts.sum(1),
+        ]
+        return list(zip(class_names, *(column.tolist() for column in columns)))
 
     def matthews_corrcoef(self) -> float:
-        """Correlation of labels and predictions, in -1 .. 1; 0 if either has only one class.
+        """Correlation of labels and predictions, in -1..1; 0 if either has only one class.
 
         The multi-class form R_K of Gorodkin, "Comparing two K-category assignments by a K-category
         correlation coefficient", 2004, eq. 8.
@@ -168,11 +169,6 @@ class ConfusionMatrix:
         return float((hits.sum() - expected_hits) / (total - expected_hits))
 
 
-def _all_within(values: Tensor, low: float, high: float) -> bool:
-    """Whether all values are in low .. high; NaN is not."""
-    return torch.equal(values, values.clamp(low, high))
-
-
 class Evaluation(NamedTuple):
     """A model's predictions on a data split, on the CPU, and their metrics."""
 
@@ -182,7 +178,7 @@ class Evaluation(NamedTuple):
     probabilities: Tensor  # float64 (examples, classes)
     losses: Tensor  # float64 (examples,): cross-entropy in nats
     confusion: ConfusionMatrix
-    metrics: dict[str, float]  # by name, as in EVALUATION_METRICS
+    metrics: dict[str, float]  # by the names in EVALUATION_METRICS
     positive: int  # the positive class, if there are two
 
     def named(self, prefix: str, class_names: Sequence[str] = ()) -> dict[str, float]:
@@ -194,13 +190,13 @@ class Evaluation(NamedTuple):
         named = {f"{prefix}/{name}": value for name, value in self.metrics.items()}
         if class_names:
             named[f"{prefix}/majority_share"] = self.confusion.majority_share()
-        for name, *figures in self.confusion.per_class(class_names):
-            for figure, value in zip(PER_CLASS[1:], figures):
-                named[f"{prefix}/{figure}/{name}"] = value
+            for class_name, *values in self.confusion.per_class(class_names):
+                for column, value in zip(PER_CLASS[1:], values):
+                    named[f"{prefix}/{column}/{class_name}"] = value
         return named
 
     def one_against_rest(self, label: int) -> tuple[Tensor, Tensor]:
-        """Scores and labels of a binary problem, as for `roc_curve`: is it the class `label`?"""
+        """Scores and labels, as for `roc_curve`, of the class `label` against all others."""
         return self.probabilities[:, label], self.labels == label
 
     def columns(self) -> dict[str, list]:
@@ -215,7 +211,7 @@ class Evaluation(NamedTuple):
         return columns
 
 
-COUNT_METRICS = {  # functions of a `ConfusionMatrix`
+COUNT_METRICS = {  # computed from a `ConfusionMatrix`
     "acc": ConfusionMatrix.accuracy,
     "balanced_acc": ConfusionMatrix.balanced_accuracy,
     "precision_macro": lambda confusion: confusion.precision("macro"),
@@ -230,7 +226,7 @@ BINARY_METRICS = (  # need two classes, both in the labels
     "roc_auc",
     "average_precision",
 )
-EVALUATION_METRICS = {  # the others are functions of an `Evaluation`
+EVALUATION_METRICS = {  # apart from `COUNT_METRICS`, computed from an `Evaluation`
     "loss": lambda result: float(result.losses.mean()),
     **COUNT_METRICS,
     "ece": lambda result: expected_calibration_error(result.probabilities, result.labels),
@@ -249,10 +245,10 @@ def evaluation(
 ) -> Evaluation:
     """Evaluate logits, float (examples, classes), against labels, int64 (examples,).
 
-    The result has the metrics in `names` that are defined for these labels; if the model has
-    diverged, that is only the loss. `positive` is the positive class if there are two. Computed in
-    float64, so that metrics recomputed from the probabilities agree. Raises `ValueError` if a name
-    is unknown, or if shapes, dtypes or the range of the labels are wrong.
+    The result has the metrics in `names` that are defined for these labels; if a loss is not
+    finite, it has the mean loss only. `positive` is the positive class if there are two. Computed
+    in float64, so that metrics recomputed from the probabilities agree. Raises `ValueError` if a
+    name is unknown, or if shapes, dtypes or the range of the labels are wrong.
     """
     if logits.ndim != 2:
         raise ValueError(f"logits must be (examples, classes), got {tuple(logits.shape)}")
@@ -275,7 +271,7 @@ def evaluation(
         positive=positive,
     )
     has_diverged = not losses.isfinite().all()
-    both_occur = confusion.num_classes == 2 and len(labels.unique()) == 2
+    both_occur = len(labels.unique()) == confusion.num_classes == 2
     for name in names:
         if name not in EVALUATION_METRICS:
             raise ValueError(f"unknown metric {name!r}, known are {', '.join(EVALUATION_METRICS)}")
@@ -292,18 +288,18 @@ def roc_curve(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """False and true positive rates of the classifier "score >= threshold", by falling threshold.
 
     `scores` is float (n,), `labels` is integer (n,) of 0 and 1. Returns float64 `fpr, tpr,
-    thresholds`. The curve starts at (0, 0) with an infinite threshold. Tied scores share a point.
-    Points in the middle of a straight line of equal steps are dropped. A rate is NaN if its class
-    does not occur. Raises `ValueError` if shapes or labels are wrong or a score is not finite.
-    Fawcett, "An introduction to ROC analysis", 2006, algorithm 1.
+    thresholds`. The curve starts at (0, 0) with an infinite threshold. Tied scores share a point. A
+    point halfway between its neighbors is dropped. A rate is NaN if its class does not occur.
+    Raises `ValueError` if shapes or labels are wrong or a score is not finite. Fawcett, "An
+    introduction to ROC analysis", 2006, algorithm 1.
     """
     thresholds, counts = _cumulative_counts(scores, labels)
-    keep = torch.ones_like(thresholds, dtype=torch.bool)
-    keep[1:-1] = counts.diff(n=2).any(0)  # the curve bends
-    true_positives, false_positives = F.pad(counts[:, keep], (1, 0))
+    kept = torch.ones_like(thresholds, dtype=torch.bool)
+    kept[1:-1] = counts.diff(n=2).any(0)  # the steps before and after differ
+    true_positives, false_positives = F.pad(counts[:, kept], (1, 0))
     fpr = false_positives / false_positives[-1]
     tpr = true_positives / true_positives[-1]
-    thresholds = F.pad(thresholds[keep], (1, 0), value=torch.inf)
+    thresholds = F.pad(thresholds[kept], (1, 0), value=torch.inf)
     return fpr, tpr, thresholds
 
 
@@ -343,9 +339,9 @@ def average_precision(scores: Tensor, labels: Tensor) -> float:
 
 
 def _cumulative_counts(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Distinct scores in falling order, and how many positives and negatives score at least that.
+    """Distinct scores in falling order, and how many positives and negatives reach each of them.
 
-    Both are float64 on the CPU, (n,) and (2, n). Arguments and errors as in `roc_curve`.
+    Both are float64 on the CPU, (scores,) and (2, scores). Arguments and errors as in `roc_curve`.
     """
     _check_shapes("scores (n,)", 1, scores, labels)
     scores = scores.cpu().double()
@@ -354,8 +350,8 @@ def _cumulative_counts(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError("scores contain NaN or infinity")
     if not set(labels.unique().tolist()) <= {0, 1}:
         raise ValueError("labels must be 0 or 1")
-    thresholds, index, examples = scores.unique(return_inverse=True, return_counts=True)
-    positives = torch.bincount(index, labels.double())
+    thresholds, indices, examples = scores.unique(return_inverse=True, return_counts=True)
+    positives = torch.bincount(indices, labels.double())
     counts = torch.stack([positives, examples - positives])
     return thresholds.flip(0), counts.flip(1).cumsum(1)
 
@@ -366,12 +362,17 @@ def _check_shapes(
     values: Tensor,
     labels: Tensor,
 ) -> None:
-    """Raise `ValueError` unless `values` has that many dimensions, and a row per label."""
+    """Raise `ValueError` unless `values` has this number of dimensions and a row per label."""
     if values.ndim != dimensions or labels.shape != values.shape[:1] or not len(labels):
         raise ValueError(
             f"expected {expected} and labels (n,) with n > 0, "
             f"got {tuple(values.shape)} and {tuple(labels.shape)}"
         )
+
+
+def _all_within(values: Tensor, low: float, high: float) -> bool:
+    """Whether all values are in low..high; NaN is not."""
+    return torch.equal(values, values.clamp(low, high))
 
 
 def expected_calibration_error(
@@ -397,28 +398,27 @@ def calibration(
 
     `probabilities` is float (n, classes) with rows that sum to 1, `labels` is integer (n,). Returns
     float64 (bins,): examples per bin, their mean confidence and their accuracy, both 0 in an empty
-    bin. A confidence on the edge between two bins belongs to the lower one. Raises `ValueError` for
-    other arguments.
+    bin. A confidence on the edge between two bins belongs to the lower one. Raises `ValueError` if
+    shapes or values are wrong.
     """
     _check_shapes("probabilities (n, classes)", 2, probabilities, labels)
     probabilities = probabilities.cpu().double()
     labels = labels.cpu()
-    last = probabilities.shape[1] - 1
     if not _all_within(probabilities, 0, 1):
         raise ValueError("probabilities contain NaN or a value outside 0..1")
-    errors = probabilities.sum(1) - 1
-    if not _all_within(errors, -1e-3, 1e-3):
+    if not _all_within(probabilities.sum(1), 0.999, 1.001):
         raise ValueError("a row of probabilities does not sum to 1")
+    last = probabilities.shape[1] - 1
     if labels.is_floating_point() or not _all_within(labels, 0, last):
         raise ValueError(f"labels must be integers in 0..{last}")
     confidence, predictions = probabilities.max(1)
     correct = (predictions == labels).double()
     # linspace may differ from i / bins by rounding.
     inner_edges = torch.arange(1, bins).double() / bins
-    index = torch.bucketize(confidence, inner_edges)
-    counts = torch.bincount(index, minlength=bins).double()
-    total_confidence = torch.bincount(index, confidence, minlength=bins)
-    total_correct = torch.bincount(index, correct, minlength=bins)
+    indices = torch.bucketize(confidence, inner_edges)
+    counts = torch.bincount(indices, minlength=bins).double()
+    total_confidence = torch.bincount(indices, confidence, minlength=bins)
+    total_correct = torch.bincount(indices, correct, minlength=bins)
     divisor = counts.clamp(min=1)
     return counts, total_confidence / divisor, total_correct / divisor
 
@@ -426,19 +426,19 @@ def calibration(
 def matthews_corrcoef_interval(confusion: ConfusionMatrix, resamples: int = 1000) -> Interval:
     """95% bootstrap percentile interval (low, high) of the Matthews correlation.
 
-    Each resample draws as many examples as were counted, with replacement: its counts are
-    multinomial. The same counts give the same interval. Efron and Tibshirani, "An introduction to
-    the bootstrap", 1993, chapter 13.
+    The same counts give the same interval. Efron and Tibshirani, "An introduction to the
+    bootstrap", 1993, chapter 13.
     """
-    counts = confusion.counts.cpu()
-    labels, predictions = counts.nonzero(as_tuple=True)
-    counts = counts[labels, predictions]
-    statistic = ConfusionMatrix.matthews_corrcoef
-    return _percentiles(_resample(statistic, counts, labels, predictions, resamples))
+    matrix = confusion.counts.cpu()
+    labels, predictions = matrix.nonzero(as_tuple=True)
+    counts = matrix[labels, predictions]
+    return _percentiles(
+        _resample(ConfusionMatrix.matthews_corrcoef, counts, labels, predictions, resamples)
+    )
 
 
-class _Totals(ConfusionMatrix):
-    """A confusion matrix of which only the totals are known."""
+class _Resample(ConfusionMatrix):
+    """A confusion matrix with totals but without counts."""
 
     def __init__(self, totals: Tensor):
         self.totals = totals
@@ -454,11 +454,11 @@ def _resample(
     predictions: Tensor,
     resamples: int,
 ) -> Tensor:
-    """The statistic, float64 (resamples,), of multinomial draws of as many examples as there are.
+    """The statistic of bootstrap resamples of counted examples, float64 (resamples,).
 
-    The draws are the same in each call. `counts`, `labels` and `predictions` are int64 (cells,).
-    The number in a cell, given those before it, is binomial. Memory does not grow with the number
-    of cells.
+    `counts[i]` examples have the label `labels[i]` and the prediction `predictions[i]`. A resample
+    draws as many examples with replacement, so its counts are multinomial: each is binomial, given
+    those before it. The draws depend on `counts` only. Memory does not grow with its length.
     """
     classes = int(torch.cat([labels, predictions]).max()) + 1
     totals = torch.zeros(3, classes, resamples, dtype=torch.float64)
@@ -472,12 +472,12 @@ def _resample(
         totals[0, label] += drawn * (label == prediction)
         totals[1, label] += drawn
         totals[2, prediction] += drawn
-    figures = [statistic(_Totals(resample)) for resample in totals.permute(2, 0, 1)]
-    return torch.tensor(figures, dtype=torch.float64)
+    values = [statistic(_Resample(resample)) for resample in totals.permute(2, 0, 1)]
+    return torch.tensor(values, dtype=torch.float64)
 
 
 def _percentiles(values: Tensor) -> Interval:
-    """The ends of the central 95% of float64 (resamples,)."""
+    """The interval that holds the central 95% of the values."""
     return float(values.quantile(0.025)), float(values.quantile(0.975))
 
 
@@ -488,13 +488,13 @@ def paired_bootstrap(
     resamples: int = 1000,
     seed: int = 0,
 ) -> Interval:
-    """Bootstrap percentile interval of statistic(a) - statistic(b), for two models.
+    """95% bootstrap percentile interval of statistic(a) - statistic(b), for two models.
 
     `a` and `b` are float (examples,) or (examples, columns), for example losses. They have a row
     per example in the same order, and each resample draws the same rows from both. `statistic`
-    takes such a tensor of resampled rows, in float64. Returns (low, high) in the statistic's unit;
-    the same seed gives the same interval. Raises `ValueError` if the shapes differ or there is no
-    example. Efron and Tibshirani, "An introduction to the bootstrap", 1993, chapters 8 and 13.
+    takes such a tensor of resampled rows, in float64. The same seed gives the same interval. Raises
+    `ValueError` if the shapes differ or there is no example. Efron and Tibshirani, "An introduction
+    to the bootstrap", 1993, chapters 8 and 13.
     """
     if a.shape != b.shape or not a.numel():
         raise ValueError(
@@ -520,16 +520,14 @@ def paired_bootstrap_counts(
     """`paired_bootstrap` of a metric of counts, such as `ConfusionMatrix.matthews_corrcoef`.
 
     `predictions` of the two models and `labels` are int64 (examples,), with at least one example.
-    `statistic` may only call the confusion matrix's metrics.
-    Resampling examples is the same as drawing the counts of the distinct (label, prediction,
-    prediction) triples from a multinomial distribution, whose cost does not grow with the number of
-    examples. Raises `ValueError` if the shapes differ or a class is negative.
+    `statistic` may use the confusion matrix's metrics, but not its counts. The counts of distinct
+    triples (label, prediction, prediction) are resampled, which takes no longer for more examples.
+    Raises `ValueError` if the shapes differ or a class is negative.
     """
     columns = [labels, *predictions]
     if not all(column.shape == labels.shape and column.min() >= 0 for column in columns):
         raise ValueError("expected labels (n,) and two predictions (n,) with classes from 0")
-    examples = torch.stack(columns).cpu()
-    triples, counts = examples.unique(dim=1, return_counts=True)
+    triples, counts = torch.stack(columns).cpu().unique(dim=1, return_counts=True)
     labels, *models = triples
     a, b = (_resample(statistic, counts, labels, model, resamples) for model in models)
     return _percentiles(a - b)
@@ -547,11 +545,11 @@ def mcnemar_exact(correct_a: Tensor, correct_b: Tensor) -> McNemar:
     """McNemar's exact test, two-sided: do two classifiers have the same accuracy?
 
     `correct_a` and `correct_b` are bool (examples,), for the same examples. If the accuracies are
-    equal, an example that only one classifier gets right is equally likely to be either's: only_a
-    is Binomial(only_a + only_b, 1/2). The p-value is 1 if there is no such example. Raises
-    `ValueError` if shapes or dtypes are wrong. McNemar, "Note on the sampling error of the
-    difference between correlated proportions or percentages", 1947, with the binomial distribution
-    in place of the chi-squared one.
+    equal, an example that only one classifier gets right is as likely to be the first's as the
+    second's: only_a is Binomial(only_a + only_b, 1/2). The p-value is 1 if there is no such
+    example. Raises `ValueError` if shapes or dtypes are wrong. McNemar, "Note on the sampling error
+    of the difference between correlated proportions or percentages", 1947, with the binomial
+    distribution in place of the chi-squared one.
     """
     if correct_a.shape != correct_b.shape or not correct_a.dtype == correct_b.dtype == torch.bool:
         raise ValueError("expected two bool tensors of the same shape")
@@ -564,31 +562,31 @@ def mcnemar_exact(correct_a: Tensor, correct_b: Tensor) -> McNemar:
     for k in range(min(only_a, only_b) + 1):
         tail += binomial_coefficient
         binomial_coefficient = binomial_coefficient * (differing - k) // (k + 1)
-    p_value = 2 * tail / 2**differing
-    return McNemar(only_a, only_b, min(1.0, p_value))
+    return McNemar(only_a, only_b, min(1.0, 2 * tail / 2**differing))
 
 
 def mean_interval(values: Sequence[float]) -> Interval:
-    """95% interval of the mean of two or more independent values, by Student's t."""
-    density = torch.distributions.StudentT(torch.tensor(len(values) - 1).double())
+    """95% confidence interval of the mean of two or more independent values, by Student's t."""
+    student = torch.distributions.StudentT(torch.tensor(len(values) - 1).double())
     t = torch.linspace(0, 13, 130_001, dtype=torch.float64)  # the quantile of two values is 12.7
-    share = torch.cumulative_trapezoid(density.log_prob(t).exp(), t)  # of the values in 0 .. t
-    quantile = float(t[torch.searchsorted(share, 0.95 / 2)])
+    probability = torch.cumulative_trapezoid(student.log_prob(t).exp(), t)  # of 0..t
+    quantile = float(t[torch.searchsorted(probability, 0.95 / 2)])
+    mean = fmean(values)
     margin = quantile * stdev(values) / math.sqrt(len(values))
-    return fmean(values) - margin, fmean(values) + margin
+    return mean - margin, mean + margin
 
 
 def permutation_test(a: Sequence[float], b: Sequence[float]) -> float:
     """Two-sided p-value of the difference of two means, for example of the accuracy over seeds.
 
-    The p-value is the share of all ways to split the pooled values into groups of these sizes whose
-    means differ at least as much. If there are more than `MAX_SPLITS` ways, that many random ones
-    are tried, the same in each call. Raises `ValueError` if a group is empty. Fisher, "The design
-    of experiments", 1935, section 21.
+    Of all ways to split the pooled values into groups of these sizes, it is the share with means
+    that differ at least as much. If there are more than `MAX_SPLITS` ways, that many random ones
+    are tried, the same in each call. Raises `ValueError` if a group is empty or a value is not
+    finite. Fisher, "The design of experiments", 1935, section 21.
     """
-    if not a or not b:
-        raise ValueError("each group needs a value")
     pooled = torch.tensor([*a, *b], dtype=torch.float64)
+    if not a or not b or not pooled.isfinite().all():
+        raise ValueError("each group needs a value, and all values must be finite")
     size = len(a)
     if math.comb(len(pooled), size) <= MAX_SPLITS:
         combinations = itertools.combinations(range(len(pooled)), size)
@@ -607,9 +605,9 @@ def permutation_test(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def holm(p_values: Sequence[float], comparisons: int) -> list[float]:
-    """Adjusted p-values: the chance of any false rejection among `comparisons` is at most alpha.
+    """Adjusted p-values of some of `comparisons` tests; the p-values not given count as 1.
 
-    Tests of which only the p-values of some are given count as if the others' were 1. Holm, "A
+    If those up to alpha are rejected, the chance of any false rejection is at most alpha. Holm, "A
     simple sequentially rejective multiple test procedure", 1979.
     """
     adjusted = {}

@@ -11,7 +11,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,8 +66,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     arguments = parser.parse_args(command_line(__name__) if argv is None else argv)
     if arguments.batch_size < 1:
         raise UserError("--batch_size must be at least 1")
-    if arguments.output and arguments.output.exists():
-        raise UserError(f"--output {arguments.output} exists already: choose another name")
     return arguments
 
 
@@ -75,20 +73,16 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 class Predicted(NamedTuple):
-    """What a model answers for the inputs."""
+    """A model's predictions for the inputs."""
 
-    inputs: dict[str, Sequence[str]]  # columns that say which input it is
-    truth: list[str]  # the labels of the inputs, if they have some
+    inputs: dict[str, Sequence[str]]  # columns: the sentences, or the names of the images
+    truth: list[str]  # the labels of the inputs, with --evaluate
     logits: Tensor  # float32 (inputs, classes), on the CPU
 
 
-def predict_sentences(
-    arguments: argparse.Namespace,
-    config: dict[str, Any],
-    device: torch.device,
-) -> Predicted:
-    """Apply the model that train_cola.py has saved. Raises `UserError`."""
-    # A new file may have another encoding than the training data: UTF-8, unless it is given.
+def read_sentences(arguments: argparse.Namespace, config: dict[str, Any]) -> Sentences:
+    """The inputs: sentences, or files of them. Raises `UserError`."""
+    # The encoding of the training data may not be that of a new file.
     chosen = {"encoding": arguments.encoding}
     for name in COLUMN_OPTIONS:
         chosen[name] = getattr(arguments, name) or config.get(name)
@@ -99,11 +93,18 @@ def predict_sentences(
         more = Sentences([text], [""], [""])
         if os.path.exists(text) or re.search(r"\.\w{2,7}$", text) or arguments.evaluate:
             more = read_inputs(Path(text), OwnFiles(**chosen), arguments.evaluate)
-        for column, values in zip(part, more):
-            column += values
-    with (arguments.run / "predictions.csv").open(encoding="utf-8") as file:
+        part.extend(more)
+    return part
+
+
+def predict_sentences(
+    arguments: argparse.Namespace, config: dict[str, Any], device: torch.device
+) -> Predicted:
+    """Apply the model that train_cola.py has saved. Raises `UserError`."""
+    part = read_sentences(arguments, config)
+    with open(arguments.run / "predictions.csv", encoding="utf-8") as file:
         trained_on_pairs = "sentence2" in file.readline()
-    if {isinstance(text, tuple) for text in part.sentences} != {trained_on_pairs}:
+    if any(isinstance(text, tuple) != trained_on_pairs for text in part.sentences):
         wanted = "pairs of sentences" if trained_on_pairs else "single sentences"
         raise UserError(f"the model of {arguments.run} was trained on {wanted}")
     path = arguments.run / "model"
@@ -116,13 +117,12 @@ def predict_sentences(
         raise UserError(f"{path} can't be loaded: {one_line(error)}") from None
     model.to(device).eval()
     limit = config["max_length"]
-    labels = [0] * len(part.labels)
-    tokens = tokenise(part.sentences, labels, tokenizer, limit, device)
+    tokens = tokenise(part.sentences, [], tokenizer, limit, device)  # without labels
     if tokens.cut:
         print(f"{tokens.cut} sentences are longer than {limit} tokens and are truncated.")
-    logits = torch.zeros(len(labels), model.config.num_labels)
-    by_length = tokens.lengths.argsort(stable=True)
-    for indices in tqdm(by_length.split(arguments.batch_size), unit="batch", leave=False):
+    logits = torch.zeros(len(part.labels), model.config.num_labels)
+    batches = tokens.lengths.argsort(stable=True).split(arguments.batch_size)
+    for indices in tqdm(batches, unit="batch", leave=False):
         logits[indices] = model(**inputs_of(tokens, indices)).logits.cpu()
     inputs = part.columns("input")
     del inputs["source"]
@@ -136,7 +136,7 @@ def predict_images(
     device: torch.device,
 ) -> Predicted:
     """Apply the model that train_mnist.py has saved. Raises `UserError`."""
-    part = read_images(list(map(Path, arguments.inputs)), class_names, arguments.evaluate)
+    part = read_images(arguments.inputs, class_names, arguments.evaluate)
     model = ConvNet(config["kernels"], len(class_names))
     files.load_weights(model, str(arguments.run))
     model.eval().to(device)
@@ -161,21 +161,21 @@ def evaluate(predicted: Predicted, names: list[str], positive: str | None) -> Ev
         print(f"{name:20}{value:.4f}")
     print("confusion matrix, rows are labels and columns predictions:")
     for name, counts in zip(names, result.confusion.counts.tolist()):
-        print(f"{name[:19]:20}", *(f"{count:6}" for count in counts))
+        print(f"{one_line(name)[:19]:20}", *(f"{count:6}" for count in counts))
     return result
 
 
 def log_to_wandb(
     arguments: argparse.Namespace,
     project: str | None,
-    columns: Mapping[str, Sequence[Any]],
+    columns: dict[str, Sequence[Any]],
     result: Evaluation | None,
     class_names: list[str],
 ) -> None:
-    """Log the columns as a table, and the evaluation, as a run of their own."""
+    """Log the columns as a table, and the evaluation if there is one, as a run of their own."""
     mode = wandb_service.find_mode(arguments.wandb)
     config = {"run": str(arguments.run), "inputs": arguments.inputs}
-    rows = [list(row) for row in zip(*columns.values())]
+    rows = list(zip(*columns.values()))
     with wandb.init(project=project, job_type="predict", mode=mode, config=config) as run:
         logged = {"predictions": wandb.Table(list(columns), rows)}
         if result:
@@ -186,7 +186,7 @@ def log_to_wandb(
 
 @torch.inference_mode()
 def predict(arguments: argparse.Namespace) -> dict[str, Sequence[Any]]:
-    """The columns of the CSV file, after evaluating and logging what was asked for."""
+    """The columns of the CSV file. Evaluates and logs them if asked to. Raises `UserError`."""
     metrics = files.read_json(arguments.run / METRICS_FILE)
     config = files.read_json(arguments.run / CONFIG_FILE)
     if not metrics or not config:
@@ -218,7 +218,9 @@ def main(argv: list[str] | None = None) -> dict[str, Sequence[Any]]:
     """Predict as asked for on the command line; returns the columns of the CSV file."""
     arguments = parse_arguments(argv)
     output = arguments.output
-    if output:  # before the work
+    if output:  # fails before the work, not after it
+        if output.exists():
+            raise UserError(f"--output {output} exists already: choose another name")
         output.parent.mkdir(parents=True, exist_ok=True)
         if not os.access(output.parent, os.W_OK):
             raise UserError(f"--output {output}: can't write there")

@@ -1,7 +1,7 @@
 """Fine-tune BERT on CoLA, logged with Weights & Biases.
 
-Is a sentence acceptable English? The task is that of the PyTorch Lightning tutorial. The sections
-are those of train_mnist.py: read that first.
+Is a sentence acceptable English? The task is that of the PyTorch Lightning tutorial. Read
+train_mnist.py first: this script has the same sections.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ from tasks.text_files import OwnFiles
 
 # ----------------------------------------------------------------------------- settings
 
-METRICS = {  # those of an evaluation, and whether the lowest or highest value is best
+METRICS = {  # of an evaluation, and whether the lowest or the highest value is best
     "loss": "min",
     "acc": "max",
     "balanced_acc": "max",
@@ -129,9 +129,10 @@ def load(session: Session) -> Corpus:
     corpus = load_corpus(settings.dataset, settings.data_dir, settings)
     names = corpus.class_names
     present = len(set(corpus.valid.labels))
-    perfect = torch.eye(present, len(names))  # correct logits, for one sentence of each class
-    # A metric that is 0 or undefined for them can't tell models apart.
-    if not evaluation(perfect, torch.arange(present)).named("valid").get(settings.monitor):
+    # Correct predictions, one of each class in the validation data: a metric that is 0 or undefined
+    # for them can't tell models apart.
+    perfect = evaluation(torch.eye(present, len(names)), torch.arange(present))
+    if not perfect.named("valid").get(settings.monitor):
         raise UserError(
             f"--monitor {settings.monitor} needs two classes, both in the validation data"
         )
@@ -139,14 +140,16 @@ def load(session: Session) -> Corpus:
     if len(names) == 2 and positive in (None, *names):
         session.config["positive_label"] = positive or names[1]
     elif positive:
-        problem = f"must be one of two classes, but the data has {files.list_names(names)}"
-        raise UserError(f"--positive_label {positive}: {problem}")
+        raise UserError(
+            f"--positive_label {positive}: must be one of two classes, "
+            f"but the data has {files.list_names(names)}"
+        )
     session.config["dataset"] = corpus.name
     return corpus
 
 
 def prepare(session: Session, corpus: Corpus, pretrained: encoders.Pretrained) -> Task:
-    """Tokenise the sentences, and take the model to the device."""
+    """Tokenise the sentences, and move them and the model to the device."""
     model, tokenizer = pretrained
     label2id = model.config.label2id  # a fine-tuned head has its own order of classes
     corpus = corpus._replace(class_names=list(label2id))
@@ -248,7 +251,7 @@ def evaluate(task: Task, part: TokenSet) -> Evaluation:
 
 
 def attributions(task: Task, result: Evaluation, name: str = "valid") -> str:
-    """HTML of the 20 most confident mistakes in `name`, "valid" or "test".
+    """HTML of the 20 most confident mistakes in a part of the data, "valid" or "test".
 
     Each token is shaded by how much it moved the decision.
     """
@@ -272,7 +275,7 @@ def attributions(task: Task, result: Evaluation, name: str = "valid") -> str:
 
 @logs_to_wandb
 def log_charts(run: Run, task: Task, name: str, result: Evaluation) -> None:
-    """Log charts and tables of `name`, "valid" or "test"."""
+    """Log charts and tables of a part of the data, "valid" or "test"."""
     names = task.corpus.class_names
     part = getattr(task.corpus, name)
     if warning := viz.one_class_warning(result, names):  # first, because W&B may fail below
@@ -337,7 +340,7 @@ def train(session: Session, progress: Progress, task: Task) -> Best:
 
     for epoch in progress.epochs():
         model.train()  # from_pretrained returns it in eval mode, without dropout
-        # From seed and epoch alone, so that a resumed run repeats them.
+        # They follow from seed and epoch alone, so that a resumed run repeats them.
         batches = by_length(train_set.lengths, settings.batch_size, seed=(settings.seed, epoch))
         for indices in progress.remaining(batches):  # after a resume, the rest of the epoch
             if progress.watch_is_due:
@@ -411,13 +414,13 @@ def conclude(session: Session, task: Task, best: Best) -> dict[str, Any]:
     output_dir = session.output_dir
     task.model.load_state_dict(best.weights)
     valid = evaluate(task, task.valid)
-    shown = evaluate(task, task.test) if task.test else valid
+    shown = evaluate(task, task.test) if task.test else valid  # what is printed in the end
     if distributed.rank() > 0:
         return {}
-    more = {}
+    extra = {}
     for domain, rows in corpus.domains.items():
         part = evaluation(valid.logits[rows], valid.labels[rows], METRICS, task.positive)
-        more |= part.named(f"valid_{domain}")
+        extra |= part.named(f"valid_{domain}")
     name = "valid"
     note = "too optimistic: the epoch was chosen on these sentences"
     if sum("valid/mcc" in row for row in run.rows) == 1:
@@ -426,7 +429,7 @@ def conclude(session: Session, task: Task, best: Best) -> dict[str, Any]:
     if task.test:
         name = "test"
         note = "on the test file"
-        more |= shown.named("test")
+        extra |= shown.named("test")
         files.write_csv(
             output_dir / "test_predictions.csv", shown.columns() | corpus.test.columns()
         )
@@ -440,7 +443,7 @@ def conclude(session: Session, task: Task, best: Best) -> dict[str, Any]:
         save_model(task, directory)
 
     run.log({"curves": run.call(wandb.Image, str(output_dir / "curves.png"))})
-    run.log(more)
+    run.log(extra)
     run.update_summary(valid.named("best"))
     share = valid.confusion.majority_share()
     run.update_summary({"best/epoch": best.epoch, "best/majority_share": share})
@@ -464,7 +467,7 @@ def conclude(session: Session, task: Task, best: Best) -> dict[str, Any]:
         f"{name}/mcc_low": low,
         f"{name}/mcc_high": high,
         "mcc_interval": note,
-        **more,
+        **extra,
         **shown.named(name, class_names),
     }
 

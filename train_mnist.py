@@ -1,11 +1,13 @@
 """Train a ConvNet on MNIST, logged with Weights & Biases.
 
-The model and the task are those of the W&B PyTorch tutorial. To make it yours: README, "Start your
-own". `run` wraps the W&B run. `run.log` adds to the row of the current step, the number of training
-examples seen; a row is written when the next one begins, by `end_batch`, or on commit. It is an
-error to log a key twice with another value, to a smaller step, or to a row that was written. W&B's
-own errors are reported, and never reach training: neither from `run` nor from functions with
-@logs_to_wandb, which run on rank 0 only.
+The model and the task are those of the W&B PyTorch tutorial. To make the script yours, see README,
+"Start your own".
+
+`run` wraps the W&B run. `run.log` adds values to the row of the current step, the number of
+training examples seen. A row is written when the next one begins, by `end_batch`, or on commit. It
+is an error to log to a smaller step, to log to a row that was written, or to log a key twice with
+different values. W&B's own errors are reported, but never reach training: neither those of `run`
+nor those of functions with @logs_to_wandb, which run on rank 0 only.
 """
 
 import dataclasses
@@ -16,7 +18,7 @@ from tasks.folds import Folds
 
 # ----------------------------------------------------------------------------- settings
 
-METRICS = {  # those of an evaluation, and whether the lowest or highest value is best
+METRICS = {  # of an evaluation, and whether the lowest or the highest value is best
     "loss": "min",
     "acc": "max",
     "balanced_acc": "max",
@@ -88,7 +90,7 @@ from tasks.digits import Digits, ImageSet, load_digits, split_digits
 
 
 def load(settings: Settings, device: torch.device) -> Digits:
-    """The data on the device, in three parts. Raises `UserError`."""
+    """The data in three parts, on the device. Raises `UserError`."""
     digits = load_digits(settings.dataset, settings.data_dir)
     return split_digits(digits, settings.valid_size, settings.slice, device, settings)
 
@@ -158,15 +160,15 @@ def evaluate(model: ConvNet, part: ImageSet) -> Evaluation:
     model.eval()
     logits = torch.zeros(len(part.images), model.fc.out_features, device=part.images.device)
     batches = list(zip(part.images.split(200), logits.split(200)))
-    for images, slots in distributed.share_of(batches):
-        slots.copy_(model(pixels(images)))
+    for images, rows in distributed.share_of(batches):
+        rows.copy_(model(pixels(images)))  # a view of `logits`
     distributed.sum_over_ranks(logits)  # the other ranks' logits are zero here
     return evaluation(logits, part.labels, METRICS)
 
 
 @logs_to_wandb
 def log_charts(run: Run, data: Digits, name: str, result: Evaluation) -> None:
-    """Log charts and tables of `name`, "valid" or "test"."""
+    """Log charts and tables of a part of the data, "valid" or "test"."""
     images = getattr(data, name).images.cpu()
     classes = data.class_names
     if warning := viz.one_class_warning(result, classes):
@@ -188,7 +190,7 @@ def log_charts(run: Run, data: Digits, name: str, result: Evaluation) -> None:
 @logs_to_wandb
 @torch.inference_mode()
 def log_inputs(run: Run, model: ConvNet, data: Digits, indices: Tensor) -> None:
-    """Log some training images with the model's predictions."""
+    """Log training images with the model's predictions."""
     images = data.train.images[indices]
     labels = data.train.labels[indices]
     predictions = model.eval()(pixels(images)).argmax(1)
@@ -305,7 +307,7 @@ def conclude(session: Session, progress: Progress, best: Best, data: Digits) -> 
     model.load_state_dict(best.weights)
     test = evaluate(model, data.test)
     progress.check_finite("test", test.metrics["loss"])
-    name = "valid" if len(data.valid.labels) else "test"
+    name = "valid" if len(data.valid.labels) else "test"  # the data to show
     part = getattr(data, name)
     shown = evaluate(model, part)
     if distributed.rank() > 0:

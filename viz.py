@@ -1,7 +1,7 @@
 """Pictures, tables and charts for W&B and PNG files.
 
-The first two sections, learning curves and drawing, serve any task. The others, and the import from
-metrics.py, are for classifiers: of anything, of digits and of sentences.
+The sections on learning curves and drawing serve any task. The others, and the import from
+metrics.py, are for classifiers: of anything, of digits, of sentences.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ DEEP = "hsl(212, 73%, 35%)"
 WARM = "#ce601e"
 MIDDLE = "#6e829b"
 
-# Size of a chart and the edges of its plot in pixels, at twice the size of the picture.
+# Size of a chart and the edges of its plot, in pixels. A picture shows charts at half this size.
 CHART = (1120, 1320)
 LEFT = 190
 TOP = 210
@@ -56,31 +56,30 @@ MAX_MARKERS = 20  # of a curve; more would hide it
 def curves_picture(
     rows: History, panels: Mapping[str, tuple[str, str]], best_epoch: int
 ) -> Image.Image:
-    """Draw learning curves over the number of training examples seen, side by side.
+    """Draw learning curves over the number of training examples seen, in panels side by side.
 
-    `panels` maps a title to the keys of a metric in training and in validation. A key that no row
-    has, like "", gives no curve. Values that are not finite are left out. The best epoch is marked
-    in the panels that have its validation. A panel whose values are positive, span more than a
-    factor of 10 and are mostly small, like a loss, has a logarithmic scale.
+    `panels` maps a panel's title to the keys of its curves, for training and validation. A key that
+    no row has, such as "", gives no curve. Values that are not finite are left out. The best epoch
+    is marked in the panels that have its validation. A panel whose values are positive, span more
+    than a factor of 10 and are mostly small, like a loss, has a logarithmic scale.
     """
-    charts = [_curves_panel(rows, title, *keys, best_epoch) for title, keys in panels.items()]
+    charts = [_curves_panel(rows, title, keys, best_epoch) for title, keys in panels.items()]
     return Image.fromarray(np.hstack(charts)).reduce(2)
 
 
-def _curves_panel(
-    rows: History, title: str, train_key: str, valid_key: str, best_epoch: int
-) -> Image.Image:
+def _curves_panel(rows: History, title: str, keys: tuple[str, str], best_epoch: int) -> Image.Image:
     """One panel of `curves_picture`, at twice its final size."""
+    train_key, valid_key = keys
     train = _points(rows, train_key)
     valid = _points(rows, valid_key)
-    if valid_key:  # else it is no mean over batches, such as the learning rate
+    if valid_key:  # the learning rate has none, and is no mean over examples
         train = _means(train)
     values = [y for _, y in train + valid] or [0.0, 1.0]
     low, high = min(values), max(values)
-    log = high > 10 * low > 0 and statistics.median_low(values) < 0.4 * high
+    log = 0 < 10 * low < high and statistics.median_low(values) < 0.4 * high
     if log:
         title += " (log scale)"
-    if math.isclose(low, high, rel_tol=1e-5, abs_tol=1e-300):  # labels can't tell them apart
+    if math.isclose(low, high, rel_tol=1e-5, abs_tol=1e-300):  # the ticks' labels would be equal
         margin = abs(low) / 2 if abs(low) > 1e-300 else 0.5
         low -= margin
         high += margin
@@ -102,29 +101,31 @@ def _curves_panel(
         if not points:
             continue
         pixels = [to_pixels(step / 1000, y) for step, y in points]
-        draw.line(pixels, fill=color, width=9, joint="curve")
+        draw.line(pixels, color, width=9, joint="curve")
         if points is not best and len(points) <= MAX_MARKERS:
             for pixel in pixels:
-                draw.circle(pixel, 13, fill=color)
+                draw.circle(pixel, 13, color)
         _draw_text(chart, legend_x, TOP - 26, name, 44, "ls", color)
         legend_x += 40 + _font(44, name).getlength(name)
     return chart
 
 
 def _points(rows: History, key: str) -> list[Point]:
-    """Step and value of the rows with a finite `key`, small enough to subtract and to add up."""
+    """Step and value of the rows with `key`, except NaN, infinity, and what overflows in a sum."""
     return [(row["step"], row[key]) for row in rows if abs(row.get(key, math.nan)) < 1e250]
 
 
 def _means(points: list[Point]) -> list[Point]:
     """Means over up to 150 equal parts of training.
 
-    A row counts by its examples in a part: the few batches at an epoch's end count for little.
+    A row's value is a mean over the examples since the last row. Its weight in a part of training
+    is the number of those examples that are in the part.
     """
     if len(points) < 2:
         return points
+    parts = min(len(points), 150)
     steps, values = np.array(points).T
-    edges = np.linspace(0, steps[-1], 1 + min(len(points), 150))
+    edges = np.linspace(0, steps[-1], parts + 1)
     means = []
     for low, high in itertools.pairwise(edges):
         examples = np.diff(steps.clip(low, high), prepend=low)
@@ -141,7 +142,7 @@ def _chart(
     """An empty chart, and the function that turns (x, y) into pixels.
 
     x ranges from 0 to `last_x`, y from `low` to `high`, on a logarithmic scale if `log`. The chart
-    has twice its final size, so that lines are smooth once it is reduced.
+    has twice its final size: lines are smooth once it is reduced.
     """
     width = RIGHT - LEFT
     scale = math.log10 if log else float
@@ -149,27 +150,25 @@ def _chart(
     highest = scale(high)
 
     def to_pixels(x: float, y: float) -> Point:
-        up = (scale(y) - lowest) / (highest - lowest)
-        return LEFT + x / last_x * width, TOP + (0.97 - 0.94 * up) * (BOTTOM - TOP)
+        height = (scale(y) - lowest) / (highest - lowest)  # from 0 to 1
+        return LEFT + x / last_x * width, TOP + (0.97 - 0.94 * height) * (BOTTOM - TOP)
 
     ticks = _ticks(lowest, highest)
-    if log:  # to one digit
+    if log:  # rounded to one digit
         ticks = [float(f"{10**exponent:.0e}") for exponent in ticks]
     chart = Image.new("RGB", CHART, PAPER)
     draw = ImageDraw.Draw(chart)
     for tick in ticks:
         _, y = to_pixels(0, tick)
         if TOP < y < BOTTOM:
-            draw.line((LEFT, y, RIGHT, y), fill=GRID, width=4)
-            number = f"{tick:.7g}"
-            _draw_text(chart, LEFT - 18, y, number, _fitting(42, number, LEFT - 22), "rm")
+            draw.line((LEFT, y, RIGHT, y), GRID, width=4)
+            _draw_text(chart, LEFT - 18, y, f"{tick:.7g}", 42, "rm", max_width=LEFT - 22)
     for tick in _ticks(0, last_x):
         x, _ = to_pixels(tick, low)
-        draw.line((x, BOTTOM, x, BOTTOM + 14), fill=FAINT, width=4)
-        number = f"{tick:g}"
-        _draw_text(chart, x, BOTTOM + 24, number, _fitting(42, number, 140), "mt")
+        draw.line((x, BOTTOM, x, BOTTOM + 14), FAINT, width=4)
+        _draw_text(chart, x, BOTTOM + 24, f"{tick:g}", 42, "mt", max_width=140)
     draw.rectangle((LEFT, TOP, RIGHT, BOTTOM), outline=FAINT, width=4)
-    _draw_text(chart, LEFT, 34, title, _fitting(60, title, width), "la")
+    _draw_text(chart, LEFT, 34, title, 60, "la", max_width=width)
     _draw_text(chart, LEFT + width / 2, BOTTOM + 136, x_name, 44, "ms")
     return chart, to_pixels
 
@@ -177,13 +176,14 @@ def _chart(
 def _ticks(low: float, high: float) -> np.ndarray:
     """Two to seven round numbers between `low` and `high`."""
     magnitude = 10.0 ** math.floor(math.log10(high - low))
-    for step in (0.2 * magnitude, 0.5 * magnitude, magnitude, 2 * magnitude):
+    for factor in (0.2, 0.5, 1, 2):
+        step = factor * magnitude
         if (high - low) / step <= 6:
             break
     return step * np.arange(math.ceil(low / step), math.floor(high / step) + 1)
 
 
-# Fonts with many letters on Windows, macOS and Linux; Pillow looks for them in the usual folders.
+# Fonts of Windows, macOS and Linux with many letters; Pillow searches the systems' folders.
 KNOWN_FONTS = [
     "malgun",
     "YuGothM",
@@ -198,12 +198,12 @@ KNOWN_FONTS = [
 
 @functools.cache
 def _open_font(file: str, size: float) -> ImageFont.FreeTypeFont:
-    """A font; Pillow's own one if `file` is ""."""
+    """The font in a file; Pillow's own font if `file` is ""."""
     return ImageFont.truetype(file, size) if file else ImageFont.load_default(size)
 
 
 def _font_files(text: str) -> Iterator[str]:
-    """Fonts that may have the letters of a text: Pillow's own one, fontconfig's choice, others."""
+    """Files of fonts that may have the letters of a text; "" is Pillow's own font."""
     yield ""
     charset = " ".join(f"{ord(letter):x}" for letter in set(text))
     command = ["fc-match", "--format=%{file}", f"sans:charset={charset}"]
@@ -231,10 +231,10 @@ def _font(size: float, text: str) -> ImageFont.FreeTypeFont:
 
 
 @functools.cache  # prints once
-def _drawable(class_names: tuple[str, ...]) -> Sequence[str]:
-    """The names of the classes; their numbers if there is no font for all of the names."""
+def _drawable(class_names: tuple[str, ...]) -> list[str]:
+    """The names of the classes, each on one line; their numbers if no font has all letters."""
     if _find_font("".join(class_names)) is not None:
-        return class_names
+        return [" ".join(name.split()) for name in class_names]
     legend = dict(enumerate(class_names[:MAX_CLASSES]))
     print(f"No font has the letters of the class names. PNG pictures show numbers: {legend}")
     return [str(label) for label in range(len(class_names))]
@@ -248,23 +248,30 @@ def _draw_text(
     size: float,
     anchor: str = "mm",
     color: str = INK,
+    max_width: float = math.inf,
 ) -> None:
-    """Draw text of `size` pixels with its `anchor`, by default its middle, at (x, y)."""
+    """Draw text with its `anchor`, by default its middle, at (x, y).
+
+    Its font has `size` pixels, or as many fewer as make it no wider than `max_width` pixels.
+    """
+    font = _font(size, text)
+    width = max(map(font.getlength, text.split("\n")))
+    if width > max_width:
+        font = _font(max(1, size * max_width // width), text)
     ImageDraw.Draw(canvas).text(
-        (x, y), text, fill=color, font=_font(size, text), anchor=anchor, align="center"
+        (x, y),
+        text,
+        fill=color,
+        font=font,
+        anchor=anchor,
+        align="center",
     )
-
-
-def _fitting(size: float, text: str, max_width: float) -> float:
-    """`size`, or the largest whole one that makes the text no wider than `max_width` pixels."""
-    width = _font(size, text).getlength(text)
-    return size if width <= max_width else max(1, size * max_width // width)
 
 
 # -------------------------------------------------------------------------- classifiers
 
 MAX_CLASSES = 30  # more don't fit on a picture or a chart
-MAX_CURVES = 20  # a thousand take W&B a minute, and nobody can tell them apart
+MAX_CURVES = 20  # a thousand would take W&B a minute, and nobody could tell them apart
 
 
 def one_class_warning(result: Evaluation, class_names: list[str]) -> str | None:
@@ -296,7 +303,7 @@ def confusion_matrix_chart(result: Evaluation, class_names: list[str]) -> Custom
     if len(shown) < len(class_names):
         title += f" of the {MAX_CLASSES} most confused classes"
     counts = counts[shown][:, shown]
-    pairs = counts.nonzero().repeat_interleave(counts[counts > 0], 0)
+    pairs = counts.nonzero().repeat_interleave(counts[counts > 0], 0)  # W&B counts pairs itself
     labels, predictions = pairs.T.tolist()
     return wandb.plot.confusion_matrix(
         y_true=labels,
@@ -310,7 +317,7 @@ def confusion_matrix_picture(counts: Tensor, class_names: list[str], part: str) 
     """Draw a confusion matrix: the counts and each one's share of its row.
 
     `counts` is integer (classes, classes) with a row per label. `part` is the name of the data
-    split, for the heading. If there are many classes, only the most confused ones are shown.
+    split, for the heading. Of more than `MAX_CLASSES`, only the most confused ones are shown.
     """
     shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
     shown = most_confused_classes(counts)
@@ -323,7 +330,7 @@ def confusion_matrix_picture(counts: Tensor, class_names: list[str], part: str) 
     cell = 58 if len(shown) > 4 else 120
     side = cell * len(shown)
     names_width = math.ceil(max(_font(15, name).getlength(name) for name in names))
-    names_fit = names_width <= cell - 6  # each one below its column
+    names_fit = names_width <= cell - 6  # below their columns; otherwise they are turned
     left = names_width + 58
     top = 46
     bottom = top + side
@@ -340,7 +347,7 @@ def confusion_matrix_picture(counts: Tensor, class_names: list[str], part: str) 
         if names_fit:
             _draw_text(canvas, left + middle, bottom + 8, name, 15, "mt")
     if not names_fit:
-        row_names = canvas.crop((48, top, left - 10, bottom))
+        row_names = canvas.crop((left - 10 - names_width, top, left - 10, bottom))
         canvas.paste(row_names.rotate(90, expand=True), (left, bottom + 8))
     draw = ImageDraw.Draw(canvas)
     for row, label in enumerate(shown):
@@ -350,11 +357,18 @@ def confusion_matrix_picture(counts: Tensor, class_names: list[str], part: str) 
             count = int(counts[label, prediction])
             share = float(shares[label, prediction])
             shade = f"hsl(212, 73%, {100 - 65 * share**0.5:.2f}%)"  # white to `DEEP`
-            draw.rectangle((x, y, x + cell, y + cell), fill=shade, outline=GRID)
+            draw.rectangle((x, y, x + cell, y + cell), shade, outline=GRID)
             color = PAPER if share > 0.62 else "black"  # a contrast of at least 4.5:1
             text = f"{count:,}\n{share:.1%}" if count else "0"
-            size = _fitting(cell * 0.22, f"{count:,}", cell - 6)
-            _draw_text(canvas, x + cell / 2, y + cell / 2, text, size, color=color)
+            _draw_text(
+                canvas,
+                x + cell / 2,
+                y + cell / 2,
+                text,
+                cell * 0.22,
+                color=color,
+                max_width=cell - 6,
+            )
     return canvas
 
 
@@ -372,15 +386,16 @@ def calibration_picture(result: Evaluation, part: str) -> Image.Image:
     for i in counts.nonzero().flatten().tolist():
         left, bottom = to_pixels(i / bins, 0)
         right, top = to_pixels((i + 1) / bins, float(accuracies[i]))
-        draw.rectangle((left + 2, top, right - 2, bottom), fill=DEEP)
-    draw.line((to_pixels(0, 0), to_pixels(1, 1)), fill=WARM, width=8)
+        draw.rectangle((left + 2, top, right - 2, bottom), DEEP)
+    draw.line((to_pixels(0, 0), to_pixels(1, 1)), WARM, width=8)
     return chart.reduce(2)
 
 
 def roc_chart(result: Evaluation, class_names: list[str]) -> CustomChart:
-    """ROC curves: one for the positive class if there are two classes, otherwise one per class."""
-    title = "ROC: true over false positive rate"
-    return _curves_chart(result, class_names, roc_curve, title, "false positive rate")
+    """ROC curves: that of the positive class if there are two classes, otherwise one per class."""
+    return _curves_chart(
+        result, class_names, roc_curve, "ROC: true over false positive rate", "false positive rate"
+    )
 
 
 def precision_recall_chart(result: Evaluation, class_names: list[str]) -> CustomChart:
@@ -403,7 +418,7 @@ def _curves_chart(
     """W&B's chart of a curve per class, each thinned to at most 1,000 points.
 
     It has the `MAX_CURVES` most frequent of the classes that have positive and negative examples.
-    `curve` turns scores and labels into x and y first. The title names the class of a single curve.
+    `curve` takes scores and labels; x and y are the first of what it returns.
     """
     frequency = result.confusion.counts.sum(1)
     if len(frequency) == 2:
@@ -415,15 +430,19 @@ def _curves_chart(
     names = []
     for label in classes[:MAX_CURVES]:
         x, y, *_ = curve(*result.one_against_rest(label))
-        kept = torch.linspace(0, len(x) - 1, min(len(x), 1000)).round().long()
+        points = min(len(x), 1000)
+        kept = torch.linspace(0, len(x) - 1, points).round().long()
         xs.append(x[kept].tolist())
         ys.append(y[kept].tolist())
         names.append(class_names[label])
     if len(names) == 1:
         title += f", positive class: {names[0]}"
-    # W&B requires a line even if there is no curve.
     return wandb.plot.line_series(
-        xs=xs or [[]], ys=ys or [[]], keys=names or [""], title=title, xname=x_name
+        xs=xs or [[]],  # W&B requires a line even if there is no curve
+        ys=ys or [[]],
+        keys=names or [""],
+        title=title,
+        xname=x_name,
     )
 
 
@@ -441,21 +460,22 @@ def mistakes_table(
     step: int,
     most: int = 1000,
 ) -> wandb.Table:
-    """The `most` most confident mistakes; "mistakes" is the number of all.
+    """A table of the `most` most confident mistakes; its column "mistakes" is the number of all.
 
     `inputs`: the first columns, such as "sentence" and "source", with a value per example. Images
     are uint8 (examples, 1, height, width).
     """
     wrong = most_confident_mistakes(result)
-    names = [*inputs, "label", "prediction", "probability", "loss", "step", "mistakes"]
-    table = wandb.Table(columns=names)
+    table = wandb.Table([*inputs, "label", "prediction", "probability", "loss", "step", "mistakes"])
     for i in wrong[:most].tolist():
-        shown = []
+        values = []
         for column in inputs.values():
             value = column[i]
-            shown.append(wandb.Image(value[0].numpy()) if isinstance(value, Tensor) else value)
+            if isinstance(value, Tensor):
+                value = wandb.Image(value[0].numpy())
+            values.append(value)
         table.add_data(
-            *shown,
+            *values,
             class_names[result.labels[i]],
             class_names[result.predictions[i]],
             float(result.probabilities[i].max()),
@@ -521,21 +541,21 @@ def per_source_table(result: Evaluation, sources: list[str]) -> wandb.Table:
 
     There is a row for each of the `MAX_SOURCES` sources with the most sentences.
     """
-    source_of_each = np.array(sources, dtype=object)
+    source_array = np.array(sources, dtype=object)
+    both = torch.stack([result.predictions, result.labels])
     rows = []
-    for source, sentences in Counter(sources).most_common(MAX_SOURCES):
-        chosen = torch.from_numpy(source_of_each == source)
-        # Only the classes that occur here, numbered anew: all of them would be slow if many.
-        both = torch.stack([result.predictions[chosen], result.labels[chosen]])
-        classes, numbers = both.unique(return_inverse=True)
+    for source, count in Counter(sources).most_common(MAX_SOURCES):
+        chosen = torch.from_numpy(source_array == source)
+        # Only of the classes that occur here: a matrix of many would be slow.
+        classes, (predictions, labels) = both[:, chosen].unique(return_inverse=True)
         confusion = ConfusionMatrix(max(2, len(classes)))
-        confusion.update(*numbers)
-        rows.append([source, sentences, confusion.accuracy(), confusion.matthews_corrcoef()])
+        confusion.update(predictions, labels)
+        rows.append([source, count, confusion.accuracy(), confusion.matthews_corrcoef()])
     rows.sort(key=lambda row: row[2])
     return wandb.Table(columns=["source", "sentences", "acc", "mcc"], data=rows)
 
 
-# In front of sentences by `shaded_tokens`. Text has a contrast of at least 4.5:1 on every shade.
+# Goes before what `shaded_tokens` returns. Text has a contrast of at least 4.5:1 on every shade.
 SHADED_HEAD = """<!doctype html>
 <html lang="en">
 <head>

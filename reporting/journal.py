@@ -3,7 +3,6 @@
 import contextlib
 import json
 import math
-from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -33,45 +32,47 @@ class Journal:
         self.lines = 0
         self.unreadable = 0  # of the lines
         self.ends_early = False  # whether the last row is being written, or was cut by a crash
-        self._bytes = 0  # that were read
-        self._last = b""  # line of them
+        self._bytes = 0  # read so far
+        self._last_line = b""
 
     def read(self) -> None:
-        """Read the rows that were added; all of them if the last one is no longer where it was."""
+        """Read the rows that were added; all rows if the last line is no longer where it was."""
         with contextlib.suppress(OSError):
             if not self.path.is_file():  # reading a pipe would wait
                 return
             with self.path.open("rb") as file:
-                file.seek(self._bytes - len(self._last))
-                if file.read(len(self._last)) != self._last:
+                file.seek(self._bytes - len(self._last_line))
+                if file.read(len(self._last_line)) != self._last_line:
                     self._clear()
                     file.seek(0)
                 while lines := file.readlines(CHUNK):
-                    self.ends_early = not (lines[-1].endswith(b"\n") or _parse(lines[-1:]))
+                    is_complete = lines[-1].endswith(b"\n") or _parse(lines[-1:])
+                    self.ends_early = not is_complete
                     if self.ends_early:
                         lines.pop()
                     self._add(lines)
                     if self.ends_early:
-                        break  # its rest may be there by now
+                        break  # the rest of the row may be there by now
 
     def _add(self, lines: list[bytes]) -> None:
         """Parse lines and append their rows to the columns."""
+        if lines:
+            self._last_line = lines[-1]
         self._bytes += sum(map(len, lines))
-        self._last = (lines or [self._last])[-1]
         lines = [line for line in lines if line.strip()]
         rows = _parse(lines)
         self.lines += len(lines)
         self.unreadable += len(lines) - len(rows)
         if rows:
             self.last_step = rows[-1]["step"]
-        steps = np.array([row["step"] for row in rows], float)
         for name in set().union(*rows) - {"step"}:
-            cells = [row.get(name) for row in rows]
-            numbers = list(map(is_number, cells))
-            values = np.array(list(compress(cells, numbers)), float)
-            if len(values):
-                new = np.column_stack([steps[numbers], values])
-                self.columns[name] = np.concatenate([self.columns.get(name, NOTHING), new])
+            found = [row for row in rows if is_number(row.get(name))]
+            if found:
+                steps = [row["step"] for row in found]
+                values = [row[name] for row in found]
+                known = self.columns.get(name, NOTHING)
+                new = np.array([steps, values], float).T
+                self.columns[name] = np.vstack([known, new])
 
     def row(self, step: float) -> dict[str, float]:
         """The last numbers that were logged at a step."""

@@ -1,4 +1,4 @@
-"""Reads runs, finished or not, from their directories and tabulates how they differ."""
+"""Reads runs, finished or not, from their directories, and compares them in tables."""
 
 import dataclasses
 import json
@@ -6,7 +6,7 @@ import math
 import re
 import zlib
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from decimal import Decimal
 from functools import cached_property
 from pathlib import Path
@@ -23,10 +23,10 @@ from harness.options import PROVENANCE, SharedSettings
 from reporting.journal import NOTHING, Journal, is_number
 from reporting.wandb_log import WandbLog
 
-KEY_METRICS = 2  # of those that a script declares, shown beside the monitored one
+KEY_METRICS = 2  # how many of the declared metrics are shown beside the monitored one
 SEED_AND_REMARKS = ("seed", "fold", "notes", "tags")  # may differ within a group
 PREDICTIONS = "predictions.csv"
-LEVELS = 2  # of directories below a given one that may hold runs
+LEVELS = 2  # how far below a given directory runs are looked for
 
 
 @dataclasses.dataclass
@@ -44,27 +44,30 @@ class RunFiles:
 
     @property
     def columns(self) -> dict[str, np.ndarray]:
-        """What was logged, by metric: float64 (rows, 2).
+        """What was logged, by metric: float64 (rows, 2), step and value.
 
-        The first column is the step, that of system metrics the minute.
+        System metrics have minutes instead of steps.
         """
         return self.journal.columns | self.log.columns
 
     @cached_property
     def monitor(self) -> str:
-        """The metric that runs are compared by: that of `compare_by`, or the monitored one."""
+        """The metric to compare runs by: that of `compare_by`, or else the monitored one."""
         return format_value(self.config.get("monitor") or "")
 
     @property
     def code(self) -> dict[str, str]:
-        """Checksums of the code, by file, of a run of this project; its script is "script"."""
+        """Checksums of the code, by file, of a run of this project.
+
+        Its script is called "script", to compare copies of a script that have other names.
+        """
         code = self.config.get("code")
         if "run_token" not in self.config or not isinstance(code, dict):
             return {}
-        # So that variants of a script under other names are compared.
-        script = re.search(r"([\w-]+)(\.py|\.main\()", str(self.config.get("command")))
-        own = script and next((file for file in code if Path(file).stem == script[1]), None)
-        return {"script" if file == own else file: checksum for file, checksum in code.items()}
+        match = re.search(r"([\w-]+)(\.py|\.main\()", str(self.config.get("command")))
+        stem = match and match[1]
+        script = next((file for file in code if Path(file).stem == stem), None)
+        return {"script" if file == script else file: checksum for file, checksum in code.items()}
 
     @property
     def declared(self) -> dict[str, Any]:
@@ -74,7 +77,7 @@ class RunFiles:
 
     @property
     def key_metrics(self) -> list[str]:
-        """The metric to compare and the first declared ones, without "valid/"."""
+        """The names of the metric to compare and of the first declared ones, without a prefix."""
         return [base_name(self.monitor), *list(self.declared)[:KEY_METRICS]]
 
     @property
@@ -83,7 +86,7 @@ class RunFiles:
         return self.sign_of(self.monitor)
 
     def sign_of(self, metric: str) -> int | None:
-        """1 if lower is better in a metric, -1 if higher is; None if not declared."""
+        """1 if lower values of a metric are better, -1 if higher ones are; None if undeclared."""
         direction = self.declared.get(base_name(metric))
         return {"min": 1, "max": -1}.get(str(direction))
 
@@ -97,33 +100,36 @@ class RunFiles:
             return figures
         if self.sign is None:
             return {}
-        figures = self.journal.columns.get(self.monitor, NOTHING)
-        figures = figures[np.isfinite(figures[:, 1])]
-        scores = self.sign * figures[:, 1]
-        rows = map(self.journal.row, figures[scores == scores.min(initial=math.inf), 0])
-        return min(rows, key=lambda row: row.get("valid/loss", 0), default={})  # as `Best`
+        column = self.journal.columns.get(self.monitor, NOTHING)
+        column = column[np.isfinite(column[:, 1])]
+        scores = self.sign * column[:, 1]
+        steps = column[scores == scores.min(initial=math.inf), 0]
+        rows = map(self.journal.row, steps)
+        # Of equal ones, the one that training keeps.
+        return min(rows, key=lambda row: row.get("valid/loss", 0), default={})
 
     def compare_by(self, metric: str) -> None:
         """Compare the run by another metric than the monitored one.
 
-        Unless it is among the figures of the best epoch, the last value logged by the end of this
-        epoch counts, or the last one if the epoch is unknown.
+        If the best epoch's figures lack it, its last value by the end of that epoch counts; if the
+        epoch is unknown, its last value.
         """
         logged = self.journal.columns.get(metric, NOTHING)
         epochs = self.journal.columns.get("epoch", NOTHING)
-        later = epochs[epochs[:, 1] > self.best.get("epoch", math.inf), 0]
+        best_epoch = self.best.get("epoch", math.inf)
+        later = epochs[epochs[:, 1] > best_epoch, 0]
         by_then = logged[logged[:, 0] < later.min(initial=math.inf), 1]
         if len(by_then):
             self.best.setdefault(metric, float(by_then[-1]))
         self.monitor = metric
 
     def metric_in(self, file: str) -> str:
-        """The metric to compare of the data in a file: `PREDICTIONS`, or that of the test data."""
+        """The metric to compare: of validation data in `PREDICTIONS`, else of test data."""
         return self.monitor if file == PREDICTIONS else f"test/{base_name(self.monitor)}"
 
     @property
     def score(self) -> float | None:
-        """The figure to compare, negated if higher is better; None if the run can't be ranked."""
+        """The figure to rank by, negated if higher is better; None if the run can't be ranked."""
         figure = self.best.get(self.monitor, math.nan)
         if self.sign and math.isfinite(figure):
             return self.sign * figure
@@ -133,10 +139,10 @@ class RunFiles:
     def settings(self) -> dict[str, Any]:
         """The settings that may tell runs apart."""
         hidden = {"metrics", "name"}
-        if "run_token" in self.config:  # it is of this project's scripts
+        if "run_token" in self.config:  # a run of this project
             options = dataclasses.fields(SharedSettings)
-            hidden = {option.name for option in options if not option.metadata["tells_apart"]}
-            hidden |= {"metrics", "run_token", "name", *PROVENANCE}
+            hidden |= {option.name for option in options if not option.metadata["tells_apart"]}
+            hidden |= {"run_token", *PROVENANCE}
         return {name: value for name, value in self.config.items() if name not in hidden}
 
 
@@ -146,7 +152,7 @@ Table = list[list[Any]]  # rows; the first one is the header
 
 @dataclasses.dataclass
 class Collection:
-    """What is in some directories."""
+    """What directories contain."""
 
     runs: list[RunFiles]  # the best first
     seed_groups: SeedGroups
@@ -160,9 +166,9 @@ def base_name(metric: str) -> str:
 
 
 def find_runs(directories: Sequence[Path], known: Sequence[RunFiles] = ()) -> list[RunFiles]:
-    """The runs in or below these directories; of `known` ones, what is new is read.
+    """The runs in or below these directories. Of `known` runs, only what is new is read.
 
-    Raises `UserError` if a directory holds no run.
+    Raises `UserError` if a directory holds no run, or if none of the known runs is left.
     """
     by_path = {run.path: run for run in known}
     paths = {}
@@ -183,12 +189,8 @@ def find_runs(directories: Sequence[Path], known: Sequence[RunFiles] = ()) -> li
 
 
 def _compare_code(runs: list[RunFiles]) -> None:
-    """Make the code a setting that differs between runs, if a file does; else leave it out."""
-    checksums = defaultdict(set)
-    for run in runs:
-        for file, checksum in run.code.items():
-            checksums[file].add(str(checksum))
-    changed = [file for file, distinct in checksums.items() if len(distinct) > 1]
+    """If the runs' code differs, add a setting: a checksum of the files that differ."""
+    changed = _differing_keys(run.code for run in runs)
     for run in runs:
         if changed and run.code:
             code = str([run.code.get(file) for file in changed])
@@ -197,7 +199,10 @@ def _compare_code(runs: list[RunFiles]) -> None:
 
 
 def run_directories(directory: Path, levels: int = LEVELS) -> list[Path]:
-    """The directories of runs: this one, or those up to so many levels below it."""
+    """The directories of runs: this one, or those up to this many levels below it.
+
+    Raises `UserError` if the topmost one can't be read.
+    """
     try:
         if any((directory / name).is_file() for name in (CONFIG_FILE, JOURNAL_FILE)):
             return [directory]
@@ -226,9 +231,9 @@ def sort_runs(runs: list[RunFiles]) -> list[RunFiles]:
 
 
 def read_run(path: Path, known: RunFiles | None = None) -> RunFiles:
-    """The run in a directory; its notes list the files that are missing or unreadable.
+    """The run in a directory. Its notes say what can't be read.
 
-    If the run is `known`, only what is new of its journal is read. Its W&B log is not read yet.
+    Of the journal of a `known` run, only what is new is read. The W&B log is not read yet.
     """
     config = read_json(path / CONFIG_FILE)
     metrics = read_json(path / METRICS_FILE)
@@ -257,40 +262,48 @@ def read_run(path: Path, known: RunFiles | None = None) -> RunFiles:
         state = f"at step {journal.last_step:,.0f}"
         if is_locked(path):
             state = f"under way {state}"
-        elif "output_dir" in config:  # other programs don't lock their directory
+        elif "output_dir" in config:  # other programs do not lock their directory
             state = f"died {state}"
     return RunFiles(path, format_value(label), config, journal, log, metrics, notes, state)
 
 
 def is_locked(directory: Path) -> bool:
-    """Whether a process is using the directory: a run locks it exclusively until it ends."""
+    """Whether a run is using the directory: a run locks its directory until it ends."""
     try:
         system.unlock(directory, system.lock(directory))
-    except OSError as error:  # any other one: the directory can't be opened
-        return isinstance(error, BlockingIOError)
+    except BlockingIOError:
+        return True
+    except OSError:  # the directory can't be opened
+        return False
     return False
 
 
 def differing(runs: list[RunFiles]) -> list[str]:
     """The names of the settings that differ between the runs that have them."""
+    return _differing_keys(run.settings for run in runs)
+
+
+def _differing_keys(mappings: Iterable[dict[str, Any]]) -> list[str]:
+    """The keys whose values differ between the mappings that have them."""
     values = defaultdict(set)
-    for run in runs:
-        for name, value in run.settings.items():
-            values[name].add(json.dumps(value, sort_keys=True))
-    return [name for name, distinct in values.items() if len(distinct) > 1]
+    for mapping in mappings:
+        for key, value in mapping.items():
+            values[key].add(json.dumps(value, sort_keys=True))
+    return [key for key, distinct in values.items() if len(distinct) > 1]
 
 
 def groups(runs: list[RunFiles]) -> SeedGroups:
-    """Groups of two or more finished runs that differ only in seed or fold, one of each."""
+    """Groups of two or more finished runs that differ in seed or fold only."""
     by_settings = defaultdict(dict)
-    for run in sorted(runs, key=lambda run: run.path):  # of a repeated run, the last one counts
+    for run in sorted(runs, key=lambda run: run.path):  # of the same seed and fold, the last counts
         if run.metrics is None:
             continue
         settings = run.settings
         for name in SEED_AND_REMARKS:
             settings.pop(name, None)
         by_seed = by_settings[json.dumps(settings, sort_keys=True)]
-        by_seed[str((run.config.get("seed"), run.config.get("fold")))] = run
+        seed_and_fold = str((run.config.get("seed"), run.config.get("fold")))
+        by_seed[seed_and_fold] = run
     names = [name for name in differing(runs) if name not in SEED_AND_REMARKS]
     named = {}
     for by_seed in by_settings.values():
@@ -308,7 +321,7 @@ def groups(runs: list[RunFiles]) -> SeedGroups:
 
 @dataclasses.dataclass
 class Mean:
-    """The mean of a figure over seeds or folds."""
+    """A figure's mean over seeds or folds."""
 
     mean: float
     sd: float  # of the sample
@@ -317,7 +330,7 @@ class Mean:
 
 
 def format_value(value: Any) -> str:
-    """A value as it is shown: floats to four digits, control characters escaped."""
+    """A value as text: floats to four digits, and control characters escaped."""
     if isinstance(value, Mean):
         return format_mean(*dataclasses.astuple(value))
     if isinstance(value, float):
@@ -331,19 +344,21 @@ def format_value(value: Any) -> str:
 
 
 def format_mean(average: float, deviation: float, *interval: float) -> str:
-    """Mean ± standard deviation, and the 95% interval, all with the same decimals.
+    """Mean ± standard deviation, and the 95% interval if it is given, with the same decimals.
 
-    The mean has at least four digits, the deviation two.
+    The mean has at least four significant digits, the deviation two.
     """
-    rounded = Decimal(f"{average:.3e}") + Decimal(f"{deviation:.1e}")  # has the decimals of both
-    decimals = max(0, -rounded.as_tuple().exponent)
+    total = Decimal(f"{average:.3e}") + Decimal(f"{deviation:.1e}")  # has the decimals of both
+    decimals = max(0, -total.as_tuple().exponent)
     shown = [f"{number:.{decimals}f}" for number in (average, deviation, *interval)]
     text = f"{shown[0]} ± {shown[1]}"
-    return f"{text} (95%: {shown[2]} to {shown[3]})" if interval else text
+    if interval:
+        text += f" (95%: {shown[2]} to {shown[3]})"
+    return text
 
 
 def run_table(runs: list[RunFiles]) -> Table:
-    """The settings that differ, and the figures."""
+    """A row per run: its figures, and the settings that differ."""
     settings = differing(runs)
     figures = shown_figures(runs)
     taken = {"directory", "run", "state", "seconds", *figures}

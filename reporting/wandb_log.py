@@ -11,23 +11,23 @@ from google.protobuf.message import DecodeError
 
 from reporting.journal import NOTHING
 
-UNREADABLE = contextlib.suppress(OSError, ValueError, DecodeError)  # what a damaged log raises
+IGNORING_DAMAGE = contextlib.suppress(OSError, ValueError, DecodeError)
 
 
 class WandbLog:
     """The times and system metrics of a run, as far as its log files are on this machine.
 
-    W&B's directory is expected where `WANDB_DIR` says, in the current directory, beside the run's
-    directory or beside its parent.
+    Their directory, wandb/, is looked for where `WANDB_DIR` says, or else in the current directory,
+    and beside the run's directory and its parent.
     """
 
     def __init__(self, path: Path):
         """`path` is the run's directory."""
         roots = [os.environ.get("WANDB_DIR", "."), *path.resolve().parents[:2]]
         self._directories = {Path(root, "wandb").resolve() for root in roots}
-        self._read_bytes = {}  # of each file
+        self._read_bytes = {}  # by file
         self._start = None  # of the run, in seconds
-        self.processes: dict[Path, float] = {}  # the first minute of each, by file
+        self.processes: dict[Path, float] = {}  # each one's first minute, by its file
         # By metric: float64 (rows, 2), step and minute of "minutes", minute and value of others.
         self.columns: dict[str, np.ndarray] = {}
 
@@ -39,20 +39,19 @@ class WandbLog:
         run_id = str(config.get("id"))
         token = config.get("run_token")
         for directory in self._directories:
-            with UNREADABLE:
+            with IGNORING_DAMAGE:
                 files.update(wandb_service.log_files(run_id, token, directory))
         points = defaultdict(list)
         for file in sorted(files, key=wandb_service.start_of):
             start = self._read_bytes.get(file, wandb_service.HEADER)
-            with UNREADABLE:
+            with IGNORING_DAMAGE:
                 for offset, record in wandb_service.read_log(file, start):
                     self._read_bytes[file] = offset
                     time = _time(record)
                     if time is None:
                         continue
                     self._start = self._start or time
-                    seconds = max(0.0, time - self._start)  # records may be out of order
-                    minute = seconds / 60
+                    minute = max(0.0, time - self._start) / 60  # records may be out of order
                     first = self.processes.get(file, minute)
                     self.processes[file] = min(minute, first)
                     if record.HasField("history"):

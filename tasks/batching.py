@@ -1,4 +1,4 @@
-"""Tokenise sentences once, then draw batches of similar length, which need little padding."""
+"""Tokenise sentences once, then take batches of similar length, which need little padding."""
 
 import math
 from array import array
@@ -13,13 +13,13 @@ from tasks.text_files import Text
 
 
 class TokenSet(NamedTuple):
-    """Tokenised sentences, stored one after another; a batch is a set of their indices."""
+    """Tokenised sentences, stored one after another; a batch is a tensor of their indices."""
 
     tokens: Tensor  # int32 (1 + all tokens,), on the device; the first is the padding token
-    offsets: Tensor  # int64 (sentences + 1,), on the CPU: starts in `tokens`, and the last end
+    offsets: Tensor  # int64 (sentences + 1,), on the CPU: starts in `tokens`, and the end
     labels: Tensor  # int64 (sentences,), on the device
     cut: int  # number of truncated sentences
-    types: Tensor | None = None  # like `tokens`, of pairs: whether a token is of the second one
+    types: Tensor | None = None  # of pairs, like `tokens`: 1 if the token is of the second sentence
 
     @property
     def lengths(self) -> Tensor:
@@ -53,21 +53,22 @@ def tokenise(
         if at_limit:
             untruncated = tokenizer(at_limit)["input_ids"]
             cut += sum(len(ids) > max_length for ids in untruncated)
+    has_types = len(types) > 1
     return TokenSet(
         torch.from_numpy(np.array(tokens)).to(device),
         torch.tensor([1, *lengths]).cumsum(0),
-        torch.tensor(labels).to(device),
+        torch.tensor(labels, device=device),
         cut,
-        torch.from_numpy(np.array(types)).to(device) if len(types) > 1 else None,
+        torch.from_numpy(np.array(types)).to(device) if has_types else None,
     )
 
 
 def by_length(lengths: Tensor, batch_size: int, seed: tuple[int, int]) -> list[Tensor]:
-    """One epoch of batches: int64 index tensors that cover every sentence once, in random order.
+    """One epoch of batches in random order: int64 tensors of indices, each sentence once.
 
     Sentences in a batch have similar lengths, to keep padding small. The batch with the longest
-    sentence comes first: once memory is fragmented, its tensors would take new space. `lengths`
-    is int64 (sentences,) on the CPU.
+    sentence comes first, so that later ones fit into the memory that it took. `lengths` is int64
+    (sentences,) on the CPU.
     """
     random = np.random.default_rng(seed)
     order = torch.from_numpy(random.permutation(len(lengths)))
@@ -85,9 +86,9 @@ def by_length(lengths: Tensor, batch_size: int, seed: tuple[int, int]) -> list[T
 def inputs_of(token_set: TokenSet, indices: Tensor) -> dict[str, Tensor]:
     """The model's inputs for a batch: "input_ids" and "attention_mask", int64 (batch, width).
 
-    Pairs also have "token_type_ids", if the tokenizer tells their sentences apart. The width is the
-    number of tokens of the longest sentence, in bf16 on a CPU rounded up to a multiple of eight; in
-    the rows of the others, padding follows.
+    Pairs also have "token_type_ids", if the tokenizer makes them. The width is the length of the
+    longest sentence, in bf16 on a CPU rounded up to a multiple of eight; shorter ones are padded at
+    the end.
     """
     starts = token_set.offsets[indices]
     ends = token_set.offsets[indices + 1]
@@ -97,12 +98,12 @@ def inputs_of(token_set: TokenSet, indices: Tensor) -> dict[str, Tensor]:
         width = min(8 * math.ceil(width / 8), int(token_set.lengths.max()))
     positions = starts[:, None] + torch.arange(width)
     within_sentence = positions < ends[:, None]
-    positions = positions.where(within_sentence, 0)  # the padding token is at position 0
     device = token_set.tokens.device
-    positions = positions.to(device)
-    tokens = token_set.tokens[positions]
-    mask = within_sentence.to(device)
-    inputs = {"input_ids": tokens.long(), "attention_mask": mask.long()}
+    positions = positions.where(within_sentence, 0).to(device)  # position 0 has the padding token
+    inputs = {
+        "input_ids": token_set.tokens[positions].long(),
+        "attention_mask": within_sentence.to(device).long(),
+    }
     if token_set.types is not None:
         inputs["token_type_ids"] = token_set.types[positions].long()
     return inputs

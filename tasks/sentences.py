@@ -3,6 +3,7 @@
 import hashlib
 import re
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 from unicodedata import normalize
@@ -14,15 +15,15 @@ from tasks.text_files import OwnFiles, Sentences, read_parts
 
 
 class Corpus(NamedTuple):
-    """A corpus for classifying sentences."""
+    """A corpus for sentence classification."""
 
     name: str  # "cola", "synthetic" or "files"
     train: Sentences
     valid: Sentences
-    domains: dict[str, slice]  # subsets of `valid` that are also reported separately
+    domains: dict[str, slice]  # subsets of `valid` that are also evaluated separately
     class_names: list[str]
     files: list[Path]  # what was read; empty for the built-in sentences
-    test: Sentences | None = None  # only of the user's files
+    test: Sentences | None = None  # if the user has a file for it
 
 
 COLA_URL = "https://nyu-mll.github.io/CoLA/cola_public_1.1.zip"
@@ -38,14 +39,13 @@ def load_corpus(
 ) -> Corpus:
     """Load "cola" from `data_dir`, the user's "files", or "synthetic" sentences.
 
-    CoLA is downloaded to `data_dir` if it is missing. "auto" means the user's files if they are
-    named, otherwise CoLA, otherwise, with a loud warning, "synthetic". With `own.folds`, training
-    and validation data are put together, and one fold becomes the validation data. Raises
-    `UserError` if the options contradict each other, or if files are missing or damaged.
+    CoLA is downloaded to `data_dir` if it is missing. "auto" means the user's files if there are
+    any, otherwise CoLA, otherwise, with a loud warning, "synthetic". With `own.folds`, training and
+    validation data are joined, and one fold becomes the validation data. Raises `UserError` if the
+    options contradict each other, or if files are missing or damaged.
     """
     files = (own.train_file, own.valid_file, own.test_file)
     path = Path(data_dir) / "cola_public_1.1.zip"
-    source = (path, COLA_URL, COLA_SHA256)
     if own.train_file and (own.valid_file or own.folds):
         if name not in ("auto", "files"):
             raise UserError(
@@ -55,21 +55,31 @@ def load_corpus(
     elif any(files) or name == "files":
         raise UserError("--train_file and --valid_file go together: name both, or make --folds")
     elif name != "synthetic" and has_files(
-        "cola", [path], data_dir, lambda: [source], optional=name == "auto"
+        "cola",
+        [path],
+        data_dir,
+        lambda: [(path, COLA_URL, COLA_SHA256)],
+        optional=name == "auto",
     ):
         corpus = _read_cola(path)
     else:
         corpus = synthetic_sentences()
     if own.folds:
-        everything = [a + b for a, b in zip(corpus.train, corpus.valid)]
-        parts = []
-        for indices in own.split(everything[1]):  # by label
-            parts.append(Sentences(*([column[i] for i in indices] for column in everything)))
-        train, valid = parts
-        corpus = corpus._replace(train=train, valid=valid, domains={})
+        whole = corpus.train
+        whole.extend(corpus.valid)
+        train, valid = own.split(whole.labels)
+        corpus = corpus._replace(
+            train=_take(whole, train),
+            valid=_take(whole, valid),
+            domains={},
+        )
     if corpus.name == "files":
         _report_repeated(corpus)
     return corpus
+
+
+def _take(part: Sentences, indices: Sequence[int]) -> Sentences:
+    return Sentences(*([column[i] for i in indices] for column in part))
 
 
 def _read_cola(path: Path) -> Corpus:
@@ -82,10 +92,10 @@ def _read_cola(path: Path) -> Corpus:
     with zipfile.ZipFile(path) as archive:
         for part in ("in_domain_train", "in_domain_dev", "out_of_domain_dev"):
             parts.append(parse_cola(archive.read(f"cola_public/raw/{part}.tsv")))
-    train, in_domain, out_of_domain = parts
-    valid = Sentences(*(first + second for first, second in zip(in_domain, out_of_domain)))
-    boundary = len(in_domain.labels)
+    train, valid, out_of_domain = parts
+    boundary = len(valid.labels)
     domains = {"in_domain": slice(boundary), "out_of_domain": slice(boundary, None)}
+    valid.extend(out_of_domain)
     return Corpus("cola", train, valid, domains, ACCEPTABILITY, [path])
 
 
@@ -103,44 +113,46 @@ def parse_cola(content: bytes) -> Sentences:
 def _read_user_files(files: list[Path], own: OwnFiles) -> Corpus:
     train, *others = read_parts(files, own)
     valid = others.pop(0) if own.valid_file else Sentences([], [], [])
-    order = sorted(_label_order(label) for label in set(train.labels))
-    class_names = [label for _, _, label in order]
-    has_words, _, last = order[-1]
-    spellings = {
-        (number, is_word and normalize("NFKC", label).casefold())
-        for is_word, number, label in order
-    }
-    if len(spellings) < len(order):
+    keys = sorted(map(_sort_key, set(train.labels)))
+    class_names = [label for _, _, label in keys]
+    spellings = set()
+    for is_word, number, label in keys:
+        spellings.add(normalize("NFKC", label).casefold() if is_word else number)
+    if len(spellings) < len(keys):
         print("Labels differ only in spelling, as Yes and yes or 1 and 1.0: each is a class.")
-    if not has_words and any(number % 1 for _, number, _ in order):
+    has_words, _, last = keys[-1]  # words come last
+    if not has_words and any(number % 1 for _, number, _ in keys):
         print(f"The labels, {class_names[0]} to {last}, look like regression: each is a class.")
     return Corpus("files", train, valid, {}, class_names, files, *others)
 
 
 def _report_repeated(corpus: Corpus) -> None:
+    """Print how many validation and test sentences also occur in an earlier part."""
     seen = set(corpus.train.sentences)
     for name, part in (("validation", corpus.valid), ("test", corpus.test)):
         sentences = part.sentences if part else []
         if count := sum(sentence in seen for sentence in sentences):
-            share = f"{count:,} of {len(sentences):,} {name} sentences"
-            print(f"{share} are in other parts too: results on them mean little.")
+            print(
+                f"{count:,} of {len(sentences):,} {name} sentences are in other parts too: "
+                "results on them mean little."
+            )
         seen.update(sentences)
 
 
-def _label_order(label: str) -> tuple[bool, float, str]:
-    """A sort key: numbers first, by value, then other labels; 01 comes before 1."""
+def _sort_key(label: str) -> tuple[bool, float, str]:
+    """Whether a label is a word, its value if it is a number, and itself; 01 comes before 1."""
     number = label.replace("−", "-")  # a minus sign
-    is_number = re.fullmatch(r"[-+]?\d*\.?\d+", number)
-    return not is_number, float(number) if is_number else 0.0, label
+    if re.fullmatch(r"[-+]?\d*\.?\d+", number):
+        return False, float(number), label
+    return True, 0.0, label
 
 
 def synthetic_sentences(train: int = 12_000, valid: int = 1_000) -> Corpus:
-    """Minimal pairs of the built-in grammar; the parts have no sentence in common."""
-    rows = []
+    """Minimal pairs of the built-in grammar; no sentence is in both parts."""
+    whole = Sentences([], [], [])
     for acceptable, unacceptable, rule in minimal_pairs((train + valid) // 2):
-        rows.append((acceptable, "acceptable", rule))
-        rows.append((unacceptable, "unacceptable", rule))
-    columns = [list(column) for column in zip(*rows)]
-    train_part = Sentences(*(column[:train] for column in columns))
-    valid_part = Sentences(*(column[train:] for column in columns))
+        labels = ["acceptable", "unacceptable"]
+        whole.extend(Sentences([acceptable, unacceptable], labels, [rule, rule]))
+    train_part = _take(whole, range(train))
+    valid_part = _take(whole, range(train, len(whole.labels)))
     return Corpus("synthetic", train_part, valid_part, {}, ACCEPTABILITY, [])

@@ -1,4 +1,4 @@
-"""Read a user's files of labelled sentences: tables, JSON lines or Parquet, as they are."""
+"""Read a user's files of labelled sentences: tables, JSON lines or Parquet."""
 
 import codecs
 import csv
@@ -37,17 +37,22 @@ PAIRS = {  # as in the tasks of GLUE
     "question": "sentence",
 }
 Text = str | tuple[str, str]  # a sentence or a pair of sentences
-NO_LABEL = "no label"  # instead of the labels of sentences that have none
-Row = tuple[int, list[str]]  # the line in which it begins, and its columns
+NO_LABEL = "no label"  # the label of sentences without one
+Row = tuple[int, list[str]]  # the line in which it begins, and its cells
 csv.field_size_limit(2**31 - 1)  # the default is 131,072 characters
 
 
 class Sentences(NamedTuple):
-    """Labelled sentences of one part of a corpus."""
+    """Labelled sentences, for example one part of a corpus."""
 
     sentences: list[Text]
     labels: list[str]  # class names
     sources: list[str]  # a publication, a file, or a rule of the built-in grammar, per sentence
+
+    def extend(self, other: "Sentences") -> None:
+        """Append the sentences of another part."""
+        for column, values in zip(self, other):
+            column += values
 
     def columns(self, name: str = "sentence") -> dict[str, Sequence[str]]:
         """The columns of a table that shows the sentences."""
@@ -60,7 +65,7 @@ class Sentences(NamedTuple):
 
 @dataclasses.dataclass(kw_only=True, frozen=True)
 class OwnFiles(Folds):
-    """The options for the user's files, and for cross-validation on any."""
+    """The options for the user's files, and for cross-validation."""
 
     train_file: str | None = option(
         None, "your training data: TSV, CSV, JSON lines or Parquet", path=True
@@ -104,27 +109,28 @@ def read_parts(paths: list[Path], own: OwnFiles) -> list[Sentences]:
 
 
 def read_inputs(path: Path, own: OwnFiles, labelled: bool) -> Sentences:
-    """The sentences of a file for a trained model; without labels, .txt files have one per line.
+    """The sentences of a file for a trained model. A .txt file without labels has one per line.
 
     Raises `UserError`.
     """
-    names, rows, _ = _read_table(path, own, lines=path.suffix == ".txt" and not labelled)
+    one_per_line = path.suffix.lower() == ".txt" and not labelled
+    names, rows, _ = _read_table(path, own, one_per_line=one_per_line)
     if not labelled:
         own = dataclasses.replace(own, label_column=NO_LABEL)
-        rows = [(line, [*columns, NO_LABEL]) for line, columns in rows]
+        rows = [(line, [*cells, NO_LABEL]) for line, cells in rows]
         names.append(NO_LABEL)
     columns = list(_choose_columns(names, own, path).values())
     return _take_columns(rows, names, columns, path, own, known_labels=set())
 
 
 def _read_table(
-    path: Path, own: OwnFiles, header: list[str] | None = None, lines: bool = False
+    path: Path, own: OwnFiles, header: list[str] | None = None, one_per_line: bool = False
 ) -> tuple[list[str], list[Row], list[str]]:
-    """The names of a file's columns, its rows, and the `header` that it lacks, or [].
+    """The names of a file's columns, its rows, and the header that was added, or [].
 
-    `header` is that of a run's first file: [] if it has one itself.
+    `header` is the one to add; None: add one if the file seems to have none.
     """
-    rows = _read_rows(path, own, lines)
+    rows = _read_rows(path, own, one_per_line)
     if header is None:
         header = _missing_header(rows)
     if header:
@@ -136,10 +142,10 @@ def _read_table(
     return names, rows[1:], header
 
 
-def _read_rows(path: Path, own: OwnFiles, lines: bool) -> list[Row]:
+def _read_rows(path: Path, own: OwnFiles, one_per_line: bool) -> list[Row]:
     """A file's header, if there is one, and its other rows. Blank lines are skipped.
 
-    `lines`: each line is a sentence, unless the first one has a tab or is a header.
+    If `one_per_line`, a line is a sentence, unless the first one has a tab or is a header.
     """
     try:
         content = path.read_bytes()
@@ -157,7 +163,7 @@ def _read_rows(path: Path, own: OwnFiles, lines: bool) -> list[Row]:
         return _parse_json_lines(text, path)
     column = own.text_column or "sentence"
     first_line = text.lstrip("\r\n").partition("\n")[0].casefold()
-    if lines and "\t" not in first_line:
+    if one_per_line and "\t" not in first_line:
         names = {name.strip('" \r') for name in re.split("[,;|]", first_line)}
         known = {*TEXTS, column.casefold()}
         if not names & known or not all(name.isidentifier() for name in names - known):
@@ -174,21 +180,24 @@ def _decode(content: bytes, path: Path, encoding: str | None) -> str:
         if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             encoding = "utf-16"
         elif b"\0" in content[:100]:
-            problem = "UTF-16 without a byte order mark, or not text"
-            raise UserError(f"{path} is {problem}: pass --encoding utf-16-le or utf-16-be")
+            raise UserError(
+                f"{path} is UTF-16 without a byte order mark, or not text: "
+                "pass --encoding utf-16-le or utf-16-be"
+            )
     try:
         return content.decode(encoding).removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         row = len(content[: error.start + 1].splitlines())
-        others = "cp949, cp932, gb18030, latin-1"
-        problem = f"invalid {encoding.upper()}; pass the file's --encoding, such as {others}"
-        raise UserError(f"{path}, row {row}: {problem}") from None
+        raise UserError(
+            f"{path}, row {row}: invalid {encoding.upper()}; pass the file's --encoding, "
+            "such as cp949, cp932, gb18030, latin-1"
+        ) from None
     except (LookupError, UnicodeError):
         raise UserError(f"--encoding {encoding}: Python has no such text encoding") from None
 
 
 def _split_columns(text: str, path: Path) -> list[Row]:
-    """The rows, by the separator and the use of quotes that get furthest without a problem."""
+    """The rows, read with the separator and the quoting that get furthest without a problem."""
     content = io.BytesIO(text.encode("utf-8", "replace"))  # takes less memory than StringIO
     lines = io.TextIOWrapper(content, encoding="utf-8")
     readings = [_parse(lines, "\t", csv.QUOTE_MINIMAL)]
@@ -202,7 +211,7 @@ def _split_columns(text: str, path: Path) -> list[Row]:
 
 
 def _quality(reading: tuple[list[Row], str]) -> tuple[bool, int]:
-    """Whether there are several columns, and how many rows."""
+    """A sort key: whether there are several columns, and the number of rows."""
     rows, _ = reading
     return bool(rows) and len(rows[0][1]) > 1, len(rows)
 
@@ -221,12 +230,12 @@ def _parse(lines: io.TextIOWrapper, separator: str, quoting: int) -> tuple[list[
         strict=True,
     )
     try:
-        for columns in reader:
-            if "".join(columns).strip():
-                width = width or len(columns)
-                if len(columns) != width:
-                    return rows, f"row {line}: expected {width} columns, got {len(columns)}"
-                rows.append((line, columns))
+        for cells in reader:
+            if "".join(cells).strip():
+                width = width or len(cells)
+                if len(cells) != width:
+                    return rows, f"row {line}: expected {width} columns, got {len(cells)}"
+                rows.append((line, cells))
             line = reader.line_num + 1
     except csv.Error as error:
         problem = f"a quote is never closed, or not doubled within quotes ({error})"
@@ -261,34 +270,40 @@ def _parse_parquet(content: bytes, path: Path) -> list[Row]:
 
 
 def _as_rows(records: list[tuple[int, dict[str, Any]]]) -> list[Row]:
-    """The values of all records as text. NaN and what is no text or number count as missing."""
-    header = list(dict.fromkeys(name for _, record in records for name in record))
-    rows = [(0, header)]
+    """A header, and the values of all records as text: "" for NaN, lists and the like."""
+    header = {}
+    for _, record in records:
+        header.update(record)
+    rows = [(0, list(header))]
     for number, record in records:
-        columns = []
+        cells = []
         for name in header:
             value = record.get(name)
-            exists = isinstance(value, (str, int, float)) and value == value
-            # JSON can hold halves of characters, which are no text.
-            columns.append(str(value).encode("utf-8", "replace").decode() if exists else "")
-        rows.append((number, columns))
+            text = ""
+            if isinstance(value, (str, int, float)) and value == value:
+                # JSON can hold halves of characters, which are no text.
+                text = str(value).encode("utf-8", "replace").decode()
+            cells.append(text)
+        rows.append((number, cells))
     return rows
 
 
 def _missing_header(rows: list[Row]) -> list[str]:
-    """The header of a file that has none: two columns, and the first row's label is frequent."""
+    """The header of a file that seems to have none, or [].
+
+    Such a file has two columns, and in one of them the first value is repeated, as labels are.
+    """
     header = []
-    first_row = {name.strip().casefold() for _, columns in rows[:1] for name in columns}
-    if first_row & {*TEXTS, *LABELS}:
-        return []
-    for values in zip(*(columns for _, columns in rows[:1000])):
+    for values in zip(*(cells for _, cells in rows[:1000])):
+        if values[0].strip().casefold() in (*TEXTS, *LABELS):
+            return []
         is_label = values[0] in values[1:] and 2 * len(set(values)) <= len(values)
         header.append("label" if is_label else "sentence")
     return header if sorted(header) == ["label", "sentence"] else []
 
 
 def _choose_columns(names: list[str], own: OwnFiles, path: Path) -> dict[str, str]:
-    """The columns for text, second text if there is one, and label: by option, their names."""
+    """The names of the columns of text, second text if there is one, and label, by option."""
     known = {"text_column": TEXTS, "text_pair_column": (), "label_column": LABELS}
     if own.text_column is None:
         for first, second in PAIRS.items():
@@ -322,26 +337,26 @@ def _take_columns(
     own: OwnFiles,
     known_labels: set[str],
 ) -> Sentences:
-    """The sentences of a file; its name is their source if it has no column for that."""
+    """The sentences of a file. Their source is its name, unless it has a column "source"."""
     part = Sentences([], [], [])
     indices = [names.index(name) for name in chosen]
     source = names.index("source") if "source" in names else None
     missing = []
-    for line, columns in rows:
-        *texts, label = [columns[index] for index in indices]
+    for line, cells in rows:
+        *texts, label = [cells[index] for index in indices]
         label = label.strip()
         if not label or not all(map(str.strip, texts)):
             missing.append(line)
             continue
-        is_like_header = label.casefold() == chosen[-1]  # a class may be called like its column
-        if is_like_header and [cell.strip().casefold() for cell in columns] == names:
+        if [cell.strip().casefold() for cell in cells] == names:
             raise UserError(f"{path}, row {line}: repeats the header")
         if known_labels and label not in known_labels:
-            problem = f"the label {label!r} does not occur in {own.train_file}"
-            raise UserError(f"{path}, row {line}: {problem}")
+            raise UserError(
+                f"{path}, row {line}: the label {label!r} does not occur in {own.train_file}"
+            )
         part.sentences.append(tuple(texts) if len(texts) == 2 else texts[0])
         part.labels.append(label)
-        part.sources.append(path.name if source is None else columns[source])
+        part.sources.append(path.name if source is None else cells[source])
     if missing:
         first = ", ".join(map(str, missing[:3]))
         problem = (

@@ -5,10 +5,12 @@ import csv
 import io
 import json
 import shutil
+import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import clean_environment, wandb_records, write_mnist
 from PIL import Image, ImageOps
 
@@ -90,8 +92,8 @@ def test_forms_of_sentences(text_run, kept, tmp_path):
     for name in ("one.csv", "lines.txt", "records.jsonl", "records.txt", "table.txt", "table2.txt"):
         assert answers(text_run, tmp_path / name)[0] == expected
     # A first line that begins as a header might, but is a sentence, was lost.
-    (tmp_path / "comma.txt").write_text("Text, nothing more.\nHello, you!\n")
-    found, _ = answers(text_run, tmp_path / "comma.txt")
+    (tmp_path / "COMMA.TXT").write_text("Text, nothing more.\nHello, you!\n")  # was a table
+    found, _ = answers(text_run, tmp_path / "COMMA.TXT")
     assert [row["input"] for row in found] == ["Text, nothing more.", "Hello, you!"]
     column = ("--text_column", "utterance")
     for name in ("other.tsv", "lines.txt"):
@@ -199,6 +201,10 @@ def test_digits_have_the_answers_of_the_run(small_mnist, tmp_path):
 def test_images_that_can_not_be_predicted(small_mnist, tmp_path):
     (tmp_path / "x.png").write_text("no image")
     assert "can't be read as an image" in refusal(small_mnist.files, tmp_path / "x.png")
+    # A form of DDS that Pillow does not implement was a traceback.
+    header = struct.pack("<31I", 124, *[0] * 17, 32, 1 << 23, *[0] * 11)
+    (tmp_path / "x.dds").write_bytes(b"DDS " + header)
+    assert "can't be read as an image" in refusal(small_mnist.files, tmp_path / "x.dds")
     (tmp_path / "empty").mkdir()
     assert "no images in" in refusal(small_mnist.files, tmp_path / "empty")
     Image.fromarray(np.zeros((28, 28), np.uint8)).save(tmp_path / "y.png")
@@ -230,6 +236,13 @@ def test_forms_of_images(small_mnist, tmp_path):
     for name in ("drawing.png", "deep.png"):
         problem = "save it without transparency, and with 8 bits a pixel"
         assert problem in refusal(small_mnist.files, tmp_path / name)
+
+
+@pytest.mark.quick
+def test_a_name_of_two_lines_is_printed_on_one(capsys):
+    predicted = predict.Predicted({}, ["two\nlines"], torch.tensor([[1.0, 0.0]]))
+    predict.evaluate(predicted, ["two\nlines", "one"], None)
+    assert "\ntwo lines                 1      0\n" in capsys.readouterr().out
 
 
 def test_predictions_are_logged_if_asked_for(text_run, tmp_path, monkeypatch):

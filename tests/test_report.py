@@ -235,6 +235,9 @@ def test_statistics_reject_bad_arguments():
         metrics.mcnemar_exact(labels, labels)
     with pytest.raises(ValueError, match="group"):
         metrics.permutation_test([], [1.0])
+    for bad in (math.nan, math.inf):  # the p-value was 0
+        with pytest.raises(ValueError, match="finite"):
+            metrics.permutation_test([bad, 1.0], [2.0, 3.0])
 
 
 def test_interval_of_a_thousand_classes():

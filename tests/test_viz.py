@@ -83,14 +83,14 @@ def test_counts_are_legible_on_every_shade(monkeypatch):
 @pytest.mark.quick
 def test_counts_fit_their_cells(monkeypatch):
     """The first and the last digit of 123,456,789 were cut off."""
-    widths, draw = [], viz._draw_text
+    widths, draw = [], viz.ImageDraw.ImageDraw.text
 
-    def text(canvas, x, y, words, size, *others, **more):
+    def text(self, place, words, *colored, **more):
         if "\n" in words:
-            widths.append(viz._font(size, words).getlength(words.split("\n")[0]))
-        draw(canvas, x, y, words, size, *others, **more)
+            widths.append(more["font"].getlength(words.split("\n")[0]))
+        draw(self, place, words, *colored, **more)
 
-    monkeypatch.setattr(viz, "_draw_text", text)
+    monkeypatch.setattr(viz.ImageDraw.ImageDraw, "text", text)
     viz.confusion_matrix_picture(torch.tensor([[123_456_789, 2], [3, 4]]), ["a", "b"], "valid")
     assert len(widths) == 4 and max(widths) <= 120
 
@@ -122,6 +122,18 @@ def test_captions_name_label_and_prediction(monkeypatch):
     assert "zero as one, 100%" in written
     heading = "valid: 1 of 1 mistakes in 1 examples, most confident first, label as prediction"
     assert heading in written
+
+
+@pytest.mark.quick
+def test_names_with_line_breaks_are_drawn_on_one_line(monkeypatch):
+    """A label of two lines, quoted in a CSV file, ended the run in a traceback after an epoch."""
+    texts = written(monkeypatch)
+    result = evaluation([0], [1], [30.0])
+    names = ["two\nlines", "one", "two"]
+    images = torch.zeros(1, 1, 28, 28, dtype=torch.uint8)
+    viz.confusion_matrix_picture(result.confusion.counts, names, "valid")
+    viz.digit_mistakes_picture(images, result, names, "valid")
+    assert {"two lines", "two lines as one, 100%"} <= set(texts)
 
 
 @pytest.mark.parametrize("size", [8, 28, 64, 224])
