@@ -511,12 +511,18 @@ def test_caches_that_cannot_be_written(name, reference, tmp_path):
     )
     assert "W&B can't write to /proc/nowhere" in out and "Traceback" not in out and "!!" not in out
     assert killing.differences(reference.out, tmp_path / "out") == []
-    logged = [
-        record["artifact"]["type"]
-        for record in wandb_records(tmp_path)
-        if record["type"] == "artifact"
+    artifacts = [
+        record["artifact"] for record in wandb_records(tmp_path) if record["type"] == "artifact"
     ]
-    assert {"dataset", "model", "run_table"} <= set(logged)
+    assert {"dataset", "model", "run_table"} <= {artifact["type"] for artifact in artifacts}
+    # Where `wandb sync` will look for their files; it skips what is gone, and reports success. They were in /tmp.
+    staged = [
+        Path(entry["local_path"])
+        for artifact in artifacts
+        for entry in artifact["manifest"]["contents"]
+        if "local_path" in entry
+    ]
+    assert staged and all(file.is_relative_to(tmp_path) and file.is_file() for file in staged)
 
 
 def test_temporary_files_of_wandb_that_vanish(reference, tmp_path):
