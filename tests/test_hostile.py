@@ -159,6 +159,17 @@ def test_what_could_not_be_read_again_does_not_replace_a_file(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.quick
+def test_two_nodes_may_write_the_same_file(tmp_path):
+    """As process 1 of two containers that share --data_dir. One found the other's temporary file gone."""
+    path = tmp_path / "train-images"
+    with files.replacing(path) as first, files.replacing(path) as second:
+        first.write_bytes(b"images")
+        second.write_bytes(b"imag")  # the rest is still to come
+        assert first.read_bytes() == b"images"
+    assert path.read_bytes() == b"images" and list(tmp_path.iterdir()) == [path]
+
+
 def test_a_damaged_archive_is_one_line(unfinished, capsys):
     """A method of compression that no archive has, or that fails."""
     whole = (unfinished / "checkpoint.previous.pt").read_bytes()
