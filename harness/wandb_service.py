@@ -104,6 +104,7 @@ def find_mode(choice: str) -> str:
         del os.environ["WANDB_MODE"]  # W&B rejects an empty one
     mode = choice
     if choice == "auto":
+        find_caches()  # the service would log to the terminal if it has no cache
         start()
         mode = wandb.setup().settings.mode
     if mode != "online":
