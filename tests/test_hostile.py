@@ -521,7 +521,8 @@ def test_caches_that_cannot_be_written(name, reference, tmp_path):
         killing.start("train_mnist.py", tmp_path, environment, "--log_model", "best")
     )
     assert "W&B can't write to /proc/nowhere" in out and "Traceback" not in out and "!!" not in out
-    assert " INFO " not in out  # the service's own log, after the line that says why a run has failed
+    # The service's own log: it came after the line that says why a run has failed.
+    assert " INFO " not in out
     assert killing.differences(reference.out, tmp_path / "out") == []
     artifacts = [
         record["artifact"] for record in wandb_records(tmp_path) if record["type"] == "artifact"
