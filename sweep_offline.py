@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 from harness.errors import UserError
+from harness.files import replacing
 from harness.options import command_line, option, parse
 from harness.script import in_main_thread, run_script
 from harness.system import STOP_SIGNALS, WINDOWS, shell_command
@@ -157,7 +158,10 @@ def write_trials(search: Search, rows: list[FrozenTrial]) -> None:
     last = ["epochs_done", "error", "output_dir"]
     # A parameter may have the name of another column.
     columns = [f"parameters.{name}" if name in first + last else name for name in names]
-    with (search.sweep.directory / "trials.csv").open("w", newline="", encoding="utf-8") as file:
+    with (
+        replacing(search.sweep.directory / "trials.csv") as temporary,
+        temporary.open("w", newline="", encoding="utf-8") as file,
+    ):
         table = csv.writer(file)
         table.writerow(first + columns + last)
         for trial in rows:

@@ -5,6 +5,7 @@ import csv
 import json
 import os
 import re
+import secrets
 import shutil
 import warnings
 import zipfile
@@ -21,13 +22,14 @@ from harness.system import replace
 if TYPE_CHECKING:  # torch takes a second and much memory, and report.py --watch does without
     from torch import Tensor, nn
 
-TEMPORARY = re.compile(r"\..+\.\d+\.unfinished")  # .<name>.<process id>.unfinished
+TEMPORARY = re.compile(r"\..+\.\d+\.unfinished")  # .<name>.<random number>.unfinished
 
 
 @contextlib.contextmanager
 def temporary_beside(path: Path) -> Iterator[Path]:
     """A temporary name in the directory of `path`, removed at the end of the block."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    # Process ids repeat: containers on two nodes may both be process 1.
+    temporary = path.with_name(f".{path.name}.{secrets.randbits(64)}.unfinished")
     try:
         yield temporary
     finally:

@@ -103,6 +103,7 @@ def find_mode(choice: str) -> str:
     if os.environ.get("WANDB_MODE") == "":
         del os.environ["WANDB_MODE"]  # W&B rejects an empty one
     mode = choice
+    find_caches()  # without one, the service would log to the terminal
     if choice == "auto":
         start()
         mode = wandb.setup().settings.mode
@@ -155,7 +156,7 @@ def kill() -> None:
 
 
 def find_caches() -> None:
-    """Let W&B use a temporary directory for each cache that it can't write.
+    """Let W&B use another directory for each cache that it can't write.
 
     Such as in a container, with the home directory of another user.
     """
@@ -163,17 +164,28 @@ def find_caches() -> None:
         "WANDB_CACHE_DIR": wandb.env.get_cache_dir(),
         "WANDB_DATA_DIR": wandb.env.get_data_dir(),
     }
+    beside_logs = os.path.abspath(os.path.join(wandb.env.get_dir(""), "wandb"))
     for name, directory in caches.items():
-        try:
-            Path(directory).mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=directory) as probe:
-                probe.write(bytes(CACHE_BYTES))
-        except OSError as error:
+        problem = _write_error(directory)
+        if not problem:
+            continue
+        # `wandb sync` uploads artifacts from the data directory: it has to last as the logs do.
+        if name == "WANDB_DATA_DIR" and not _write_error(beside_logs):
+            os.environ[name] = beside_logs
+        else:
             os.environ[name] = tempfile.mkdtemp(prefix="wandb-")
-            print(
-                f"W&B can't write to {directory} ({error.strerror}): "
-                f"{name} is now {os.environ[name]}."
-            )
+        print(f"W&B can't write to {directory} ({problem}): {name} is now {os.environ[name]}.")
+
+
+def _write_error(directory: str) -> str | None:
+    """Why a directory can't be created or take `CACHE_BYTES`; None if it can."""
+    try:
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory) as probe:
+            probe.write(bytes(CACHE_BYTES))
+    except OSError as error:
+        return error.strerror
+    return None
 
 
 def log_files(run_id: str, token: str | None, directory: Path | None = None) -> list[Path]:

@@ -159,6 +159,17 @@ def test_what_could_not_be_read_again_does_not_replace_a_file(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.quick
+def test_two_nodes_may_write_the_same_file(tmp_path):
+    """As process 1 of two containers that share --data_dir. One found the other's temporary file gone."""
+    path = tmp_path / "train-images"
+    with files.replacing(path) as first, files.replacing(path) as second:
+        first.write_bytes(b"images")
+        second.write_bytes(b"imag")  # the rest is still to come
+        assert first.read_bytes() == b"images"
+    assert path.read_bytes() == b"images" and list(tmp_path.iterdir()) == [path]
+
+
 def test_a_damaged_archive_is_one_line(unfinished, capsys):
     """A method of compression that no archive has, or that fails."""
     whole = (unfinished / "checkpoint.previous.pt").read_bytes()
@@ -510,13 +521,21 @@ def test_caches_that_cannot_be_written(name, reference, tmp_path):
         killing.start("train_mnist.py", tmp_path, environment, "--log_model", "best")
     )
     assert "W&B can't write to /proc/nowhere" in out and "Traceback" not in out and "!!" not in out
+    # The service's own log: it came after the line that says why a run has failed.
+    assert " INFO " not in out
     assert killing.differences(reference.out, tmp_path / "out") == []
-    logged = [
-        record["artifact"]["type"]
-        for record in wandb_records(tmp_path)
-        if record["type"] == "artifact"
+    artifacts = [
+        record["artifact"] for record in wandb_records(tmp_path) if record["type"] == "artifact"
     ]
-    assert {"dataset", "model", "run_table"} <= set(logged)
+    assert {"dataset", "model", "run_table"} <= {artifact["type"] for artifact in artifacts}
+    # Where `wandb sync` will look for their files; it skips what is gone, and reports success. They were in /tmp.
+    staged = [
+        Path(entry["local_path"])
+        for artifact in artifacts
+        for entry in artifact["manifest"]["contents"]
+        if "local_path" in entry
+    ]
+    assert staged and all(file.is_relative_to(tmp_path) and file.is_file() for file in staged)
 
 
 def test_temporary_files_of_wandb_that_vanish(reference, tmp_path):

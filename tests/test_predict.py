@@ -246,8 +246,9 @@ def test_a_name_of_two_lines_is_printed_on_one(capsys):
 
 
 def test_predictions_are_logged_if_asked_for(text_run, tmp_path, monkeypatch):
+    """Even if W&B's data directory, by default in a home that may be read-only, can't be written: a traceback before."""
     monkeypatch.chdir(tmp_path)
-    for name, value in clean_environment(tmp_path).items():
+    for name, value in clean_environment(tmp_path, WANDB_DATA_DIR="/proc/nowhere").items():
         monkeypatch.setenv(name, value)
     (tmp_path / "l.csv").write_text("sentence,label\nHe ran.,1\nHe run.,0\n")
     rows, err = answers(text_run, "l.csv", "--evaluate", "--wandb", "offline")

@@ -378,7 +378,10 @@ def test_the_order_of_the_parameters_does_not_matter(workdir):
     quick = GRID.replace("0.5", "0")
     run_search(workdir, quick, "--count", "5")
     reordered = quick.replace(first, "X").replace(second, first).replace("X", second)
-    out = run_search(workdir, reordered)
+    # Whoever reads trials.csv meanwhile, or writes it too, as the tasks of an array do, has a whole file.
+    with (workdir / "runs/sweep-s/trials.csv").open() as before:
+        out = run_search(workdir, reordered)
+        assert len(before.readlines()) == 1 + 5
     assert sorted(read_lines(workdir / "visits.txt")) == sorted(CELLS)
     best = trial_rows(workdir)[0]
     assert (best["x"], best["y"]) == ("3", "-1")
