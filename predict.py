@@ -174,6 +174,7 @@ def log_to_wandb(
 ) -> None:
     """Log the columns as a table, and the evaluation if there is one, as a run of their own."""
     mode = wandb_service.find_mode(arguments.wandb)
+    wandb_service.find_caches()
     config = {"run": str(arguments.run), "inputs": arguments.inputs}
     rows = list(zip(*columns.values()))
     with wandb.init(project=project, job_type="predict", mode=mode, config=config) as run:

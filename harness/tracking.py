@@ -483,6 +483,7 @@ def start(
     If the server can't be reached or refuses, the run is offline, after at most 25 seconds.
     Raises `UserError` if the server has another run in place of a resumed one.
     """
+    wandb_service.find_caches()
     logs = []
     if settings.wandb != "disabled":
         wandb_service.start()

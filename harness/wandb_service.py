@@ -103,8 +103,8 @@ def find_mode(choice: str) -> str:
     if os.environ.get("WANDB_MODE") == "":
         del os.environ["WANDB_MODE"]  # W&B rejects an empty one
     mode = choice
-    find_caches()  # without one, the service would log to the terminal
     if choice == "auto":
+        find_caches()  # without one, the service would log to the terminal
         start()
         mode = wandb.setup().settings.mode
     if mode != "online":
