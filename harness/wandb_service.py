@@ -178,10 +178,11 @@ def find_caches() -> None:
 
 
 def _write_error(directory: str) -> str | None:
-    """Why a directory can't be created or take `CACHE_BYTES`; None if it can."""
+    """Why a directory, which may be new, can't take `CACHE_BYTES`; None if it can."""
+    path = Path(directory)
+    existing = next(part for part in (path, *path.parents) if part.exists())
     try:
-        Path(directory).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory) as probe:
+        with tempfile.TemporaryFile(dir=existing) as probe:
             probe.write(bytes(CACHE_BYTES))
     except OSError as error:
         return error.strerror

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import wandb
 from conftest import clean_environment, wandb_records, write_mnist
 from PIL import Image, ImageOps
 
@@ -251,7 +252,9 @@ def test_predictions_are_logged_if_asked_for(text_run, tmp_path, monkeypatch):
     for name, value in clean_environment(tmp_path, WANDB_DATA_DIR="/proc/nowhere").items():
         monkeypatch.setenv(name, value)
     (tmp_path / "l.csv").write_text("sentence,label\nHe ran.,1\nHe run.,0\n")
+    wandb.teardown()  # or W&B would keep to the directory and environment of another test
     rows, err = answers(text_run, "l.csv", "--evaluate", "--wandb", "offline")
+    wandb.teardown()
     items = {}
     for record in wandb_records(tmp_path):
         if record["type"] == "history":
