@@ -332,6 +332,8 @@ def test_odd_cells_of_a_table(tmp_path, capsys, recwarn):
         (lambda rows: [*rows, ["1", "nan", "x", "2"]], "", "column 'age' lacks values"),
         (lambda rows: [*rows, ["1", " N/A", "x", "2"]], "", "column 'age' lacks values"),
         (lambda rows: [*rows, ["1", "-inf", "x", "2"]], "", "column 'age' is infinite, or"),
+        # Before, all of the column became 0: the standard deviation overflows.
+        (lambda rows: [*rows, ["1", "1e200", "x", "2"]], "", "column 'age' is infinite, or"),
         (
             lambda rows: [["1", *row[1:]] for row in rows] + [["1.0", "1", "x", "2"]] * 9,
             "",
