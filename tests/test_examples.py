@@ -209,6 +209,16 @@ def test_sampling_leaves_random_numbers_alone():
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_a_byte_order_mark_is_no_character(tmp_path):
+    """Before, a text that Windows had saved had one more in its vocabulary."""
+    import examples.train_lm as lm
+
+    file = tmp_path / "text.txt"
+    file.write_bytes(b"\xef\xbb\xbf" + 100 * b"ab\r\n")
+    text = lm.load(lm.Settings(file=str(file), context=4), torch.device("cpu"))
+    assert text.characters == "\nab"
+
+
 def test_average_and_clipped_gradients(references):
     run = references[LM]
     state = torch.load(run.files / "checkpoint.pt", weights_only=True)
