@@ -76,7 +76,7 @@ def load(settings: Settings, device: torch.device) -> Text:
     """The text on the device, in three parts. Raises `UserError`."""
     path = Path(settings.file or Path(__file__).with_name("sentences.txt"))
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         raise UserError(f"{path} can't be read: {error}") from None
     held_out = len(text) // 10

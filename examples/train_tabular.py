@@ -103,9 +103,10 @@ def encode(name: str, words: np.ndarray, first: int) -> Tensor:
     except ValueError:
         values = torch.from_numpy(words[:, None] == np.unique(words[first:]))
     print(f"{name}, such as {max(words):.50}: {values.shape[1]} number(s)")
-    if len(set(words[first:])) == 1 or not values.isfinite().all():
+    values = values.float()
+    if len(values[first:].unique()) == 1 or not values.isfinite().all():
         raise UserError(f"column {name!r} is infinite, or training has only one value")
-    return values.float()
+    return values
 
 
 def load(settings: Settings, device: torch.device) -> Table:

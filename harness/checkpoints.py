@@ -134,7 +134,8 @@ class Checkpoints:
         processes = checkpoint["processes"]
         rank = distributed.rank()
         self._progress.indices = processes[0].get("indices")
-        for (thing, name), value in zip(self._flags, processes[0].get("flags", [])):
+        flags = processes[0].get("flags", [])
+        for (thing, name), value in zip(self._flags, flags, strict=bool(flags)):
             setattr(thing, name, value)
         meters = [process["meter"] for process in processes]
         if len(processes) == distributed.world_size():

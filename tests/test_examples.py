@@ -209,6 +209,16 @@ def test_sampling_leaves_random_numbers_alone():
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_a_byte_order_mark_is_no_character(tmp_path):
+    """Before, a text that Windows had saved had one more in its vocabulary."""
+    import examples.train_lm as lm
+
+    file = tmp_path / "text.txt"
+    file.write_bytes(b"\xef\xbb\xbf" + 100 * b"ab\r\n")
+    text = lm.load(lm.Settings(file=str(file), context=4), torch.device("cpu"))
+    assert text.characters == "\nab"
+
+
 def test_average_and_clipped_gradients(references):
     run = references[LM]
     state = torch.load(run.files / "checkpoint.pt", weights_only=True)
@@ -332,6 +342,8 @@ def test_odd_cells_of_a_table(tmp_path, capsys, recwarn):
         (lambda rows: [*rows, ["1", "nan", "x", "2"]], "", "column 'age' lacks values"),
         (lambda rows: [*rows, ["1", " N/A", "x", "2"]], "", "column 'age' lacks values"),
         (lambda rows: [*rows, ["1", "-inf", "x", "2"]], "", "column 'age' is infinite, or"),
+        # Before, all of the column became 0: the standard deviation overflows.
+        (lambda rows: [*rows, ["1", "1e200", "x", "2"]], "", "column 'age' is infinite, or"),
         (
             lambda rows: [["1", *row[1:]] for row in rows] + [["1.0", "1", "x", "2"]] * 9,
             "",

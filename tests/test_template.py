@@ -449,6 +449,19 @@ def test_the_mode_of_a_model_is_restored(tmp_path):
     assert seen == 4 * [(True, True, True)] + 4 * [(True, False, False)]
 
 
+def test_another_model_with_the_same_weights_is_refused(tmp_path):
+    """Before, a new ReLU shifted what is frozen: the resumed run trained a weight that was not."""
+    layers = [nn.Linear(1, 1).requires_grad_(False), nn.Linear(1, 1)]
+    with training(tmp_path / "out", model=nn.ModuleList(layers)):
+        pass
+    model = nn.ModuleList([*layers, nn.ReLU()])
+    with (
+        pytest.raises(UserError, match="its checkpoint is not of this model or version"),
+        training(tmp_path / "out", "--resume", model=model),
+    ):
+        pass
+
+
 @pytest.mark.parametrize("place", ["before the epochs", "in the first epoch"])
 def test_random_numbers_before_the_first_batch_are_an_error(place, tmp_path):
     """Before, a resumed run drew others there, such as another fixed noise, and others ever after."""
