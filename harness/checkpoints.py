@@ -54,8 +54,13 @@ class Checkpoints:
         models = [thing for thing in self._stateful.values() if isinstance(thing, nn.Module)]
         self._parameters = [weight for each in models for weight in each.parameters()]
         layers = [layer for each in models for layer in each.modules()]
-        self._flags = [(layer, "training") for layer in layers]  # no state_dict has them
-        self._flags += [(weight, "requires_grad") for weight in self._parameters]
+        self._flags: dict[str, tuple[Any, str]] = {}  # what no state_dict has
+        for name, thing in self._stateful.items():
+            if isinstance(thing, nn.Module):
+                for path, layer in thing.named_modules(prefix=name):
+                    self._flags[path] = (layer, "training")
+                for path, weight in thing.named_parameters(prefix=name):
+                    self._flags[path] = (weight, "requires_grad")
         self._check_optimizers()
         self._fingerprint = fingerprint(data)
         if distributed.world_size() > 1:
@@ -134,9 +139,9 @@ class Checkpoints:
         processes = checkpoint["processes"]
         rank = distributed.rank()
         self._progress.indices = processes[0].get("indices")
-        flags = processes[0].get("flags", [])
-        for (thing, name), value in zip(self._flags, flags, strict=bool(flags)):
-            setattr(thing, name, value)
+        flags = processes[0].get("flags", {})
+        for path in flags.keys() & self._flags.keys():
+            setattr(*self._flags[path], flags[path])
         meters = [process["meter"] for process in processes]
         if len(processes) == distributed.world_size():
             self._meter.load_state_dict(meters[rank])
@@ -192,7 +197,7 @@ class Checkpoints:
             "meter": self._meter.state_dict(),
             "random": _random_state(self._session.device),
             "indices": as_text(self._progress.indices),
-            "flags": [getattr(thing, name) for thing, name in self._flags],
+            "flags": {path: getattr(*self._flags[path]) for path in self._flags},
             "gradients": [  # if they accumulate
                 None if weight.grad is None else weight.grad.cpu() for weight in self._parameters
             ],

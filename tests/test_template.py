@@ -449,17 +449,16 @@ def test_the_mode_of_a_model_is_restored(tmp_path):
     assert seen == 4 * [(True, True, True)] + 4 * [(True, False, False)]
 
 
-def test_another_model_with_the_same_weights_is_refused(tmp_path):
+def test_what_is_frozen_goes_by_names(tmp_path):
     """Before, a new ReLU shifted what is frozen: the resumed run trained a weight that was not."""
     layers = [nn.Linear(1, 1).requires_grad_(False), nn.Linear(1, 1)]
-    with training(tmp_path / "out", model=nn.ModuleList(layers)):
+    with training(tmp_path / "out", model=nn.ModuleDict({"a": layers[0], "b": layers[1]})):
         pass
-    model = nn.ModuleList([*layers, nn.ReLU()])
-    with (
-        pytest.raises(UserError, match="its checkpoint is not of this model or version"),
-        training(tmp_path / "out", "--resume", model=model),
-    ):
-        pass
+    layers = [nn.Linear(1, 1), nn.Linear(1, 1)]
+    model = nn.ModuleDict({"new": nn.ReLU(), "a": layers[0], "b": layers[1]})
+    with training(tmp_path / "out", "--resume", model=model):
+        trained = [name for name, weight in model.named_parameters() if weight.requires_grad]
+    assert trained == ["b.weight", "b.bias"]
 
 
 @pytest.mark.parametrize("place", ["before the epochs", "in the first epoch"])
