@@ -258,14 +258,8 @@ def _draw_text(
     width = max(map(font.getlength, text.split("\n")))
     if width > max_width:
         font = _font(max(1, size * max_width // width), text)
-    ImageDraw.Draw(canvas).text(
-        (x, y),
-        text,
-        fill=color,
-        font=font,
-        anchor=anchor,
-        align="center",
-    )
+    draw = ImageDraw.Draw(canvas)
+    draw.text((x, y), text, fill=color, font=font, anchor=anchor, align="center")
 
 
 # -------------------------------------------------------------------------- classifiers

@@ -84,7 +84,8 @@ def load(settings: Settings, device: torch.device) -> Text:
     if held_out < length:
         raise UserError(f"{path} has {len(text):,} characters; --context needs {10 * length:,}")
     characters = "".join(sorted(set(text)))
-    codes = torch.tensor([characters.index(character) for character in text], device=device)
+    indices = [characters.index(character) for character in text]
+    codes = torch.tensor(indices, device=device)
     parts = codes.split([len(text) - 2 * held_out, held_out, held_out])
     sequences = [part.unfold(0, length, settings.context) for part in parts]
     return Text(path, characters, *sequences)
@@ -117,7 +118,8 @@ class GPT(nn.Module):
     def forward(self, codes: Tensor) -> Tensor:
         length = codes.shape[1]
         mask = nn.Transformer.generate_square_subsequent_mask(length, device=codes.device)
-        x = self.characters(codes) + self.positions.weight[:length]
+        positions = self.positions.weight[:length]
+        x = self.characters(codes) + positions
         x = self.layers(x, mask, is_causal=True)
         return self.output(x)
 

@@ -51,25 +51,26 @@ class Checkpoints:
             "position": progress,
             "history": session.run,
         }
-        models = [thing for thing in self._stateful.values() if isinstance(thing, nn.Module)]
-        self._parameters = [weight for each in models for weight in each.parameters()]
-        layers = [layer for each in models for layer in each.modules()]
+        models = {
+            name: thing for name, thing in self._stateful.items() if isinstance(thing, nn.Module)
+        }
+        self._parameters = [weight for each in models.values() for weight in each.parameters()]
         self._flags: dict[str, tuple[Any, str]] = {}  # what no state_dict has
-        for name, thing in self._stateful.items():
-            if isinstance(thing, nn.Module):
-                for path, layer in thing.named_modules(prefix=name):
-                    self._flags[path] = (layer, "training")
-                for path, weight in thing.named_parameters(prefix=name):
-                    self._flags[path] = (weight, "requires_grad")
+        for name, each in models.items():
+            for path, layer in each.named_modules(prefix=name):
+                self._flags[path] = (layer, "training")
+            for path, weight in each.named_parameters(prefix=name):
+                self._flags[path] = (weight, "requires_grad")
         self._check_optimizers()
         self._fingerprint = fingerprint(data)
         if distributed.world_size() > 1:
+            layers = [layer for layer, _ in self._flags.values()]
             if any(getattr(layer, "track_running_stats", False) for layer in layers):
                 raise UserError(
                     "running statistics, as of BatchNorm, would differ between processes: "
                     "use GroupNorm or LayerNorm, or one process"
                 )
-            weights = fingerprint([list(each.state_dict().values()) for each in models])
+            weights = fingerprint([list(each.state_dict().values()) for each in models.values()])
             if len(set(distributed.gather((self._fingerprint, weights)))) > 1:
                 raise UserError(
                     "the processes do not have the same data and model: "
@@ -87,7 +88,7 @@ class Checkpoints:
                 raise ValueError("give Checkpoints each model that an optimizer trains")
 
     def _check_step(self, optimizer: Optimizer, *_: Any) -> None:
-        """Before each step of any optimizer: raise `ValueError` if it trains a model unsaved."""
+        """Raise `ValueError` if an optimizer of a saved model steps, but is not saved itself."""
         if optimizer in self._stateful.values():
             distributed.check_gradients(_weights_of(optimizer))
         elif not set(self._parameters).isdisjoint(_weights_of(optimizer)):
